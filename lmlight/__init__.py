@@ -1,0 +1,31 @@
+"""lmlight: small transformer language models on text, with PyTorch Lightning."""
+
+from __future__ import annotations
+
+import importlib
+import os
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lmlight.data.datamodule import TextDataModule
+    from lmlight.generation import Sampling
+    from lmlight.models import Bigram, Transformer
+    from lmlight.module import LanguageModel
+
+__version__ = "0.1.0"
+__all__ = ["Bigram", "LanguageModel", "Sampling", "TextDataModule", "Transformer"]
+
+_HOMES = {
+    "Bigram": "lmlight.models",
+    "LanguageModel": "lmlight.module",
+    "Sampling": "lmlight.generation",
+    "TextDataModule": "lmlight.data.datamodule",
+    "Transformer": "lmlight.models",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Imports on first use: the corpus and the tokenizer are to be had without waiting for torch and lightning."""
+    if name not in _HOMES:
+        raise AttributeError(f"module 'lmlight' has no attribute '{name}'")
+    return getattr(importlib.import_module(_HOMES[name]), name)

@@ -1,0 +1,210 @@
+"""The command line: `lmlight fit | validate | test | predict`, on Lightning's CLI.
+
+- A checkpoint's settings are read as the first `--config` file, so later files and flags win over them.
+- The tokenizer goes from a checkpoint to the data and the model here, and nowhere else.
+- A user's mistake is one line on stderr and exit status 2.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import sys
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from jsonargparse import ArgumentError, Namespace
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.utilities import rank_zero_only
+
+from lmlight import checkpoint as checkpoints
+from lmlight.callbacks import PrintPredictions, RunProgress, SampleText
+from lmlight.data.datamodule import TextDataModule
+from lmlight.errors import UserError
+from lmlight.models import NETS, Bigram, Transformer  # noqa: F401  (so that --model.net Bigram needs no full path)
+from lmlight.module import LanguageModel
+
+TRAINER_DEFAULTS: dict[str, Any] = {
+    "max_steps": 2500,
+    "val_check_interval": 250,
+    "check_val_every_n_epoch": None,  # validation counts steps, not epochs
+    "num_sanity_val_steps": 0,
+    "log_every_n_steps": 10,
+    "gradient_clip_val": 1.0,
+    "enable_model_summary": False,
+    "use_distributed_sampler": False,  # the data splits itself among the ranks
+    "logger": {"class_path": "lmlight.callbacks.RunLogger"},
+    "default_root_dir": "runs",
+}
+# Classes that a checkpoint's settings may name; anything else would be imported, that is, run, on its word alone.
+TRUSTED_CLASSES = ("lmlight.", "torch.optim.")
+
+
+class LmlightCLI(LightningCLI):
+    """Lightning's CLI with lmlight's defaults, checkpoints that bring their settings, and a summary at the end of fit."""
+
+    checkpoint: dict[str, Any] | None = None
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        # weights_only is not the user's to choose: see _prepare_subcommand_kwargs
+        return {name: skip | {"weights_only"} for name, skip in LightningCLI.subcommands().items()} | {
+            "predict": {"model", "dataloaders", "datamodule", "weights_only", "return_predictions"}
+        }
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.link_arguments("seed_everything", "data.seed", compute_fn=int)
+        parser.link_arguments("seed_everything", "model.sampling.seed", compute_fn=int)
+        parser.set_defaults({"trainer.callbacks": [{"class_path": "lmlight.callbacks.SampleText"}]})
+
+    def setup_parser(self, add_subcommands: bool, main_kwargs: dict[str, Any], subparser_kwargs: dict[str, Any]) -> None:
+        super().setup_parser(add_subcommands, main_kwargs, subparser_kwargs)
+        for name, parser in self._subcommand_parsers.items():
+            if name != "fit":  # only training leaves a run behind
+                parser.set_defaults({"trainer.logger": False})
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Sequence[str]) -> None:  # type: ignore[override]
+        self.config = parser.parse_args(args)
+        ckpt_path = self.config[self.config.subcommand].ckpt_path
+        if ckpt_path is None:
+            if self.config.subcommand != "fit":
+                raise UserError(f"{self.config.subcommand} needs a model: --ckpt_path runs/.../checkpoints/best.ckpt")
+            return
+        self.checkpoint = checkpoints.read(ckpt_path)
+        settings = json.dumps(_settings_of(self.checkpoint, ckpt_path))
+        at = args.index(self.config.subcommand) + 1
+        self.config = parser.parse_args([*args[:at], f"--config={settings}", *args[at:]])
+
+    def _parse_ckpt_path(self) -> None:
+        """Nothing: `parse_arguments` has read the checkpoint, and flags win over it."""
+
+    def before_instantiate_classes(self) -> None:
+        config = self.config[self.subcommand]
+        config.pop("config", None)
+        if self.subcommand != "fit":
+            self.save_config_callback = None
+
+    def instantiate_classes(self) -> None:
+        super().instantiate_classes()
+        if self.checkpoint is not None:
+            self.model.tokenizer = self.datamodule.tokenizer = checkpoints.tokenizer_of(self.checkpoint)
+            self.model.block_size = self.checkpoint[checkpoints.KEY]["net"]["config"]["block_size"]
+        dump = json.loads(self._parser(self.subcommand).dump(self.config[self.subcommand], format="json", skip_none=False))
+        self.model.settings = {"model": dump["model"], "data": dump["data"]}
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        trainer_config = self._get(self.config_init, "trainer", default={})
+        callbacks: list[Callback] = []
+        if self.subcommand == "fit":
+            if trainer_config["logger"]:
+                callbacks.append(LearningRateMonitor("step"))
+            if trainer_config["enable_checkpointing"] is not False:
+                callbacks.append(
+                    ModelCheckpoint(
+                        monitor="val/nats_per_char",
+                        filename="best",
+                        save_last=True,
+                        enable_version_counter=False,
+                        save_on_train_epoch_end=False,
+                    )
+                )
+            if trainer_config["enable_progress_bar"] is not False:
+                callbacks.append(RunProgress())
+        elif self.subcommand == "predict":
+            callbacks.append(PrintPredictions())
+        return self._instantiate_trainer({**trainer_config, **kwargs}, callbacks)
+
+    def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
+        kwargs = super()._prepare_subcommand_kwargs(subcommand) | {"weights_only": True}
+        return kwargs | ({"return_predictions": False} if subcommand == "predict" else {})
+
+    @rank_zero_only
+    def after_fit(self) -> None:
+        """Says where the best checkpoint lies, what it reached, what it writes, and what to type next."""
+        keeper = self.trainer.checkpoint_callback
+        if not isinstance(keeper, ModelCheckpoint) or not keeper.best_model_path:
+            return
+        path = os.path.relpath(keeper.best_model_path)
+        best = checkpoints.read(path)
+        model = LanguageModel.load_from_checkpoint(path)
+        nats, step = float(keeper.best_model_score), best["global_step"]
+        print(f"\nBest checkpoint: {path} (step {step})")
+        print(f"  {nats:.4f} nats per character, {nats / math.log(2):.4f} bits per character on the validation text")
+        final = self.trainer.callback_metrics["val/nats_per_char"]
+        print(f"  {final:.4f} nats per character at the last validation")
+        print(f"\n{model.generate('ROMEO:', max_new_tokens=150)}\n")
+        print(f"Next:\n  lmlight predict --ckpt_path {path} --data.prompts '[\"ROMEO:\"]'")
+
+
+def _settings_of(checkpoint: dict[str, Any], path: str) -> dict[str, Any]:
+    """The settings that a checkpoint brings: those of its run, and always its net.
+
+    Raises:
+        UserError: they name a class that is neither lmlight's nor torch's.
+    """
+    described = checkpoint[checkpoints.KEY]
+    settings = {section: dict(values) for section, values in described["settings"].items()}
+    data_decides = ("vocab_size", "block_size")
+    net = {k: v for k, v in described["net"]["config"].items() if k not in data_decides}
+    class_path = f"{NETS[described['net']['class']].__module__}.{described['net']['class']}"
+    settings.setdefault("model", {})["net"] = {"class_path": class_path, "init_args": net}
+    settings.setdefault("data", {}).pop("prompts", None)
+    settings["data"].setdefault("block_size", described["net"]["config"]["block_size"])
+    for name in _class_paths(settings):
+        if not name.startswith(TRUSTED_CLASSES):
+            raise UserError(f"checkpoint '{path}' wants to run {name}, which is neither lmlight's nor torch's: refused")
+    return settings
+
+
+def _class_paths(settings: Any) -> list[str]:
+    if isinstance(settings, dict):
+        own = [str(settings["class_path"])] if "class_path" in settings else []
+        return own + [name for value in settings.values() for name in _class_paths(value)]
+    if isinstance(settings, list):
+        return [name for value in settings for name in _class_paths(value)]
+    return []
+
+
+def _quiet() -> None:
+    """Keeps Lightning's tips and our own warnings to what a user can act on, one line each."""
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+    warnings.filterwarnings("ignore", message=".*Checkpoint directory .* exists and is not empty.*")
+    warnings.formatwarning = lambda message, *_args, **_kwargs: f"lmlight: warning: {message}\n"
+
+
+def main(args: Sequence[str] | None = None) -> int:
+    """Runs the command line.
+
+    Args:
+        args: the words after `lmlight`; None takes them from the process.
+
+    Returns:
+        the exit status: 0, or 2 for a user's mistake, which is said in one line on stderr.
+    """
+    _quiet()
+    try:
+        LmlightCLI(
+            LanguageModel,
+            TextDataModule,
+            args=list(sys.argv[1:] if args is None else args),
+            trainer_defaults=TRAINER_DEFAULTS,
+            seed_everything_default=1337,
+            save_config_kwargs={"overwrite": True},
+            parser_kwargs={"prog": "lmlight", "description": "Trains small transformer language models on text."}
+            | {name: {} for name in ()},
+            auto_configure_optimizers=False,
+            load_from_checkpoint_support=False,
+        )
+    except (UserError, ArgumentError, MisconfigurationException) as error:
+        print(f"lmlight: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    return 0

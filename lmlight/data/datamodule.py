@@ -1,0 +1,278 @@
+"""TextDataModule: corpus, tokenizer, tokens and sampler, tied together for Lightning.
+
+`prepare_data` (one process) leaves a token store in the cache under a key made of the corpus's hash and every setting
+that the tokens depend on, so a changed setting never meets a stale cache; `setup` (every process) opens it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+import sentencepiece
+import torch
+from lightning.pytorch import LightningDataModule
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from torch.utils.data import DataLoader
+
+from lmlight.data import corpus as corpora
+from lmlight.data.sampler import BatchOrder, epoch_starts, random_starts, scored_windows, windows_per_epoch
+from lmlight.data.tokenizer import SubwordSampler, SubwordSampling, Tokenizer, TokenizerConfig
+from lmlight.data.tokens import Batch, TokenStore, Windows, as_batch
+from lmlight.errors import UserError
+
+
+class TextDataModule(LightningDataModule):
+    """A text as token windows for training, validation and test, and prompts for prediction.
+
+    The text is split by characters before the tokenizer is trained, on the training part alone. Validation windows do
+    not overlap and score every token once; `test` reads the same text again with a sliding window as its second loader.
+
+    Args:
+        corpus: the name of a corpus (`tinyshakespeare`) or the path of a UTF-8 text file.
+        block_size: tokens in a window, which is also the longest context that the net sees.
+        batch_size: windows in one optimizer step, over all devices and accumulated batches together.
+        val_fraction: the share of the characters, from the end, that is kept for validation.
+        tokenizer: which tokenizer to train; ignored where a checkpoint brings its own.
+        subword_sampling: segment the training text afresh in each epoch; none if null.
+        windows: `epoch`: each epoch is a random permutation of windows that do not overlap; `random`: windows are drawn
+            independently, as notebooks do.
+        prompts: for `predict`: a list of texts, or the path of a file with one a line. An empty one starts from nothing.
+        num_workers: processes that gather batches; 0 gathers them in the training process, which takes microseconds.
+        seed: decides the order of the windows and the sampled segmentations.
+
+    Raises:
+        UserError: a size that is not positive, or a `val_fraction` outside (0, 1).
+    """
+
+    def __init__(
+        self,
+        corpus: str = "tinyshakespeare",
+        block_size: int = 64,
+        batch_size: int = 16,
+        val_fraction: float = 0.1,
+        tokenizer: TokenizerConfig = TokenizerConfig(),
+        subword_sampling: SubwordSampling | None = None,
+        windows: Literal["epoch", "random"] = "epoch",
+        prompts: list[str] | str = [""],
+        num_workers: int = 0,
+        seed: int = 1337,
+    ) -> None:
+        super().__init__()
+        for name, value in (("block_size", block_size), ("batch_size", batch_size)):
+            if value < 1:
+                raise UserError(f"data.{name} must be at least 1, got {value}")
+        if not 0 < val_fraction < 1:
+            raise UserError(f"data.val_fraction must lie between 0 and 1, got {val_fraction}")
+        self.corpus, self.block_size, self.batch_size = corpus, block_size, batch_size
+        self.val_fraction, self.tokenizer_config = val_fraction, tokenizer
+        self.subword_sampling, self.windows, self.prompts = subword_sampling, windows, prompts
+        self.num_workers, self.seed = num_workers, seed
+        self.tokenizer: Tokenizer | None = None
+        """Encodes and decodes: set before `prepare_data` to use one from elsewhere, else known after `setup`."""
+
+    # Lightning's hooks
+
+    def prepare_data(self) -> None:
+        """Fetches the corpus, trains the tokenizer and encodes the text, unless the cache has it all.
+
+        Raises:
+            UserError: see `corpus.load` and `TokenizerConfig.train`; the text is too short; the cache is not writable.
+        """
+        if self._predicting():
+            return
+        text = corpora.load(self.corpus)
+        folder, fingerprint = self._store_key(text)
+        if not folder.exists():
+            train, val = corpora.split(text.text, self.val_fraction)
+            if not (train and val):
+                self._too_short("train" if not train else "validation", 0, len(text.text))
+            rank_zero_info(f"Preparing {len(text.text):,} characters of {text.source}")
+            tokenizer = self.tokenizer or self.tokenizer_config.train(train)
+            try:
+                TokenStore.write(folder, fingerprint, {"train": train, "val": val}, tokenizer)
+            except OSError as error:
+                raise UserError(
+                    f"cache folder '{folder.parent}' cannot be written ({error.strerror}): set LMLIGHT_CACHE to another"
+                ) from None
+        self._open(text)
+
+    def setup(self, stage: str) -> None:
+        """Opens the prepared tokens.
+
+        Raises:
+            UserError: the text is shorter than a block; the batch cannot be divided among the devices.
+        """
+        if self._predicting():
+            return
+        text = corpora.load(self.corpus)
+        store = self._open(text)
+        self.tokenizer = store.tokenizer
+        self._train_ids, self._val_ids = store.ids["train"], np.append(store.ids["train"][-1:], store.ids["val"])
+        self._train_counts = self._char_counts(self._train_ids, store.chars["train"])
+        self._val_counts = self._char_counts(store.ids["val"], store.chars["val"])
+        if not self.tokenizer.lossless:
+            rank_zero_warn(
+                "this tokenizer is lossy (it folds newlines and spaces): figures per character are per character of the "
+                "original text"
+            )
+        self._sampler = None
+        if self.subword_sampling and stage == "fit":
+            train, _ = corpora.split(text.text, self.val_fraction)
+            self._sampler = SubwordSampler(self.tokenizer, train, self.subword_sampling)
+
+    def train_dataloader(self) -> TrainLoader:
+        rank, world_size, accumulate = self._share()
+        if self.batch_size % (world_size * accumulate):
+            raise UserError(
+                f"data.batch_size {self.batch_size} is the whole step's: it must be a multiple of {world_size} "
+                f"processes × {accumulate} accumulated batches"
+            )
+        n_windows = windows_per_epoch(len(self._train_ids), self.block_size)
+        order = BatchOrder(n_windows, self.batch_size, rank, world_size, accumulate)
+        return TrainLoader(self._train_windows, order, self.num_workers)
+
+    def val_dataloader(self) -> DataLoader[Batch]:
+        return self._scoring_loader(stride=self.block_size)
+
+    def test_dataloader(self) -> list[DataLoader[Batch]]:
+        return [self._scoring_loader(stride=self.block_size), self._scoring_loader(stride=-(-self.block_size // 2))]
+
+    def predict_dataloader(self) -> DataLoader[str]:
+        # one at a time, so that each can be read as soon as it is written
+        return DataLoader(_read_prompts(self.prompts), batch_size=1, collate_fn=list)
+
+    # What they are made of
+
+    def _predicting(self) -> bool:
+        return self.trainer is not None and self.trainer.state.fn == TrainerFn.PREDICTING
+
+    def _share(self) -> tuple[int, int, int]:
+        """(rank, world_size, accumulate): one process where there is no trainer."""
+        if self.trainer is None:
+            return 0, 1, 1
+        return self.trainer.global_rank, self.trainer.world_size, self.trainer.accumulate_grad_batches
+
+    def _store_key(self, text: corpora.Corpus) -> tuple[Path, str]:
+        """Where the token store is, and the fingerprint of all that its content depends on."""
+        tokenizer = (
+            {"fingerprint": self.tokenizer.fingerprint}
+            if self.tokenizer
+            else {"config": asdict(self.tokenizer_config), "sentencepiece": sentencepiece.__version__}
+        )
+        depends_on = {"corpus": text.sha256, "val_fraction": self.val_fraction, "tokenizer": tokenizer}
+        fingerprint = hashlib.sha256(json.dumps(depends_on, sort_keys=True).encode()).hexdigest()
+        return corpora.cache_dir() / "tokens" / fingerprint[:16], fingerprint
+
+    def _open(self, text: corpora.Corpus) -> TokenStore:
+        """The store, if its splits are long enough.
+
+        Checked before anything else begins to run; a text that is too short raises `UserError`.
+        """
+        folder, fingerprint = self._store_key(text)
+        store = TokenStore(folder, fingerprint)
+        # a training window reads one token more than a block; validation begins with the last training token
+        for split, tokens, name in (("train", len(store.ids["train"]) - 1, "training"), ("val", len(store.ids["val"]), "validation")):
+            if tokens < self.block_size:
+                self._too_short(name, tokens, len(text.text), store.chars[split])
+        return store
+
+    def _too_short(self, name: str, tokens: int, chars: int, split_chars: int = 0) -> None:
+        share = self.val_fraction if name == "validation" else 1 - self.val_fraction
+        per_token = max(1.0, split_chars / max(1, tokens))
+        minimum = math.ceil((self.block_size + 1) * per_token / share)
+        raise UserError(
+            f"the {name} part of '{self.corpus}' has {tokens:,} tokens, fewer than one block of {self.block_size}: pass a "
+            f"text of at least some {minimum:,} characters (this one has {chars:,}), or lower --data.block_size"
+        )
+
+    def _char_counts(self, ids: npt.NDArray[np.integer], chars: int) -> npt.NDArray[np.number]:
+        """The characters each id stands for; for a lossy tokenizer, scaled so that they add up to the original text."""
+        assert self.tokenizer is not None
+        counts = self.tokenizer.char_counts
+        return counts if self.tokenizer.lossless else counts * (chars / counts[ids].sum())
+
+    def _train_windows(self, epoch: int) -> Windows:
+        ids, counts = self._train_ids, self._train_counts
+        if self._sampler:
+            original_chars = counts[ids].sum()
+            ids = self._sampler.draw(self.seed, epoch)
+            counts = self._char_counts(ids, original_chars)
+        starts = (epoch_starts if self.windows == "epoch" else random_starts)(
+            len(ids), self.block_size, self.seed, epoch
+        )
+        # every epoch has as many windows, however long its segmentation is
+        starts = np.resize(starts, windows_per_epoch(len(self._train_ids), self.block_size))
+        return Windows(ids, starts, self.block_size, counts)
+
+    def _scoring_loader(self, stride: int) -> DataLoader[Batch]:
+        """Every token of the validation text, the first of which is the last training token, scored once."""
+        starts, lengths, scored_from = np.array(scored_windows(len(self._val_ids), self.block_size, stride)).T
+        windows = Windows(self._val_ids, starts, lengths, self._val_counts, scored_from)
+        full = int((lengths == self.block_size).sum())  # only the last window can be shorter: a batch of its own
+        batches = [list(range(i, min(i + self.batch_size, full))) for i in range(0, full, self.batch_size)]
+        batches += [[i] for i in range(full, len(windows))]
+        # a generator of its own: the loader would take a number from the global one, which is training's
+        return DataLoader(windows, batch_sampler=batches, collate_fn=as_batch, generator=torch.Generator())
+
+
+class TrainLoader:
+    """The training batches, epoch after epoch.
+
+    Args:
+        windows: gives the windows of an epoch, in the order in which they are to be seen.
+        order: cuts that order into this process's batches.
+        num_workers: of the DataLoader that gathers them.
+    """
+
+    def __init__(self, windows: Callable[[int], Windows], order: BatchOrder, num_workers: int) -> None:
+        self._windows, self._order, self._num_workers = windows, order, num_workers
+        self.epoch = 0
+
+    @property
+    def sampler(self) -> TrainLoader:
+        """Itself: Lightning looks here for the `set_epoch` that it calls."""
+        return self
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self._order)
+
+    def __iter__(self) -> Iterator[Batch]:
+        # a generator, so begun at the first batch: Lightning calls `iter` before it says which epoch this is
+        yield from DataLoader(
+            self._windows(self.epoch),
+            batch_sampler=self._order,
+            collate_fn=as_batch,
+            num_workers=self._num_workers,
+            generator=torch.Generator(),
+        )
+
+
+def _read_prompts(prompts: Sequence[str] | str) -> list[str]:
+    """The prompts themselves, or the lines of a file of them.
+
+    Raises:
+        UserError: no such file, or not UTF-8.
+    """
+    if not isinstance(prompts, str):
+        return list(prompts)
+    try:
+        lines = Path(prompts).expanduser().read_bytes().decode("utf-8").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(
+            f"prompts file '{prompts}' cannot be read ({getattr(error, 'strerror', 'not UTF-8')}): pass a UTF-8 file with "
+            """one prompt a line, or a list: --data.prompts '["ROMEO:"]'"""
+        ) from None
+    lines = [line.removesuffix("\r") for line in lines]
+    return lines[:-1] if lines[-1] == "" else lines

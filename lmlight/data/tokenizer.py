@@ -1,0 +1,400 @@
+"""Text to token ids and back.
+
+- SentencePiece, unigram or BPE, made *lossless*: `decode(encode(text)) == text` for every Unicode string. Nothing is
+  normalised, newlines are a piece of their own, and a character that no piece covers becomes its UTF-8 bytes.
+  `lossless=False` is SentencePiece's default instead, which folds newlines and runs of spaces into one space.
+- The character vocabulary, as the baseline with the same interface.
+- Subword regularisation (Kudo 2018, https://arxiv.org/abs/1804.10959) drawn here rather than by SentencePiece, whose
+  generator does not repeat from one process to the next: the same (seed, epoch) gives the same pieces everywhere.
+
+Text is encoded line by line. Over a whole file SentencePiece adds up scores in fp32 until they are too large to tell
+two segmentations apart. Free of torch.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import math
+import random
+import re
+import warnings
+from abc import ABC, abstractmethod
+from bisect import bisect_right
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from itertools import accumulate, chain
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+import sentencepiece as spm
+
+from lmlight.errors import UserError
+
+SPACE = "\u2581"  # "▁": how SentencePiece writes a space inside its pieces
+# Fixed, since the result of unigram training depends on it: the same text gives the same pieces on any machine.
+TRAINING_THREADS = 4
+# SentencePiece silently skips training lines of more than 4,192 bytes: longer ones are cut, at 4 bytes a character.
+MAX_LINE_CHARS = 1000
+
+
+class Tokenizer(ABC):
+    """What the rest of the package needs of a tokenizer.
+
+    Attributes:
+        vocab_size: number of ids; they run from 0.
+        lossless: whether `decode(encode(text)) == text` for every text that can be encoded.
+        char_counts: (vocab_size,) the characters of text that each id stands for; a byte piece counts at the first byte
+            of its character, so a text's counts add up to its length where the tokenizer is lossless.
+    """
+
+    vocab_size: int
+    lossless: bool
+    char_counts: npt.NDArray[np.int64]
+
+    @abstractmethod
+    def encode(self, text: str) -> list[int]:
+        """The ids of `text`, always the same ones.
+
+        Raises:
+            UserError: a character that the vocabulary has no id for (the character vocabulary only).
+        """
+
+    @abstractmethod
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text that `ids` stand for; bytes that are not UTF-8 become U+FFFD."""
+
+    @abstractmethod
+    def to_bytes(self) -> bytes:
+        """All of it, for a file or a checkpoint; `from_bytes` is the way back."""
+
+    @property
+    def fingerprint(self) -> str:
+        """The SHA-256 of `to_bytes()`: equal for equal tokenizers only."""
+        return hashlib.sha256(self.to_bytes()).hexdigest()
+
+
+@dataclass(frozen=True)
+class TokenizerConfig:
+    """Which tokenizer to train on the training text.
+
+    Args:
+        kind: SentencePiece's unigram or BPE model, or the plain set of characters.
+        vocab_size: number of pieces, the 256 bytes of the lossless ones included; fewer where the text cannot fill them.
+            The character vocabulary has as many as there are characters.
+        lossless: keep every character. False is SentencePiece's default normalisation, which loses newlines.
+    """
+
+    kind: Literal["unigram", "bpe", "char"] = "unigram"
+    vocab_size: int = 1024
+    lossless: bool = True
+
+    def train(self, text: str) -> Tokenizer:
+        """A tokenizer of this kind for `text`.
+
+        Raises:
+            UserError: `vocab_size` is too small for the characters in the text, or there is no text to learn from.
+        """
+        if self.kind == "char":
+            return CharTokenizer(sorted(set(text)))
+        return SentencePieceTokenizer(_train_sentencepiece(text, self))
+
+
+def from_bytes(data: bytes) -> Tokenizer:
+    """The tokenizer that `to_bytes` wrote.
+
+    Raises:
+        ValueError: `data` is no tokenizer.
+    """
+    if data.startswith(b"{"):
+        return CharTokenizer(json.loads(data)["characters"])
+    return SentencePieceTokenizer(data)
+
+
+class CharTokenizer(Tokenizer):
+    """One id for each character, as in nanoGPT's character-level example.
+
+    Args:
+        characters: the vocabulary, in the order of the ids.
+    """
+
+    def __init__(self, characters: Iterable[str]) -> None:
+        self.characters = list(characters)
+        self.vocab_size = len(self.characters)
+        self.lossless = True
+        self.char_counts = np.ones(self.vocab_size, dtype=np.int64)
+        self._id_of = {character: index for index, character in enumerate(self.characters)}
+
+    def encode(self, text: str) -> list[int]:
+        try:
+            return [self._id_of[character] for character in text]
+        except KeyError as error:
+            raise UserError(
+                f"the character {error.args[0]!r} is not among the {self.vocab_size} of this character vocabulary, "
+                "which has those of the training text alone: leave it out, or use a unigram or bpe tokenizer"
+            ) from None
+
+    def decode(self, ids: Iterable[int]) -> str:
+        return "".join(self.characters[index] for index in ids)
+
+    def to_bytes(self) -> bytes:
+        return json.dumps({"kind": "char", "characters": "".join(self.characters)}).encode()
+
+
+class SentencePieceTokenizer(Tokenizer):
+    """A trained SentencePiece model.
+
+    Args:
+        model: the bytes of a `.model` file.
+
+    Raises:
+        ValueError: they are not one.
+    """
+
+    def __init__(self, model: bytes) -> None:
+        self._model = model
+        try:
+            self._processor = spm.SentencePieceProcessor(model_proto=model)
+        except RuntimeError as error:
+            raise ValueError(f"not a SentencePiece model: {error}") from None
+        self.vocab_size = self._processor.vocab_size()
+        self.pieces: list[str] = [self._processor.id_to_piece(index) for index in range(self.vocab_size)]
+        probe = "  a \n\n b "
+        self.lossless = self._processor.decode(self._processor.encode(probe)) == probe
+        self._newline: list[int] = self._processor.encode("\n") if self.lossless else []
+        self.char_counts = np.array(
+            [_starts_character(p) if self._processor.is_byte(i) else len(p) for i, p in enumerate(self.pieces)]
+        )
+
+    def encode(self, text: str) -> list[int]:
+        lines, ends = _split_lines(text, self.lossless)
+        encoded = self._processor.encode(lines)
+        return list(chain.from_iterable(chain(ids, self._end_ids(end)) for ids, end in zip(encoded, ends)))
+
+    def decode(self, ids: Iterable[int]) -> str:
+        return self._processor.decode(list(ids))
+
+    def to_bytes(self) -> bytes:
+        return self._model
+
+    def _end_ids(self, end: str) -> list[int]:
+        return self._newline if end == "\n" else self._bytes(end)
+
+    def _bytes(self, text: str) -> list[int]:
+        return [self._processor.piece_to_id(f"<0x{byte:02X}>") for byte in text.encode()]
+
+
+def _split_lines(text: str, lossless: bool) -> tuple[list[str], list[str]]:
+    """Lines that SentencePiece may see, and what ended each: a newline, nothing, or a literal "▁".
+
+    The latter would come back as a space, so `encode` writes it as bytes.
+    """
+    parts = re.split(f"([\n{SPACE}])", text) if lossless else re.split("(\n)", text)
+    return parts[::2], [*parts[1::2], ""]
+
+
+def _starts_character(byte_piece: str) -> int:
+    """1 if this byte piece (`<0xE2>`) is the first of a character's UTF-8 bytes, 0 if it continues one."""
+    return int(int(byte_piece[3:5], 16) & 0xC0 != 0x80)
+
+
+def _train_sentencepiece(text: str, config: TokenizerConfig) -> bytes:
+    lines = [
+        line[start : start + MAX_LINE_CHARS]
+        for line in _split_lines(text, config.lossless)[0]
+        for start in range(0, len(line), MAX_LINE_CHARS)
+    ]
+    options: dict[str, object] = {
+        "model_type": config.kind,
+        "vocab_size": config.vocab_size,
+        "num_threads": TRAINING_THREADS,
+        "max_sentence_length": 4 * MAX_LINE_CHARS,
+        "minloglevel": 2,
+    }
+    if config.lossless:
+        options |= {
+            "normalization_rule_name": "identity",
+            "remove_extra_whitespaces": False,
+            "add_dummy_prefix": False,
+            "byte_fallback": True,
+            "character_coverage": 1.0,
+            # alone: overlapping user symbols ("\n\n") can tie
+            "user_defined_symbols": ["\n"],
+            "bos_id": -1,
+            "eos_id": -1,
+        }
+    for _ in range(2):
+        model = io.BytesIO()
+        try:
+            spm.SentencePieceTrainer.train(sentence_iterator=iter(lines), model_writer=model, **options)
+            return model.getvalue()
+        except RuntimeError as error:
+            if too_high := re.search(r"Vocabulary size too high .* value <= (\d+)", str(error)):
+                largest = int(too_high[1])
+                warnings.warn(
+                    f"vocab_size {config.vocab_size:,} is more than this text can fill: training {largest:,} pieces, "
+                    "the most that it gives",
+                    stacklevel=2,
+                )
+                options["vocab_size"] = largest
+            elif too_small := re.search(r"smaller than required_chars\. \d+ vs (\d+)", str(error)):
+                raise UserError(
+                    f"vocab_size {config.vocab_size:,} is too small: this text's characters"
+                    f"{' and the 256 bytes' if config.lossless else ''} need at least {int(too_small[1]):,} pieces; "
+                    "raise --data.tokenizer.vocab_size"
+                ) from None
+            else:
+                raise UserError(f"SentencePiece cannot learn pieces from this text ({error}): pass more of it") from None
+    raise AssertionError("SentencePiece refused the size that it had asked for")
+
+
+@dataclass(frozen=True)
+class SubwordSampling:
+    """Subword regularisation: a fresh segmentation of the training text in each epoch.
+
+    Args:
+        alpha: how much the pieces' scores count: 0 draws all segmentations alike, large values always take the best.
+        nbest_size: draw among the so many best segmentations of each word; -1 among all of them.
+
+    Raises:
+        UserError: a negative `alpha`, or an `nbest_size` that is neither -1 nor at least 2.
+    """
+
+    alpha: float = 0.1
+    nbest_size: int = -1
+
+    def __post_init__(self) -> None:
+        if self.alpha < 0:
+            raise UserError(f"subword_sampling.alpha must be 0 or more, got {self.alpha}")
+        if self.nbest_size != -1 and self.nbest_size < 2:
+            raise UserError(f"subword_sampling.nbest_size must be -1 (all) or at least 2, got {self.nbest_size}")
+
+
+# One way to go on with a word, drawn by its cumulative weight: the ids that end at a position, and where they begin.
+Choices = tuple[list[float], list[int], list[list[int]]]
+
+
+class SubwordSampler:
+    """Draws segmentations of one text.
+
+    Pieces never cross a space or a newline, so the text's lattice of segmentations falls apart into those of its words,
+    and each distinct word is worked out once: its lattice is summed from the left, and a segmentation is drawn from the
+    right (forward filtering, backward sampling), exactly SentencePiece's distribution. Shakespeare's million
+    characters take 1 s to prepare and 0.6 s a draw.
+
+    Args:
+        tokenizer: must be a unigram model, for BPE's merges have no scores.
+        text: what to segment.
+        sampling: how to draw.
+
+    Raises:
+        UserError: the tokenizer has no scores to sample by.
+    """
+
+    # n-best lists of unbroken stretches (Chinese, a URL) grow without bound: longer ones are cut before listing.
+    MAX_NBEST_CHARS = 64
+
+    def __init__(self, tokenizer: Tokenizer, text: str, sampling: SubwordSampling) -> None:
+        if not isinstance(tokenizer, SentencePieceTokenizer) or not _is_unigram(tokenizer):
+            raise UserError(
+                "subword_sampling draws by a unigram model's scores, which bpe and char tokenizers do not have: "
+                "set --data.tokenizer.kind unigram, or --data.subword_sampling null"
+            )
+        self._tokenizer, self._processor, self._sampling = tokenizer, tokenizer._processor, sampling
+        # ids of what can be met in a lattice; SentencePiece never matches byte pieces or <unk> against text
+        self._scores = {
+            piece: (index, self._processor.get_score(index))
+            for index, piece in enumerate(tokenizer.pieces)
+            if not (self._processor.is_byte(index) or self._processor.is_unknown(index))
+            and not self._processor.is_control(index)
+        }
+        self._longest = max(map(len, self._scores))
+        self._unknown_score = min(score for _, score in self._scores.values()) - 10  # SentencePiece's kUnkPenalty
+
+        numbers: dict[str, int] = {}
+        self._text: list[int] = [numbers.setdefault(word, len(numbers)) for word in self._words(text)]
+        choices = self._lattice if sampling.nbest_size == -1 else self._nbest
+        self._words_choices = [choices(word) for word in numbers]
+
+    def draw(self, seed: int, epoch: int) -> npt.NDArray[np.int64]:
+        """The ids of one segmentation of the text, a pure function of (`seed`, `epoch`)."""
+        uniform = random.Random(f"subword {seed} {epoch}").random
+        ids: list[int] = []
+        for word in self._text:
+            positions = self._words_choices[word]
+            end = len(positions) - 1
+            backwards = []
+            while end > 0:
+                cumulative, starts, pieces = positions[end]
+                which = bisect_right(cumulative, uniform() * cumulative[-1]) if len(cumulative) > 1 else 0
+                which = min(which, len(starts) - 1)
+                backwards.append(pieces[which])
+                end = starts[which]
+            for piece in reversed(backwards):
+                ids += piece
+        return np.array(ids, dtype=np.int64)
+
+    def _words(self, text: str) -> Iterator[str]:
+        """The text as SentencePiece sees it, cut where no piece can cross: before each space, around each newline."""
+        for line, end in zip(*_split_lines(text, self._tokenizer.lossless)):
+            normal = line.replace(" ", SPACE) if self._tokenizer.lossless else self._processor.normalize(line)
+            yield from re.findall(f"{SPACE}?[^{SPACE}]+|{SPACE}", normal)
+            if end and self._tokenizer.lossless:
+                yield "\n" if end == "\n" else "literal " + SPACE
+
+    def _special(self, word: str) -> list[int] | None:
+        """The ids of what is not segmented: a newline, a literal "▁"."""
+        if word in ("\n", "literal " + SPACE):
+            return self._tokenizer._end_ids(word[-1])
+        return None
+
+    def _unknown(self, character: str) -> list[int]:
+        return self._tokenizer._bytes(character) if self._tokenizer.lossless else [self._processor.unk_id()]
+
+    def _lattice(self, word: str) -> list[Choices]:
+        """For each end position in `word`, the pieces that may end there, by cumulative probability."""
+        if (special := self._special(word)) is not None:
+            return [([], [], []), ([1.0], [0], [special])]
+        total = [0.0]  # total[e]: log of the summed weight of all segmentations of word[:e]
+        positions: list[Choices] = [([], [], [])]
+        for end in range(1, len(word) + 1):
+            logs, starts, pieces = [], [], []
+            for start in range(max(0, end - self._longest), end):
+                known = self._scores.get(word[start:end])
+                if known is not None:
+                    ids, score = [known[0]], known[1]
+                elif start == end - 1:
+                    ids, score = self._unknown(word[start]), self._unknown_score
+                else:
+                    continue
+                logs.append(total[start] + self._sampling.alpha * score)
+                starts.append(start)
+                pieces.append(ids)
+            best = max(logs)
+            cumulative = list(accumulate(math.exp(log - best) for log in logs))
+            total.append(best + math.log(cumulative[-1]))
+            positions.append((cumulative, starts, pieces))
+        return positions
+
+    def _nbest(self, word: str) -> list[Choices]:
+        """The `nbest_size` best segmentations of `word`, as choices that each reach back to its start."""
+        if (special := self._special(word)) is not None:
+            return [([], [], []), ([1.0], [0], [special])]
+        positions: list[Choices] = [([], [], [])]
+        for start in range(0, len(word), self.MAX_NBEST_CHARS):
+            stretch = word[start : start + self.MAX_NBEST_CHARS]
+            candidates = self._processor.nbest_encode(stretch, nbest_size=self._sampling.nbest_size, out_type=int)
+            logs = [self._sampling.alpha * sum(map(self._processor.get_score, ids)) for ids in candidates]
+            best = max(logs)
+            cumulative = list(accumulate(math.exp(log - best) for log in logs))
+            positions.append((cumulative, [len(positions) - 1] * len(candidates), candidates))
+        return positions
+
+
+def _is_unigram(tokenizer: SentencePieceTokenizer) -> bool:
+    """Unigram scores are log-probabilities; BPE's are the negated ranks of its merges, whole numbers."""
+    processor = tokenizer._processor
+    learnt = [i for i in range(processor.vocab_size()) if not (processor.is_byte(i) or processor.is_unknown(i))]
+    return any(not processor.get_score(i).is_integer() for i in learnt)

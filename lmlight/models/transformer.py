@@ -1,0 +1,284 @@
+"""The decoder-only transformer, from small to whole: norm, rotary positions, attention, MLP, block, net.
+
+- Pre-norm residual blocks; attention through `scaled_dot_product_attention`.
+- The options are those of stock architectures, so that a trained net can be exported: `GPT2` and `LLAMA` are presets.
+- Attention is its own module and does more than the decoder asks of it: without the causal mask it is an encoder's,
+  with a `context` it is cross-attention.
+
+Axes: B rows, T positions, S positions attended to, C = n_embd channels, H = n_head heads, D = C / H, V vocabulary.
+
+Papers: Vaswani et al. 2017 (https://arxiv.org/abs/1706.03762); pre-norm GPT-2, Radford et al. 2019; RMSNorm, Zhang and
+Sennrich 2019 (https://arxiv.org/abs/1910.07467); rotary positions, Su et al. 2021 (https://arxiv.org/abs/2104.09864);
+SwiGLU, Shazeer 2020 (https://arxiv.org/abs/2002.05202); ReLU², So et al. 2021 (https://arxiv.org/abs/2109.08668);
+grouped queries, Ainslie et al. 2023 (https://arxiv.org/abs/2305.13245); query/key norm, Henry et al. 2020
+(https://arxiv.org/abs/2010.04245).
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lmlight.errors import UserError
+from lmlight.models.base import Net, init_arguments
+
+NORM_EPS = 1e-5
+ROPE_BASE = 10000.0
+
+GPT2: dict[str, Any] = {"norm": "layernorm", "positions": "learned", "mlp": "gelu", "bias": True, "tie": True}
+"""`Transformer` arguments that give GPT-2's architecture; sizes are added to them."""
+LLAMA: dict[str, Any] = {"norm": "rmsnorm", "positions": "rotary", "mlp": "swiglu", "bias": False, "tie": False}
+"""`Transformer` arguments that give Llama's architecture; with `qk_norm`, Qwen3's."""
+
+NormName = Literal["rmsnorm", "layernorm"]
+
+
+def make_norm(name: NormName, size: int, bias: bool) -> nn.Module:
+    return nn.RMSNorm(size, eps=NORM_EPS) if name == "rmsnorm" else nn.LayerNorm(size, eps=NORM_EPS, bias=bias)
+
+
+def rotary_table(positions: int, head_size: int) -> Tensor:
+    """Cosines and sines of the angles by which rotary positions turn each pair of channels.
+
+    Returns:
+        (2, positions, D): cosines, then sines, each angle twice for the two halves that it turns.
+    """
+    frequencies = ROPE_BASE ** (-torch.arange(0, head_size, 2, dtype=torch.float64) / head_size)  # (D / 2,)
+    angles = torch.outer(torch.arange(positions, dtype=torch.float64), frequencies)
+    angles = torch.cat((angles, angles), dim=-1)  # split halves, as the stock architectures store them
+    return torch.stack((angles.cos(), angles.sin())).float()
+
+
+def rotate(x: Tensor, table: Tensor) -> Tensor:
+    """Turns channel i and channel i + D/2 by the angle of the position: (..., T, D) with a (2, T, D) table."""
+    cos, sin = table
+    first, second = x.chunk(2, dim=-1)
+    return x * cos + torch.cat((-second, first), dim=-1) * sin
+
+
+def attention_weights(q: Tensor, k: Tensor, causal: bool) -> Tensor:
+    """How much each position attends to each other one: the four lines that the fused kernel computes.
+
+    Args:
+        q: (B, H, T, D) queries.
+        k: (B, H, S, D) keys.
+        causal: hide position s from position t < s.
+
+    Returns:
+        (B, H, T, S); each row adds up to 1.
+    """
+    scores = q @ k.mT / math.sqrt(q.size(-1))
+    if causal:
+        future = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).triu(1)
+        scores = scores.masked_fill(future, -math.inf)
+    return scores.softmax(dim=-1)
+
+
+class Attention(nn.Module):
+    """Multi-head attention: each position asks (query), each offers itself (key) and gives (value).
+
+    Args:
+        n_embd: C.
+        n_head: H.
+        n_kv_head: heads of keys and values, each shared by `n_head / n_kv_head` query heads.
+        dropout: of attention weights and of the output, while training.
+        bias: in the linear maps.
+        qk_norm: RMSNorm of queries and keys, head by head.
+    """
+
+    def __init__(
+        self,
+        n_embd: int,
+        n_head: int,
+        n_kv_head: int | None = None,
+        dropout: float = 0.0,
+        bias: bool = False,
+        qk_norm: bool = False,
+    ) -> None:
+        super().__init__()
+        self.n_head, self.n_kv_head, self.head_size = n_head, n_kv_head or n_head, n_embd // n_head
+        self.dropout = dropout
+        self.query = nn.Linear(n_embd, n_head * self.head_size, bias=bias)
+        self.key_value = nn.Linear(n_embd, 2 * self.n_kv_head * self.head_size, bias=bias)
+        self.output = nn.Linear(n_embd, n_embd, bias=bias)
+        self.q_norm = nn.RMSNorm(self.head_size, eps=NORM_EPS) if qk_norm else nn.Identity()
+        self.k_norm = nn.RMSNorm(self.head_size, eps=NORM_EPS) if qk_norm else nn.Identity()
+
+    def project(
+        self, x: Tensor, context: Tensor | None = None, rotary: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries (B, H, T, D), keys and values (B, H, S, D) as they enter the attention; heads of a group repeated."""
+        B, T, _ = x.shape
+        source = x if context is None else context
+        q = self.query(x).view(B, T, self.n_head, self.head_size).transpose(1, 2)  # (B, H, T, D)
+        kv = self.key_value(source).view(B, source.size(1), 2 * self.n_kv_head, self.head_size).transpose(1, 2)
+        k, v = kv.chunk(2, dim=1)  # (B, H_kv, S, D)
+        q, k = self.q_norm(q), self.k_norm(k)
+        if rotary is not None:
+            q, k = rotate(q, rotary), rotate(k, rotary)
+        if self.n_kv_head != self.n_head:
+            k, v = (t.repeat_interleave(self.n_head // self.n_kv_head, dim=1) for t in (k, v))
+        return q, k, v
+
+    def forward(
+        self, x: Tensor, context: Tensor | None = None, rotary: Tensor | None = None, causal: bool = True
+    ) -> Tensor:
+        """What each position of `x` gathers.
+
+        Args:
+            x: (B, T, C).
+            context: (B, S, C) attended to instead of `x` itself (cross-attention).
+            rotary: `rotary_table` of the T positions, for self-attention.
+            causal: no position sees a later one.
+
+        Returns:
+            (B, T, C).
+        """
+        q, k, v = self.project(x, context, rotary)
+        dropout = self.dropout if self.training else 0.0
+        y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=causal)  # (B, H, T, D)
+        y = self.output(y.transpose(1, 2).flatten(2))
+        return F.dropout(y, self.dropout, self.training)
+
+
+class MLP(nn.Module):
+    """What each position does with what it has gathered; the hidden layer is 4 C wide, or 8/3 C with a gate."""
+
+    def __init__(self, n_embd: int, kind: Literal["gelu", "relu2", "swiglu"], dropout: float, bias: bool) -> None:
+        super().__init__()
+        self.kind, self.dropout = kind, dropout
+        # the gate is a third matrix: 8/3 in place of 4 keeps the number of weights, in eights for the hardware's sake
+        self.hidden = 8 * round(n_embd / 3) if kind == "swiglu" else 4 * n_embd
+        self.up = nn.Linear(n_embd, 2 * self.hidden if kind == "swiglu" else self.hidden, bias=bias)
+        self.down = nn.Linear(self.hidden, n_embd, bias=bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.up(x)  # (B, T, hidden), or gate and value side by side
+        if self.kind == "swiglu":
+            gate, value = h.chunk(2, dim=-1)
+            h = F.silu(gate) * value
+        elif self.kind == "relu2":
+            h = F.relu(h).square()
+        else:
+            h = F.gelu(h, approximate="tanh")  # GPT-2's
+        return F.dropout(self.down(h), self.dropout, self.training)
+
+
+class Block(nn.Module):
+    """Communication, then computation, each added to a residual stream that passes untouched."""
+
+    def __init__(self, attention: Attention, mlp: MLP, norm: NormName, n_embd: int, bias: bool) -> None:
+        super().__init__()
+        self.attention_norm, self.attention = make_norm(norm, n_embd, bias), attention
+        self.mlp_norm, self.mlp = make_norm(norm, n_embd, bias), mlp
+
+    def forward(self, x: Tensor, rotary: Tensor | None) -> Tensor:
+        x = x + self.attention(self.attention_norm(x), rotary=rotary)
+        return x + self.mlp(self.mlp_norm(x))
+
+
+class Transformer(Net):
+    """A decoder-only transformer.
+
+    Args:
+        vocab_size: V.
+        block_size: the longest context.
+        n_layer: blocks.
+        n_head: attention heads in a block; must divide `n_embd`.
+        n_embd: width of the residual stream.
+        n_kv_head: heads of keys and values (grouped-query attention); must divide `n_head`. Null is as many as `n_head`.
+        dropout: after the embedding, in attention and after each half of a block.
+        norm: RMSNorm, or LayerNorm.
+        positions: rotary, turning queries and keys; or a learned vector for each position, added to the token's.
+        mlp: GELU or ReLU² with a hidden layer of 4 n_embd, or SwiGLU with 8/3 n_embd and a gate.
+        qk_norm: normalise queries and keys.
+        bias: in linear maps and LayerNorm.
+        tie: use the token embedding as the output layer too.
+
+    Raises:
+        UserError: a size that is not positive, or sizes that do not fit each other.
+    """
+
+    def __init__(
+        self,
+        vocab_size: int,
+        block_size: int,
+        n_layer: int = 4,
+        n_head: int = 4,
+        n_embd: int = 128,
+        n_kv_head: int | None = None,
+        dropout: float = 0.0,
+        norm: NormName = "rmsnorm",
+        positions: Literal["rotary", "learned"] = "rotary",
+        mlp: Literal["gelu", "relu2", "swiglu"] = "swiglu",
+        qk_norm: bool = False,
+        bias: bool = False,
+        tie: bool = False,
+    ) -> None:
+        super().__init__(init_arguments(locals()))
+        _check_sizes(**{k: self.config[k] for k in ("n_layer", "n_head", "n_embd", "n_kv_head", "dropout", "positions")})
+        self.dropout = dropout
+        self.embedding = nn.Embedding(vocab_size, n_embd)
+        self.positions = nn.Embedding(block_size, n_embd) if positions == "learned" else None
+        rotary = rotary_table(block_size, n_embd // n_head) if positions == "rotary" else None
+        self.register_buffer("rotary", rotary, persistent=False)
+        self.rotary: Tensor | None
+        self.blocks = nn.ModuleList(
+            Block(
+                Attention(n_embd, n_head, n_kv_head, dropout, bias, qk_norm), MLP(n_embd, mlp, dropout, bias), norm, n_embd, bias
+            )
+            for _ in range(n_layer)
+        )
+        self.norm = make_norm(norm, n_embd, bias)
+        self.head = nn.Linear(n_embd, vocab_size, bias=False)
+        if tie:
+            self.head.weight = self.embedding.weight
+        self._initialise()
+
+    def _initialise(self) -> None:
+        """GPT-2's: normal weights of 0.02, smaller where a branch joins the stream that 2 n_layer of them add up in."""
+        for name, parameter in self.named_parameters():
+            if name.endswith("bias"):
+                nn.init.zeros_(parameter)
+            elif parameter.dim() == 2:
+                joins = name.endswith(("output.weight", "down.weight"))
+                nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * len(self.blocks)) if joins else 0.02)
+
+    def forward(self, idx: Tensor) -> Tensor:
+        T = idx.size(1)
+        assert T <= self.block_size, f"{T} positions, block_size {self.block_size}"
+        x = self.embedding(idx)  # (B, T, C)
+        if self.positions is not None:
+            x = x + self.positions.weight[:T]
+        x = F.dropout(x, self.dropout, self.training)
+        rotary = None if self.rotary is None else self.rotary[:, :T]
+        for block in self.blocks:
+            x = block(x, rotary)
+        return self.head(self.norm(x))  # (B, T, V)
+
+    def flops_per_token(self) -> int:
+        matrices = sum(m.weight.numel() for m in self.modules() if isinstance(m, nn.Linear))
+        attention = 2 * len(self.blocks) * self.block_size * self.config["n_embd"]  # scores, and the sum of the values
+        return 2 * (matrices + attention)
+
+
+def _check_sizes(
+    n_layer: int, n_head: int, n_embd: int, n_kv_head: int | None, dropout: float, positions: str
+) -> None:
+    for name, value in (("n_layer", n_layer), ("n_head", n_head), ("n_embd", n_embd), ("n_kv_head", n_kv_head)):
+        if value is not None and value < 1:
+            raise UserError(f"{name} must be at least 1, got {value}")
+    if n_embd % n_head:
+        raise UserError(f"n_embd must be a multiple of n_head, got n_embd {n_embd} and n_head {n_head}")
+    if n_kv_head and n_head % n_kv_head:
+        raise UserError(f"n_head must be a multiple of n_kv_head, got n_head {n_head} and n_kv_head {n_kv_head}")
+    if positions == "rotary" and (n_embd // n_head) % 2:
+        raise UserError(
+            f"rotary positions turn pairs of channels: n_embd / n_head must be even, got {n_embd} / {n_head}"
+        )
+    if not 0 <= dropout < 1:
+        raise UserError(f"dropout must lie in [0, 1), got {dropout}")

@@ -1,0 +1,211 @@
+"""LanguageModel: a net as Lightning trains it, and as it speaks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any, overload
+
+import torch
+import torch.nn.functional as F
+from lightning.pytorch import LightningModule
+from lightning.pytorch.cli import OptimizerCallable
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from torch import Tensor
+
+from lmlight import checkpoint as checkpoints
+from lmlight.data.tokenizer import Tokenizer
+from lmlight.data.tokens import UNSCORED, Batch
+from lmlight.errors import UserError
+from lmlight.generation import Sampling, generate
+from lmlight.metrics import TextLoss
+from lmlight.models import Net, Transformer
+from lmlight.optim import Schedule, parameter_groups
+
+NetCallable = Callable[[int, int], Net]
+"""Makes a net from (vocab_size, block_size), the two sizes that the data decides."""
+
+
+class LanguageModel(LightningModule):
+    """Trains a net to predict the next token, evaluates it per character, and generates text with it.
+
+    The net is made when the sizes that depend on the data are known: from the trainer's datamodule, or from a checkpoint.
+
+    Args:
+        net: what is trained; every size but the vocabulary's and the block's, which the data decides.
+        optimizer: of the weights; its weight decay is applied to matrices only.
+        schedule: the learning rate over the run.
+        sampling: how `predict` and `generate` sample, where a call does not say otherwise.
+
+    Attributes:
+        tokenizer: encodes prompts and decodes what comes; None until known.
+        net: the net; None until made.
+        settings: plain values that travel in the checkpoint; the command line keeps its own here.
+    """
+
+    def __init__(
+        self,
+        net: NetCallable = lambda vocab_size, block_size: Transformer(vocab_size, block_size),
+        optimizer: OptimizerCallable = lambda params: torch.optim.AdamW(params, lr=2e-3, weight_decay=0.1, fused=True),
+        schedule: Schedule = Schedule(),
+        sampling: Sampling = Sampling(),
+    ) -> None:
+        super().__init__()
+        self._make_net, self._make_optimizer = net, optimizer
+        self.schedule, self.sampling = schedule, sampling
+        self.tokenizer: Tokenizer | None = None
+        self.block_size: int | None = None
+        self.net: Net | None = None
+        self.settings: dict[str, Any] = {}
+        self.val_loss, self.test_loss, self.sliding_loss = TextLoss(), TextLoss(), TextLoss()
+
+    @classmethod
+    def load_from_checkpoint(cls, checkpoint_path: str | Path) -> LanguageModel:  # type: ignore[override]
+        """The model in a checkpoint file, on the CPU, ready to `generate`; nothing but the file is needed.
+
+        Replaces Lightning's method of this name, which calls what the file names and can be talked into running code.
+
+        Raises:
+            UserError: see `checkpoint.read`.
+        """
+        content = checkpoints.read(checkpoint_path)
+        net = checkpoints.net_of(content)
+        model = cls(net=partial(type(net), **{k: v for k, v in net.config.items() if k not in ("vocab_size", "block_size")}))
+        model.net, model.tokenizer, model.block_size = net, checkpoints.tokenizer_of(content), net.block_size
+        model.settings = content[checkpoints.KEY]["settings"]
+        return model.eval()
+
+    # Lightning's hooks, in the order in which they are called
+
+    def setup(self, stage: str) -> None:
+        data = getattr(self.trainer, "datamodule", None)
+        if self.tokenizer is None:
+            self.tokenizer = getattr(data, "tokenizer", None)
+        if self.block_size is None:
+            self.block_size = getattr(data, "block_size", None)
+        if self.tokenizer is None or self.block_size is None:
+            raise UserError(
+                "the model has no tokenizer: train with a TextDataModule, or load a checkpoint (--ckpt_path) to predict"
+            )
+        if stage != "predict" and data is not None and data.block_size > self.block_size:
+            raise UserError(
+                f"data.block_size {data.block_size} is longer than the {self.block_size} tokens that this model takes: "
+                "lower it"
+            )
+
+    def configure_model(self) -> None:
+        if self.net is None:
+            assert self.tokenizer is not None and self.block_size is not None
+            self.net = self._make_net(self.tokenizer.vocab_size, self.block_size)
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        optimizer = self._make_optimizer(parameter_groups(self._net()))
+        total_steps = self.trainer.max_steps
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: self.schedule.factor(step, total_steps))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        loss = F.cross_entropy(self(batch.inputs).flatten(0, 1), batch.targets.flatten())  # nats per token
+        if self._log_due():
+            self.log("train/loss", loss, prog_bar=True)
+        return loss
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        if self._log_due():
+            gradients = [p.grad for p in self.parameters() if p.grad is not None]
+            self.log("grad_norm", torch.nn.utils.get_total_norm(gradients))
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        self._score(batch, self.val_loss)
+
+    def on_validation_epoch_end(self) -> None:
+        self._report("val", self.val_loss)
+
+    def test_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
+        self._score(batch, self.sliding_loss if dataloader_idx else self.test_loss)
+
+    def on_test_epoch_end(self) -> None:
+        self._report("test", self.test_loss)
+        self._report("test_sliding", self.sliding_loss)
+
+    def predict_step(self, batch: Sequence[str], batch_idx: int) -> list[str]:
+        return self.generate(list(batch))
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        assert self.tokenizer is not None
+        checkpoint[checkpoints.KEY] = checkpoints.describe(self._net(), self.tokenizer, self.settings)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        described = checkpoint[checkpoints.KEY]["net"]
+        ours = {"class": type(self._net()).__name__, **self._net().config}
+        theirs = {"class": described["class"], **described["config"]}
+        # a net may go on with another dropout, or where it has no learned positions with another block size
+        differing = {k for k in ours.keys() | theirs.keys() if ours.get(k) != theirs.get(k)} - {"dropout"}
+        if differing:
+            what = ", ".join(f"{k} {theirs.get(k)} in the checkpoint, {ours.get(k)} here" for k in sorted(differing))
+            raise UserError(f"this checkpoint is of another net ({what}): drop the flags that differ")
+
+    # Using it
+
+    def forward(self, idx: Tensor) -> Tensor:
+        """(B, T) ids to (B, T, V) logits."""
+        return self._net()(idx)
+
+    @overload
+    def generate(self, prompt: str, **changes: Any) -> str: ...
+    @overload
+    def generate(self, prompt: list[str], **changes: Any) -> list[str]: ...
+    @overload
+    def generate(self, prompt: Tensor, **changes: Any) -> Tensor: ...
+    def generate(self, prompt: str | list[str] | Tensor = "", **changes: Any) -> str | list[str] | Tensor:
+        """Continues a prompt.
+
+        Args:
+            prompt: a text; a list of texts, of any lengths, each continued as if it were alone; or (B, T) ids. An empty
+                text starts from nothing: the first token is drawn as if a line had just ended.
+            changes: of `self.sampling` for this call: `max_new_tokens`, `temperature`, `top_k`, `top_p`, `seed`.
+
+        Returns:
+            what `prompt` is, with its continuation.
+
+        Raises:
+            UserError: a value out of range; a prompt with a character that the tokenizer does not know.
+        """
+        sampling = replace(self.sampling, **changes)
+        was_training = self.training
+        self.eval()
+        try:
+            if isinstance(prompt, Tensor):
+                return generate(self._net(), prompt.to(self.device), sampling)
+            texts = [self._continue(text, sampling) for text in ([prompt] if isinstance(prompt, str) else prompt)]
+            return texts[0] if isinstance(prompt, str) else texts
+        finally:
+            self.train(was_training)
+
+    # Details
+
+    def _continue(self, text: str, sampling: Sampling) -> str:
+        assert self.tokenizer is not None
+        ids = self.tokenizer.encode(text)
+        begin = ids or self.tokenizer.encode("\n") or [0]  # a lossy tokenizer has no newline: the notebook's token 0
+        out = generate(self._net(), torch.tensor([begin], device=self.device), sampling)[0].tolist()
+        return self.tokenizer.decode(out if ids else out[len(begin) :])
+
+    def _net(self) -> Net:
+        assert self.net is not None, "the net is made when the data's sizes are known: see configure_model"
+        return self.net
+
+    def _log_due(self) -> bool:
+        """Whether this step's figures reach the logs: `self.log` on every step costs 1 ms, a fifth of a small step."""
+        return (self.global_step + 1) % self.trainer.log_every_n_steps == 0
+
+    def _score(self, batch: Batch, metric: TextLoss) -> None:
+        logits = self(batch.inputs).flatten(0, 1).float()  # (B * T, V)
+        losses = F.cross_entropy(logits, batch.targets.flatten(), reduction="none", ignore_index=UNSCORED)
+        metric.update(losses.view_as(batch.targets), batch.targets, batch.target_chars)
+
+    def _report(self, stage: str, metric: TextLoss) -> None:
+        self.log_dict({f"{stage}/{name}": value.float() for name, value in metric.compute().items()})
+        metric.reset()
