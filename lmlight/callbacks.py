@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import sys
 import time
+import unicodedata
+from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -41,6 +43,13 @@ class RunLogger(TensorBoardLogger):
             except FileExistsError:
                 number += 1
 
+    def finalize(self, status: str) -> None:
+        super().finalize(status)
+        if status == "failed":  # a run that failed before it began leaves no folder: `rmdir` takes empty ones alone
+            with suppress(OSError):
+                Path(self.log_dir).rmdir()
+                Path(self.root_dir).rmdir()
+
 
 class RunProgress(ProgressBar):
     """One bar for the whole run, and one line for each validation; without a terminal, the lines alone."""
@@ -75,7 +84,7 @@ class RunProgress(ProgressBar):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         # `refresh` goes to the terminal; `n` is for free, and the bar need not move more often than the figures do
-        if self._bar is not None and trainer.global_step % trainer.log_every_n_steps == 0:
+        if self._bar is not None and trainer.global_step % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
             self._bar.set_postfix(_figures(trainer), refresh=False)
             self._bar.update(trainer.global_step - self._bar.n)
 
@@ -137,4 +146,9 @@ class PrintPredictions(Callback):
     ) -> None:
         if batch_idx:
             print("-" * 40)
-        print(*outputs, sep="\n", flush=True)
+        print(*map(printable, outputs), sep="\n", flush=True)
+
+
+def printable(text: str) -> str:
+    """Text for a terminal: a young model writes any byte, and control characters would move the cursor or worse."""
+    return "".join(c if c in "\n\t" or unicodedata.category(c) != "Cc" else "\ufffd" for c in text)

@@ -48,9 +48,13 @@ def read(path: str | Path) -> dict[str, Any]:
     try:
         content = torch.load(Path(path).expanduser(), map_location="cpu", weights_only=True)
     except FileNotFoundError:
-        raise UserError(f"no checkpoint at '{path}': pass the path of a .ckpt file, as `lmlight fit` prints it") from None
+        raise UserError(
+            f"no checkpoint at '{path}': pass the path of a .ckpt file, as `lmlight fit` prints it"
+        ) from None
     except OSError as error:
-        raise UserError(f"checkpoint '{path}' cannot be read ({error.strerror}): pass the path of a .ckpt file") from None
+        raise UserError(
+            f"checkpoint '{path}' cannot be read ({error.strerror}): pass the path of a .ckpt file"
+        ) from None
     except pickle.UnpicklingError as error:
         if "weights_only" in str(error) or "Weights only" in str(error):
             raise UserError(

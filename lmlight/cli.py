@@ -14,18 +14,17 @@ import os
 import sys
 import warnings
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
-from jsonargparse import ArgumentError, Namespace
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities import rank_zero_only
 
+from lmlight import __version__
 from lmlight import checkpoint as checkpoints
-from lmlight.callbacks import PrintPredictions, RunProgress, SampleText
+from lmlight.callbacks import PrintPredictions, RunProgress, printable
 from lmlight.data.datamodule import TextDataModule
 from lmlight.errors import UserError
 from lmlight.models import NETS, Bigram, Transformer  # noqa: F401  (so that --model.net Bigram needs no full path)
@@ -47,6 +46,13 @@ TRAINER_DEFAULTS: dict[str, Any] = {
 TRUSTED_CLASSES = ("lmlight.", "torch.optim.")
 
 
+class OneLineParser(LightningArgumentParser):
+    """Says what is wrong in one line, where argparse would print a screen of usage first."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        raise UserError(f"{message}; see `{self.prog.replace(' [options]', '')} --help`")
+
+
 class LmlightCLI(LightningCLI):
     """Lightning's CLI with lmlight's defaults, checkpoints that bring their settings, and a summary at the end of fit."""
 
@@ -54,21 +60,23 @@ class LmlightCLI(LightningCLI):
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
-        # weights_only is not the user's to choose: see _prepare_subcommand_kwargs
-        return {name: skip | {"weights_only"} for name, skip in LightningCLI.subcommands().items()} | {
-            "predict": {"model", "dataloaders", "datamodule", "weights_only", "return_predictions"}
-        }
+        ours = {"weights_only", "verbose", "return_predictions"}  # see _prepare_subcommand_kwargs
+        return {name: skip | ours for name, skip in LightningCLI.subcommands().items()}
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.link_arguments("seed_everything", "data.seed", compute_fn=int)
         parser.link_arguments("seed_everything", "model.sampling.seed", compute_fn=int)
         parser.set_defaults({"trainer.callbacks": [{"class_path": "lmlight.callbacks.SampleText"}]})
 
-    def setup_parser(self, add_subcommands: bool, main_kwargs: dict[str, Any], subparser_kwargs: dict[str, Any]) -> None:
+    def setup_parser(
+        self, add_subcommands: bool, main_kwargs: dict[str, Any], subparser_kwargs: dict[str, Any]
+    ) -> None:
         super().setup_parser(add_subcommands, main_kwargs, subparser_kwargs)
         for name, parser in self._subcommand_parsers.items():
-            if name != "fit":  # only training leaves a run behind
-                parser.set_defaults({"trainer.logger": False})
+            if name != "fit":  # only training leaves a run behind; of the rest, the result is all there is to see
+                parser.set_defaults(
+                    {"trainer.logger": False, "trainer.callbacks": None, "trainer.enable_progress_bar": False}
+                )
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Sequence[str]) -> None:  # type: ignore[override]
         self.config = parser.parse_args(args)
@@ -93,10 +101,11 @@ class LmlightCLI(LightningCLI):
 
     def instantiate_classes(self) -> None:
         super().instantiate_classes()
+        self.model.check_net(self.datamodule.block_size)
         if self.checkpoint is not None:
             self.model.tokenizer = self.datamodule.tokenizer = checkpoints.tokenizer_of(self.checkpoint)
             self.model.block_size = self.checkpoint[checkpoints.KEY]["net"]["config"]["block_size"]
-        dump = json.loads(self._parser(self.subcommand).dump(self.config[self.subcommand], format="json", skip_none=False))
+        dump = json.loads(self._parser(self.subcommand).dump(self.config[self.subcommand], format="json"))
         self.model.settings = {"model": dump["model"], "data": dump["data"]}
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
@@ -122,8 +131,12 @@ class LmlightCLI(LightningCLI):
         return self._instantiate_trainer({**trainer_config, **kwargs}, callbacks)
 
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
-        kwargs = super()._prepare_subcommand_kwargs(subcommand) | {"weights_only": True}
-        return kwargs | ({"return_predictions": False} if subcommand == "predict" else {})
+        ours: dict[str, Any] = {"weights_only": True}
+        if subcommand in ("validate", "test"):
+            ours["verbose"] = False  # the figures are printed by after_validate and after_test
+        if subcommand == "predict":
+            ours["return_predictions"] = False  # PrintPredictions has them
+        return super()._prepare_subcommand_kwargs(subcommand) | ours
 
     @rank_zero_only
     def after_fit(self) -> None:
@@ -134,13 +147,22 @@ class LmlightCLI(LightningCLI):
         path = os.path.relpath(keeper.best_model_path)
         best = checkpoints.read(path)
         model = LanguageModel.load_from_checkpoint(path)
-        nats, step = float(keeper.best_model_score), best["global_step"]
-        print(f"\nBest checkpoint: {path} (step {step})")
+        assert keeper.best_model_score is not None
+        nats = keeper.best_model_score.item()
+        print(f"\nBest checkpoint: {path} (step {best['global_step']})")
         print(f"  {nats:.4f} nats per character, {nats / math.log(2):.4f} bits per character on the validation text")
         final = self.trainer.callback_metrics["val/nats_per_char"]
         print(f"  {final:.4f} nats per character at the last validation")
-        print(f"\n{model.generate('ROMEO:', max_new_tokens=150)}\n")
+        print(f"\n{printable(model.generate('ROMEO:', max_new_tokens=150))}\n")
         print(f"Next:\n  lmlight predict --ckpt_path {path} --data.prompts '[\"ROMEO:\"]'")
+
+    @rank_zero_only
+    def after_validate(self) -> None:
+        """Prints the figures, one a line."""
+        for name, value in sorted(self.trainer.callback_metrics.items()):
+            print(f"{name:<28}{value.item():>12.6g}")
+
+    after_test = after_validate
 
 
 def _settings_of(checkpoint: dict[str, Any], path: str) -> dict[str, Any]:
@@ -176,8 +198,8 @@ def _quiet() -> None:
     """Keeps Lightning's tips and our own warnings to what a user can act on, one line each."""
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
-    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
-    warnings.filterwarnings("ignore", message=".*Checkpoint directory .* exists and is not empty.*")
+    for tip in ("does not have many workers", "number of training batches", "callbacks used to create", "LeafSpec"):
+        warnings.filterwarnings("ignore", message=f".*{tip}")
     warnings.formatwarning = lambda message, *_args, **_kwargs: f"lmlight: warning: {message}\n"
 
 
@@ -199,12 +221,16 @@ def main(args: Sequence[str] | None = None) -> int:
             trainer_defaults=TRAINER_DEFAULTS,
             seed_everything_default=1337,
             save_config_kwargs={"overwrite": True},
-            parser_kwargs={"prog": "lmlight", "description": "Trains small transformer language models on text."}
-            | {name: {} for name in ()},
+            parser_kwargs={
+                "prog": "lmlight",
+                "description": "Trains small transformer language models on text.",
+                "version": __version__,
+            },
+            parser_class=OneLineParser,
             auto_configure_optimizers=False,
             load_from_checkpoint_support=False,
         )
-    except (UserError, ArgumentError, MisconfigurationException) as error:
+    except (UserError, MisconfigurationException) as error:
         print(f"lmlight: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     return 0

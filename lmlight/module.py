@@ -72,10 +72,21 @@ class LanguageModel(LightningModule):
         """
         content = checkpoints.read(checkpoint_path)
         net = checkpoints.net_of(content)
-        model = cls(net=partial(type(net), **{k: v for k, v in net.config.items() if k not in ("vocab_size", "block_size")}))
+        model = cls(
+            net=partial(type(net), **{k: v for k, v in net.config.items() if k not in ("vocab_size", "block_size")})
+        )
         model.net, model.tokenizer, model.block_size = net, checkpoints.tokenizer_of(content), net.block_size
         model.settings = content[checkpoints.KEY]["settings"]
         return model.eval()
+
+    def check_net(self, block_size: int) -> None:
+        """Whether the net's sizes fit each other, before anything is fetched or written.
+
+        Raises:
+            UserError: they do not.
+        """
+        with torch.device("meta"):  # shapes without numbers: no time, no memory
+            self._make_net(1, block_size)
 
     # Lightning's hooks, in the order in which they are called
 
@@ -199,7 +210,7 @@ class LanguageModel(LightningModule):
 
     def _log_due(self) -> bool:
         """Whether this step's figures reach the logs: `self.log` on every step costs 1 ms, a fifth of a small step."""
-        return (self.global_step + 1) % self.trainer.log_every_n_steps == 0
+        return (self.global_step + 1) % self.trainer.log_every_n_steps == 0  # type: ignore[attr-defined]  # set late
 
     def _score(self, batch: Batch, metric: TextLoss) -> None:
         logits = self(batch.inputs).flatten(0, 1).float()  # (B * T, V)

@@ -12,7 +12,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Literal
+from typing import Literal, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -21,7 +21,7 @@ import torch
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 
 from lmlight.data import corpus as corpora
 from lmlight.data.sampler import BatchOrder, epoch_starts, random_starts, scored_windows, windows_per_epoch
@@ -50,7 +50,7 @@ class TextDataModule(LightningDataModule):
         seed: decides the order of the windows and the sampled segmentations.
 
     Raises:
-        UserError: a size that is not positive, or a `val_fraction` outside (0, 1).
+        UserError: a size that is not positive; a `val_fraction` outside (0, 1); sampling without a unigram tokenizer.
     """
 
     def __init__(
@@ -62,7 +62,7 @@ class TextDataModule(LightningDataModule):
         tokenizer: TokenizerConfig = TokenizerConfig(),
         subword_sampling: SubwordSampling | None = None,
         windows: Literal["epoch", "random"] = "epoch",
-        prompts: list[str] | str = [""],
+        prompts: list[str] | str = [""],  # noqa: B006  (never changed)
         num_workers: int = 0,
         seed: int = 1337,
     ) -> None:
@@ -72,6 +72,11 @@ class TextDataModule(LightningDataModule):
                 raise UserError(f"data.{name} must be at least 1, got {value}")
         if not 0 < val_fraction < 1:
             raise UserError(f"data.val_fraction must lie between 0 and 1, got {val_fraction}")
+        if subword_sampling and tokenizer.kind != "unigram":
+            raise UserError(
+                f"subword_sampling draws by a unigram model's scores, which a {tokenizer.kind} tokenizer does not have: "
+                "set --data.tokenizer.kind unigram, or --data.subword_sampling null"
+            )
         self.corpus, self.block_size, self.batch_size = corpus, block_size, batch_size
         self.val_fraction, self.tokenizer_config = val_fraction, tokenizer
         self.subword_sampling, self.windows, self.prompts = subword_sampling, windows, prompts
@@ -85,10 +90,12 @@ class TextDataModule(LightningDataModule):
         """Fetches the corpus, trains the tokenizer and encodes the text, unless the cache has it all.
 
         Raises:
-            UserError: see `corpus.load` and `TokenizerConfig.train`; the text is too short; the cache is not writable.
+            UserError: see `corpus.load` and `TokenizerConfig.train`; the text is shorter than a block; the batch cannot be
+                divided among the devices; the cache is not writable.
         """
         if self._predicting():
             return
+        self._share()
         text = corpora.load(self.corpus)
         folder, fingerprint = self._store_key(text)
         if not folder.exists():
@@ -106,11 +113,7 @@ class TextDataModule(LightningDataModule):
         self._open(text)
 
     def setup(self, stage: str) -> None:
-        """Opens the prepared tokens.
-
-        Raises:
-            UserError: the text is shorter than a block; the batch cannot be divided among the devices.
-        """
+        """Opens the prepared tokens."""
         if self._predicting():
             return
         text = corpora.load(self.corpus)
@@ -131,11 +134,6 @@ class TextDataModule(LightningDataModule):
 
     def train_dataloader(self) -> TrainLoader:
         rank, world_size, accumulate = self._share()
-        if self.batch_size % (world_size * accumulate):
-            raise UserError(
-                f"data.batch_size {self.batch_size} is the whole step's: it must be a multiple of {world_size} "
-                f"processes × {accumulate} accumulated batches"
-            )
         n_windows = windows_per_epoch(len(self._train_ids), self.block_size)
         order = BatchOrder(n_windows, self.batch_size, rank, world_size, accumulate)
         return TrainLoader(self._train_windows, order, self.num_workers)
@@ -148,7 +146,8 @@ class TextDataModule(LightningDataModule):
 
     def predict_dataloader(self) -> DataLoader[str]:
         # one at a time, so that each can be read as soon as it is written
-        return DataLoader(_read_prompts(self.prompts), batch_size=1, collate_fn=list)
+        prompts = cast("Dataset[str]", _read_prompts(self.prompts))  # a list will do
+        return DataLoader(prompts, batch_size=1, collate_fn=list)
 
     # What they are made of
 
@@ -159,7 +158,13 @@ class TextDataModule(LightningDataModule):
         """(rank, world_size, accumulate): one process where there is no trainer."""
         if self.trainer is None:
             return 0, 1, 1
-        return self.trainer.global_rank, self.trainer.world_size, self.trainer.accumulate_grad_batches
+        world_size, accumulate = self.trainer.world_size, self.trainer.accumulate_grad_batches
+        if self.batch_size % (world_size * accumulate):
+            raise UserError(
+                f"data.batch_size {self.batch_size} is the whole step's: it must be a multiple of {world_size} "
+                f"processes × {accumulate} accumulated batches"
+            )
+        return self.trainer.global_rank, world_size, accumulate
 
     def _store_key(self, text: corpora.Corpus) -> tuple[Path, str]:
         """Where the token store is, and the fingerprint of all that its content depends on."""
@@ -180,8 +185,9 @@ class TextDataModule(LightningDataModule):
         folder, fingerprint = self._store_key(text)
         store = TokenStore(folder, fingerprint)
         # a training window reads one token more than a block; validation begins with the last training token
-        for split, tokens, name in (("train", len(store.ids["train"]) - 1, "training"), ("val", len(store.ids["val"]), "validation")):
-            if tokens < self.block_size:
+        for split, name, context in (("train", "training", 1), ("val", "validation", 0)):
+            tokens = len(store.ids[split])
+            if tokens - context < self.block_size:
                 self._too_short(name, tokens, len(text.text), store.chars[split])
         return store
 

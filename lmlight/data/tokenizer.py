@@ -22,10 +22,10 @@ import re
 import warnings
 from abc import ABC, abstractmethod
 from bisect import bisect_right
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import accumulate, chain
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -206,7 +206,7 @@ def _train_sentencepiece(text: str, config: TokenizerConfig) -> bytes:
         for line in _split_lines(text, config.lossless)[0]
         for start in range(0, len(line), MAX_LINE_CHARS)
     ]
-    options: dict[str, object] = {
+    options: dict[str, Any] = {
         "model_type": config.kind,
         "vocab_size": config.vocab_size,
         "num_threads": TRAINING_THREADS,
@@ -246,7 +246,9 @@ def _train_sentencepiece(text: str, config: TokenizerConfig) -> bytes:
                     "raise --data.tokenizer.vocab_size"
                 ) from None
             else:
-                raise UserError(f"SentencePiece cannot learn pieces from this text ({error}): pass more of it") from None
+                raise UserError(
+                    f"SentencePiece cannot learn pieces from this text ({error}): pass more of it"
+                ) from None
     raise AssertionError("SentencePiece refused the size that it had asked for")
 
 

@@ -11,12 +11,11 @@ Axes: B windows, T positions. Free of lightning.
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -91,12 +90,14 @@ class TokenStore:
             for split, text in texts.items():
                 ids = tokenizer.encode(text)
                 if tokenizer.lossless and tokenizer.decode(ids) != text:
-                    raise RuntimeError(f"the {split} text does not survive the tokenizer, which says that it is lossless")
+                    raise RuntimeError(
+                        f"the {split} text does not survive the tokenizer, which says that it is lossless"
+                    )
                 np.save(beside / f"{split}.npy", np.array(ids, dtype=dtype))
             (beside / "tokenizer").write_bytes(tokenizer.to_bytes())
             index = {"fingerprint": fingerprint, "chars": {split: len(text) for split, text in texts.items()}}
             (beside / "index.json").write_text(json.dumps(index, indent=1), encoding="utf-8")
-            os.rename(beside, folder)
+            beside.rename(folder)
         except OSError:
             if not (folder / "index.json").exists():
                 raise
@@ -148,6 +149,6 @@ class Windows(Dataset[Batch]):
         return Batch(torch.tensor(inputs), torch.tensor(targets), torch.tensor(chars))
 
 
-def as_batch(batch: Batch) -> Batch:
+def as_batch(batch: Any) -> Batch:
     """Collates nothing: `Windows` gives whole batches. (A function with a name, so that workers can be spawned.)"""
     return batch

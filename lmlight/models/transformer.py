@@ -171,10 +171,10 @@ class MLP(nn.Module):
 class Block(nn.Module):
     """Communication, then computation, each added to a residual stream that passes untouched."""
 
-    def __init__(self, attention: Attention, mlp: MLP, norm: NormName, n_embd: int, bias: bool) -> None:
+    def __init__(self, attention: Attention, mlp: MLP, attention_norm: nn.Module, mlp_norm: nn.Module) -> None:
         super().__init__()
-        self.attention_norm, self.attention = make_norm(norm, n_embd, bias), attention
-        self.mlp_norm, self.mlp = make_norm(norm, n_embd, bias), mlp
+        self.attention_norm, self.attention = attention_norm, attention
+        self.mlp_norm, self.mlp = mlp_norm, mlp
 
     def forward(self, x: Tensor, rotary: Tensor | None) -> Tensor:
         x = x + self.attention(self.attention_norm(x), rotary=rotary)
@@ -220,7 +220,9 @@ class Transformer(Net):
         tie: bool = False,
     ) -> None:
         super().__init__(init_arguments(locals()))
-        _check_sizes(**{k: self.config[k] for k in ("n_layer", "n_head", "n_embd", "n_kv_head", "dropout", "positions")})
+        _check_sizes(
+            **{k: self.config[k] for k in ("n_layer", "n_head", "n_embd", "n_kv_head", "dropout", "positions")}
+        )
         self.dropout = dropout
         self.embedding = nn.Embedding(vocab_size, n_embd)
         self.positions = nn.Embedding(block_size, n_embd) if positions == "learned" else None
@@ -229,7 +231,10 @@ class Transformer(Net):
         self.rotary: Tensor | None
         self.blocks = nn.ModuleList(
             Block(
-                Attention(n_embd, n_head, n_kv_head, dropout, bias, qk_norm), MLP(n_embd, mlp, dropout, bias), norm, n_embd, bias
+                Attention(n_embd, n_head, n_kv_head, dropout, bias, qk_norm),
+                MLP(n_embd, mlp, dropout, bias),
+                make_norm(norm, n_embd, bias),
+                make_norm(norm, n_embd, bias),
             )
             for _ in range(n_layer)
         )
@@ -250,7 +255,7 @@ class Transformer(Net):
 
     def forward(self, idx: Tensor) -> Tensor:
         T = idx.size(1)
-        assert T <= self.block_size, f"{T} positions, block_size {self.block_size}"
+        assert self.block_size >= T, f"{T} positions, block_size {self.block_size}"
         x = self.embedding(idx)  # (B, T, C)
         if self.positions is not None:
             x = x + self.positions.weight[:T]
@@ -266,9 +271,7 @@ class Transformer(Net):
         return 2 * (matrices + attention)
 
 
-def _check_sizes(
-    n_layer: int, n_head: int, n_embd: int, n_kv_head: int | None, dropout: float, positions: str
-) -> None:
+def _check_sizes(n_layer: int, n_head: int, n_embd: int, n_kv_head: int | None, dropout: float, positions: str) -> None:
     for name, value in (("n_layer", n_layer), ("n_head", n_head), ("n_embd", n_embd), ("n_kv_head", n_kv_head)):
         if value is not None and value < 1:
             raise UserError(f"{name} must be at least 1, got {value}")

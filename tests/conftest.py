@@ -1,0 +1,70 @@
+"""What every test has: one quiet thread, a folder of its own, and a small play that nobody wrote."""
+
+import os
+
+# Before torch is imported: threads that wait for work by spinning would slow down whatever else runs here.
+os.environ.setdefault("GOMP_SPINCOUNT", "0")
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+import random
+
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+from hypothesis.configuration import set_hypothesis_home_dir
+
+torch.set_num_threads(1)
+
+settings.register_profile(
+    "lmlight",
+    max_examples=60,
+    deadline=None,
+    database=None,
+    print_blob=True,
+    # the autouse folder is a function's; no property writes to it
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
+settings.load_profile("lmlight")
+
+STEMS = """
+river stone lantern morning market friend nothing laugh under heavy sky winter bread copper wheel singer slow
+never again orchard whisper harbour candle thunder pocket velvet ladder meadow button kettle signal feather
+garden puzzle window ribbon shadow barrel mirror saddle gentle hollow bright clever narrow quiet silver sudden
+tender wander gather listen follow borrow carry measure promise remember answer forget wonder
+""".split()  # noqa: SIM905
+ENDINGS = ["", "", "s", "ed", "ing", "er", "ly", "ness"]
+SPEAKERS = ["MIRA", "TOBIAS", "OLD GARDENER", "PIP"]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _hypothesis_writes_to_a_temporary_folder(tmp_path_factory):
+    set_hypothesis_home_dir(tmp_path_factory.mktemp("hypothesis"))
+
+
+@pytest.fixture(autouse=True)
+def _own_folder(tmp_path, monkeypatch):
+    """Relative paths, and the cache, lie in the test's own temporary folder."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("LMLIGHT_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.fixture(scope="session")
+def verse():
+    """Some 6,000 characters laid out like a play, the same in every session."""
+    draw = random.Random(0)
+    speeches = []
+    while sum(map(len, speeches)) < 6000:
+        lines = [
+            " ".join(draw.choice(STEMS) + draw.choice(ENDINGS) for _ in range(draw.randint(3, 8))).capitalize()
+            + draw.choice(",.!?;")
+            for _ in range(draw.randint(1, 4))
+        ]
+        speeches.append(f"{draw.choice(SPEAKERS)}:\n" + "\n".join(lines) + "\n")
+    return "\n".join(speeches)
+
+
+@pytest.fixture
+def verse_file(tmp_path, verse):
+    path = tmp_path / "verse.txt"
+    path.write_bytes(verse.encode())
+    return path

@@ -1,0 +1,82 @@
+"""Reading what may be missing, damaged, foreign or hostile."""
+
+import os
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+
+from lmlight import checkpoint
+from lmlight.data.tokenizer import CharTokenizer
+from lmlight.errors import UserError
+from lmlight.models import Bigram, Transformer
+
+
+def save(path, net):
+    content = {
+        "state_dict": {f"net.{k}": v for k, v in net.state_dict().items()},
+        checkpoint.KEY: checkpoint.describe(net, CharTokenizer("abc"), {"data": {"corpus": "x"}}),
+    }
+    torch.save(content, path)
+    return path
+
+
+@pytest.mark.parametrize("net", [Bigram(3, 8), Transformer(3, 8, n_layer=1, n_head=2, n_embd=16)], ids=["bigram", "t"])
+def test_a_model_comes_back_whole(net, tmp_path):
+    content = checkpoint.read(save(tmp_path / "x.ckpt", net))
+    again = checkpoint.net_of(content)
+    idx = torch.tensor([[0, 1, 2]])
+    assert torch.equal(net(idx), again(idx))
+    assert checkpoint.tokenizer_of(content).decode([2, 0]) == "ca"
+
+
+class Exploit:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return (Path.touch, (Path(self.path),))
+
+
+@pytest.mark.parametrize("force", ["0", "1"])
+def test_a_pickle_that_would_run_code_is_refused(tmp_path, monkeypatch, force):
+    monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", force)
+    harm = tmp_path / "harm"
+    torch.save({"state_dict": {}, checkpoint.KEY: Exploit(harm)}, tmp_path / "x.ckpt")
+    with pytest.raises(UserError, match="run code"):
+        checkpoint.read(tmp_path / "x.ckpt")
+    (tmp_path / "y.ckpt").write_bytes(pickle.dumps(Exploit(harm)))
+    with pytest.raises(UserError):
+        checkpoint.read(tmp_path / "y.ckpt")
+    assert not harm.exists()
+
+
+@pytest.mark.parametrize("keep", [0, 10, 1000, -100])
+def test_a_truncated_file_is_refused(tmp_path, keep):
+    path = save(tmp_path / "x.ckpt", Bigram(3, 8))
+    path.write_bytes(path.read_bytes()[:keep])
+    with pytest.raises(UserError, match=r"damaged"):
+        checkpoint.read(path)
+
+
+def test_what_is_not_ours_is_named(tmp_path):
+    with pytest.raises(UserError, match="no checkpoint at"):
+        checkpoint.read(tmp_path / "missing.ckpt")
+    with pytest.raises(UserError, match="cannot be read"):
+        checkpoint.read(tmp_path)
+    torch.save({"state_dict": {}}, tmp_path / "foreign.ckpt")
+    with pytest.raises(UserError, match="not a checkpoint of lmlight's"):
+        checkpoint.read(tmp_path / "foreign.ckpt")
+    (tmp_path / "text.ckpt").write_text("First Citizen")
+    with pytest.raises(UserError, match="text.ckpt"):
+        checkpoint.read(tmp_path / "text.ckpt")
+
+
+def test_a_later_layout_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoint, "LAYOUT", checkpoint.LAYOUT + 1)
+    path = save(tmp_path / "x.ckpt", Bigram(3, 8))
+    monkeypatch.undo()
+    os.chdir(tmp_path)
+    with pytest.raises(UserError, match="later lmlight"):
+        checkpoint.read(path)

@@ -1,0 +1,235 @@
+"""The command line, as a user types it."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+import lmlight
+from lmlight import checkpoint
+from lmlight.cli import main
+
+TINY = [
+    "--data.tokenizer.vocab_size=400",
+    "--data.block_size=16",
+    "--data.batch_size=8",
+    "--model.net.n_layer=1",
+    "--model.net.n_head=2",
+    "--model.net.n_embd=32",
+    "--trainer.max_steps=6",
+    "--trainer.val_check_interval=3",
+    "--trainer.log_every_n_steps=1",
+    "--trainer.accelerator=cpu",
+]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, verse):
+    """The folder of a finished run, what it printed, and the checkpoint's path."""
+    folder = tmp_path_factory.mktemp("finished")
+    (folder / "verse.txt").write_bytes(verse.encode())
+    command = [sys.executable, "-m", "lmlight", "fit", "--data.corpus=verse.txt", *TINY]
+    environment = {**__import__("os").environ, "LMLIGHT_CACHE": str(folder / "cache")}
+    result = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=100)
+    assert result.returncode == 0, result.stderr
+    (best,) = folder.glob("runs/*/checkpoints/best.ckpt")
+    return folder, result, best
+
+
+def test_fit_ends_by_saying_what_it_reached_and_what_to_type(finished):
+    folder, result, best = finished
+    assert "\r" not in result.stdout + result.stderr
+    assert "\x1b" not in result.stdout + result.stderr
+    lines = result.stdout.split("\n")
+    validations = [line for line in lines if line.startswith("step ")]
+    assert [line.split()[1] for line in validations] == ["3/6", "6/6"]
+    assert all("val/nats_per_char" in line for line in validations)
+    where = best.relative_to(folder)
+    assert any(line.startswith(f"Best checkpoint: {where}") for line in lines)
+    figures = next(line for line in lines if "bits per character" in line).split()
+    nats, bits = float(figures[0]), float(figures[4])
+    assert bits == pytest.approx(nats / 0.693147, rel=1e-3)
+    assert f"val/nats_per_char {nats:.4f}" in result.stdout
+    assert "ROMEO:" in result.stdout
+    command = next(line for line in lines if "lmlight predict" in line).strip()
+    done = subprocess.run(
+        f"{sys.executable} -m {command}", shell=True, cwd=folder, capture_output=True, text=True, timeout=100
+    )
+    assert done.stdout.startswith("ROMEO:"), done.stderr
+
+
+def test_a_run_leaves_its_config_checkpoints_and_tensorboard_files(finished):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    folder, _, best = finished
+    (run,) = folder.glob("runs/*")
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    assert config["data"]["block_size"] == 16
+    assert config["model"]["net"]["init_args"]["n_embd"] == 32
+    assert (run / "checkpoints/last.ckpt").is_file()
+    assert checkpoint.read(best)["global_step"] in (3, 6)
+    events = EventAccumulator(str(run)).Reload()
+    scalars = set(events.Tags()["scalars"])
+    assert {"train/loss", "val/nats_per_char", "val/bpc", "val/loss", "val/perplexity", "grad_norm"} <= scalars
+    assert any(name.startswith("lr-") for name in scalars)
+    assert [event.step for event in events.Tensors("sample/text_summary")] == [3, 6]
+
+
+def test_best_is_by_nats_per_character(finished):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    folder, _, best = finished
+    events = EventAccumulator(str(best.parents[1])).Reload().Scalars("val/nats_per_char")
+    assert len(events) == 2
+    # Lightning logs with the number of the step just made, counted from 0
+    assert checkpoint.read(best)["global_step"] == min(events, key=lambda event: event.value).step + 1
+
+
+def test_predict_prints_the_same_text_for_the_same_seed(finished, capsys, tmp_path):
+    _, _, best = finished
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("MIRA:\n\nOLD GARDENER:\n")
+    arguments = ["predict", f"--ckpt_path={best}", "--model.sampling.max_new_tokens=8"]
+
+    def predict(*more):
+        assert main([*arguments, *more]) == 0
+        return capsys.readouterr().out
+
+    one = predict('--data.prompts=["MIRA:"]')
+    assert one.startswith("MIRA:")
+    assert one == predict('--data.prompts=["MIRA:"]')
+    assert one != predict('--data.prompts=["MIRA:"]', "--seed_everything=2")
+    many = predict(f"--data.prompts={prompts}")
+    assert many.startswith(one)
+    assert many.count("-" * 40) == 2
+    assert not (tmp_path / "runs").exists()
+
+
+def test_validate_and_test_need_nothing_but_the_checkpoint(finished, capsys, monkeypatch):
+    folder, result, best = finished
+    monkeypatch.chdir(folder)
+    assert main(["validate", f"--ckpt_path={best}"]) == 0
+    out = capsys.readouterr().out
+    figures = {line.split()[0]: float(line.split()[1]) for line in out.strip().split("\n")}
+    assert f"{figures['val/nats_per_char']:.4f}" in result.stdout
+    assert main(["test", f"--ckpt_path={best}"]) == 0
+    assert "test_sliding/nats_per_char" in capsys.readouterr().out
+    assert len(list(folder.glob("runs/*"))) == 1
+
+
+def test_flags_win_over_the_checkpoint(finished, capsys, monkeypatch):
+    folder, _, best = finished
+    monkeypatch.chdir(folder)
+    with pytest.raises(SystemExit):
+        main(["validate", f"--ckpt_path={best}", "--data.batch_size=3", "--print_config"])
+    config = yaml.safe_load(capsys.readouterr().out)
+    assert config["data"]["batch_size"] == 8 - 5
+
+
+def test_print_config_runs_again_unchanged(capsys, tmp_path):
+    for command in ("fit", "validate", "test", "predict"):
+        with pytest.raises(SystemExit):
+            main([command, "--model.net.n_layer=3", "--print_config"])
+        first = capsys.readouterr().out
+        (tmp_path / "config.yaml").write_text(first)
+        with pytest.raises(SystemExit):
+            main([command, "--config=config.yaml", "--print_config"])
+        assert capsys.readouterr().out == first
+        assert yaml.safe_load(first)["model"]["net"]["init_args"]["n_layer"] == 3
+
+
+def test_the_same_seed_gives_the_same_run(verse_file, capsys):
+    def losses(seed):
+        assert main(["fit", f"--data.corpus={verse_file}", f"--seed_everything={seed}", *TINY]) == 0
+        return [line.split("  ")[1:-1] for line in capsys.readouterr().out.split("\n") if line.startswith("step")]
+
+    first = losses(1)
+    assert len(first) == 2
+    assert first == losses(1)
+    assert first != losses(2)
+    assert len(list(Path("runs").iterdir())) == 3
+
+
+MISTAKES = {
+    "no such corpus": (["fit", "--data.corpus=nope.txt"], "no corpus at 'nope.txt'"),
+    "empty corpus": (["fit", "--data.corpus=empty.txt"], "is empty"),
+    "binary corpus": (["fit", "--data.corpus=binary.txt"], "binary"),
+    "not UTF-8": (["fit", "--data.corpus=latin.txt"], "not UTF-8 (byte 0xe9 at offset 3)"),
+    "short text": (["fit", "--data.corpus=short.txt", "--data.tokenizer.kind=char"], "at least some"),
+    "block": (["fit", "--data.block_size=0"], "block_size must be at least 1, got 0"),
+    "heads": (
+        ["fit", "--data.corpus=verse.txt", "--model.net.n_head=3", "--data.tokenizer.vocab_size=400"],
+        "n_head 3",
+    ),
+    "layers": (
+        ["fit", "--data.corpus=verse.txt", "--model.net.n_layer=-1", "--data.tokenizer.vocab_size=400"],
+        "got -1",
+    ),
+    "vocabulary": (["fit", "--data.corpus=verse.txt", "--data.tokenizer.vocab_size=30"], "vocab_size 30 is too small"),
+    "temperature": (["fit", "--model.sampling.temperature=-1"], "temperature must be 0 (greedy) or more"),
+    "schedule": (["fit", "--model.schedule.warmup_steps=-1"], "warmup_steps must be"),
+    "sampling bpe": (
+        [
+            "fit",
+            "--data.corpus=verse.txt",
+            "--data.tokenizer={kind: bpe, vocab_size: 400}",
+            "--data.subword_sampling={}",
+        ],
+        "subword_sampling draws by a unigram",
+    ),
+    "batch": (["fit", "--data.corpus=verse.txt", "--trainer.accumulate_grad_batches=3"], "batch_size 16 is the whole"),
+    "unknown flag": (["fit", "--data.blok_size=3"], "data.blok_size"),
+    "unknown net setting": (["fit", "--model.net.n_layers=3"], "n_layers"),
+    "unknown key in a config": (["fit", "--config=wrong.yaml"], "blok_size"),
+    "no such config": (["fit", "--config=nope.yaml"], "nope.yaml"),
+    "not a number": (["fit", "--trainer.max_steps=many"], "max_steps"),
+    "unknown command": (["train"], "train"),
+    "no command": ([], "subcommand"),
+    "no checkpoint": (["predict"], "--ckpt_path"),
+    "missing checkpoint": (["predict", "--ckpt_path=nope.ckpt"], "no checkpoint at 'nope.ckpt'"),
+    "not a checkpoint": (["fit", "--ckpt_path=short.txt"], "short.txt"),
+    "foreign checkpoint": (["validate", "--ckpt_path=foreign.ckpt"], "not a checkpoint of lmlight's"),
+    "hostile class": (["predict", "--ckpt_path=hostile.ckpt"], "wants to run subprocess.Popen"),
+    "no prompts file": (["predict", "--ckpt_path=good.ckpt", "--data.prompts=nope.txt"], "prompts file 'nope.txt'"),
+    "another net": (
+        ["validate", "--ckpt_path=good.ckpt", "--model.net.n_embd=64"],
+        "n_embd 32 in the checkpoint, 64 here",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_a_mistake_is_one_line_and_leaves_nothing(name, finished, verse, tmp_path, capsys):
+    arguments, says = MISTAKES[name]
+    (tmp_path / "empty.txt").touch()
+    (tmp_path / "verse.txt").write_bytes(verse.encode())
+    (tmp_path / "binary.txt").write_bytes(b"\x7fELF\0\0")
+    (tmp_path / "latin.txt").write_bytes("caf\xe9 noir".encode("latin-1"))
+    (tmp_path / "short.txt").write_text("To be, or not to be")
+    (tmp_path / "wrong.yaml").write_text("data:\n  blok_size: 3\n")
+    torch.save({"state_dict": {}}, tmp_path / "foreign.ckpt")
+    content = checkpoint.read(finished[2])
+    torch.save(content, tmp_path / "good.ckpt")
+    content[checkpoint.KEY]["settings"]["model"]["optimizer"]["class_path"] = "subprocess.Popen"
+    torch.save(content, tmp_path / "hostile.ckpt")
+    before = set(tmp_path.iterdir())
+
+    assert main(arguments) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    error = [line for line in err.split("\n") if line and not line.startswith("lmlight: warning")]
+    assert len(error) == 1, err
+    assert error[0].startswith("lmlight: error: ")
+    assert says in error[0]
+    assert {path.name for path in set(tmp_path.iterdir()) - before} <= {"cache"}
+    assert not list(tmp_path.glob("cache/tokens/.*")), "a half-written store"
+
+
+def test_version(capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(["--version"])
+    assert ended.value.code == 0
+    assert lmlight.__version__ in capsys.readouterr().out

@@ -1,0 +1,65 @@
+"""Each shipped config trains: a few steps, and nothing in it that is not so."""
+
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from lmlight import checkpoint
+from lmlight.cli import main
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+SHRINK = {
+    "shakespeare-gpu.yaml": [
+        "--data.block_size=32",
+        "--data.batch_size=4",
+        "--trainer.precision=32",
+        "--model.net.n_embd=96",
+    ],
+    "gpt2-124m.yaml": [
+        "--data.block_size=32",
+        "--data.batch_size=8",
+        "--trainer.accumulate_grad_batches=4",
+        "--trainer.precision=32",
+        "--model.net.n_layer=2",
+        "--model.net.n_head=2",
+        "--model.net.n_embd=32",
+    ],
+}
+
+
+@pytest.mark.filterwarnings("ignore:vocab_size")
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.name)
+def test_config_trains(path, verse_file, tmp_path, capsys):
+    arguments = ["fit", f"--config={path}", f"--data.corpus={verse_file}", "--data.tokenizer.vocab_size=400"]
+    arguments += ["--trainer.max_steps=3", "--trainer.val_check_interval=1", "--trainer.limit_val_batches=2"]
+    assert main([*arguments, *SHRINK.get(path.name, [])]) == 0, capsys.readouterr().err
+    (best,) = tmp_path.glob("runs/*/checkpoints/best.ckpt")
+    written = yaml.safe_load(path.read_text())["model"]["net"]
+    net = checkpoint.net_of(checkpoint.read(best))
+    assert type(net).__name__ == written["class_path"]
+    shrunk = " ".join(SHRINK.get(path.name, []))
+    for name, value in written.get("init_args", {}).items():
+        if f"net.{name}=" not in shrunk:
+            assert net.config[name] == value
+
+
+def test_shakespeare_is_the_default_spelled_out(capsys):
+    def config(*arguments):
+        assert pytest.raises(SystemExit, main, ["fit", *arguments, "--print_config"]).value.code == 0
+        printed = yaml.safe_load(capsys.readouterr().out)
+        printed["model"]["net"]["class_path"] = printed["model"]["net"]["class_path"].split(".")[-1]
+        return printed
+
+    assert config(f"--config={CONFIGS / 'shakespeare.yaml'}") == config()
+
+
+def test_gpt2_has_the_size_of_its_name():
+    from lmlight.models import GPT2, Transformer
+
+    init_args = yaml.safe_load((CONFIGS / "gpt2-124m.yaml").read_text())["model"]["net"]["init_args"]
+    assert GPT2.items() <= init_args.items()
+    with torch.device("meta"):
+        net = Transformer(50257, 1024, **init_args)
+    assert sum(p.numel() for p in net.parameters()) == 124_439_808  # GPT-2's own count

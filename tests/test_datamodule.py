@@ -1,0 +1,436 @@
+"""TextDataModule: what is trained on, what is scored, and what is prepared once."""
+
+import re
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from lightning.pytorch.trainer.states import TrainerFn
+
+from lmlight.data import corpus as corpora
+from lmlight.data.datamodule import TextDataModule
+from lmlight.data.tokenizer import CharTokenizer, SubwordSampling, TokenizerConfig
+from lmlight.data.tokens import UNSCORED
+from lmlight.errors import UserError
+
+UNIGRAM = TokenizerConfig("unigram", 400)
+
+
+def ready(path, stage="fit", **settings):
+    """A data module, prepared and set up."""
+    settings = {"block_size": 16, "batch_size": 8, "tokenizer": UNIGRAM, "seed": 0} | settings
+    data = TextDataModule(str(path), **settings)
+    data.prepare_data()
+    data.setup(stage)
+    return data
+
+
+def ready_on(text, **settings):
+    """The same for a text; lies in the working directory, which is the test's own."""
+    with open("text.txt", "wb") as file:  # noqa: PTH123
+        file.write(text.encode())
+    return ready("text.txt", **settings)
+
+
+def parts(text):
+    """nanoGPT's split."""
+    return text[: int(0.9 * len(text))], text[int(0.9 * len(text)) :]
+
+
+def rows(loader):
+    """(inputs, targets) of every window in a loader, as lists."""
+    return [row for batch in loader for row in zip(batch.inputs.tolist(), batch.targets.tolist())]
+
+
+def scored(loader):
+    return [target for _, targets in rows(loader) for target in targets if target != UNSCORED]
+
+
+def characters(loader):
+    return sum(batch.target_chars.sum().item() for batch in loader)
+
+
+# Training
+
+
+def test_an_epoch_shows_each_window_once_and_none_overlaps(verse, verse_file):
+    data = ready(verse_file, block_size=24, batch_size=1)
+    ids = data.tokenizer.encode(parts(verse)[0])
+    at = {tuple(ids[start : start + 25]): start for start in range(len(ids) - 24)}
+    assert len(at) == len(ids) - 24, "this test needs a text without repeated windows"
+    orders = []
+    for epoch in range(3):
+        loader = data.train_dataloader()
+        loader.set_epoch(epoch)
+        starts = [at[(*inputs, targets[-1])] for inputs, targets in rows(loader)]
+        assert sorted(starts) == list(range(min(starts), max(starts) + 1, 24))
+        assert len(ids) - 24 * len(starts) <= 2 * 24
+        orders.append(starts)
+    assert len({tuple(order) for order in orders}) == len({min(order) for order in orders}) == 3
+
+
+def test_targets_are_the_inputs_shifted_by_one(verse_file):
+    for inputs, targets in rows(ready(verse_file).train_dataloader()):
+        assert inputs[1:] == targets[:-1]
+
+
+def test_training_batches_are_full_and_count_characters(verse_file):
+    data = ready(verse_file)
+    loader = data.train_dataloader()
+    batches = list(loader)
+    assert len(loader) == len(batches)
+    for batch in batches:
+        assert batch.inputs.shape == batch.targets.shape == batch.target_chars.shape == (8, 16)
+        assert batch.inputs.dtype == batch.targets.dtype == torch.int64
+        assert batch.target_chars.tolist() == data.tokenizer.char_counts[batch.targets.numpy()].tolist()
+
+
+def test_the_same_seed_and_epoch_give_the_same_batches(verse_file):
+    def epoch_of(epoch, **settings):
+        loader = ready(verse_file, **settings).train_dataloader()
+        loader.set_epoch(epoch)
+        return rows(loader)
+
+    assert epoch_of(1) == epoch_of(1) == epoch_of(1, num_workers=2)
+    assert epoch_of(1) != epoch_of(0)
+    assert epoch_of(1) != epoch_of(1, seed=1)
+
+
+def test_the_epoch_may_be_set_between_iter_and_the_first_batch(verse_file):
+    """Lightning calls `iter` before `set_epoch`."""
+    data = ready(verse_file)
+    late, early = data.train_dataloader(), data.train_dataloader()
+    batches = iter(late)
+    late.sampler.set_epoch(3)
+    early.set_epoch(3)
+    assert rows(batches) == rows(early)
+
+
+def test_reading_batches_leaves_torchs_random_numbers_alone(verse_file):
+    data = ready(verse_file)
+    before = torch.get_rng_state()
+    for loader in (data.train_dataloader(), data.val_dataloader(), *data.test_dataloader()):
+        list(loader)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_random_windows_are_as_many_and_all_from_the_training_part(verse, verse_file):
+    data = ready(verse_file, windows="random", batch_size=4)
+    ids = data.tokenizer.encode(parts(verse)[0])
+    slices = {tuple(ids[start : start + 17]) for start in range(len(ids) - 16)}
+    drawn = [(*inputs, targets[-1]) for inputs, targets in rows(data.train_dataloader())]
+    assert set(drawn) <= slices
+    assert len(drawn) == len(rows(ready(verse_file, batch_size=4).train_dataloader()))
+
+
+def share(rank=0, world_size=1, accumulate=1, fn=None):
+    """As much of a trainer as the data needs."""
+    return SimpleNamespace(
+        global_rank=rank, world_size=world_size, accumulate_grad_batches=accumulate, state=SimpleNamespace(fn=fn)
+    )
+
+
+@pytest.mark.parametrize(("world_size", "accumulate"), [(2, 1), (1, 2), (2, 2), (8, 1), (1, 8)])
+def test_processes_and_accumulation_share_the_same_steps(verse_file, world_size, accumulate):
+    data = ready(verse_file)
+    alone = list(data.train_dataloader())
+    ranks = []
+    for rank in range(world_size):
+        data.trainer = share(rank, world_size, accumulate)
+        ranks.append(list(data.train_dataloader()))
+    for step, batch in enumerate(alone):
+        micro = [rank[i] for i in range(step * accumulate, (step + 1) * accumulate) for rank in ranks]
+        assert torch.cat([m.inputs for m in micro]).equal(batch.inputs)
+        assert torch.cat([m.targets for m in micro]).equal(batch.targets)
+    assert {len(rank) for rank in ranks} == {len(alone) * accumulate}
+
+
+@pytest.mark.parametrize(("world_size", "accumulate"), [(3, 1), (1, 3), (4, 4)])
+def test_a_batch_that_cannot_be_divided_is_refused(verse_file, world_size, accumulate):
+    data = ready(verse_file)
+    data.trainer = share(0, world_size, accumulate)
+    with pytest.raises(UserError, match=r"data\.batch_size 8.*multiple") as caught:
+        data.train_dataloader()
+    assert f"{world_size} processes" in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+# Scoring
+
+MIXED = "Žluťoučký kůň, 漢字 👩‍👩‍👧!\r\n\r\n"
+CASES = {
+    "plain": (lambda verse: verse, UNIGRAM),
+    "bpe": (lambda verse: verse, TokenizerConfig("bpe", 400)),
+    "crlf": (lambda verse: verse.replace("\n", "\r\n"), UNIGRAM),
+    "unseen characters": (lambda verse: verse + MIXED * 30, UNIGRAM),
+    "a split inside a joined emoji": (
+        lambda verse: "👩‍👩‍👧 " * 700 + verse[:97],
+        TokenizerConfig("unigram", 300),
+    ),
+    "characters": (lambda verse: verse, TokenizerConfig("char")),
+}
+
+
+@pytest.mark.filterwarnings("ignore:vocab_size")
+@pytest.mark.parametrize("block_size", [1, 2, 7, 16, 61])
+@pytest.mark.parametrize("case", CASES)
+def test_every_character_of_the_last_tenth_is_scored_once(verse, case, block_size):
+    make, tokenizer = CASES[case]
+    text = make(verse)
+    train, val = parts(text)
+    data = ready_on(text, block_size=block_size, tokenizer=tokenizer, stage="validate")
+    expected = data.tokenizer.encode(val)
+    for loader in (data.val_dataloader(), *data.test_dataloader()):
+        assert scored(loader) == expected
+        assert characters(loader) == len(val)
+        inputs, targets = rows(loader)[0]
+        assert inputs[0] == data.tokenizer.encode(train)[-1]
+        assert targets[0] == expected[0]
+
+
+def test_validation_windows_do_not_overlap_and_all_is_scored(verse_file):
+    loader = ready(verse_file).val_dataloader()
+    for batch in loader:
+        assert UNSCORED not in batch.targets
+    inputs = [token for row, _ in rows(loader) for token in row]
+    assert inputs[1:] == scored(loader)[:-1]
+
+
+@pytest.mark.parametrize("block_size", [7, 16])
+def test_the_sliding_test_gives_half_a_block_of_context(verse_file, block_size):
+    plain, sliding = ready(verse_file, block_size=block_size).test_dataloader()
+    contexts = [targets.count(UNSCORED) for _, targets in rows(sliding)]
+    assert contexts[0] == 0
+    assert set(contexts[1:]) == {block_size // 2}
+    assert len(rows(sliding)) > len(rows(plain))
+
+
+def test_batches_hold_batch_size_windows_and_a_shorter_last_window_its_own(verse_file):
+    data = ready(verse_file, block_size=7, batch_size=4)
+    for loader in (data.val_dataloader(), *data.test_dataloader()):
+        shapes = [tuple(batch.inputs.shape) for batch in loader]
+        assert len(shapes) == len(loader)
+        assert set(shapes[:-2]) == {(4, 7)}
+        assert all(count <= 4 and length <= 7 for count, length in shapes)
+
+
+@pytest.mark.filterwarnings("ignore:this tokenizer is lossy")
+def test_a_lossy_tokenizer_is_scored_per_character_of_the_original(verse, verse_file):
+    lossy = TokenizerConfig("unigram", 120, lossless=False)
+    train, val = parts(verse)
+    data = ready(verse_file, tokenizer=lossy)
+    for loader in (data.val_dataloader(), *data.test_dataloader()):
+        assert characters(loader) == pytest.approx(len(val))
+    ids = data.tokenizer.encode(train)
+    assert data._train_windows(0).char_counts[ids].sum() == pytest.approx(len(train))
+
+
+def test_a_lossy_tokenizer_says_so(verse_file):
+    with pytest.warns(UserWarning, match="lossy"):
+        ready(verse_file, tokenizer=TokenizerConfig("unigram", 120, lossless=False))
+
+
+# Which text trains what
+
+
+def test_the_tokenizer_never_sees_the_validation_part(verse):
+    train = verse[:4500]
+    text = train + "ЖЩЮЯ" * 125
+    assert parts(text) == (train, "ЖЩЮЯ" * 125)
+    data = ready_on(text)
+    assert data.tokenizer.fingerprint == UNIGRAM.train(train).fingerprint
+    assert not set("ЖЩЮЯ") & set("".join(data.tokenizer.pieces))
+
+
+def test_characters_are_those_of_the_training_part(verse):
+    with pytest.raises(UserError, match="'Ж'"):
+        ready_on(verse + "Ж" * 10, tokenizer=TokenizerConfig("char"))
+    assert not (corpora.cache_dir() / "tokens").exists() or not list((corpora.cache_dir() / "tokens").iterdir())
+
+
+@pytest.mark.parametrize("nbest_size", [-1, 4])
+def test_training_text_is_sampled_and_validation_text_never(verse, verse_file, nbest_size):
+    train, val = parts(verse)
+    data = ready(verse_file, batch_size=1, subword_sampling=SubwordSampling(0.1, nbest_size))
+    best = data.tokenizer.encode(train)
+    best_windows = {tuple(best[start : start + 16]) for start in range(len(best))}
+    loader = data.train_dataloader()
+    epochs = []
+    for epoch in (0, 1, 0):
+        loader.set_epoch(epoch)
+        epochs.append([tuple(inputs) for inputs, _ in rows(loader)])
+        assert all(data.tokenizer.decode(window) in train for window in epochs[-1])
+        assert not set(epochs[-1]) <= best_windows
+        assert len(epochs[-1]) == len(loader)
+    assert epochs[0] == epochs[2] != epochs[1]
+    for scoring in (data.val_dataloader(), *data.test_dataloader()):
+        assert scored(scoring) == data.tokenizer.encode(val)
+
+
+def test_sampling_needs_a_unigram_model(verse_file):
+    with pytest.raises(UserError, match="subword_sampling"):
+        ready(verse_file, tokenizer=TokenizerConfig("bpe", 400), subword_sampling=SubwordSampling())
+
+
+def test_a_given_tokenizer_is_used_and_none_trained(verse, verse_file):
+    given = CharTokenizer(sorted(set(verse), reverse=True))
+    data = TextDataModule(str(verse_file), block_size=16, tokenizer=TokenizerConfig("unigram", 1))
+    data.tokenizer = given
+    data.prepare_data()
+    data.setup("fit")
+    assert data.tokenizer.fingerprint == given.fingerprint
+    assert scored(data.val_dataloader()) == given.encode(parts(verse)[1])
+
+
+# The cache
+
+
+def stores():
+    return {path.name: path.stat().st_mtime_ns for path in (corpora.cache_dir() / "tokens").iterdir()}
+
+
+def test_preparing_twice_prepares_once(verse_file):
+    first = ready(verse_file)
+    before = stores()
+    second = ready(verse_file)
+    assert stores() == before
+    assert second.tokenizer.fingerprint == first.tokenizer.fingerprint
+
+
+@pytest.mark.filterwarnings("ignore:this tokenizer is lossy")
+def test_a_setting_that_the_tokens_depend_on_makes_another_store(verse, verse_file):
+    changes = [
+        {},
+        {"val_fraction": 0.2},
+        {"tokenizer": TokenizerConfig("unigram", 390)},
+        {"tokenizer": TokenizerConfig("bpe", 400)},
+        {"tokenizer": TokenizerConfig("char")},
+        {"tokenizer": TokenizerConfig("unigram", 120, lossless=False)},
+    ]
+    for count, change in enumerate(changes, start=1):
+        ready(verse_file, **change)
+        assert len(stores()) == count
+    verse_file.write_bytes(verse.replace("river", "stream").encode())
+    ready(verse_file)
+    assert len(stores()) == len(changes) + 1
+
+
+def test_a_setting_that_the_tokens_do_not_depend_on_shares_the_store(verse_file):
+    for change in ({}, {"block_size": 8}, {"batch_size": 4}, {"seed": 5}, {"windows": "random"}, {"num_workers": 2}):
+        ready(verse_file, **change)
+    ready(verse_file, subword_sampling=SubwordSampling())
+    assert len(stores()) == 1
+
+
+def test_a_text_edited_in_place_is_prepared_afresh(verse, verse_file):
+    ready(verse_file)
+    changed = verse[:-1] + "!"
+    verse_file.write_bytes(changed.encode())
+    data = ready(verse_file)
+    assert data.tokenizer.decode(scored(data.val_dataloader())) == parts(changed)[1]
+
+
+def test_a_damaged_store_is_refused_with_its_place(verse_file):
+    ready(verse_file)
+    (name,) = stores()
+    (corpora.cache_dir() / "tokens" / name / "index.json").unlink()
+    with pytest.raises(UserError, match=f"{name}.*delete that folder"):
+        ready(verse_file)
+
+
+def test_a_cache_that_cannot_be_written_is_said_with_the_variable(verse_file, tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("LMLIGHT_CACHE", str(tmp_path / "file"))
+    with pytest.raises(UserError, match="LMLIGHT_CACHE"):
+        ready(verse_file)
+
+
+# Mistakes
+
+
+@pytest.mark.parametrize("block_size", [16, 100])
+@pytest.mark.parametrize("n_chars", [1, 2, 9, 10, 100])
+def test_a_text_that_is_too_short_is_refused_with_the_least_that_would_do(n_chars, block_size):
+    settings = {"tokenizer": TokenizerConfig("char"), "block_size": block_size}
+    with pytest.raises(UserError, match="fewer than one block") as caught:
+        ready_on("a" * n_chars, **settings)
+    message = str(caught.value)
+    assert "\n" not in message
+    assert f"this one has {n_chars}" in message
+    minimum = int(re.search(r"at least some ([\d,]+) characters", message)[1].replace(",", ""))
+    if "validation part" in message:  # nine times shorter than the other, so it decides
+        assert 10 * block_size <= minimum <= 10 * block_size + 10
+        assert characters(ready_on("a" * minimum, **settings).val_dataloader()) >= block_size
+
+
+def test_the_shortest_text_that_fits_trains_and_scores():
+    settings = {"tokenizer": TokenizerConfig("char"), "block_size": 16}
+    data = ready_on("ab" * 80, **settings)
+    assert len(rows(data.train_dataloader())) == 8
+    assert characters(data.val_dataloader()) == 16
+    with pytest.raises(UserError, match=r"the validation part .* has 15 tokens, fewer than one block of 16"):
+        ready_on("ab" * 75, **settings)
+
+
+@pytest.mark.parametrize(
+    ("setting", "value"),
+    [("block_size", 0), ("batch_size", 0), ("batch_size", -4), ("val_fraction", 0), ("val_fraction", 1)],
+)
+def test_sizes_that_mean_nothing_are_refused(setting, value):
+    with pytest.raises(UserError, match=f"data.{setting} must.*{value}"):
+        TextDataModule("text.txt", **{setting: value})
+
+
+def test_a_missing_corpus_is_refused():
+    with pytest.raises(UserError, match=r"no corpus at 'absent\.txt'"):
+        ready("absent.txt")
+
+
+# Prompts
+
+
+def prompts_of(prompts):
+    return list(TextDataModule("absent.txt", prompts=prompts).predict_dataloader())
+
+
+def test_prompts_come_one_at_a_time_as_they_are():
+    assert prompts_of(["MIRA:\n", "", " "]) == [["MIRA:\n"], [""], [" "]]
+
+
+def test_without_prompts_one_begins_from_nothing():
+    assert list(TextDataModule("absent.txt").predict_dataloader()) == [[""]]
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+@pytest.mark.parametrize("last", ["", "end"])
+def test_a_file_of_prompts_has_one_a_line_blank_ones_too(tmp_path, end, last):
+    (tmp_path / "prompts.txt").write_bytes(f"MIRA:{end}{end}  Žluť 漢 {end}{last and last + end}".encode())
+    expected = ["MIRA:", "", "  Žluť 漢 ", *([last] if last else [])]
+    assert prompts_of("prompts.txt") == [[line] for line in expected]
+
+
+def test_a_last_line_needs_no_newline(tmp_path):
+    (tmp_path / "prompts.txt").write_bytes(b"one\ntwo")
+    assert prompts_of("prompts.txt") == [["one"], ["two"]]
+
+
+@pytest.mark.parametrize("content", [None, "é".encode("latin-1")])
+def test_a_file_of_prompts_that_cannot_be_read_is_refused(tmp_path, content):
+    if content:
+        (tmp_path / "prompts.txt").write_bytes(content)
+    with pytest.raises(UserError, match=r"prompts\.txt.*cannot be read") as caught:
+        prompts_of("prompts.txt")
+    assert "\n" not in str(caught.value)
+
+
+def test_predicting_needs_no_text():
+    data = TextDataModule("absent.txt")
+    data.trainer = share(fn=TrainerFn.PREDICTING)
+    data.prepare_data()
+    data.setup("predict")
+    assert not corpora.cache_dir().exists()
+
+
+def test_ids_are_read_from_disk_not_held_in_memory(verse_file):
+    assert isinstance(ready(verse_file)._train_ids, np.memmap)

@@ -1,0 +1,204 @@
+"""Nets against plainer truths: the mask, the fused attention, rotary positions, shapes, overfitting."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from lmlight.errors import UserError
+from lmlight.models import GPT2, LLAMA, Attention, Bigram, Transformer
+from lmlight.models.transformer import attention_weights, rotary_table, rotate
+
+SMALL = {"vocab_size": 11, "block_size": 8, "n_layer": 2, "n_head": 4, "n_embd": 32}
+VARIANTS = [
+    {},
+    GPT2,
+    LLAMA,
+    {"mlp": "relu2"},
+    {"mlp": "gelu", "norm": "layernorm"},
+    {"qk_norm": True, "n_kv_head": 2},
+    {"n_kv_head": 1, "positions": "learned", "bias": True},
+    {"tie": True, "dropout": 0.5},
+]
+
+
+def make(**options):
+    torch.manual_seed(0)
+    net = Transformer(**SMALL, **options).eval()
+    for parameter in net.parameters():  # away from the initial near-zeros, where much goes unnoticed
+        parameter.data.add_(torch.randn_like(parameter) * 0.2)
+    return net
+
+
+@pytest.mark.parametrize("options", VARIANTS, ids=str)
+def test_the_future_does_not_change_the_past(options):
+    net, idx = make(**options), torch.randint(11, (2, 8))
+    changed = idx.clone()
+    changed[:, 5] = (changed[:, 5] + 1) % 11
+    before, after = net(idx), net(changed)
+    torch.testing.assert_close(before[:, :5], after[:, :5])
+    assert (before[:, 5:] - after[:, 5:]).abs().amax((0, 2)).min() > 1e-4, "what follows must change, at each position"
+
+
+@pytest.mark.parametrize("options", VARIANTS, ids=str)
+def test_logits_of_a_prefix_are_those_of_the_whole(options):
+    net, idx = make(**options), torch.randint(11, (2, 8))
+    torch.testing.assert_close(net(idx[:, :3]), net(idx)[:, :3])
+
+
+@pytest.mark.parametrize("options", VARIANTS, ids=str)
+def test_rows_of_a_batch_are_independent(options):
+    net, idx = make(**options), torch.randint(11, (3, 8))
+    torch.testing.assert_close(net(idx)[1:2], net(idx[1:2]))
+
+
+@pytest.mark.parametrize("options", VARIANTS, ids=str)
+def test_its_config_makes_the_same_net_again(options):
+    net = make(**options)
+    again = Transformer(**net.config).eval()
+    again.load_state_dict(net.state_dict())
+    idx = torch.randint(11, (2, 8))
+    assert torch.equal(net(idx), again(idx))
+
+
+@pytest.mark.parametrize("net", [Bigram(11, 8), Transformer(**SMALL)], ids=["bigram", "transformer"])
+def test_one_batch_can_be_learnt_by_heart(net):
+    torch.manual_seed(1)
+    # each token is followed by one other: what a bigram can learn too
+    successor = torch.randperm(11)
+    idx = [torch.arange(4)]
+    for _ in range(8):
+        idx.append(successor[idx[-1]])
+    idx = torch.stack(idx, dim=1)  # (4, 9)
+    optimizer = torch.optim.AdamW(net.parameters(), lr=3e-2)
+    for _ in range(400):
+        loss = F.cross_entropy(net(idx[:, :-1]).flatten(0, 1), idx[:, 1:].flatten())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert loss < 0.05
+
+
+def test_loss_begins_near_that_of_knowing_nothing():
+    torch.manual_seed(0)
+    net = Transformer(1024, 64)
+    idx = torch.randint(1024, (8, 65))
+    loss = F.cross_entropy(net(idx[:, :-1]).flatten(0, 1), idx[:, 1:].flatten())
+    assert abs(loss.item() - math.log(1024)) < 0.1
+
+
+def test_bigram_looks_at_the_last_token_alone():
+    net = Bigram(11, 8)
+    idx = torch.randint(11, (2, 8))
+    torch.testing.assert_close(net(idx), net.table.weight[idx])
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("options", [{}, {"n_kv_head": 2}, {"qk_norm": True, "bias": True}], ids=str)
+def test_fused_attention_is_the_four_lines(causal, options):
+    torch.manual_seed(0)
+    attention = Attention(32, 4, **options).double()
+    x = torch.randn(2, 6, 32, dtype=torch.float64)
+    q, k, v = attention.project(x)
+    plain = attention.output((attention_weights(q, k, causal) @ v).transpose(1, 2).flatten(2))
+    torch.testing.assert_close(attention(x, causal=causal), plain)
+
+
+def test_attention_without_the_mask_sees_the_future():
+    attention = Attention(32, 4)
+    x = torch.randn(1, 6, 32)
+    changed = x.clone()
+    changed[:, -1] += 1
+    assert (attention(x, causal=False) - attention(changed, causal=False))[:, 0].abs().max() > 1e-4
+    assert torch.equal(attention(x)[:, 0], attention(changed)[:, 0])
+
+
+def test_cross_attention_gathers_from_the_context_alone():
+    torch.manual_seed(0)
+    attention = Attention(32, 4)
+    x, context = torch.randn(2, 3, 32), torch.randn(2, 7, 32)
+    y = attention(x, context=context, causal=False)
+    assert y.shape == x.shape
+    order = torch.randperm(7)
+    torch.testing.assert_close(attention(x, context=context[:, order], causal=False), y)  # a set has no order
+    constant = context[:, :1].expand(-1, 7, -1)
+    gathered = attention(x, context=constant, causal=False)
+    torch.testing.assert_close(gathered[:, 0], gathered[:, 1])  # whatever is asked, there is one thing to hear
+    assert (attention(x, context=context + 1, causal=False) - y).abs().max() > 1e-3
+
+
+def test_grouped_heads_equal_full_heads_with_repeated_weights():
+    torch.manual_seed(0)
+    grouped, full = Attention(32, 4, n_kv_head=2), Attention(32, 4)
+    full.query, full.output = grouped.query, grouped.output
+    k, v = grouped.key_value.weight.view(2, 2, 8, 32)  # keys or values, head, channel, input
+    full.key_value.weight.data = torch.stack([k, v]).repeat_interleave(2, dim=1).reshape(64, 32)
+    x = torch.randn(2, 5, 32)
+    torch.testing.assert_close(grouped(x), full(x))
+
+
+def test_attention_weights_are_a_distribution_over_the_past():
+    weights = attention_weights(torch.randn(2, 3, 5, 8), torch.randn(2, 3, 5, 8), causal=True)
+    torch.testing.assert_close(weights.sum(-1), torch.ones(2, 3, 5))
+    assert weights.triu(1).abs().max() == 0
+
+
+def test_rotary_products_depend_on_the_distance_alone():
+    torch.manual_seed(0)
+    q, k = torch.randn(8, dtype=torch.float64), torch.randn(8, dtype=torch.float64)
+    table = rotary_table(20, 8).double()
+    scores = rotate(q.expand(20, 8), table) @ rotate(k.expand(20, 8), table).T
+    for distance in (0, 3, 7):
+        along = scores.diagonal(-distance)
+        torch.testing.assert_close(along, along[:1].expand_as(along), atol=1e-6, rtol=0)
+    # as complex numbers: channel i and i + D/2 turn by position × frequency
+    turned = torch.view_as_complex(torch.stack((q[:4], q[4:]), -1)) * torch.polar(
+        torch.ones(4, dtype=torch.float64), 5 * 10000.0 ** (-torch.arange(0, 8, 2, dtype=torch.float64) / 8)
+    )
+    torch.testing.assert_close(
+        rotate(q.expand(20, 8), table)[5], torch.cat((turned.real, turned.imag)), atol=1e-6, rtol=0
+    )
+
+
+def test_positions_matter():
+    for options in ({}, GPT2):
+        net, idx = make(**options), torch.tensor([[1, 2, 3, 4]])
+        swapped = torch.tensor([[2, 1, 3, 4]])
+        assert (net(idx)[:, -1] - net(swapped)[:, -1]).abs().max() > 1e-4
+
+
+def test_tied_weights_are_one_tensor():
+    net = make(tie=True)
+    assert net.head.weight is net.embedding.weight
+
+
+def test_dropout_acts_in_training_only():
+    net, idx = make(dropout=0.5), torch.randint(11, (2, 8))
+    assert torch.equal(net(idx), net(idx))
+    net.train()
+    assert not torch.equal(net(idx), net(idx))
+
+
+def test_flops_are_those_that_torch_counts():
+    from torch.utils.flop_counter import FlopCounterMode
+
+    net = Transformer(64, 16, n_layer=3, n_head=4, n_embd=32, mlp="gelu")
+    with FlopCounterMode(display=False) as counter, torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+        net(torch.zeros(1, 16, dtype=torch.long))
+    assert counter.get_total_flops() == pytest.approx(16 * net.flops_per_token(), rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"n_head": 3}, "n_embd 32 and n_head 3"),
+        ({"n_kv_head": 3}, "n_head 4 and n_kv_head 3"),
+        ({"n_head": 32}, "even"),
+        ({"n_layer": 0}, "at least 1, got 0"),
+        ({"dropout": 1.0}, "got 1.0"),
+    ],
+)
+def test_sizes_that_do_not_fit_are_named(options, says):
+    with pytest.raises(UserError, match=says):
+        Transformer(**{**SMALL, **options})

@@ -1,0 +1,174 @@
+"""LanguageModel under Lightning's Trainer, from Python."""
+
+import math
+import subprocess
+import sys
+
+import lightning.pytorch as pl
+import pytest
+import torch
+import torch.nn.functional as F
+
+from lmlight import Bigram, LanguageModel, TextDataModule, Transformer
+from lmlight.data.tokenizer import TokenizerConfig
+from lmlight.errors import UserError
+from lmlight.optim import Schedule
+
+QUIET = {
+    "logger": False,
+    "enable_progress_bar": False,
+    "enable_model_summary": False,
+    "accelerator": "cpu",
+    "num_sanity_val_steps": 0,
+}
+
+
+def small_net(vocab_size, block_size):
+    return Transformer(vocab_size, block_size, n_layer=1, n_head=2, n_embd=32, dropout=0.1)
+
+
+@pytest.fixture
+def data(verse_file):
+    return TextDataModule(str(verse_file), block_size=16, batch_size=8, tokenizer=TokenizerConfig(vocab_size=400))
+
+
+def trained(data, steps=5, net=small_net, **options):
+    pl.seed_everything(1, verbose=False)
+    model = LanguageModel(net=net, schedule=Schedule("linear", 2))
+    trainer = pl.Trainer(max_steps=steps, enable_checkpointing=False, **QUIET, **options)
+    trainer.fit(model, datamodule=data)
+    return trainer, model
+
+
+@pytest.mark.parametrize("net", [small_net, Bigram], ids=["transformer", "bigram"])
+def test_validation_is_the_plain_sum_over_the_last_tenth(data, verse, net):
+    trainer, model = trained(data, net=net)
+    figures = trainer.validate(model, datamodule=data, verbose=False)[0]
+
+    train, val = verse[: int(0.9 * len(verse))], verse[int(0.9 * len(verse)) :]
+    stream = model.tokenizer.encode(train)[-1:] + model.tokenizer.encode(val)
+    nats = 0.0
+    with torch.no_grad():
+        for start in range(0, len(stream) - 1, 16):
+            window = torch.tensor(stream[start : start + 17])
+            logits = model.eval().net(window[None, :-1])[0]
+            nats -= logits.log_softmax(-1).gather(1, window[1:, None]).sum().item()
+    assert figures["val/characters"] == len(val)
+    assert figures["val/nats_per_char"] == pytest.approx(nats / len(val), rel=1e-5)
+    assert figures["val/bpc"] == pytest.approx(nats / len(val) / math.log(2), rel=1e-5)
+    assert figures["val/loss"] == pytest.approx(nats / (len(stream) - 1), rel=1e-5)
+    assert figures["val/perplexity"] == pytest.approx(math.exp(nats / (len(stream) - 1)), rel=1e-4)
+
+
+def test_test_adds_a_sliding_window_over_the_same_characters(data, verse):
+    trainer, model = trained(data, steps=30)
+    figures = {k: v for part in trainer.test(model, datamodule=data, verbose=False) for k, v in part.items()}
+    plain = trainer.validate(model, datamodule=data, verbose=False)[0]
+    names = {name.split("/dataloader")[0]: value for name, value in figures.items()}
+    assert names["test/nats_per_char"] == plain["val/nats_per_char"]
+    assert names["test_sliding/characters"] == names["test/characters"] == len(verse) - int(0.9 * len(verse))
+    assert names["test_sliding/nats_per_char"] != names["test/nats_per_char"]
+
+
+def test_training_is_plain_adamw_on_the_batches(data):
+    """The same steps without Lightning: same order of windows, schedule, groups and clipping."""
+    trainer, model = trained(data, steps=4, gradient_clip_val=1.0)
+    pl.seed_everything(1, verbose=False)
+    plain = small_net(model.tokenizer.vocab_size, 16).train()
+    matrices = [p for p in plain.parameters() if p.dim() == 2]
+    vectors = [p for p in plain.parameters() if p.dim() < 2]
+    optimizer = torch.optim.AdamW(
+        [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}], lr=2e-3, weight_decay=0.1, fused=True
+    )
+    for step, batch in zip(range(4), data.train_dataloader()):
+        for group in optimizer.param_groups:
+            group["lr"] = 2e-3 * [1 / 3, 2 / 3, 1.0, 0.5][step]
+        loss = F.cross_entropy(plain(batch.inputs).flatten(0, 1), batch.targets.flatten())
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(plain.parameters(), 1.0)
+        optimizer.step()
+    for (name, a), (_, b) in zip(model.net.named_parameters(), plain.named_parameters()):
+        torch.testing.assert_close(a, b, msg=name)
+
+
+def test_generate_takes_texts_lists_and_ids(data):
+    _, model = trained(data)
+    one, two = model.generate("MIRA:", max_new_tokens=10), model.generate("", max_new_tokens=10)
+    assert one.startswith("MIRA:")
+    assert len(one) > len("MIRA:")
+    assert model.generate(["MIRA:", ""], max_new_tokens=10) == [one, two]
+    ids = torch.tensor([model.tokenizer.encode("MIRA:")])
+    assert model.tokenizer.decode(model.generate(ids, max_new_tokens=10)[0].tolist()) == one
+    assert model.generate("MIRA:", max_new_tokens=10, seed=2) != one
+    assert model.generate("MIRA:", max_new_tokens=0) == "MIRA:"
+    assert len(model.tokenizer.encode(model.generate("word " * 50, max_new_tokens=3))) > 50  # longer than a block
+    with pytest.raises(UserError, match="temperature"):
+        model.generate("MIRA:", temperature=-1)
+
+
+def test_generate_leaves_the_mode_and_the_random_numbers_alone(data):
+    _, model = trained(data)
+    model.train()
+    torch.manual_seed(3)
+    expected = torch.rand(3)
+    torch.manual_seed(3)
+    text = model.generate("a", max_new_tokens=5)
+    assert torch.equal(torch.rand(3), expected)
+    assert model.training
+    assert text == model.generate("a", max_new_tokens=5), "dropout took part"
+
+
+def test_an_empty_prompt_begins_as_if_a_line_had_just_ended(data):
+    _, model = trained(data)
+    sampling = {"max_new_tokens": 10, "temperature": 0}
+    assert model.generate("", **sampling) == model.generate("\n", **sampling)[1:]
+
+
+def test_a_checkpoint_alone_is_enough_in_a_fresh_process(data, tmp_path):
+    trainer, model = trained(data)
+    trainer.save_checkpoint(tmp_path / "x.ckpt")
+    (tmp_path / "elsewhere").mkdir()
+    code = (
+        "from lmlight import LanguageModel; m = LanguageModel.load_from_checkpoint('../x.ckpt'); "
+        "print(repr(m.generate('MIRA:', max_new_tokens=10)), m.tokenizer.encode('MIRA:'), m.tokenizer.decode([70]))"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path / "elsewhere", capture_output=True, text=True, check=True
+    )
+    expected = repr(model.generate("MIRA:", max_new_tokens=10)), model.tokenizer.encode("MIRA:")
+    assert result.stdout.strip() == f"{expected[0]} {expected[1]} {model.tokenizer.decode([70])}"
+
+
+def test_a_checkpoint_of_another_net_is_named(data, tmp_path):
+    trainer, model = trained(data)
+    trainer.save_checkpoint(tmp_path / "x.ckpt")
+    with pytest.raises(UserError, match="class Transformer in the checkpoint, Bigram here"):
+        pl.Trainer(**QUIET).validate(
+            LanguageModel(net=Bigram), datamodule=data, ckpt_path=tmp_path / "x.ckpt", weights_only=True
+        )
+
+
+def test_without_a_tokenizer_it_says_what_to_do():
+    with pytest.raises(UserError, match="ckpt_path"):
+        pl.Trainer(**QUIET).predict(LanguageModel(), datamodule=TextDataModule(prompts=["a"]))
+
+
+def test_logged_names_are_those_of_the_design(data, tmp_path):
+    from lightning.pytorch.callbacks import LearningRateMonitor
+
+    logger = pl.loggers.CSVLogger(tmp_path)
+    pl.seed_everything(1, verbose=False)
+    options = {**QUIET, "logger": logger, "log_every_n_steps": 2, "val_check_interval": 2}
+    trainer = pl.Trainer(
+        max_steps=4,
+        check_val_every_n_epoch=None,
+        callbacks=[LearningRateMonitor()],
+        enable_checkpointing=False,
+        **options,
+    )
+    trainer.fit(LanguageModel(net=small_net), datamodule=data)
+    names = {name for row in logger.experiment.metrics for name in row} | set(trainer.logged_metrics)
+    header = set((tmp_path / "lightning_logs/version_0/metrics.csv").read_text().split("\n")[0].split(","))
+    assert {"train/loss", "grad_norm", "val/loss", "val/nats_per_char", "val/bpc", "val/perplexity"} <= names | header
+    assert any(name.startswith("lr-") for name in names | header)
