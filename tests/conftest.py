@@ -6,7 +6,10 @@ import os
 os.environ.setdefault("GOMP_SPINCOUNT", "0")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
+import atexit
 import random
+import shutil
+import tempfile
 
 import pytest
 import torch
@@ -14,6 +17,11 @@ from hypothesis import HealthCheck, settings
 from hypothesis.configuration import set_hypothesis_home_dir
 
 torch.set_num_threads(1)
+
+# Hypothesis writes what it finds in the sources while tests are collected: not into the checkout.
+HYPOTHESIS_HOME = tempfile.mkdtemp(prefix="lmlight-hypothesis-")
+atexit.register(shutil.rmtree, HYPOTHESIS_HOME, ignore_errors=True)
+set_hypothesis_home_dir(HYPOTHESIS_HOME)
 
 settings.register_profile(
     "lmlight",
@@ -34,11 +42,6 @@ tender wander gather listen follow borrow carry measure promise remember answer 
 """.split()  # noqa: SIM905
 ENDINGS = ["", "", "s", "ed", "ing", "er", "ly", "ness"]
 SPEAKERS = ["MIRA", "TOBIAS", "OLD GARDENER", "PIP"]
-
-
-@pytest.fixture(scope="session", autouse=True)
-def _hypothesis_writes_to_a_temporary_folder(tmp_path_factory):
-    set_hypothesis_home_dir(tmp_path_factory.mktemp("hypothesis"))
 
 
 @pytest.fixture(autouse=True)

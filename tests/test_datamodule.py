@@ -10,7 +10,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 
 from lmlight.data import corpus as corpora
 from lmlight.data.datamodule import TextDataModule
-from lmlight.data.tokenizer import CharTokenizer, SubwordSampling, TokenizerConfig
+from lmlight.data.tokenizer import CharTokenizer, SubwordSampler, SubwordSampling, TokenizerConfig
 from lmlight.data.tokens import UNSCORED
 from lmlight.errors import UserError
 
@@ -252,16 +252,21 @@ def test_characters_are_those_of_the_training_part(verse):
 @pytest.mark.parametrize("nbest_size", [-1, 4])
 def test_training_text_is_sampled_and_validation_text_never(verse, verse_file, nbest_size):
     train, val = parts(verse)
-    data = ready(verse_file, batch_size=1, subword_sampling=SubwordSampling(0.1, nbest_size))
-    best = data.tokenizer.encode(train)
-    best_windows = {tuple(best[start : start + 16]) for start in range(len(best))}
+    sampling = SubwordSampling(0.1, nbest_size)
+    data = ready(verse_file, batch_size=1, subword_sampling=sampling, seed=3)
+    sampler = SubwordSampler(data.tokenizer, train, sampling)
+
+    def windows_of(ids):
+        return {tuple(ids[start : start + 16]) for start in range(len(ids))}
+
     loader = data.train_dataloader()
     epochs = []
     for epoch in (0, 1, 0):
         loader.set_epoch(epoch)
         epochs.append([tuple(inputs) for inputs, _ in rows(loader)])
         assert all(data.tokenizer.decode(window) in train for window in epochs[-1])
-        assert not set(epochs[-1]) <= best_windows
+        assert set(epochs[-1]) <= windows_of(sampler.draw(3, epoch).tolist())
+        assert not set(epochs[-1]) <= windows_of(data.tokenizer.encode(train))
         assert len(epochs[-1]) == len(loader)
     assert epochs[0] == epochs[2] != epochs[1]
     for scoring in (data.val_dataloader(), *data.test_dataloader()):

@@ -101,7 +101,7 @@ class TextDataModule(LightningDataModule):
         if not folder.exists():
             train, val = corpora.split(text.text, self.val_fraction)
             if not (train and val):
-                self._too_short("train" if not train else "validation", 0, len(text.text))
+                self._too_short("training" if not train else "validation", 0, len(text.text))
             rank_zero_info(f"Preparing {len(text.text):,} characters of {text.source}")
             tokenizer = self.tokenizer or self.tokenizer_config.train(train)
             try:

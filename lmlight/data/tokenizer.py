@@ -91,6 +91,10 @@ class TokenizerConfig:
     vocab_size: int = 1024
     lossless: bool = True
 
+    def __post_init__(self) -> None:
+        if self.vocab_size < 1:
+            raise UserError(f"tokenizer.vocab_size must be at least 1, got {self.vocab_size}")
+
     def train(self, text: str) -> Tokenizer:
         """A tokenizer of this kind for `text`.
 
@@ -109,7 +113,10 @@ def from_bytes(data: bytes) -> Tokenizer:
         ValueError: `data` is no tokenizer.
     """
     if data.startswith(b"{"):
-        return CharTokenizer(json.loads(data)["characters"])
+        try:
+            return CharTokenizer(json.loads(data)["characters"])
+        except (KeyError, TypeError):
+            raise ValueError("not a character vocabulary") from None
     return SentencePieceTokenizer(data)
 
 
@@ -156,6 +163,8 @@ class SentencePieceTokenizer(Tokenizer):
     def __init__(self, model: bytes) -> None:
         self._model = model
         try:
+            if not model:
+                raise RuntimeError("no bytes")  # which SentencePiece would take for one to be loaded later
             self._processor = spm.SentencePieceProcessor(model_proto=model)
         except RuntimeError as error:
             raise ValueError(f"not a SentencePiece model: {error}") from None
@@ -222,6 +231,8 @@ def _train_sentencepiece(text: str, config: TokenizerConfig) -> bytes:
             "character_coverage": 1.0,
             # alone: overlapping user symbols ("\n\n") can tie
             "user_defined_symbols": ["\n"],
+            # a text without spaces would leave no piece for one, and its bytes would come back as "▁"
+            "required_chars": SPACE,
             "bos_id": -1,
             "eos_id": -1,
         }
@@ -268,8 +279,8 @@ class SubwordSampling:
     nbest_size: int = -1
 
     def __post_init__(self) -> None:
-        if self.alpha < 0:
-            raise UserError(f"subword_sampling.alpha must be 0 or more, got {self.alpha}")
+        if not (math.isfinite(self.alpha) and self.alpha >= 0):
+            raise UserError(f"subword_sampling.alpha must be a number of 0 or more, got {self.alpha}")
         if self.nbest_size != -1 and self.nbest_size < 2:
             raise UserError(f"subword_sampling.nbest_size must be -1 (all) or at least 2, got {self.nbest_size}")
 
@@ -352,8 +363,11 @@ class SubwordSampler:
             return self._tokenizer._end_ids(word[-1])
         return None
 
-    def _unknown(self, character: str) -> list[int]:
-        return self._tokenizer._bytes(character) if self._tokenizer.lossless else [self._processor.unk_id()]
+    def _unknown(self, word: str, at: int) -> list[int]:
+        """The bytes of a character that no piece covers; without bytes, one `<unk>` for a run of them."""
+        if self._tokenizer.lossless:
+            return self._tokenizer._bytes(word[at])
+        return [] if at and word[at - 1] not in self._scores else [self._processor.unk_id()]
 
     def _lattice(self, word: str) -> list[Choices]:
         """For each end position in `word`, the pieces that may end there, by cumulative probability."""
@@ -368,7 +382,7 @@ class SubwordSampler:
                 if known is not None:
                     ids, score = [known[0]], known[1]
                 elif start == end - 1:
-                    ids, score = self._unknown(word[start]), self._unknown_score
+                    ids, score = self._unknown(word, start), self._unknown_score
                 else:
                     continue
                 logs.append(total[start] + self._sampling.alpha * score)

@@ -68,7 +68,7 @@ class TokenStore:
             self.ids = {split: np.load(folder / f"{split}.npy", mmap_mode="r") for split in index["chars"]}
             self.chars: dict[str, int] = index["chars"]
             self.tokenizer = from_bytes((folder / "tokenizer").read_bytes())
-        except (OSError, KeyError, json.JSONDecodeError, ValueError) as error:
+        except (OSError, EOFError, KeyError, TypeError, ValueError) as error:
             if isinstance(error, UserError):
                 raise
             raise UserError(f"the tokens in '{folder}' are damaged ({error}): delete that folder") from None
