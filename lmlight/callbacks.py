@@ -13,6 +13,7 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities import rank_zero_only
 from tqdm import tqdm
 
 from lmlight.module import LanguageModel
@@ -24,14 +25,17 @@ class RunLogger(TensorBoardLogger):
     Args:
         save_dir: the folder of all runs.
         version: the name of this run's; null makes one from the time.
+        purge_step: hide what the folder's earlier files say of this step and later ones: a resumed run says it again.
     """
 
-    def __init__(self, save_dir: str = "runs", version: str | None = None) -> None:
-        super().__init__(save_dir, name="", version=version, default_hp_metric=False)
+    def __init__(self, save_dir: str = "runs", version: str | None = None, purge_step: int | None = None) -> None:
+        super().__init__(save_dir, name="", version=version, default_hp_metric=False, purge_step=purge_step)
 
     def _get_next_version(self) -> str:  # type: ignore[override]
         """Takes a name by making its folder, which only one of two processes can."""
         name = datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
+        if getattr(rank_zero_only, "rank", 0) != 0:
+            return name  # rank 0's is what counts
         runs = Path(self.root_dir)
         runs.mkdir(parents=True, exist_ok=True)
         number = 1
@@ -124,12 +128,12 @@ class SampleText(Callback):
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.state.fn != "fit" or not isinstance(trainer.logger, TensorBoardLogger):
             return
-        if trainer.is_global_zero:
-            assert isinstance(pl_module, LanguageModel)
-            text = pl_module.generate(self.prompt, max_new_tokens=self.max_new_tokens)
-            # four spaces: Markdown for "as it is", line breaks and all
-            markdown = "\n".join("    " + line for line in text.split("\n"))
-            trainer.logger.experiment.add_text("sample", markdown, trainer.global_step)
+        assert isinstance(pl_module, LanguageModel)
+        # on every rank, for the weights may be spread over them
+        text = pl_module.generate(self.prompt, max_new_tokens=self.max_new_tokens)
+        # four spaces: Markdown for "as it is", line breaks and all
+        markdown = "\n".join("    " + line for line in text.split("\n"))
+        trainer.logger.experiment.add_text("sample", markdown, trainer.global_step)
 
 
 class PrintPredictions(Callback):

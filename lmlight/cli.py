@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import logging
 import math
@@ -14,11 +15,12 @@ import os
 import sys
 import warnings
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NoReturn
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, Trainer
-from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
+from lightning.pytorch.callbacks import LearningRateMonitor
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities import rank_zero_only
 
@@ -29,6 +31,7 @@ from lmlight.data.datamodule import TextDataModule
 from lmlight.errors import UserError
 from lmlight.models import NETS, Bigram, Transformer  # noqa: F401  (so that --model.net Bigram needs no full path)
 from lmlight.module import LanguageModel
+from lmlight.reliability import CheckpointFiles, KeepCheckpoints
 
 TRAINER_DEFAULTS: dict[str, Any] = {
     "max_steps": 2500,
@@ -64,9 +67,20 @@ class LmlightCLI(LightningCLI):
         return {name: skip | ours for name, skip in LightningCLI.subcommands().items()}
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        parser.link_arguments("seed_everything", "data.seed", compute_fn=int)
-        parser.link_arguments("seed_everything", "model.sampling.seed", compute_fn=int)
+        for target in ("data.seed", "model.seed", "model.sampling.seed"):
+            parser.link_arguments("seed_everything", target, compute_fn=int)
         parser.set_defaults({"trainer.callbacks": [{"class_path": "lmlight.callbacks.SampleText"}]})
+
+    def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
+        parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
+        if subcommand == "fit":
+            parser.add_argument(
+                "--init_from",
+                type=str | None,
+                help="Finetune: begin with the net, weights and tokenizer of this checkpoint, and with all else afresh. "
+                "(--ckpt_path goes on with a run instead: optimizer, schedule, position in the text.)",
+            )
+        return parser
 
     def setup_parser(
         self, add_subcommands: bool, main_kwargs: dict[str, Any], subparser_kwargs: dict[str, Any]
@@ -80,15 +94,32 @@ class LmlightCLI(LightningCLI):
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Sequence[str]) -> None:  # type: ignore[override]
         self.config = parser.parse_args(args)
-        ckpt_path = self.config[self.config.subcommand].ckpt_path
-        if ckpt_path is None:
-            if self.config.subcommand != "fit":
-                raise UserError(f"{self.config.subcommand} needs a model: --ckpt_path runs/.../checkpoints/best.ckpt")
+        name, config = self.config.subcommand, self.config[self.config.subcommand]
+        init_from = config.get("init_from")
+        if config.ckpt_path is None and init_from is None:
+            if name != "fit":
+                raise UserError(f"{name} needs a model: --ckpt_path best, or runs/.../checkpoints/best.ckpt")
             return
-        self.checkpoint = checkpoints.read(ckpt_path)
-        settings = json.dumps(_settings_of(self.checkpoint, ckpt_path))
-        at = args.index(self.config.subcommand) + 1
-        self.config = parser.parse_args([*args[:at], f"--config={settings}", *args[at:]])
+        if config.ckpt_path is not None and init_from is not None:
+            raise UserError("--ckpt_path goes on with a run and --init_from begins a new one: pass one of them")
+
+        resuming = name == "fit" and init_from is None
+        path = checkpoints.find(config.ckpt_path or init_from, _runs_folder(config), "last" if resuming else "best")
+        self.checkpoint = checkpoints.read(path)
+        settings = _settings_of(self.checkpoint, path)
+        if init_from is not None:
+            settings = {
+                "model": {"net": settings["model"]["net"]},
+                "data": {"block_size": settings["data"]["block_size"]},
+            }
+        run = path.absolute().parents[1]
+        if resuming and run.parent == _runs_folder(config).absolute():  # go on in the run's own folder
+            arguments = {"version": run.name, "purge_step": self.checkpoint["global_step"]}
+            settings["trainer"] = {"logger": {"class_path": "lmlight.callbacks.RunLogger", "init_args": arguments}}
+        at = args.index(name) + 1
+        self.config = parser.parse_args([*args[:at], f"--config={json.dumps(settings)}", *args[at:]])
+        if init_from is None:
+            self.config[name].ckpt_path = str(path)
 
     def _parse_ckpt_path(self) -> None:
         """Nothing: `parse_arguments` has read the checkpoint, and flags win over it."""
@@ -105,30 +136,26 @@ class LmlightCLI(LightningCLI):
         if self.checkpoint is not None:
             self.model.tokenizer = self.datamodule.tokenizer = checkpoints.tokenizer_of(self.checkpoint)
             self.model.block_size = self.checkpoint[checkpoints.KEY]["net"]["config"]["block_size"]
+            if self.config[self.subcommand].get("init_from"):
+                self.model.initial_weights = checkpoints.weights_of(self.checkpoint)
         dump = json.loads(self._parser(self.subcommand).dump(self.config[self.subcommand], format="json"))
-        self.model.settings = {"model": dump["model"], "data": dump["data"]}
+        self.model.settings = {section: dump[section] for section in ("seed_everything", "model", "data")}
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        trainer_config = self._get(self.config_init, "trainer", default={})
+        trainer_config = {**self._get(self.config_init, "trainer", default={}), **kwargs}
+        plugins = trainer_config["plugins"] or []
+        trainer_config["plugins"] = [*(plugins if isinstance(plugins, list) else [plugins]), CheckpointFiles()]
         callbacks: list[Callback] = []
         if self.subcommand == "fit":
             if trainer_config["logger"]:
                 callbacks.append(LearningRateMonitor("step"))
             if trainer_config["enable_checkpointing"] is not False:
-                callbacks.append(
-                    ModelCheckpoint(
-                        monitor="val/nats_per_char",
-                        filename="best",
-                        save_last=True,
-                        enable_version_counter=False,
-                        save_on_train_epoch_end=False,
-                    )
-                )
+                callbacks.append(KeepCheckpoints())
             if trainer_config["enable_progress_bar"] is not False:
                 callbacks.append(RunProgress())
         elif self.subcommand == "predict":
             callbacks.append(PrintPredictions())
-        return self._instantiate_trainer({**trainer_config, **kwargs}, callbacks)
+        return self._instantiate_trainer(trainer_config, callbacks)
 
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
         ours: dict[str, Any] = {"weights_only": True}
@@ -142,13 +169,11 @@ class LmlightCLI(LightningCLI):
     def after_fit(self) -> None:
         """Says where the best checkpoint lies, what it reached, what it writes, and what to type next."""
         keeper = self.trainer.checkpoint_callback
-        if not isinstance(keeper, ModelCheckpoint) or not keeper.best_model_path:
+        if not isinstance(keeper, KeepCheckpoints) or keeper.best_score is None:
             return
         path = os.path.relpath(keeper.best_model_path)
-        best = checkpoints.read(path)
+        best, nats = checkpoints.read(path), keeper.best_score
         model = LanguageModel.load_from_checkpoint(path)
-        assert keeper.best_model_score is not None
-        nats = keeper.best_model_score.item()
         print(f"\nBest checkpoint: {path} (step {best['global_step']})")
         print(f"  {nats:.4f} nats per character, {nats / math.log(2):.4f} bits per character on the validation text")
         final = self.trainer.callback_metrics["val/nats_per_char"]
@@ -165,14 +190,23 @@ class LmlightCLI(LightningCLI):
     after_test = after_validate
 
 
-def _settings_of(checkpoint: dict[str, Any], path: str) -> dict[str, Any]:
+def _runs_folder(config: Any) -> Path:
+    """Where this command's runs lie: the logger's folder."""
+    logger = config.trainer.logger
+    if isinstance(logger, list) and logger:
+        logger = logger[0]
+    arguments = logger.get("init_args") if hasattr(logger, "get") else None
+    return Path((arguments and arguments.get("save_dir")) or config.trainer.default_root_dir or "runs")
+
+
+def _settings_of(checkpoint: dict[str, Any], path: Path) -> dict[str, Any]:
     """The settings that a checkpoint brings: those of its run, and always its net.
 
     Raises:
         UserError: they name a class that is neither lmlight's nor torch's.
     """
     described = checkpoint[checkpoints.KEY]
-    settings = {section: dict(values) for section, values in described["settings"].items()}
+    settings = copy.deepcopy(described["settings"])
     data_decides = ("vocab_size", "block_size")
     net = {k: v for k, v in described["net"]["config"].items() if k not in data_decides}
     class_path = f"{NETS[described['net']['class']].__module__}.{described['net']['class']}"
@@ -233,4 +267,8 @@ def main(args: Sequence[str] | None = None) -> int:
     except (UserError, MisconfigurationException) as error:
         print(f"lmlight: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
+    except SystemExit as end:
+        if isinstance(end.__context__, KeyboardInterrupt):
+            return 130  # Lightning ends with 1
+        raise
     return 0

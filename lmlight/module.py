@@ -6,14 +6,17 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, overload
+from typing import Any, cast, overload
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 
 from lmlight import checkpoint as checkpoints
 from lmlight.data.tokenizer import Tokenizer
@@ -23,6 +26,7 @@ from lmlight.generation import Sampling, generate
 from lmlight.metrics import TextLoss
 from lmlight.models import Net, Transformer
 from lmlight.optim import Schedule, parameter_groups
+from lmlight.reliability import not_finite
 
 NetCallable = Callable[[int, int], Net]
 """Makes a net from (vocab_size, block_size), the two sizes that the data decides."""
@@ -38,11 +42,13 @@ class LanguageModel(LightningModule):
         optimizer: of the weights; its weight decay is applied to matrices only.
         schedule: the learning rate over the run.
         sampling: how `predict` and `generate` sample, where a call does not say otherwise.
+        seed: with the step, all that dropout's random numbers depend on, so that a resumed run draws the same ones.
 
     Attributes:
         tokenizer: encodes prompts and decodes what comes; None until known.
         net: the net; None until made.
         settings: plain values that travel in the checkpoint; the command line keeps its own here.
+        initial_weights: what the net begins with instead of random ones, by their names in the net (finetuning).
     """
 
     def __init__(
@@ -51,14 +57,17 @@ class LanguageModel(LightningModule):
         optimizer: OptimizerCallable = lambda params: torch.optim.AdamW(params, lr=2e-3, weight_decay=0.1, fused=True),
         schedule: Schedule = Schedule(),
         sampling: Sampling = Sampling(),
+        seed: int = 1337,
     ) -> None:
         super().__init__()
+        self.seed = seed
         self._make_net, self._make_optimizer = net, optimizer
         self.schedule, self.sampling = schedule, sampling
         self.tokenizer: Tokenizer | None = None
         self.block_size: int | None = None
         self.net: Net | None = None
         self.settings: dict[str, Any] = {}
+        self.initial_weights: dict[str, Tensor] | None = None
         self.val_loss, self.test_loss, self.sliding_loss = TextLoss(), TextLoss(), TextLoss()
 
     @classmethod
@@ -110,6 +119,12 @@ class LanguageModel(LightningModule):
         if self.net is None:
             assert self.tokenizer is not None and self.block_size is not None
             self.net = self._make_net(self.tokenizer.vocab_size, self.block_size)
+            if self.initial_weights is not None:
+                self.net.load_state_dict(self.initial_weights)
+                self.initial_weights = None
+        if self.device_mesh is not None:  # ModelParallelStrategy: shard the weights, block by block (FSDP2)
+            for part in (*getattr(self.net, "blocks", ()), self.net):
+                fully_shard(part, mesh=self.device_mesh["data_parallel"])
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         optimizer = self._make_optimizer(parameter_groups(self._net()))
@@ -117,16 +132,54 @@ class LanguageModel(LightningModule):
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: self.schedule.factor(step, total_steps))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
+    def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
+        micro_batch = batch_idx % self.trainer.accumulate_grad_batches
+        if micro_batch == 0:
+            self._step_loss = torch.zeros((), device=self.device)
+        # every random number of a step follows from these: no generator's state needs to survive an interruption
+        position = (self.seed, self.global_step, micro_batch, self.global_rank)
+        torch.manual_seed(int(np.random.SeedSequence(position).generate_state(1, np.uint64)[0] >> np.uint64(1)))
+
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         loss = F.cross_entropy(self(batch.inputs).flatten(0, 1), batch.targets.flatten())  # nats per token
-        if self._log_due():
-            self.log("train/loss", loss, prog_bar=True)
+        self._step_loss += loss.detach() / self.trainer.accumulate_grad_batches
         return loss
 
-    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+    def configure_gradient_clipping(
+        self,
+        optimizer: torch.optim.Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clips, as Lightning would, and while the gradients' norm is at hand, logs it and looks whether it is finite.
+
+        Lightning refuses to clip for fused optimizers under any mixed precision; only with a gradient scaler (fp16) is
+        there a reason, for such an optimizer undoes the scaling itself, after the clipping.
+        """
+        scaler = getattr(self.trainer.precision_plugin, "scaler", None)
+        if gradient_clip_val and scaler is not None and getattr(optimizer, "_step_supports_amp_scaling", False):
+            raise UserError(
+                "16-mixed scales the gradients, and a fused optimizer undoes that after they are clipped: "
+                "use --trainer.precision bf16-mixed, or fused: false"
+            )
+        parameters = [parameter for parameter in self.parameters() if parameter.grad is not None]
+        norm = torch.nn.utils.get_total_norm([cast(Tensor, parameter.grad) for parameter in parameters])
+        if isinstance(norm, DTensor):
+            norm = norm.full_tensor()
+        # asking a GPU for a number makes it wait, so there only where the logs ask anyway
+        if (
+            scaler is None
+            and (self._log_due() or self.device.type == "cpu")
+            and not (norm + self._step_loss).isfinite()
+        ):
+            raise not_finite("the loss" if not self._step_loss.isfinite() else "a gradient", self.trainer)
+        if gradient_clip_algorithm == "value":
+            self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
+        elif gradient_clip_val:
+            torch.nn.utils.clip_grads_with_norm_(parameters, gradient_clip_val, norm)
         if self._log_due():
-            gradients = [p.grad for p in self.parameters() if p.grad is not None]
-            self.log("grad_norm", torch.nn.utils.get_total_norm(gradients))
+            self.log("grad_norm", norm)
+            self.log("train/loss", self._step_loss, prog_bar=True, sync_dist=True)
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         self._score(batch, self.val_loss)
@@ -149,14 +202,7 @@ class LanguageModel(LightningModule):
         checkpoint[checkpoints.KEY] = checkpoints.describe(self._net(), self.tokenizer, self.settings)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        described = checkpoint[checkpoints.KEY]["net"]
-        ours = {"class": type(self._net()).__name__, **self._net().config}
-        theirs = {"class": described["class"], **described["config"]}
-        # a net may go on with another dropout, or where it has no learned positions with another block size
-        differing = {k for k in ours.keys() | theirs.keys() if ours.get(k) != theirs.get(k)} - {"dropout"}
-        if differing:
-            what = ", ".join(f"{k} {theirs.get(k)} in the checkpoint, {ours.get(k)} here" for k in sorted(differing))
-            raise UserError(f"this checkpoint is of another net ({what}): drop the flags that differ")
+        checkpoints.check_same_net(checkpoint, self._net())
 
     # Using it
 

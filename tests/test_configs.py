@@ -33,7 +33,7 @@ SHRINK = {
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.name)
 def test_config_trains(path, verse_file, tmp_path, capsys):
     arguments = ["fit", f"--config={path}", f"--data.corpus={verse_file}", "--data.tokenizer.vocab_size=400"]
-    arguments += ["--trainer.max_steps=3", "--trainer.val_check_interval=1", "--trainer.limit_val_batches=2"]
+    arguments += ["--trainer.max_steps=4", "--trainer.val_check_interval=4", "--trainer.limit_val_batches=2"]
     assert main([*arguments, *SHRINK.get(path.name, [])]) == 0, capsys.readouterr().err
     (best,) = tmp_path.glob("runs/*/checkpoints/best.ckpt")
     written = yaml.safe_load(path.read_text())["model"]["net"]

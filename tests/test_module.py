@@ -72,9 +72,12 @@ def test_test_adds_a_sliding_window_over_the_same_characters(data, verse):
 
 def test_training_is_plain_adamw_on_the_batches(data):
     """The same steps without Lightning: same order of windows, schedule, groups and clipping."""
-    trainer, model = trained(data, steps=4, gradient_clip_val=1.0)
+    def net(vocab_size, block_size):
+        return Transformer(vocab_size, block_size, n_layer=1, n_head=2, n_embd=32)
+
+    _, model = trained(data, steps=4, net=net, gradient_clip_val=1.0)
     pl.seed_everything(1, verbose=False)
-    plain = small_net(model.tokenizer.vocab_size, 16).train()
+    plain = net(model.tokenizer.vocab_size, 16)
     matrices = [p for p in plain.parameters() if p.dim() == 2]
     vectors = [p for p in plain.parameters() if p.dim() < 2]
     optimizer = torch.optim.AdamW(

@@ -12,7 +12,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Literal, cast
+from typing import Any, Literal, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -221,17 +221,24 @@ class TextDataModule(LightningDataModule):
 
     def _scoring_loader(self, stride: int) -> DataLoader[Batch]:
         """Every token of the validation text, the first of which is the last training token, scored once."""
-        starts, lengths, scored_from = np.array(scored_windows(len(self._val_ids), self.block_size, stride)).T
+        rank, world_size, _ = self._share()
+        nothing = (0, self.block_size, self.block_size)  # a window of which no token is scored
+        plan = [*scored_windows(len(self._val_ids), self.block_size, stride), nothing]
+        starts, lengths, scored_from = np.array(plan).T
         windows = Windows(self._val_ids, starts, lengths, self._val_counts, scored_from)
-        full = int((lengths == self.block_size).sum())  # only the last window can be shorter: a batch of its own
+        last = len(plan) - 1
+        full = int((lengths[:last] == self.block_size).sum())  # only the last window can be shorter: a batch of its own
         batches = [list(range(i, min(i + self.batch_size, full))) for i in range(0, full, self.batch_size)]
-        batches += [[i] for i in range(full, len(windows))]
+        batches += [[i] for i in range(full, last)]
+        # whole batches go round the ranks, and all get as many, or those that have more would wait for the others
+        batches += [[last]] * (-len(batches) % world_size)
+        batches = batches[rank::world_size]
         # a generator of its own: the loader would take a number from the global one, which is training's
         return DataLoader(windows, batch_sampler=batches, collate_fn=as_batch, generator=torch.Generator())
 
 
 class TrainLoader:
-    """The training batches, epoch after epoch.
+    """The training batches, epoch after epoch, from wherever a run was interrupted.
 
     Args:
         windows: gives the windows of an epoch, in the order in which they are to be seen.
@@ -242,6 +249,8 @@ class TrainLoader:
     def __init__(self, windows: Callable[[int], Windows], order: BatchOrder, num_workers: int) -> None:
         self._windows, self._order, self._num_workers = windows, order, num_workers
         self.epoch = 0
+        self._seen = 0  # micro-batches of this epoch that have been handed out
+        self._resuming = False
 
     @property
     def sampler(self) -> TrainLoader:
@@ -251,18 +260,34 @@ class TrainLoader:
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch
 
+    def state_dict(self) -> dict[str, Any]:
+        """The position in the epoch, in windows over all ranks: it means the same to any number of processes."""
+        return {"windows": self._seen * self._order.windows_per_micro_batch}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Goes on from there in the first epoch that follows."""
+        self._seen = state_dict["windows"] // self._order.windows_per_micro_batch
+        self._resuming = True
+
     def __len__(self) -> int:
         return len(self._order)
 
     def __iter__(self) -> Iterator[Batch]:
-        # a generator, so begun at the first batch: Lightning calls `iter` before it says which epoch this is
-        yield from DataLoader(
+        # a generator, so begun at the first batch: Lightning calls `iter` before it says which epoch this is, and
+        # before it hands over the state; state counts what has been handed out, not what workers have fetched ahead
+        if not self._resuming or self._seen >= len(self._order):
+            self._seen = 0
+        self._resuming = False
+        batches = DataLoader(
             self._windows(self.epoch),
-            batch_sampler=self._order,
+            batch_sampler=list(self._order)[self._seen :],
             collate_fn=as_batch,
             num_workers=self._num_workers,
             generator=torch.Generator(),
         )
+        for batch in batches:
+            self._seen += 1
+            yield batch
 
 
 def _read_prompts(prompts: Sequence[str] | str) -> list[str]:

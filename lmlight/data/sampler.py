@@ -85,12 +85,17 @@ class BatchOrder:
     world_size: int = 1
     accumulate: int = 1
 
+    @property
+    def windows_per_micro_batch(self) -> int:
+        """Over all ranks."""
+        return self.batch_size // self.accumulate
+
     def __len__(self) -> int:
         """Micro-batches in the epoch."""
         return max(1, self.n_windows // self.batch_size) * self.accumulate
 
     def __iter__(self) -> Iterator[list[int]]:
-        micro = self.batch_size // (self.world_size * self.accumulate)
+        micro = self.windows_per_micro_batch // self.world_size
         for step in range(len(self)):
             first = (step * self.world_size + self.rank) * micro
             yield [position % self.n_windows for position in range(first, first + micro)]

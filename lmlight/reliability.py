@@ -1,0 +1,163 @@
+"""What makes a run one that cannot be broken: when it saves, how it leaves, and that it goes on exactly.
+
+Lightning decides how to save; here is when, so that a resumed run is the run it would have been:
+
+- Never between the micro-batches of a step, and never just before a validation is due, which a resumed run would skip:
+  then it is saved at that validation's end.
+- SIGTERM and Ctrl-C set a flag and no more: the checkpoint is written by the training loop, at the next such moment.
+- No checkpoint is written from weights that are not finite.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+from lightning.fabric.plugins import CheckpointIO
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.trainer.states import TrainerFn
+
+from lmlight import checkpoint as checkpoints
+from lmlight.errors import UserError
+
+
+class CheckpointFiles(CheckpointIO):
+    """Lightning's checkpoints through `checkpoint.write` and `checkpoint.read`: atomic, sealed, and never running code."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
+        checkpoints.write(checkpoint, path)
+
+    def load_checkpoint(
+        self, path: str | Path, map_location: Any = None, weights_only: bool | None = None
+    ) -> dict[str, Any]:
+        return checkpoints.read(path)  # weights only, whatever was asked for
+
+    def remove_checkpoint(self, path: str | Path) -> None:
+        Path(path).unlink(missing_ok=True)
+
+
+class KeepCheckpoints(Checkpoint):
+    """Keeps `checkpoints/best.ckpt` and `checkpoints/last.ckpt` in the run's folder.
+
+    The last one is written at each validation, at the end of the run, however it ends, and every so many steps on
+    request. After a signal the process ends with 128 + its number; a second one ends it at once.
+
+    Args:
+        monitor: the best is where this is smallest.
+        every_n_steps: also save the last every so many steps; 0 does not.
+    """
+
+    def __init__(self, monitor: str = "val/nats_per_char", every_n_steps: int = 0) -> None:
+        self.monitor, self.every_n_steps = monitor, every_n_steps
+        self.best_score: float | None = None
+        self.best_model_path = ""
+        self.last_model_path = ""
+        self._signal = 0
+        self._handlers: dict[int, Any] = {}
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"best_score": self.best_score, "best_model_path": self.best_model_path}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.best_score = state_dict["best_score"]
+        # a moved run, or another one than it was saved in: its best is not ours to report
+        if self._path("best").is_file():
+            self.best_model_path = str(self._path("best"))
+        else:
+            self.best_score = None
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        log_dir = trainer.log_dir or trainer.default_root_dir
+        self._folder = Path(trainer.strategy.broadcast(log_dir)) / "checkpoints"
+        interval, accumulate = trainer.val_check_interval, trainer.accumulate_grad_batches
+        if stage == TrainerFn.FITTING and isinstance(interval, int) and interval % accumulate:
+            raise UserError(
+                f"trainer.val_check_interval {interval} counts batches: it must be a multiple of "
+                f"trainer.accumulate_grad_batches {accumulate}, so that a validation falls between two steps"
+            )
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if threading.current_thread() is not threading.main_thread():
+            return  # Python lets the main thread alone handle signals
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self._handlers[number] = signal.signal(number, self._on_signal)
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
+        self._handlers.clear()
+
+    def _on_signal(self, number: int, frame: Any) -> None:
+        if self._signal:
+            os._exit(128 + number)
+        self._signal = number
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        loop = trainer.fit_loop.epoch_loop
+        if loop._should_accumulate():
+            return
+        leaving = self._leaving(trainer)
+        assert trainer.fit_loop._data_fetcher is not None
+        if trainer.enable_validation and loop._should_check_val_fx(trainer.fit_loop._data_fetcher):
+            return  # saved at that validation's end
+        due = self.every_n_steps and trainer.global_step % self.every_n_steps == 0
+        if leaving or due or trainer.should_stop or loop._is_training_done or self._last_of_all_epochs(trainer):
+            self._save(trainer, "last")
+        if leaving:
+            self._leave(trainer, leaving)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.state.fn != TrainerFn.FITTING or trainer.sanity_checking:
+            return
+        score = trainer.callback_metrics.get(self.monitor)
+        if score is not None and (self.best_score is None or score.item() < self.best_score):
+            self.best_score, self.best_model_path = score.item(), str(self._path("best"))
+            self._save(trainer, "best")
+        self._save(trainer, "last")
+        if leaving := self._leaving(trainer):
+            self._leave(trainer, leaving)
+
+    def _leave(self, trainer: Trainer, number: int) -> NoReturn:
+        if trainer.is_global_zero:
+            name = signal.Signals(number).name
+            go_on = f"to go on, repeat the command with --ckpt_path {self.last_model_path}"
+            print(f"lmlight: {name} at step {trainer.global_step}: {go_on}", file=sys.stderr)
+        raise SystemExit(128 + number)
+
+    def _last_of_all_epochs(self, trainer: Trainer) -> bool:
+        epochs = trainer.max_epochs or -1
+        return 0 < epochs <= trainer.current_epoch + 1 and trainer.fit_loop.epoch_loop.batch_progress.is_last_batch
+
+    def _leaving(self, trainer: Trainer) -> int:
+        """The signal that any rank has got, agreed upon by all; 0 if none."""
+        if trainer.world_size == 1:
+            return self._signal
+        number = torch.tensor(self._signal, device=trainer.strategy.root_device)
+        return int(trainer.strategy.reduce(number, reduce_op="max"))
+
+    def _path(self, name: str) -> Path:
+        return self._folder / f"{name}.ckpt"
+
+    def _save(self, trainer: Trainer, name: str) -> None:
+        if not all(bool(parameter.isfinite().all()) for parameter in trainer.lightning_module.parameters()):
+            raise not_finite("a weight", trainer)
+        trainer.save_checkpoint(self._path(name))
+        self.last_model_path = str(self._path(name))
+
+
+def not_finite(what: str, trainer: Trainer) -> UserError:
+    """The end of a run whose numbers have left the finite ones: when, at which learning rate, and where to go on from."""
+    rate = max(group["lr"] for group in trainer.optimizers[0].param_groups)
+    good = getattr(trainer.checkpoint_callback, "last_model_path", "") or "none yet"
+    return UserError(
+        f"{what} is not a finite number at step {trainer.global_step} (learning rate {rate:.3g}): lower the learning rate; "
+        f"the last good checkpoint: {good}"
+    )
