@@ -81,7 +81,7 @@ def write(content: dict[str, Any], path: str | Path) -> None:
     except (OSError, RuntimeError) as error:  # torch's writer says RuntimeError when the disk is full
         with contextlib.suppress(OSError):
             beside.unlink(missing_ok=True)
-        reason = (isinstance(error, OSError) and error.strerror) or str(error).split("\n")[0]
+        reason = (isinstance(error, OSError) and error.strerror) or "not all of it arrived: the disk may be full"
         kept = "the one before it is as it was" if path.exists() else "nothing was left"
         raise UserError(f"checkpoint '{path}' cannot be written ({reason}): free some space; {kept}") from None
 

@@ -18,6 +18,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import LearningRateMonitor
@@ -93,10 +94,12 @@ class LmlightCLI(LightningCLI):
                 )
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Sequence[str]) -> None:  # type: ignore[override]
-        self.config = parser.parse_args(args)
+        # what is printed is the whole of it, so only once the checkpoint's settings are in
+        self.config = parser.parse_args([word for word in args if not word.startswith("--print_config")])
         name, config = self.config.subcommand, self.config[self.config.subcommand]
         init_from = config.get("init_from")
         if config.ckpt_path is None and init_from is None:
+            self.config = parser.parse_args(args)
             if name != "fit":
                 raise UserError(f"{name} needs a model: --ckpt_path best, or runs/.../checkpoints/best.ckpt")
             return
@@ -169,15 +172,19 @@ class LmlightCLI(LightningCLI):
     def after_fit(self) -> None:
         """Says where the best checkpoint lies, what it reached, what it writes, and what to type next."""
         keeper = self.trainer.checkpoint_callback
-        if not isinstance(keeper, KeepCheckpoints) or keeper.best_score is None:
+        if not isinstance(keeper, KeepCheckpoints):
+            return
+        if keeper.best_score is None:
+            print(f"No validation was run: stopped at step {self.trainer.global_step}")
             return
         path = os.path.relpath(keeper.best_model_path)
         best, nats = checkpoints.read(path), keeper.best_score
         model = LanguageModel.load_from_checkpoint(path)
         print(f"\nBest checkpoint: {path} (step {best['global_step']})")
         print(f"  {nats:.4f} nats per character, {nats / math.log(2):.4f} bits per character on the validation text")
-        final = self.trainer.callback_metrics["val/nats_per_char"]
-        print(f"  {final:.4f} nats per character at the last validation")
+        final = self.trainer.callback_metrics.get("val/nats_per_char")
+        if final is not None:
+            print(f"  {final:.4f} nats per character at the last validation")
         print(f"\n{printable(model.generate('ROMEO:', max_new_tokens=150))}\n")
         print(f"Next:\n  lmlight predict --ckpt_path {path} --data.prompts '[\"ROMEO:\"]'")
 
@@ -232,7 +239,13 @@ def _quiet() -> None:
     """Keeps Lightning's tips and our own warnings to what a user can act on, one line each."""
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
-    for tip in ("does not have many workers", "number of training batches", "callbacks used to create", "LeafSpec"):
+    for tip in (
+        "does not have many workers",
+        "number of training batches",
+        "callbacks used to create",
+        "sync_dist=True",
+        "LeafSpec",
+    ):
         warnings.filterwarnings("ignore", message=f".*{tip}")
     warnings.formatwarning = lambda message, *_args, **_kwargs: f"lmlight: warning: {message}\n"
 
@@ -265,7 +278,10 @@ def main(args: Sequence[str] | None = None) -> int:
             load_from_checkpoint_support=False,
         )
     except (UserError, MisconfigurationException) as error:
-        print(f"lmlight: error: {' '.join(str(error).split())}", file=sys.stderr)
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+        if getattr(rank_zero_only, "rank", 0) == 0:
+            print(f"lmlight: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except SystemExit as end:
         if isinstance(end.__context__, KeyboardInterrupt):

@@ -25,7 +25,7 @@ from lmlight.errors import UserError
 from lmlight.generation import Sampling, generate
 from lmlight.metrics import TextLoss
 from lmlight.models import Net, Transformer
-from lmlight.optim import Schedule, parameter_groups
+from lmlight.optim import Schedule, label_in_order, parameter_groups
 from lmlight.reliability import not_finite
 
 NetCallable = Callable[[int, int], Net]
@@ -199,6 +199,9 @@ class LanguageModel(LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         assert self.tokenizer is not None
+        if self.device_mesh is None:  # sharded strategies have done it
+            for state, optimizer in zip(checkpoint.get("optimizer_states", []), self.trainer.optimizers):
+                label_in_order(state, optimizer, self.parameters())
         checkpoint[checkpoints.KEY] = checkpoints.describe(self._net(), self.tokenizer, self.settings)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from torch import nn
+from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from lmlight.errors import UserError
 
@@ -24,6 +26,25 @@ def parameter_groups(net: nn.Module) -> list[dict[str, Any]]:
     if vectors:
         groups.append({"name": "vectors", "params": vectors, "weight_decay": 0.0})
     return groups
+
+
+def label_in_order(state: dict[str, Any], optimizer: Optimizer, parameters: Iterable[Tensor]) -> None:
+    """Relabels an optimizer's state, in place, by each parameter's place among `parameters`.
+
+    torch labels by the place among the groups' parameters, one group after the other, and reads any labels. Lightning's
+    sharded strategies take a label for the place in the model: with this one, a checkpoint means the same to both.
+
+    Args:
+        state: what `optimizer.state_dict()` gave.
+        optimizer: whose it is.
+        parameters: the model's, in its order.
+    """
+    place = {id(parameter): index for index, parameter in enumerate(parameters)}
+    grouped = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    label = {old: place[id(parameter)] for old, parameter in enumerate(grouped)}
+    state["state"] = {label[old]: value for old, value in state["state"].items()}
+    for group in state["param_groups"]:
+        group["params"] = [label[old] for old in group["params"]]
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ import signal
 import sys
 import threading
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from lightning.fabric.plugins import CheckpointIO
@@ -58,7 +58,7 @@ class KeepCheckpoints(Checkpoint):
         self.best_score: float | None = None
         self.best_model_path = ""
         self.last_model_path = ""
-        self._signal = 0
+        self._signal = self._agreed = 0
         self._handlers: dict[int, Any] = {}
 
     def state_dict(self) -> dict[str, Any]:
@@ -103,16 +103,18 @@ class KeepCheckpoints(Checkpoint):
     ) -> None:
         loop = trainer.fit_loop.epoch_loop
         if loop._should_accumulate():
+            trainer.should_stop = False  # a time limit waits for the step's other micro-batches; it is asked each time
             return
-        leaving = self._leaving(trainer)
+        step = trainer.global_step
+        over = trainer.should_stop or 0 < trainer.max_steps <= step or self._last_of_all_epochs(trainer)
+        if loop.batch_progress.is_last_batch and not over:
+            return  # Lightning does not go on exactly from between two epochs; the next step will do
+        leaving = self._agree_to_leave(trainer)
         assert trainer.fit_loop._data_fetcher is not None
         if trainer.enable_validation and loop._should_check_val_fx(trainer.fit_loop._data_fetcher):
             return  # saved at that validation's end
-        due = self.every_n_steps and trainer.global_step % self.every_n_steps == 0
-        if leaving or due or trainer.should_stop or loop._is_training_done or self._last_of_all_epochs(trainer):
+        if leaving or over or (self.every_n_steps and step % self.every_n_steps == 0):
             self._save(trainer, "last")
-        if leaving:
-            self._leave(trainer, leaving)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.state.fn != TrainerFn.FITTING or trainer.sanity_checking:
@@ -121,27 +123,37 @@ class KeepCheckpoints(Checkpoint):
         if score is not None and (self.best_score is None or score.item() < self.best_score):
             self.best_score, self.best_model_path = score.item(), str(self._path("best"))
             self._save(trainer, "best")
+        self._agree_to_leave(trainer)
         self._save(trainer, "last")
-        if leaving := self._leaving(trainer):
-            self._leave(trainer, leaving)
 
-    def _leave(self, trainer: Trainer, number: int) -> NoReturn:
-        if trainer.is_global_zero:
-            name = signal.Signals(number).name
-            go_on = f"to go on, repeat the command with --ckpt_path {self.last_model_path}"
-            print(f"lmlight: {name} at step {trainer.global_step}: {go_on}", file=sys.stderr)
-        raise SystemExit(128 + number)
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        self._leave_if_agreed(trainer)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._leave_if_agreed(trainer)
 
     def _last_of_all_epochs(self, trainer: Trainer) -> bool:
         epochs = trainer.max_epochs or -1
         return 0 < epochs <= trainer.current_epoch + 1 and trainer.fit_loop.epoch_loop.batch_progress.is_last_batch
 
-    def _leaving(self, trainer: Trainer) -> int:
-        """The signal that any rank has got, agreed upon by all; 0 if none."""
+    def _agree_to_leave(self, trainer: Trainer) -> bool:
+        """Whether a signal has come to any rank, which ends all of them at this step."""
         if trainer.world_size == 1:
-            return self._signal
-        number = torch.tensor(self._signal, device=trainer.strategy.root_device)
-        return int(trainer.strategy.reduce(number, reduce_op="max"))
+            self._agreed = self._signal
+        else:
+            number = torch.tensor(self._signal, device=trainer.strategy.root_device)
+            self._agreed = int(trainer.strategy.reduce(number, reduce_op="max"))
+        return self._agreed > 0
+
+    def _leave_if_agreed(self, trainer: Trainer) -> None:
+        """Ends the process; not where it is agreed, but once Lightning has logged that step."""
+        if not self._agreed:
+            return
+        if trainer.is_global_zero:
+            name = signal.Signals(self._agreed).name
+            go_on = f"to go on, repeat the command with --ckpt_path {self.last_model_path}"
+            print(f"lmlight: {name} at step {trainer.global_step}: {go_on}", file=sys.stderr)
+        raise SystemExit(128 + self._agreed)
 
     def _path(self, name: str) -> Path:
         return self._folder / f"{name}.ckpt"

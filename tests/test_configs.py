@@ -10,6 +10,8 @@ from lmlight import checkpoint
 from lmlight.cli import main
 
 CONFIGS = Path(__file__).parents[1] / "configs"
+# over other configs; ddp and fsdp train in test_reliability.py, with two processes
+OVERLAYS = {CONFIGS / name for name in ("ddp.yaml", "fsdp.yaml", "mps.yaml")}
 SHRINK = {
     "shakespeare-gpu.yaml": [
         "--data.block_size=32",
@@ -30,7 +32,7 @@ SHRINK = {
 
 
 @pytest.mark.filterwarnings("ignore:vocab_size")
-@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.name)
+@pytest.mark.parametrize("path", sorted(set(CONFIGS.glob("*.yaml")) - OVERLAYS), ids=lambda path: path.name)
 def test_config_trains(path, verse_file, tmp_path, capsys):
     arguments = ["fit", f"--config={path}", f"--data.corpus={verse_file}", "--data.tokenizer.vocab_size=400"]
     arguments += ["--trainer.max_steps=4", "--trainer.val_check_interval=4", "--trainer.limit_val_batches=2"]
@@ -53,6 +55,16 @@ def test_shakespeare_is_the_default_spelled_out(capsys):
         return printed
 
     assert config(f"--config={CONFIGS / 'shakespeare.yaml'}") == config()
+
+
+def test_mps_is_understood(capsys):
+    """All that can be seen of it on another machine."""
+    with pytest.raises(SystemExit):
+        main(["fit", f"--config={CONFIGS / 'mps.yaml'}", "--print_config"])
+    assert yaml.safe_load(capsys.readouterr().out)["trainer"]["accelerator"] == "mps"
+    if not torch.backends.mps.is_available():
+        assert main(["fit", f"--config={CONFIGS / 'mps.yaml'}"]) == 2
+        assert "MPSAccelerator" in capsys.readouterr().err
 
 
 def test_gpt2_has_the_size_of_its_name():

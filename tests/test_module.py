@@ -72,6 +72,7 @@ def test_test_adds_a_sliding_window_over_the_same_characters(data, verse):
 
 def test_training_is_plain_adamw_on_the_batches(data):
     """The same steps without Lightning: same order of windows, schedule, groups and clipping."""
+
     def net(vocab_size, block_size):
         return Transformer(vocab_size, block_size, n_layer=1, n_head=2, n_embd=32)
 

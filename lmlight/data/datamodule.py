@@ -81,6 +81,7 @@ class TextDataModule(LightningDataModule):
         self.val_fraction, self.tokenizer_config = val_fraction, tokenizer
         self.subword_sampling, self.windows, self.prompts = subword_sampling, windows, prompts
         self.num_workers, self.seed = num_workers, seed
+        self._mistake = ""
         self.tokenizer: Tokenizer | None = None
         """Encodes and decodes: set before `prepare_data` to use one from elsewhere, else known after `setup`."""
 
@@ -95,27 +96,19 @@ class TextDataModule(LightningDataModule):
         """
         if self._predicting():
             return
-        self._share()
-        text = corpora.load(self.corpus)
-        folder, fingerprint = self._store_key(text)
-        if not folder.exists():
-            train, val = corpora.split(text.text, self.val_fraction)
-            if not (train and val):
-                self._too_short("training" if not train else "validation", 0, len(text.text))
-            rank_zero_info(f"Preparing {len(text.text):,} characters of {text.source}")
-            tokenizer = self.tokenizer or self.tokenizer_config.train(train)
-            try:
-                TokenStore.write(folder, fingerprint, {"train": train, "val": val}, tokenizer)
-            except OSError as error:
-                raise UserError(
-                    f"cache folder '{folder.parent}' cannot be written ({error.strerror}): set LMLIGHT_CACHE to another"
-                ) from None
-        self._open(text)
+        try:
+            self._prepare()
+        except UserError as error:
+            if self.trainer is None or self.trainer.world_size == 1:
+                raise
+            self._mistake = str(error)  # the other processes wait at a barrier: `setup` ends all of them alike
 
     def setup(self, stage: str) -> None:
         """Opens the prepared tokens."""
         if self._predicting():
             return
+        if self.trainer is not None and (mistake := self.trainer.strategy.broadcast(self._mistake)):
+            raise UserError(mistake)
         text = corpora.load(self.corpus)
         store = self._open(text)
         self.tokenizer = store.tokenizer
@@ -150,6 +143,24 @@ class TextDataModule(LightningDataModule):
         return DataLoader(prompts, batch_size=1, collate_fn=list)
 
     # What they are made of
+
+    def _prepare(self) -> None:
+        self._share()
+        text = corpora.load(self.corpus)
+        folder, fingerprint = self._store_key(text)
+        if not folder.exists():
+            train, val = corpora.split(text.text, self.val_fraction)
+            if not (train and val):
+                self._too_short("training" if not train else "validation", 0, len(text.text))
+            rank_zero_info(f"Preparing {len(text.text):,} characters of {text.source}")
+            tokenizer = self.tokenizer or self.tokenizer_config.train(train)
+            try:
+                TokenStore.write(folder, fingerprint, {"train": train, "val": val}, tokenizer)
+            except OSError as error:
+                raise UserError(
+                    f"cache folder '{folder.parent}' cannot be written ({error.strerror}): set LMLIGHT_CACHE to another"
+                ) from None
+        self._open(text)
 
     def _predicting(self) -> bool:
         return self.trainer is not None and self.trainer.state.fn == TrainerFn.PREDICTING
@@ -248,45 +259,37 @@ class TrainLoader:
 
     def __init__(self, windows: Callable[[int], Windows], order: BatchOrder, num_workers: int) -> None:
         self._windows, self._order, self._num_workers = windows, order, num_workers
-        self.epoch = 0
-        self._seen = 0  # micro-batches of this epoch that have been handed out
+        self._epoch, self._seen = -1, 0  # micro-batches of the epoch that have been handed out
         self._resuming = False
 
-    @property
-    def sampler(self) -> TrainLoader:
-        """Itself: Lightning looks here for the `set_epoch` that it calls."""
-        return self
-
-    def set_epoch(self, epoch: int) -> None:
-        self.epoch = epoch
-
     def state_dict(self) -> dict[str, Any]:
-        """The position in the epoch, in windows over all ranks: it means the same to any number of processes."""
-        return {"windows": self._seen * self._order.windows_per_micro_batch}
+        """The epoch, and the position in it in windows over all ranks: it means the same to any number of processes."""
+        return {"epoch": self._epoch, "windows": self._seen * self._order.windows_per_micro_batch}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Goes on from there in the first epoch that follows."""
+        """Goes on from there at the next `iter`."""
+        self._epoch = state_dict["epoch"]
         self._seen = state_dict["windows"] // self._order.windows_per_micro_batch
-        self._resuming = True
+        self._resuming = self._seen < len(self._order)
 
     def __len__(self) -> int:
         return len(self._order)
 
     def __iter__(self) -> Iterator[Batch]:
-        # a generator, so begun at the first batch: Lightning calls `iter` before it says which epoch this is, and
-        # before it hands over the state; state counts what has been handed out, not what workers have fetched ahead
-        if not self._resuming or self._seen >= len(self._order):
-            self._seen = 0
+        # A generator, so begun at the first batch: Lightning calls `iter` once before it hands over the state. Epochs are
+        # counted here: Lightning's count falls behind when a resumed run is resumed again from the end of an epoch.
+        if not self._resuming:
+            self._epoch, self._seen = self._epoch + 1, 0
         self._resuming = False
         batches = DataLoader(
-            self._windows(self.epoch),
+            self._windows(self._epoch),
             batch_sampler=list(self._order)[self._seen :],
             collate_fn=as_batch,
             num_workers=self._num_workers,
             generator=torch.Generator(),
         )
         for batch in batches:
-            self._seen += 1
+            self._seen += 1  # what has been handed out, not what workers have fetched ahead
             yield batch
 
 

@@ -1,0 +1,515 @@
+"""Runs that are killed, moved, spread over processes, and started twice. Real processes, as a user would have them."""
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from lmlight import checkpoint
+from lmlight.cli import main
+from lmlight.errors import UserError
+from lmlight.models import Bigram
+
+TINY = [
+    "--data.corpus=../verse.txt",
+    "--data.tokenizer.vocab_size=400",
+    "--data.block_size=16",
+    "--data.batch_size=8",
+    "--model.net.n_layer=1",
+    "--model.net.n_head=2",
+    "--model.net.n_embd=32",
+    "--trainer.log_every_n_steps=1",
+    "--trainer.accelerator=cpu",
+]
+# an epoch is 13 steps of two micro-batches
+HARD = [
+    *TINY,
+    "--model.net.dropout=0.2",
+    "--data.subword_sampling.alpha=0.3",
+    "--trainer.accumulate_grad_batches=2",
+    "--trainer.val_check_interval=14",
+    "--trainer.max_steps=30",
+]
+# A process that does something to itself when it begins a given step, with whatever flags.
+ACT_AT_STEP = """
+import os, signal, sys
+from lightning.pytorch import Callback
+from lmlight import cli
+
+class Act(Callback):
+    def on_train_batch_start(self, trainer, model, batch, index):
+        if trainer.global_step == {step} and index % trainer.accumulate_grad_batches == 0:
+            {act}
+
+instantiate = cli.LmlightCLI._instantiate_trainer
+cli.LmlightCLI._instantiate_trainer = lambda self, config, callbacks: instantiate(self, config, [*callbacks, Act()])
+sys.exit(cli.main(sys.argv[1:]))
+"""
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory, verse):
+    """Where this module's runs lie, each in a folder of its own beside the text; they share a cache."""
+    folder = tmp_path_factory.mktemp("runs")
+    (folder / "verse.txt").write_bytes(verse.encode())
+    return folder
+
+
+def start(folder, *arguments, code=None, **options):
+    """`lmlight ARGUMENTS` as a process in `folder`; `code` stands in for the command."""
+    folder.mkdir(exist_ok=True)
+    environment = {**os.environ, "LMLIGHT_CACHE": str(folder.parent / "cache"), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, *(["-c", code] if code else ["-m", "lmlight"]), *arguments]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen(command, cwd=folder, env=environment, **pipes, **options)
+
+
+def run(folder, *arguments, status=0, **options):
+    process = start(folder, *arguments, **options)
+    try:
+        out, err = process.communicate(timeout=100)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        raise
+    assert process.returncode == status, err
+    return out, err
+
+
+def last(folder):
+    (path,) = folder.glob("runs/*/checkpoints/last.ckpt")
+    return checkpoint.read(path)
+
+
+def scalars(folder):
+    """All that TensorBoard shows of a run, or of the one run in `folder`."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    (path,) = folder.glob("runs/*") if (folder / "runs").exists() else [folder]
+    events = EventAccumulator(str(path)).Reload()
+    return {tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+
+
+def differences(a, b, path=""):
+    """Every place in which two checkpoints are not the same to the bit; the folder of the run may differ."""
+    if path.endswith("best_model_path"):
+        return []
+    if isinstance(a, dict) and isinstance(b, dict):
+        missing = [f"{path}.{key}" for key in a.keys() ^ b.keys()]
+        return missing + [d for key in a.keys() & b.keys() for d in differences(a[key], b[key], f"{path}.{key}")]
+    if isinstance(a, (list, tuple)) and len(a) == len(b):
+        return [d for i, (x, y) in enumerate(zip(a, b)) for d in differences(x, y, f"{path}[{i}]")]
+    same = torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
+    return [] if same else [f"{path}: {a} != {b}"]
+
+
+@pytest.fixture(scope="module")
+def straight(place):
+    run(place / "straight", "fit", *HARD)
+    return place / "straight"
+
+
+def test_differences_are_seen(straight):
+    content = last(straight)
+    other = last(straight)
+    assert differences(content, other) == []
+    other["state_dict"]["net.embedding.weight"][0, 0] += 1e-7
+    other["loops"]["fit_loop"]["epoch_progress"]["total"]["ready"] += 1
+    assert len(differences(content, other)) == 2
+
+
+@pytest.mark.parametrize(("step", "workers"), [(9, 2), (22, 0)], ids=["within an epoch", "in a later epoch"])
+def test_a_killed_run_goes_on_to_the_bit(place, straight, step, workers):
+    """With dropout, sampled segmentations, accumulation, workers, and validations and samples of text in between."""
+    folder = place / f"killed-{step}"
+    flags = [*HARD, f"--data.num_workers={workers}"]
+    run(
+        folder, "fit", *flags, code=ACT_AT_STEP.format(step=step, act="os.kill(os.getpid(), signal.SIGKILL)"), status=-9
+    )
+    assert last(folder)["global_step"] < step
+    run(folder, "fit", *flags, "--ckpt_path=last")
+    expected, content = last(straight), last(folder)
+    expected["lmlight"]["settings"]["data"]["num_workers"] = workers
+    assert differences(expected, content) == []
+    assert scalars(folder) == scalars(straight), "a step twice, or another figure"
+
+
+def epochs(content):
+    return content["loops"]["fit_loop"]["state_dict"]["combined_loader"]
+
+
+def test_the_end_of_an_epoch_is_no_place_to_stumble(place):
+    """Validations, and so checkpoints, fall on the ends of epochs; killed twice, for a resumed run may differ again."""
+    flags = [*HARD, "--trainer.val_check_interval=26", "--trainer.max_steps=60"]
+    run(place / "straight-epochs", "fit", *flags)
+    folder = place / "epochs"
+    for step in (20, 35, 45):
+        go_on = ["--ckpt_path=last"] if step > 20 else []
+        act = "os.kill(os.getpid(), signal.SIGKILL)"
+        run(folder, "fit", *flags, *go_on, code=ACT_AT_STEP.format(step=step, act=act), status=-9)
+        assert last(folder)["global_step"] == step // 13 * 13, "an epoch is 13 steps"
+    run(folder, "fit", *flags, "--ckpt_path=last")
+    found = differences(last(place / "straight-epochs"), last(folder))
+    assert [difference for difference in found if "epoch_progress" not in difference] == [], (
+        "only Lightning's own count"
+    )
+    expected = scalars(place / "straight-epochs")
+    assert {**scalars(folder), "epoch": None} == {**expected, "epoch": None}
+
+
+def test_a_signal_at_the_end_of_an_epoch_waits_for_the_next_step(place, straight):
+    folder = place / "epoch-end"
+    act = "os.kill(os.getpid(), signal.SIGTERM)"
+    run(folder, "fit", *HARD, code=ACT_AT_STEP.format(step=12, act=act), status=143)
+    assert last(folder)["global_step"] == 14
+    assert epochs(last(folder)) == [{"epoch": 1, "windows": 8}]
+    run(folder, "fit", *HARD, "--ckpt_path=last")
+    assert differences(last(straight), last(folder)) == []
+    assert scalars(folder) == scalars(straight)
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_leaves_a_checkpoint_to_go_on_from(place, straight, number, status):
+    folder = place / f"left-{status}"
+    act = f"os.kill(os.getpid(), {int(number)})"
+    _, err = run(folder, "fit", *HARD, code=ACT_AT_STEP.format(step=17, act=act), status=status)
+    assert last(folder)["global_step"] == 18
+    assert f"{number.name} at step 18" in err
+    assert "Traceback" not in err
+    where = err.split("--ckpt_path ")[1].strip()
+    run(folder, "fit", *HARD, f"--ckpt_path={where}")
+    assert differences(last(straight), last(folder)) == []
+    assert scalars(folder) == scalars(straight)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_twenty_kills_at_random_moments_change_nothing(place):
+    """SIGKILL at any moment, also while starting, validating, or writing a checkpoint; each time `--ckpt_path last`."""
+    flags = [*HARD, "--trainer.max_steps=4000", "--trainer.val_check_interval=50", "--trainer.log_every_n_steps=10"]
+    run(place / "long", "fit", *flags)
+    folder, draw = place / "twenty", random.Random(0)
+    kills = resumed = 0
+    while True:
+        go_on = ["--ckpt_path=last"] if list(folder.glob("runs/*/checkpoints/last.ckpt")) else []
+        process = start(folder, "fit", *flags, *go_on)
+        if kills == 20:
+            _, err = process.communicate(timeout=300)
+            assert process.returncode == 0, err
+            break
+        if kills % 4 and process.stdout.readline():  # "Training ...": most kills come after it
+            time.sleep(draw.uniform(0, 1.5))
+        else:
+            time.sleep(draw.uniform(0, 4))
+        process.kill()
+        process.communicate()
+        assert process.returncode == -9, "the run was over before it was killed"
+        kills, resumed = kills + 1, resumed + len(go_on)
+        step = last(folder)["global_step"] if go_on else 0
+        print(f"kill {kills}: the last checkpoint is of step {step}")
+    print(f"{kills} kills, {resumed} of them in resumed runs")
+    (path,) = [run for run in folder.glob("runs/*") if (run / "checkpoints").exists()]
+    (straight_path,) = (place / "long").glob("runs/*")
+    contents = [checkpoint.read(run / "checkpoints/last.ckpt") for run in (straight_path, path)]
+    assert differences(*contents) == []
+    assert scalars(path) == scalars(straight_path)
+
+
+def test_a_second_signal_ends_at_once(place):
+    act = "os.kill(os.getpid(), signal.SIGTERM); os.kill(os.getpid(), signal.SIGTERM); print('still here')"
+    folder = place / "twice"
+    out, _ = run(folder, "fit", *HARD, code=ACT_AT_STEP.format(step=17, act=act), status=143)
+    assert "still here" not in out
+    assert last(folder)["global_step"] == 14
+
+
+def test_an_exception_leaves_the_last_good_checkpoint(place):
+    folder = place / "exception"
+    _, err = run(folder, "fit", *HARD, code=ACT_AT_STEP.format(step=17, act="raise KeyError('oops')"), status=1)
+    assert "oops" in err
+    assert last(folder)["global_step"] == 14
+
+
+def test_out_of_time_leaves_a_checkpoint(place):
+    folder = place / "time"
+    run(folder, "fit", *HARD, "--trainer.max_steps=100000", "--trainer.max_time=00:00:00:02")
+    step = last(folder)["global_step"]
+    assert step > 14
+    run(folder, "fit", *HARD, f"--trainer.max_steps={step + 3}", "--ckpt_path=last")
+    assert last(folder)["global_step"] == step + 3
+
+
+DDP = ["--trainer.strategy=ddp", "--trainer.max_steps=14", "--trainer.val_check_interval=7"]
+
+
+@pytest.fixture(scope="module")
+def alone(place):
+    run(place / "alone", "fit", *TINY, *DDP[1:], "--trainer.precision=64-true")
+    return place / "alone"
+
+
+@pytest.mark.parametrize("processes", [2, 4])
+def test_any_number_of_processes_gives_the_same_run(place, alone, processes):
+    folder = place / f"ddp-{processes}"
+    run(folder, "fit", *TINY, *DDP, "--trainer.precision=64-true", f"--trainer.devices={processes}")
+    assert len(list(folder.glob("runs/*"))) == 1
+    expected, found = scalars(alone), scalars(folder)
+    assert expected.keys() == found.keys()
+    for tag in expected:
+        for (step, value), (step_too, value_too) in zip(expected[tag], found[tag], strict=True):
+            assert step == step_too
+            assert value_too == pytest.approx(value, rel=1e-6), tag  # TensorBoard keeps float32
+    for name, weight in last(alone)["state_dict"].items():
+        torch.testing.assert_close(last(folder)["state_dict"][name], weight, rtol=0, atol=1e-10)
+    keeper = next(key for key in last(alone)["callbacks"] if "KeepCheckpoints" in key)
+    assert last(folder)["callbacks"][keeper]["best_score"] == pytest.approx(
+        last(alone)["callbacks"][keeper]["best_score"], abs=1e-7
+    )
+
+
+def test_every_character_is_scored_once_by_any_number_of_processes(alone, place, verse):
+    for processes in (1, 3):
+        flags = [f"--trainer.devices={processes}", "--trainer.strategy=ddp", "--data.batch_size=9"]
+        command = ["validate", "--ckpt_path=last", "--trainer.accelerator=cpu", *flags]
+        out, _ = run(alone, *command, "--trainer.precision=64-true")
+        figures = dict(line.split() for line in out.strip().split("\n"))
+        assert int(figures["val/characters"]) == len(verse) - int(0.9 * len(verse))
+        if processes == 1:
+            expected = figures
+    assert figures == expected
+
+
+@pytest.mark.parametrize("overlay", ["ddp", "fsdp"])
+def test_a_checkpoint_goes_from_one_process_to_two_and_back(place, alone, overlay):
+    folder = place / f"there-and-back-{overlay}"
+    config = Path(__file__).parents[1] / "configs" / f"{overlay}.yaml"
+    two = ["fit", f"--config={config}", *TINY, "--trainer.devices=2"]
+    one = ["fit", *TINY]
+    # ModelParallelStrategy has no float64
+    double = [f"--trainer.precision={'32' if overlay == 'fsdp' else '64'}-true", "--trainer.val_check_interval=7"]
+    run(folder, *one, *double, "--trainer.max_steps=5")
+    run(folder, *two, *double, "--trainer.max_steps=10", "--ckpt_path=last")
+    run(folder, *one, *double, "--trainer.max_steps=14", "--ckpt_path=last")
+    # a schedule of 14 steps throughout would be the straight run's; here the order of the data is what must agree
+    assert last(folder)["global_step"] == 14
+    assert epochs(last(folder)) == epochs(last(alone))
+    model, straight_model = last(folder)["state_dict"], last(alone)["state_dict"]
+    assert model.keys() == straight_model.keys()
+    assert all(model[name].shape == straight_model[name].shape for name in model)
+
+
+def test_a_mistake_with_several_processes_is_one_line(place):
+    _, err = run(place / "mistake", "fit", *TINY, "--trainer.strategy=ddp", "--trainer.devices=3", status=2)
+    assert err.count("lmlight: error: data.batch_size 8 is the whole step's") == 1
+    assert "Traceback" not in err
+
+
+def test_two_runs_started_at_once_do_not_meet(place):
+    folder = place / "two"
+    processes = [
+        start(folder, "fit", *TINY, "--trainer.max_steps=3", "--data.tokenizer.vocab_size=399") for _ in range(2)
+    ]
+    for process in processes:
+        _, err = process.communicate(timeout=100)
+        assert process.returncode == 0, err
+    assert len(list(folder.glob("runs/*/checkpoints/last.ckpt"))) == 2
+    assert len(list(folder.glob("runs/*/events*"))) == 2
+
+
+# Within this process
+
+
+@pytest.fixture
+def trained(straight, monkeypatch):
+    """In the folder of a finished run; gives the run's own folder."""
+    monkeypatch.chdir(straight)
+    monkeypatch.setenv("LMLIGHT_CACHE", str(straight.parent / "cache"))
+    (folder,) = straight.glob("runs/*")
+    return folder
+
+
+def test_a_run_s_folder_best_and_last_are_taken_for_a_checkpoint(trained, capsys):
+    printed = []
+    for name in ("best", str(trained), str(trained / "checkpoints"), str(trained / "checkpoints/best.ckpt")):
+        assert main(["validate", f"--ckpt_path={name}"]) == 0
+        printed.append(capsys.readouterr().out)
+    assert len(set(printed)) == 1
+    assert main(["validate", "--ckpt_path=last"]) == 0
+
+
+def test_last_is_of_the_newest_run(tmp_path):
+    for age, name in ((30, "a"), (10, "b"), (20, "c")):
+        path = tmp_path / name / "checkpoints" / "last.ckpt"
+        path.parent.mkdir(parents=True)
+        path.touch()
+        os.utime(path, (time.time() - age,) * 2)
+    assert checkpoint.find("last", tmp_path, "last").parts[-3] == "b"
+    with pytest.raises(UserError, match="'best' yet"):
+        checkpoint.find("best", tmp_path, "last")
+
+
+def test_resuming_before_there_is_a_checkpoint_is_a_clear_line(capsys):
+    assert main(["fit", "--ckpt_path=last"]) == 2
+    assert "no run in 'runs' has a checkpoint 'last' yet" in capsys.readouterr().err
+    Path("runs/x").mkdir(parents=True)
+    assert main(["fit", "--ckpt_path=runs/x"]) == 2
+    assert "has no checkpoint 'last.ckpt'" in capsys.readouterr().err
+
+
+def test_finetuning_takes_net_weights_and_tokenizer_and_nothing_else(trained, tmp_path, capsys):
+    text = tmp_path / "other.txt"
+    text.write_text("SHE:\nAnother text altogether, with words of its own.\n" * 60)
+    flags = [f"--data.corpus={text}", "--trainer.max_steps=1", "--trainer.val_check_interval=1", "--data.batch_size=4"]
+    flags += ["--trainer.logger.save_dir=" + str(tmp_path / "runs"), "--trainer.accelerator=cpu"]
+    still = ["--model.optimizer=SGD", "--model.optimizer.lr=0"]
+    assert main(["fit", f"--init_from={trained}", *flags, *still]) == 0, capsys.readouterr().err
+    source, content = checkpoint.read(trained / "checkpoints/best.ckpt"), last(tmp_path)
+    assert content["global_step"] == 1
+    assert torch.equal(content["lmlight"]["tokenizer"], source["lmlight"]["tokenizer"])
+    assert content["lmlight"]["net"]["config"] == source["lmlight"]["net"]["config"]
+    assert content["lmlight"]["settings"]["data"].get("subword_sampling") is None
+    for name, weight in source["state_dict"].items():
+        assert torch.equal(content["state_dict"][name], weight), name
+    assert main(["fit", f"--init_from={trained}", f"--ckpt_path={trained}"]) == 2
+
+
+@pytest.mark.parametrize("when", ["loss", "gradient"])
+def test_not_a_number_stops_at_its_step_and_is_never_saved(trained, tmp_path, capsys, monkeypatch, when):
+    from lmlight import LanguageModel
+
+    step = LanguageModel.training_step
+
+    def poisoned(self, batch, index):
+        loss = step(self, batch, index)
+        if self.global_step == 17:
+            if when == "loss":
+                return loss * float("nan")
+            loss.register_hook(lambda gradient: gradient * float("inf"))
+        return loss
+
+    monkeypatch.setattr(LanguageModel, "training_step", poisoned)
+    assert main(["fit", *HARD, f"--trainer.logger.save_dir={tmp_path / 'runs'}", "--trainer.log_every_n_steps=50"]) == 2
+    error = capsys.readouterr().err.strip().split("\n")[-1]
+    assert "not a finite number at step 17 (learning rate" in error
+    (path,) = tmp_path.glob("runs/*/checkpoints/last.ckpt")
+    assert str(path) in error
+    content = checkpoint.read(path)
+    assert content["global_step"] == 14
+    assert all(weight.isfinite().all() for weight in content["state_dict"].values())
+
+
+def test_weights_that_are_not_finite_are_not_saved(trained, tmp_path, capsys, monkeypatch):
+    from lmlight import LanguageModel
+
+    def poison(self):
+        next(self.net.parameters()).data[0, 0] = float("nan")
+
+    monkeypatch.setattr(LanguageModel, "on_validation_epoch_start", poison)
+    assert main(["fit", *HARD, f"--trainer.logger.save_dir={tmp_path / 'runs'}"]) == 2
+    assert "a weight is not a finite number at step 7" in capsys.readouterr().err
+    assert not list(tmp_path.glob("runs/*/checkpoints/*.ckpt"))
+
+
+def test_flags_win_over_the_checkpoint_when_going_on(trained, capsys):
+    with pytest.raises(SystemExit):
+        main(["fit", f"--ckpt_path={trained}", "--model.net.dropout=0.4", "--print_config"])
+    import yaml
+
+    config = yaml.safe_load(capsys.readouterr().out)
+    assert config["model"]["net"]["init_args"]["dropout"] == 0.4
+    assert config["model"]["net"]["init_args"]["n_embd"] == 32
+    assert config["trainer"]["logger"]["init_args"]["version"] == trained.name
+
+
+# The file itself
+
+
+def content_of(net):
+    from lmlight.data.tokenizer import CharTokenizer
+
+    state = {f"net.{name}": value for name, value in net.state_dict().items()}
+    return {"state_dict": state, checkpoint.KEY: checkpoint.describe(net, CharTokenizer("abc"), {})}
+
+
+def test_a_flipped_bit_anywhere_is_refused_and_the_newest_good_file_named(tmp_path):
+    path, good = tmp_path / "last.ckpt", tmp_path / "best.ckpt"
+    checkpoint.write(content_of(Bigram(3, 8)), good)
+    checkpoint.write(content_of(Bigram(3, 8)), path)
+    whole = path.read_bytes()
+    for position in [*range(0, len(whole), 97), len(whole) - 1]:
+        path.write_bytes(whole[:position] + bytes([whole[position] ^ 4]) + whole[position + 1 :])
+        with pytest.raises(UserError, match=r"the newest good one is '.*best\.ckpt'"):
+            checkpoint.read(path)
+    for length in range(0, len(whole), 503):
+        path.write_bytes(whole[:length])
+        with pytest.raises(UserError, match="damaged"):
+            checkpoint.read(path)
+    path.write_bytes(whole)
+    checkpoint.read(path)
+
+
+def test_torch_reads_a_sealed_file_as_any_other(tmp_path):
+    content = content_of(Bigram(3, 8))
+    checkpoint.write(content, tmp_path / "x.ckpt")
+    plain = torch.load(tmp_path / "x.ckpt", weights_only=True)
+    assert differences(plain, content) == []
+
+
+def test_a_full_disk_leaves_the_file_of_before(tmp_path):
+    """A limit on the size of files stands in for the disk."""
+    code = """
+import resource, signal, sys
+from tests_path import content_of
+from lmlight import checkpoint
+from lmlight.errors import UserError
+from lmlight.models import Bigram
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+checkpoint.write(content_of(Bigram(3, 8)), "x.ckpt")
+resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+try:
+    checkpoint.write(content_of(Bigram(100, 8)), "x.ckpt")
+except UserError as error:
+    print(error)
+"""
+    code = code.replace(
+        "from tests_path import content_of",
+        f"sys.path.insert(0, {str(Path(__file__).parent)!r})\nfrom test_reliability import content_of",
+    )
+    out = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True).stdout
+    assert "cannot be written" in out
+    assert "the one before it is as it was" in out
+    assert os.listdir(tmp_path) == ["x.ckpt"]
+    assert checkpoint.net_of(checkpoint.read(tmp_path / "x.ckpt")).vocab_size == 3
+
+
+def test_a_kill_while_writing_leaves_the_file_of_before(tmp_path):
+    """The process dies after the bytes and before the rename; what it leaves is overwritten by the next write."""
+    code = f"""
+import os, signal, sys
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+from test_reliability import content_of
+from lmlight import checkpoint
+from lmlight.models import Bigram
+checkpoint.write(content_of(Bigram(3, 8)), "x.ckpt")
+os.fsync = lambda descriptor: os.kill(os.getpid(), signal.SIGKILL)
+checkpoint.write(content_of(Bigram(5, 8)), "x.ckpt")
+"""
+    assert subprocess.run([sys.executable, "-c", code], cwd=tmp_path).returncode == -9
+    assert len(os.listdir(tmp_path)) == 2
+    assert checkpoint.net_of(checkpoint.read(tmp_path / "x.ckpt")).vocab_size == 3
+    checkpoint.write(content_of(Bigram(7, 8)), tmp_path / "x.ckpt")
+    assert os.listdir(tmp_path) == ["x.ckpt"]
+
+
+def test_writing_flushes_to_the_disk_before_it_renames(tmp_path, monkeypatch):
+    calls = []
+    fsync, replace = os.fsync, Path.replace
+    monkeypatch.setattr(os, "fsync", lambda descriptor: (calls.append("fsync"), fsync(descriptor))[1])
+    monkeypatch.setattr(Path, "replace", lambda self, target: (calls.append("replace"), replace(self, target))[1])
+    checkpoint.write(content_of(Bigram(3, 8)), tmp_path / "x.ckpt")
+    assert calls == ["fsync", "replace", "fsync"]
