@@ -130,6 +130,8 @@ class LmlightCLI(LightningCLI):
     def before_instantiate_classes(self) -> None:
         config = self.config[self.subcommand]
         config.pop("config", None)
+        # `--seed_everything true` draws one, after the links were made
+        config.data.seed = config.model.seed = config.model.sampling.seed = int(config.seed_everything)
         if self.subcommand != "fit":
             self.save_config_callback = None
 
@@ -140,7 +142,7 @@ class LmlightCLI(LightningCLI):
             self.model.tokenizer = self.datamodule.tokenizer = checkpoints.tokenizer_of(self.checkpoint)
             self.model.block_size = self.checkpoint[checkpoints.KEY]["net"]["config"]["block_size"]
             if self.config[self.subcommand].get("init_from"):
-                self.model.initial_weights = checkpoints.weights_of(self.checkpoint)
+                self.model.init_from = self.checkpoint
         dump = json.loads(self._parser(self.subcommand).dump(self.config[self.subcommand], format="json"))
         self.model.settings = {section: dump[section] for section in ("seed_everything", "model", "data")}
 

@@ -48,7 +48,7 @@ class LanguageModel(LightningModule):
         tokenizer: encodes prompts and decodes what comes; None until known.
         net: the net; None until made.
         settings: plain values that travel in the checkpoint; the command line keeps its own here.
-        initial_weights: what the net begins with instead of random ones, by their names in the net (finetuning).
+        init_from: what `checkpoint.read` gave: the net begins with its weights instead of random ones (finetuning).
     """
 
     def __init__(
@@ -67,7 +67,7 @@ class LanguageModel(LightningModule):
         self.block_size: int | None = None
         self.net: Net | None = None
         self.settings: dict[str, Any] = {}
-        self.initial_weights: dict[str, Tensor] | None = None
+        self.init_from: dict[str, Any] | None = None
         self.val_loss, self.test_loss, self.sliding_loss = TextLoss(), TextLoss(), TextLoss()
 
     @classmethod
@@ -119,9 +119,10 @@ class LanguageModel(LightningModule):
         if self.net is None:
             assert self.tokenizer is not None and self.block_size is not None
             self.net = self._make_net(self.tokenizer.vocab_size, self.block_size)
-            if self.initial_weights is not None:
-                self.net.load_state_dict(self.initial_weights)
-                self.initial_weights = None
+            if self.init_from is not None:
+                checkpoints.check_same_net(self.init_from, self.net)
+                self.net.load_state_dict(checkpoints.weights_of(self.init_from))
+                self.init_from = None
         if self.device_mesh is not None:  # ModelParallelStrategy: shard the weights, block by block (FSDP2)
             for part in (*getattr(self.net, "blocks", ()), self.net):
                 fully_shard(part, mesh=self.device_mesh["data_parallel"])

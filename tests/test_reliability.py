@@ -376,6 +376,9 @@ def test_finetuning_takes_net_weights_and_tokenizer_and_nothing_else(trained, tm
     for name, weight in source["state_dict"].items():
         assert torch.equal(content["state_dict"][name], weight), name
     assert main(["fit", f"--init_from={trained}", f"--ckpt_path={trained}"]) == 2
+    capsys.readouterr()
+    assert main(["fit", f"--init_from={trained}", *flags, "--model.net.n_embd=64"]) == 2
+    assert "n_embd 32 in the checkpoint, 64 here" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("when", ["loss", "gradient"])
