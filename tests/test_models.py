@@ -96,10 +96,11 @@ def test_bigram_looks_at_the_last_token_alone():
 
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("options", [{}, {"n_kv_head": 2}, {"qk_norm": True, "bias": True}], ids=str)
-def test_fused_attention_is_the_four_lines(causal, options):
+@pytest.mark.parametrize("length", [6, 257])
+def test_attention_is_the_four_lines_fused_or_not(causal, options, length):
     torch.manual_seed(0)
     attention = Attention(32, 4, **options).double()
-    x = torch.randn(2, 6, 32, dtype=torch.float64)
+    x = torch.randn(2, length, 32, dtype=torch.float64)
     q, k, v = attention.project(x)
     plain = attention.output((attention_weights(q, k, causal) @ v).transpose(1, 2).flatten(2))
     torch.testing.assert_close(attention(x, causal=causal), plain)
@@ -131,9 +132,9 @@ def test_cross_attention_gathers_from_the_context_alone():
 def test_grouped_heads_equal_full_heads_with_repeated_weights():
     torch.manual_seed(0)
     grouped, full = Attention(32, 4, n_kv_head=2), Attention(32, 4)
-    full.query, full.output = grouped.query, grouped.output
-    k, v = grouped.key_value.weight.view(2, 2, 8, 32)  # keys or values, head, channel, input
-    full.key_value.weight.data = torch.stack([k, v]).repeat_interleave(2, dim=1).reshape(64, 32)
+    full.output = grouped.output
+    heads = grouped.qkv.weight.view(8, 8, 32)  # 4 of queries, 2 of keys, 2 of values; channels; inputs
+    full.qkv.weight.data = heads[[0, 1, 2, 3, 4, 4, 5, 5, 6, 6, 7, 7]].reshape(96, 32)
     x = torch.randn(2, 5, 32)
     torch.testing.assert_close(grouped(x), full(x))
 
