@@ -470,3 +470,16 @@ def test_predicting_needs_no_text():
 
 def test_ids_are_read_from_disk_not_held_in_memory(verse_file):
     assert isinstance(ready(verse_file)._train_ids, np.memmap)
+
+
+def test_used_twice_it_prepares_once(verse_file, tmp_path):
+    data = ready(verse_file)
+    data.prepare_data()
+    data.setup("validate")
+    assert len(list((tmp_path / "cache" / "tokens").iterdir())) == 1
+
+
+def test_scoring_asks_nothing_of_the_batch_size(verse_file):
+    data = ready(verse_file)
+    data.trainer = share(1, 3)
+    assert len(list(data.val_dataloader())) > 0

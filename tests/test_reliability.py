@@ -274,7 +274,7 @@ def test_any_number_of_processes_gives_the_same_run(place, alone, processes):
 
 def test_every_character_is_scored_once_by_any_number_of_processes(alone, place, verse):
     for processes in (1, 3):
-        flags = [f"--trainer.devices={processes}", "--trainer.strategy=ddp", "--data.batch_size=9"]
+        flags = [f"--trainer.devices={processes}", "--trainer.strategy=ddp"]
         command = ["validate", "--ckpt_path=last", "--trainer.accelerator=cpu", *flags]
         out, _ = run(alone, *command, "--trainer.precision=64-true")
         figures = dict(line.split() for line in out.strip().split("\n"))

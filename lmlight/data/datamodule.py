@@ -20,7 +20,7 @@ import sentencepiece
 import torch
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_warn
 from torch.utils.data import DataLoader, Dataset
 
 from lmlight.data import corpus as corpora
@@ -82,8 +82,17 @@ class TextDataModule(LightningDataModule):
         self.subword_sampling, self.windows, self.prompts = subword_sampling, windows, prompts
         self.num_workers, self.seed = num_workers, seed
         self._mistake = ""
-        self.tokenizer: Tokenizer | None = None
+        self._given: Tokenizer | None = None
+        self._trained: Tokenizer | None = None
+
+    @property
+    def tokenizer(self) -> Tokenizer | None:
         """Encodes and decodes: set before `prepare_data` to use one from elsewhere, else known after `setup`."""
+        return self._given or self._trained
+
+    @tokenizer.setter
+    def tokenizer(self, tokenizer: Tokenizer) -> None:
+        self._given = tokenizer
 
     # Lightning's hooks
 
@@ -111,11 +120,11 @@ class TextDataModule(LightningDataModule):
             raise UserError(mistake)
         text = corpora.load(self.corpus)
         store = self._open(text)
-        self.tokenizer = store.tokenizer
+        self._trained = tokenizer = store.tokenizer
         self._train_ids, self._val_ids = store.ids["train"], np.append(store.ids["train"][-1:], store.ids["val"])
         self._train_counts = self._char_counts(self._train_ids, store.chars["train"])
         self._val_counts = self._char_counts(store.ids["val"], store.chars["val"])
-        if not self.tokenizer.lossless:
+        if not tokenizer.lossless:
             rank_zero_warn(
                 "this tokenizer is lossy (it folds newlines and spaces): figures per character are per character of the "
                 "original text"
@@ -123,12 +132,12 @@ class TextDataModule(LightningDataModule):
         self._sampler = None
         if self.subword_sampling and stage == "fit":
             train, _ = corpora.split(text.text, self.val_fraction)
-            self._sampler = SubwordSampler(self.tokenizer, train, self.subword_sampling)
+            self._sampler = SubwordSampler(tokenizer, train, self.subword_sampling)
 
     def train_dataloader(self) -> TrainLoader:
-        rank, world_size, accumulate = self._share()
+        self._check_batch_size()
         n_windows = windows_per_epoch(len(self._train_ids), self.block_size)
-        order = BatchOrder(n_windows, self.batch_size, rank, world_size, accumulate)
+        order = BatchOrder(n_windows, self.batch_size, *self._share())
         return TrainLoader(self._train_windows, order, self.num_workers)
 
     def val_dataloader(self) -> DataLoader[Batch]:
@@ -145,15 +154,15 @@ class TextDataModule(LightningDataModule):
     # What they are made of
 
     def _prepare(self) -> None:
-        self._share()
+        if self.trainer is not None and self.trainer.state.fn == TrainerFn.FITTING:
+            self._check_batch_size()
         text = corpora.load(self.corpus)
         folder, fingerprint = self._store_key(text)
         if not folder.exists():
             train, val = corpora.split(text.text, self.val_fraction)
             if not (train and val):
                 self._too_short("training" if not train else "validation", 0, len(text.text))
-            rank_zero_info(f"Preparing {len(text.text):,} characters of {text.source}")
-            tokenizer = self.tokenizer or self.tokenizer_config.train(train)
+            tokenizer = self._given or self.tokenizer_config.train(train)
             try:
                 TokenStore.write(folder, fingerprint, {"train": train, "val": val}, tokenizer)
             except OSError as error:
@@ -169,19 +178,21 @@ class TextDataModule(LightningDataModule):
         """(rank, world_size, accumulate): one process where there is no trainer."""
         if self.trainer is None:
             return 0, 1, 1
-        world_size, accumulate = self.trainer.world_size, self.trainer.accumulate_grad_batches
+        return self.trainer.global_rank, self.trainer.world_size, self.trainer.accumulate_grad_batches
+
+    def _check_batch_size(self) -> None:
+        _, world_size, accumulate = self._share()
         if self.batch_size % (world_size * accumulate):
             raise UserError(
                 f"data.batch_size {self.batch_size} is the whole step's: it must be a multiple of {world_size} "
                 f"processes × {accumulate} accumulated batches"
             )
-        return self.trainer.global_rank, world_size, accumulate
 
     def _store_key(self, text: corpora.Corpus) -> tuple[Path, str]:
         """Where the token store is, and the fingerprint of all that its content depends on."""
         tokenizer = (
-            {"fingerprint": self.tokenizer.fingerprint}
-            if self.tokenizer
+            {"fingerprint": self._given.fingerprint}
+            if self._given
             else {"config": asdict(self.tokenizer_config), "sentencepiece": sentencepiece.__version__}
         )
         depends_on = {"corpus": text.sha256, "val_fraction": self.val_fraction, "tokenizer": tokenizer}
