@@ -38,7 +38,7 @@ def test_config_trains(path, verse_file, tmp_path, capsys):
     arguments += ["--trainer.max_steps=4", "--trainer.val_check_interval=4", "--trainer.limit_val_batches=2"]
     assert main([*arguments, *SHRINK.get(path.name, [])]) == 0, capsys.readouterr().err
     (best,) = tmp_path.glob("runs/*/checkpoints/best.ckpt")
-    written = yaml.safe_load(path.read_text())["model"]["net"]
+    written = yaml.safe_load(path.read_text())["model"].get("net", {"class_path": "Transformer"})
     net = checkpoint.net_of(checkpoint.read(best))
     assert type(net).__name__ == written["class_path"]
     shrunk = " ".join(SHRINK.get(path.name, []))
