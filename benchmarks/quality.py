@@ -1,6 +1,6 @@
 """How good, after how long? Recipes of lmlight's beside nanoGPT's CPU recipe, all in one run on one machine.
 
-    python benchmarks/quality.py [--configs configs/shakespeare.yaml ...] [--seeds 1337 ...] [--json FILE]
+    python benchmarks/quality.py [--configs configs/shakespeare.yaml[@STEPS] ...] [--seeds 1337 ...] [--json FILE]
 
 Every figure is in nats per character of the last 10% of tiny Shakespeare, each character scored once in windows of the
 block size that do not overlap; nanoGPT's final model is scored the same way. Every seed is reported, at the final step
@@ -72,7 +72,10 @@ def run_nanogpt(folder: Path) -> dict[str, Any]:
     return {"name": "nanoGPT, CPU recipe", **times, "final": figure, "best": figure}
 
 
-def run_lmlight(config: Path, seed: int, folder: Path) -> dict[str, Any]:
+def run_lmlight(recipe: str, seed: int, folder: Path) -> dict[str, Any]:
+    """A config, or `CONFIG@STEPS` for its schedule squeezed into so many steps."""
+    path, _, max_steps = recipe.partition("@")
+    config = Path(path)
     command = [
         sys.executable,
         "-u",
@@ -82,6 +85,8 @@ def run_lmlight(config: Path, seed: int, folder: Path) -> dict[str, Any]:
         f"--config={config.absolute()}",
         f"--seed_everything={seed}",
     ]
+    if max_steps:
+        command.append(f"--trainer.max_steps={max_steps}")
     lines = timed(command, folder)
     steps = [line.split() for _, line in lines if line.startswith("step ")]
     figures = [float(words[words.index("val/nats_per_char") + 1]) for words in steps]
@@ -99,15 +104,15 @@ def run_lmlight(config: Path, seed: int, folder: Path) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     here = Path(__file__).parents[1] / "configs"
-    parser.add_argument("--configs", nargs="*", type=Path, default=[here / "shakespeare.yaml"])
+    parser.add_argument("--configs", nargs="*", default=[str(here / "shakespeare.yaml")])
     parser.add_argument("--seeds", nargs="*", type=int, default=[1337])
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         rows.append(run_nanogpt(Path(folder)))
-        for config in options.configs:
-            rows += [run_lmlight(config, seed, Path(folder)) for seed in options.seeds]
+        for recipe in options.configs:
+            rows += [run_lmlight(recipe, seed, Path(folder)) for seed in options.seeds]
     n, whole = rows[0]["training"], rows[0]["process"]
     print("| | training | whole process | nats/char, final | best |\n|---|---|---|---|---|")
     for row in rows:
