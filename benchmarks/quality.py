@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import pickle
 import re
 import subprocess
 import sys
@@ -50,6 +51,7 @@ def run_nanogpt(folder: Path) -> dict[str, Any]:
     data = nanogpt.folder() / "data" / "shakespeare_char"
     for name, part in (("train", train), ("val", val)):
         np.array(tokenizer.encode(part), dtype=np.uint16).tofile(data / f"{name}.bin")
+    (data / "meta.pkl").write_bytes(pickle.dumps({"vocab_size": tokenizer.vocab_size}))  # else it takes GPT-2's
     flags = {"device": "cpu", "compile": False, "eval_iters": 20, "log_interval": 100, "lr_decay_iters": 2000}
     flags |= {**nanogpt.CPU_RECIPE, "out_dir": str(folder), "dataset": "shakespeare_char"}
     command = [sys.executable, "-u", "train.py", "config/train_shakespeare_char.py"]

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import platform
 import statistics
 import tempfile
@@ -164,6 +165,7 @@ def main() -> None:
     parser.add_argument("--json")
     options = parser.parse_args()
     torch.manual_seed(0)
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
 
     rates = {precision: matrix_rate(precision) for precision in ("highest", "medium")}
     versions = f"torch {torch.__version__}, lmlight {lmlight.__version__}"

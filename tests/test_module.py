@@ -96,6 +96,25 @@ def test_training_is_plain_adamw_on_the_batches(data):
         torch.testing.assert_close(a, b, msg=name)
 
 
+@pytest.mark.parametrize("algorithm", ["norm", "value"])
+def test_a_fused_optimizer_clips_under_bf16_mixed(data, algorithm):
+    """Lightning itself refuses that."""
+    before = trained(data, steps=1, precision="bf16-mixed", gradient_clip_val=1e-12, gradient_clip_algorithm=algorithm)
+    assert before[0].precision == "bf16-mixed"
+    assert before[1].net.head.weight.isfinite().all()
+
+
+def test_clipping_by_norm_is_torch_s_own(data):
+    """On a gradient that is known: far above the limit, what is left has the limit's norm."""
+    _, model = trained(data, steps=1)
+    for parameter in model.parameters():
+        parameter.grad = torch.full_like(parameter, 3.0)
+    model._step_loss = torch.zeros(())
+    model.configure_gradient_clipping(torch.optim.SGD(model.parameters()), 0.5)
+    norm = torch.sqrt(sum((parameter.grad**2).sum() for parameter in model.parameters()))
+    assert norm.item() == pytest.approx(0.5, rel=1e-4)
+
+
 def test_generate_takes_texts_lists_and_ids(data):
     _, model = trained(data)
     one, two = model.generate("MIRA:", max_new_tokens=10), model.generate("", max_new_tokens=10)

@@ -16,6 +16,8 @@ from lmlight.cli import main
 from lmlight.errors import UserError
 from lmlight.models import Bigram
 
+pytestmark = pytest.mark.skipif(os.name != "posix", reason="SIGKILL and limits on the size of files are POSIX's")
+
 TINY = [
     "--data.corpus=../verse.txt",
     "--data.tokenizer.vocab_size=400",
