@@ -184,8 +184,8 @@ class LanguageModel(LightningModule):
             and not (norm + self._step_loss).isfinite()
         ):
             raise not_finite("the loss" if not self._step_loss.isfinite() else "a gradient", self.trainer)
-        if gradient_clip_algorithm == "value":
-            self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
+        if gradient_clip_val and gradient_clip_algorithm == "value":
+            torch.nn.utils.clip_grad_value_(parameters, gradient_clip_val)
         elif gradient_clip_val:
             torch.nn.utils.clip_grads_with_norm_(parameters, gradient_clip_val, norm)
         if self._log_due():
