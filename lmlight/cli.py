@@ -12,6 +12,7 @@ import json
 import logging
 import math
 import os
+import shutil
 import sys
 import warnings
 from collections.abc import Sequence
@@ -188,7 +189,7 @@ class LmlightCLI(LightningCLI):
         if final is not None:
             print(f"  {final:.4f} nats per character at the last validation")
         print(f"\n{printable(model.generate('ROMEO:', max_new_tokens=150))}\n")
-        print(f"Next:\n  lmlight predict --ckpt_path {path} --data.prompts '[\"ROMEO:\"]'")
+        print(f"Next:\n  {_command()} predict --ckpt_path {path} --data.prompts '[\"ROMEO:\"]'")
 
     @rank_zero_only
     def after_validate(self) -> None:
@@ -197,6 +198,15 @@ class LmlightCLI(LightningCLI):
             print(f"{name:<28}{value.item():>12.6g}")
 
     after_test = after_validate
+
+
+def _command() -> str:
+    """What to type for `lmlight` where this process was started: its environment may not be activated."""
+    typed = Path(sys.argv[0])
+    if typed.stem != "lmlight":  # python -m lmlight, or a notebook
+        return f"{sys.executable} -m lmlight"
+    found = shutil.which("lmlight")
+    return "lmlight" if found and Path(found).resolve() == typed.resolve() else os.path.relpath(typed)
 
 
 def _runs_folder(config: Any) -> Path:

@@ -55,9 +55,7 @@ def test_fit_ends_by_saying_what_it_reached_and_what_to_type(finished):
     assert f"val/nats_per_char {nats:.4f}" in result.stdout
     assert "ROMEO:" in result.stdout
     command = next(line for line in lines if "lmlight predict" in line).strip()
-    done = subprocess.run(
-        f"{sys.executable} -m {command}", shell=True, cwd=folder, capture_output=True, text=True, timeout=100
-    )
+    done = subprocess.run(command, shell=True, cwd=folder, capture_output=True, text=True, timeout=100)
     assert done.stdout.startswith("ROMEO:"), done.stderr
 
 
@@ -226,6 +224,21 @@ def test_a_mistake_is_one_line_and_leaves_nothing(name, finished, verse, tmp_pat
     assert says in error[0]
     assert {path.name for path in set(tmp_path.iterdir()) - before} <= {"cache"}
     assert not list(tmp_path.glob("cache/tokens/.*")), "a half-written store"
+
+
+def test_the_next_command_is_one_that_can_be_typed_here(tmp_path, monkeypatch):
+    from lmlight.cli import _command
+
+    script = tmp_path / "environment" / "bin" / "lmlight"
+    script.parent.mkdir(parents=True)
+    script.touch(mode=0o755)
+    monkeypatch.setattr(sys, "argv", [str(script)])
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert Path(_command()) == Path("environment/bin/lmlight")
+    monkeypatch.setenv("PATH", str(script.parent))
+    assert _command() == "lmlight"
+    monkeypatch.setattr(sys, "argv", [str(tmp_path / "__main__.py")])
+    assert _command() == f"{sys.executable} -m lmlight"
 
 
 def test_version(capsys):
