@@ -77,7 +77,6 @@ class RunProgress(ProgressBar):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._began = time.monotonic()
-        self._first_step = trainer.global_step
         weights = sum(p.numel() for p in pl_module.parameters())
         self.print(f"Training {weights:,} weights on {trainer.strategy.root_device} in {trainer.log_dir}")
         if self._enabled and sys.stderr.isatty():
