@@ -31,7 +31,7 @@ from lmlight import checkpoint as checkpoints
 from lmlight.callbacks import PrintPredictions, RunProgress, printable
 from lmlight.data.datamodule import TextDataModule
 from lmlight.errors import UserError
-from lmlight.models import NETS, Bigram, Transformer  # noqa: F401  (so that --model.net Bigram needs no full path)
+from lmlight.models import NETS, Bigram, Transformer, chosen  # noqa: F401  (so that --model.net Bigram needs no full path)
 from lmlight.module import LanguageModel
 from lmlight.reliability import CheckpointFiles, KeepCheckpoints
 
@@ -226,8 +226,7 @@ def _settings_of(checkpoint: dict[str, Any], path: Path) -> dict[str, Any]:
     """
     described = checkpoint[checkpoints.KEY]
     settings = copy.deepcopy(described["settings"])
-    data_decides = ("vocab_size", "block_size")
-    net = {k: v for k, v in described["net"]["config"].items() if k not in data_decides}
+    net = chosen(described["net"]["config"])
     class_path = f"{NETS[described['net']['class']].__module__}.{described['net']['class']}"
     settings.setdefault("model", {})["net"] = {"class_path": class_path, "init_args": net}
     settings.setdefault("data", {}).pop("prompts", None)

@@ -24,7 +24,7 @@ from lmlight.data.tokens import UNSCORED, Batch
 from lmlight.errors import UserError
 from lmlight.generation import Sampling, generate
 from lmlight.metrics import TextLoss
-from lmlight.models import Net, Transformer
+from lmlight.models import Net, Transformer, chosen
 from lmlight.optim import Schedule, label_in_order, parameter_groups
 from lmlight.reliability import not_finite
 
@@ -84,9 +84,7 @@ class LanguageModel(LightningModule):
         """
         content = checkpoints.read(checkpoint_path)
         net = checkpoints.net_of(content)
-        model = cls(
-            net=partial(type(net), **{k: v for k, v in net.config.items() if k not in ("vocab_size", "block_size")})
-        )
+        model = cls(net=partial(type(net), **chosen(net.config)))
         model.net, model.tokenizer, model.block_size = net, checkpoints.tokenizer_of(content), net.block_size
         model.settings = content[checkpoints.KEY]["settings"]
         return model.eval()

@@ -1,5 +1,6 @@
 """The command line, as a user types it."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -32,7 +33,7 @@ def finished(tmp_path_factory, verse):
     folder = tmp_path_factory.mktemp("finished")
     (folder / "verse.txt").write_bytes(verse.encode())
     command = [sys.executable, "-m", "lmlight", "fit", "--data.corpus=verse.txt", *TINY]
-    environment = {**__import__("os").environ, "LMLIGHT_CACHE": str(folder / "cache")}
+    environment = {**os.environ, "LMLIGHT_CACHE": str(folder / "cache")}
     result = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=100)
     assert result.returncode == 0, result.stderr
     (best,) = folder.glob("runs/*/checkpoints/best.ckpt")

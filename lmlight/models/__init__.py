@@ -1,10 +1,10 @@
 """Nets: token ids in, logits out."""
 
-from lmlight.models.base import Net
+from lmlight.models.base import Net, chosen
 from lmlight.models.bigram import Bigram
 from lmlight.models.transformer import GPT2, LLAMA, Attention, Transformer
 
 NETS: dict[str, type[Net]] = {"Bigram": Bigram, "Transformer": Transformer}
 """The nets that a checkpoint may name."""
 
-__all__ = ["GPT2", "LLAMA", "NETS", "Attention", "Bigram", "Net", "Transformer"]
+__all__ = ["GPT2", "LLAMA", "NETS", "Attention", "Bigram", "Net", "Transformer", "chosen"]
