@@ -1,18 +1,21 @@
 """How good, after how long? Recipes of lmlight's beside nanoGPT's CPU recipe, all in one run on one machine.
 
-    python benchmarks/quality.py [--configs configs/shakespeare.yaml[@STEPS] ...] [--seeds 1337 ...] [--json FILE]
+    python benchmarks/quality.py [--runs configs/shakespeare.yaml[@STEPS][#SEED,...] ...] [--json FILE]
 
 Every figure is in nats per character of the last 10% of tiny Shakespeare, each character scored once in windows of the
-block size that do not overlap; nanoGPT's final model is scored the same way. Every seed is reported, at the final step
-as well as at the best. Prints a Markdown table.
+block size that do not overlap; nanoGPT's final model is scored the same way. Times of training are those of the steps,
+without validation, on both sides; the whole process has everything from the command to its end. Every seed is reported,
+at the final step as well as at the best. Prints a Markdown table.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import pickle
 import re
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -20,8 +23,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-import nanogpt
+import lightning.pytorch as pl
 import numpy as np
+import peers
 import torch
 
 from lmlight.data import corpus
@@ -33,6 +37,7 @@ def timed(command: list[str], cwd: Path) -> list[tuple[float, str]]:
     """Runs a command; each line that it prints, with the seconds since it was started."""
     began, lines = time.perf_counter(), []
     pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "bufsize": 1}
+    pipes["env"] = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, (HERE, HERE.parent)))}
     with subprocess.Popen(command, cwd=cwd, **pipes) as process:
         assert process.stdout is not None
         for line in process.stdout:
@@ -43,24 +48,51 @@ def timed(command: list[str], cwd: Path) -> list[tuple[float, str]]:
     return lines
 
 
+HERE = Path(__file__).absolute().parent
+
+
+class Clock(pl.Callback):
+    """Says how long a run has trained: its steps and what happens around them, without validation and checkpoints."""
+
+    def __init__(self) -> None:
+        self.seconds, self._since = 0.0, None
+
+    def on_train_batch_start(self, *_: Any) -> None:
+        if self._since is None:
+            self._since = time.perf_counter()
+
+    def on_validation_start(self, *_: Any) -> None:
+        if self._since is not None:
+            self.seconds += time.perf_counter() - self._since
+            self._since = None
+
+    def on_train_end(self, trainer: pl.Trainer, *_: Any) -> None:
+        self.on_validation_start()
+        print(f"training {self.seconds:.3f} s", flush=True)
+
+
 def run_nanogpt(folder: Path) -> dict[str, Any]:
-    """nanoGPT's train.py with its README's flags for a CPU; N is the time from its first step to its last."""
+    """nanoGPT's train.py with its README's flags for a CPU; N is the time of its steps, without its evaluations."""
     text = corpus.load("tinyshakespeare").text
     train, val = corpus.split(text, 0.1)
     tokenizer = CharTokenizer(sorted(set(text)))
-    data = nanogpt.folder() / "data" / "shakespeare_char"
+    place = peers.fetched(peers.NANOGPT) / "nanogpt"
+    data = place / "data" / "shakespeare_char"
     for name, part in (("train", train), ("val", val)):
         np.array(tokenizer.encode(part), dtype=np.uint16).tofile(data / f"{name}.bin")
     (data / "meta.pkl").write_bytes(pickle.dumps({"vocab_size": tokenizer.vocab_size}))  # else it takes GPT-2's
-    flags = {"device": "cpu", "compile": False, "eval_iters": 20, "log_interval": 100, "lr_decay_iters": 2000}
-    flags |= {**nanogpt.CPU_RECIPE, "out_dir": str(folder), "dataset": "shakespeare_char"}
+    flags = {"device": "cpu", "compile": False, "eval_iters": 20, "log_interval": 1, "lr_decay_iters": 2000}
+    flags |= {**peers.NANOGPT_CPU, "out_dir": str(folder), "dataset": "shakespeare_char"}
     command = [sys.executable, "-u", "train.py", "config/train_shakespeare_char.py"]
-    lines = timed([*command, *(f"--{name}={value}" for name, value in flags.items())], nanogpt.folder())
-    first = next(seconds for seconds, line in lines if line.startswith("iter 0:"))
-    last = next(seconds for seconds, line in lines if line.startswith("iter 2000:"))
+    lines = timed([*command, *(f"--{name}={value}" for name, value in flags.items())], place)
+    iterations = [re.fullmatch(r"iter (\d+): .* time ([\d.]+)ms.*", line) for _, line in lines]
+    steps = [(int(found[1]), float(found[2]) / 1e3) for found in iterations if found]
+    # what it says of a step that begins with an evaluation includes that: the median instead, as for the others
+    usual = statistics.median(seconds for step, seconds in steps if step % 250)
+    training = sum(seconds if step % 250 else usual for step, seconds in steps if step)
 
     content = torch.load(folder / "ckpt.pt", weights_only=True)
-    module = nanogpt.model()
+    module = peers.nanogpt_module()
     model = module.GPT(module.GPTConfig(**content["model_args"])).eval()
     model.load_state_dict(content["model"])
     ids, nats = tokenizer.encode(train)[-1:] + tokenizer.encode(val), 0.0
@@ -70,14 +102,12 @@ def run_nanogpt(folder: Path) -> dict[str, Any]:
             _, loss = model(window[None, :-1], window[None, 1:])
             nats += loss.item() * length
     figure = nats / len(val)
-    times = {"training": last - first, "process": lines[-1][0]}
+    times = {"training": training, "process": lines[-1][0]}
     return {"name": "nanoGPT, CPU recipe", **times, "final": figure, "best": figure}
 
 
-def run_lmlight(recipe: str, seed: int, folder: Path) -> dict[str, Any]:
-    """A config, or `CONFIG@STEPS` for its schedule squeezed into so many steps."""
-    path, _, max_steps = recipe.partition("@")
-    config = Path(path)
+def run_lmlight(config: Path, max_steps: str, seed: str, folder: Path) -> dict[str, Any]:
+    """A config, with its schedule squeezed into `max_steps` if that is not empty."""
     command = [
         sys.executable,
         "-u",
@@ -86,17 +116,19 @@ def run_lmlight(recipe: str, seed: int, folder: Path) -> dict[str, Any]:
         "fit",
         f"--config={config.absolute()}",
         f"--seed_everything={seed}",
+        "--trainer.callbacks+=quality.Clock",
     ]
     if max_steps:
         command.append(f"--trainer.max_steps={max_steps}")
     lines = timed(command, folder)
+    training = next(float(line.split()[1]) for _, line in lines if line.startswith("training "))
     steps = [line.split() for _, line in lines if line.startswith("step ")]
     figures = [float(words[words.index("val/nats_per_char") + 1]) for words in steps]
     of = re.search(r"\d+$", steps[-1][1])
     assert of is not None
     return {
         "name": f"{config.stem}, seed {seed}, {of[0]} steps",
-        "training": float(steps[-1][-2]),
+        "training": training,
         "process": lines[-1][0],
         "final": figures[-1],
         "best": min(figures),
@@ -105,16 +137,18 @@ def run_lmlight(recipe: str, seed: int, folder: Path) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    here = Path(__file__).parents[1] / "configs"
-    parser.add_argument("--configs", nargs="*", default=[str(here / "shakespeare.yaml")])
-    parser.add_argument("--seeds", nargs="*", type=int, default=[1337])
+    parser.add_argument("--runs", nargs="*", default=[str(HERE.parent / "configs" / "shakespeare.yaml")])
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         rows.append(run_nanogpt(Path(folder)))
-        for recipe in options.configs:
-            rows += [run_lmlight(recipe, seed, Path(folder)) for seed in options.seeds]
+        for run in options.runs:
+            found = re.fullmatch(r"(.*?)(?:@(\d+))?(?:#([\d,]+))?", run)
+            assert found is not None
+            for seed in (found[3] or "1337").split(","):
+                rows.append(run_lmlight(Path(found[1]), found[2] or "", seed, Path(folder)))
+                print(rows[-1], file=sys.stderr, flush=True)
     n, whole = rows[0]["training"], rows[0]["process"]
     print("| | training | whole process | nats/char, final | best |\n|---|---|---|---|---|")
     for row in rows:

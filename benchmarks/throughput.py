@@ -1,40 +1,52 @@
-"""How fast is a training step, against a bare loop around the same net, and against nanoGPT's own loop?
+"""How fast is a training step: against a bare loop around the same net, nanoGPT's own loop, and other people's nets?
 
-    python benchmarks/throughput.py [--rounds 8] [--steps 40] [--json FILE]
+    python benchmarks/throughput.py [--rounds 8] [--steps 20] [--json FILE]
 
-Two comparisons, each with the same shape, batch and data type, in alternating rounds of one process; medians, and ratios
-of medians. The first step of each round is left out. Prints Markdown tables.
+Each table compares loops of the same shape, batch and data type, in alternating rounds of one process: medians, and
+ratios of medians. The first step of each round is left out. Peak memory is what a process of its own, doing nothing but
+ten such steps, adds to what it held once everything was imported. Prints Markdown tables.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import logging
 import platform
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
+import warnings
 from collections.abc import Callable
+from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
-import nanogpt
 import numpy as np
+import peers
 import torch
 import torch.nn.functional as F
+from peers import NANOGPT_CPU, Shape
+from torch import Tensor
 
 import lmlight  # first: it bounds how long torch's threads spin
 from lmlight import LanguageModel, TextDataModule, Transformer
 from lmlight.callbacks import RunLogger, RunProgress, SampleText
 from lmlight.cli import TRAINER_DEFAULTS
 from lmlight.data.tokenizer import TokenizerConfig
-from lmlight.optim import parameter_groups
+from lmlight.models import GPT2, LLAMA
+from lmlight.optim import Muon, parameter_groups
 from lmlight.reliability import KeepCheckpoints
 
 # a round: given a number of steps, the seconds that each of them took
 Round = Callable[[int], list[float]]
+SMALL = Shape(65, *(NANOGPT_CPU[name] for name in ("block_size", "n_layer", "n_head", "n_embd")))
+LARGER = Shape(4096, 256, 6, 6, 384)
 
 
 class StepTimes(pl.Callback):
@@ -47,21 +59,15 @@ class StepTimes(pl.Callback):
         self.began.append(time.perf_counter())
 
 
-def lmlight_loop(data: TextDataModule, **net: Any) -> Round:
+def lmlight_fit(data: TextDataModule, model: Callable[[], LanguageModel] = LanguageModel) -> Round:
     """`lmlight fit` as it is by default, with its callbacks and logs; validation aside."""
     defaults = {k: v for k, v in TRAINER_DEFAULTS.items() if k not in ("logger", "max_steps", "default_root_dir")}
 
     def run(steps: int) -> list[float]:
-        times = StepTimes()
+        times, progress = StepTimes(), RunProgress()
+        progress.disable()
         with tempfile.TemporaryDirectory() as folder:
-            callbacks = [
-                times,
-                SampleText(),
-                RunProgress(),
-                pl.callbacks.LearningRateMonitor("step"),
-                KeepCheckpoints(),
-            ]
-            callbacks[2].disable()
+            callbacks = [times, SampleText(), progress, pl.callbacks.LearningRateMonitor("step"), KeepCheckpoints()]
             trainer = pl.Trainer(
                 **defaults,
                 max_steps=steps + 1,
@@ -70,45 +76,43 @@ def lmlight_loop(data: TextDataModule, **net: Any) -> Round:
                 logger=RunLogger(folder),
                 callbacks=callbacks,
             )
-            trainer.fit(LanguageModel(net=lambda v, b: Transformer(v, b, **net)), datamodule=data)
+            trainer.fit(model(), datamodule=data)
         return list(np.diff(times.began))
 
     return run
 
 
-def bare_loop(data: TextDataModule, **net: Any) -> Round:
-    """The same net, batches, optimizer and clipping in the shortest loop that does the work."""
+def bare_loop(data: TextDataModule) -> Round:
+    """The default net, batches, optimizer and clipping in the shortest loop that does the work."""
     assert data.tokenizer is not None
-    model = Transformer(data.tokenizer.vocab_size, data.block_size, **net)
-    optimizer = torch.optim.AdamW(parameter_groups(model), lr=2e-3, weight_decay=0.1, fused=True)
+    model = Transformer(data.tokenizer.vocab_size, data.block_size)
+    optimizer = Muon(parameter_groups(model))
 
     def run(steps: int) -> list[float]:
-        torch.set_float32_matmul_precision("medium")
         began = []
         batches = iter(data.train_dataloader())
-        for _ in range(steps + 1):
-            began.append(time.perf_counter())
-            batch = next(batches)
-            loss = F.cross_entropy(model(batch.inputs).flatten(0, 1), batch.targets.flatten())
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-        torch.set_float32_matmul_precision("highest")
+        with medium_precision():
+            for _ in range(steps + 1):
+                began.append(time.perf_counter())
+                batch = next(batches)
+                loss = F.cross_entropy(model(batch.inputs).flatten(0, 1), batch.targets.flatten())
+                loss.backward()
+                torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
         return list(np.diff(began))
 
     return run
 
 
-def nanogpt_loop(ids: np.ndarray, vocab_size: int) -> Round:
+def nanogpt_loop(precision: str) -> Round:
     """The inner loop of nanoGPT's train.py, with its own model, optimizer and batches."""
-    recipe, module = nanogpt.CPU_RECIPE, nanogpt.model()
-    sizes = {name: recipe[name] for name in ("block_size", "n_layer", "n_head", "n_embd", "dropout")}
-    model = module.GPT(module.GPTConfig(vocab_size=vocab_size, bias=False, **sizes))
+    model, loss_of = peers.nanogpt(SMALL)
     optimizer = model.configure_optimizers(0.1, 1e-3, (0.9, 0.99), "cpu")
-    block_size, batch_size = recipe["block_size"], recipe["batch_size"]
+    block_size, batch_size = SMALL.block_size, NANOGPT_CPU["batch_size"]
+    ids = np.random.default_rng(0).integers(SMALL.vocab_size, size=1_000_000).astype(np.uint16)
 
-    def get_batch() -> tuple[torch.Tensor, torch.Tensor]:
+    def get_batch() -> tuple[Tensor, Tensor]:
         ix = torch.randint(len(ids) - block_size, (batch_size,))
         x = torch.stack([torch.from_numpy((ids[i : i + block_size]).astype(np.int64)) for i in ix])
         y = torch.stack([torch.from_numpy((ids[i + 1 : i + 1 + block_size]).astype(np.int64)) for i in ix])
@@ -117,17 +121,50 @@ def nanogpt_loop(ids: np.ndarray, vocab_size: int) -> Round:
     def run(steps: int) -> list[float]:
         began = []
         x, y = get_batch()
-        for _ in range(steps + 1):
-            began.append(time.perf_counter())
-            _, loss = model(x, y)
-            x, y = get_batch()
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+        with medium_precision() if precision == "medium" else contextlib.nullcontext():
+            for _ in range(steps + 1):
+                began.append(time.perf_counter())
+                loss = loss_of(x, y)
+                x, y = get_batch()
+                loss.backward()
+                torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
         return list(np.diff(began))
 
     return run
+
+
+def net_loop(make: Callable[[Shape], Any], shape: Shape, batch_size: int) -> Round:
+    """Anyone's net in one and the same bare loop."""
+    net, loss_of = make(shape)
+    net.train()
+    optimizer = torch.optim.AdamW(net.parameters(), lr=1e-3, fused=True)
+    idx = torch.randint(shape.vocab_size, (batch_size, shape.block_size + 1))
+    inputs, targets = idx[:, :-1].contiguous(), idx[:, 1:].contiguous()
+
+    def run(steps: int) -> list[float]:
+        began = []
+        with medium_precision():
+            for _ in range(steps + 1):
+                began.append(time.perf_counter())
+                loss_of(inputs, targets).backward()
+                torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
+        return list(np.diff(began))
+
+    return run
+
+
+@contextlib.contextmanager
+def medium_precision() -> Any:
+    """What lmlight trains with, see LanguageModel's `matmul_precision`."""
+    torch.set_float32_matmul_precision("medium")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision("highest")
 
 
 def matrix_rate(precision: str) -> float:
@@ -142,6 +179,46 @@ def matrix_rate(precision: str) -> float:
     return 2 * 2048**3 / best / 1e9
 
 
+def prepared(**settings: Any) -> TextDataModule:
+    data = TextDataModule(**settings)
+    data.prepare_data()
+    data.setup("fit")
+    return data
+
+
+def lmlight_fit_as_nanogpt() -> Round:
+    """`lmlight fit` with nanoGPT's net, optimizer, characters and batches."""
+    data = prepared(tokenizer=TokenizerConfig("char"), block_size=64, batch_size=NANOGPT_CPU["batch_size"])
+    return lmlight_fit(
+        data,
+        lambda: LanguageModel(
+            net=lambda vocab_size, block_size: Transformer(vocab_size, block_size, 4, 4, 128, **GPT2),
+            optimizer=partial(torch.optim.AdamW, lr=1e-3, weight_decay=0.1, betas=(0.9, 0.99), fused=True),
+        ),
+    )
+
+
+Loops = dict[str, Callable[[], Round]]
+# each table's loops, by name; the first is what the others are compared with
+TABLES: dict[str, Loops] = {
+    "the default of `lmlight fit`": {
+        "bare loop": lambda: bare_loop(prepared()),
+        "lmlight fit": lambda: lmlight_fit(prepared()),
+    },
+    f"nanoGPT's CPU recipe: {NANOGPT_CPU['batch_size']} windows of 64 characters, 4 layers, width 128": {
+        "nanoGPT's loop": partial(nanogpt_loop, "highest"),
+        "nanoGPT's loop at matmul precision medium": partial(nanogpt_loop, "medium"),
+        "lmlight fit": lmlight_fit_as_nanogpt,
+    },
+    "GPT-2's architecture, 6 layers, width 384, 4 windows of 256, vocabulary 4,096: nets alone": {
+        name: partial(net_loop, make, LARGER, 4) for name, make in peers.GPT2_SHAPED.items()
+    },
+    "Llama's architecture, the same sizes: nets alone": {
+        name: partial(net_loop, make, LARGER, 4) for name, make in peers.LLAMA_SHAPED.items()
+    },
+}
+
+
 def compare(rounds: int, steps: int, loops: dict[str, Round]) -> dict[str, float]:
     """Median seconds of a step in each loop."""
     times: dict[str, list[float]] = {name: [] for name in loops}
@@ -151,54 +228,72 @@ def compare(rounds: int, steps: int, loops: dict[str, Round]) -> dict[str, float
     return {name: statistics.median(values) for name, values in times.items()}
 
 
-def prepared(**settings: Any) -> TextDataModule:
-    data = TextDataModule(**settings)
-    data.prepare_data()
-    data.setup("fit")
-    return data
+def peak_memory(table: str, name: str) -> float:
+    """MiB that ten steps add to a process of their own."""
+    command = [sys.executable, __file__, "--peak", table, name]
+    return float(subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()[-1])
+
+
+def print_peak(table: str, name: str) -> None:
+    import resource  # not on Windows
+
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    TABLES[table][name]()(10)
+    unit = 2**20 if sys.platform == "darwin" else 2**10
+    print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / unit)
+
+
+def sizes(table: str) -> tuple[int, float, float]:
+    """Tokens in a step, characters in a token, and the operations that a token costs in training."""
+    if table.startswith("the default"):
+        data = prepared()
+        assert data.tokenizer is not None
+        net = Transformer(data.tokenizer.vocab_size, data.block_size)
+        chars = float(data.tokenizer.char_counts[data._train_ids].mean())
+        return data.batch_size * data.block_size, chars, 3 * net.flops_per_token()
+    shape, windows = (SMALL, NANOGPT_CPU["batch_size"]) if table.startswith("nanoGPT") else (LARGER, 4)
+    preset = LLAMA if table.startswith("Llama") else GPT2
+    return windows * shape.block_size, 1.0, 3 * Transformer(**asdict(shape), **preset).flops_per_token()
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=8)
-    parser.add_argument("--steps", type=int, default=40)
-    parser.add_argument("--json")
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--peak", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()
     torch.manual_seed(0)
+    warnings.simplefilter("ignore")
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    if options.peak:
+        print_peak(*options.peak)
+        return
 
     rates = {precision: matrix_rate(precision) for precision in ("highest", "medium")}
     versions = f"torch {torch.__version__}, lmlight {lmlight.__version__}"
     print(f"{platform.machine()}, {torch.get_num_threads()} threads, {versions}")
     print(f"matrix products: {rates['highest']:.0f} GFLOP/s at precision highest, {rates['medium']:.0f} at medium\n")
-
-    default = prepared()
-    ours = compare(
-        options.rounds, options.steps, {"lmlight fit": lmlight_loop(default), "bare loop": bare_loop(default)}
-    )
-    assert default.tokenizer is not None
-    flops = 3 * Transformer(default.tokenizer.vocab_size, 64).flops_per_token()
-    tokens = default.batch_size * default.block_size
-    print("| the default's shape | ms a step | tokens/s | of the matrix rate |\n|---|---|---|---|")
-    for name, seconds in ours.items():
-        share = flops * tokens / seconds / 1e9 / rates["medium"]
-        print(f"| {name} | {1e3 * seconds:.1f} | {tokens / seconds:,.0f} | {share:.0%} |")
-    print(f"\nLightning's loop and the callbacks add {ours['lmlight fit'] / ours['bare loop'] - 1:.1%}.\n")
-
-    characters = prepared(tokenizer=TokenizerConfig("char"), batch_size=12)
-    shape = dict(norm="layernorm", positions="learned", mlp="gelu", tie=True)
-    loops = {
-        "lmlight fit": lmlight_loop(characters, **shape),
-        "nanoGPT": nanogpt_loop(characters._train_ids, 65),
-    }
-    theirs = compare(options.rounds, options.steps, loops)
-    print("| nanoGPT's CPU recipe, its shape | ms a step | tokens/s |\n|---|---|---|")
-    for name, seconds in theirs.items():
-        print(f"| {name} | {1e3 * seconds:.1f} | {12 * 64 / seconds:,.0f} |")
-    print(f"\nlmlight's throughput is {theirs['nanoGPT'] / theirs['lmlight fit']:.2f} of nanoGPT's.")
+    results: dict[str, Any] = {"matrix_gflops": rates}
+    for table, loops in TABLES.items():
+        tokens, chars, flops = sizes(table)
+        seconds = compare(options.rounds, options.steps, {name: make() for name, make in loops.items()})
+        first = next(iter(seconds))
+        characters = "" if chars == 1 else " characters/s |"
+        print(
+            f"| {table} | ms a step | tokens/s |{characters} of the matrix rate | peak memory, MiB | time, of the first |"
+        )
+        print("|---|" + "---|" * (6 if characters else 5))
+        for name, value in seconds.items():
+            memory = peak_memory(table, name)
+            cells = [f"{1e3 * value:.1f}", f"{tokens / value:,.0f}"]
+            cells += [f"{tokens * chars / value:,.0f}"] if characters else []
+            cells += [f"{flops * tokens / value / 1e9 / rates['medium']:.0%}", f"{memory:,.0f}"]
+            print("|", " | ".join([name, *cells, f"{value / seconds[first]:.3f}"]), "|", flush=True)
+            results.setdefault(table, {})[name] = {"seconds": value, "peak_mib": memory}
+        print()
     if options.json:
-        figures = {"matrix_gflops": rates, "default": ours, "nanogpt_shape": theirs}
-        Path(options.json).write_text(json.dumps(figures, indent=1), encoding="utf-8")
+        options.json.write_text(json.dumps(results, indent=1), encoding="utf-8")
 
 
 if __name__ == "__main__":

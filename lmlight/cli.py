@@ -36,8 +36,8 @@ from lmlight.module import LanguageModel
 from lmlight.reliability import CheckpointFiles, KeepCheckpoints
 
 TRAINER_DEFAULTS: dict[str, Any] = {
-    "max_steps": 2500,
-    "val_check_interval": 250,
+    "max_steps": 1000,
+    "val_check_interval": 100,
     "check_val_every_n_epoch": None,  # validation counts steps, not epochs
     "num_sanity_val_steps": 0,
     "log_every_n_steps": 10,

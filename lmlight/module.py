@@ -15,7 +15,7 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 
 from lmlight import checkpoint as checkpoints
@@ -25,7 +25,7 @@ from lmlight.errors import UserError
 from lmlight.generation import Sampling, generate
 from lmlight.metrics import TextLoss
 from lmlight.models import Net, Transformer, chosen
-from lmlight.optim import Schedule, label_in_order, parameter_groups
+from lmlight.optim import Muon, Schedule, label_in_order, parameter_groups
 from lmlight.reliability import not_finite
 
 NetCallable = Callable[[int, int], Net]
@@ -44,6 +44,8 @@ class LanguageModel(LightningModule):
         sampling: how `predict` and `generate` sample, where a call does not say otherwise.
         matmul_precision: of float32 matrix products while training, see `torch.set_float32_matmul_precision`. `medium` lets
             GPUs use their tensor cores, and CPUs oneDNN, which on some is twice as fast; `highest` is torch's own default.
+        compile_net: `torch.compile` the net: its first steps take a minute or more, and a C++ compiler (on CPUs) or Triton
+            must be there. It pays on GPUs, and not in a run of minutes.
         seed: with the step, all that dropout's random numbers depend on, so that a resumed run draws the same ones.
 
     Attributes:
@@ -56,14 +58,15 @@ class LanguageModel(LightningModule):
     def __init__(
         self,
         net: NetCallable = lambda vocab_size, block_size: Transformer(vocab_size, block_size),
-        optimizer: OptimizerCallable = lambda params: torch.optim.AdamW(params, lr=2e-3, weight_decay=0.1, fused=True),
+        optimizer: OptimizerCallable = lambda params: Muon(params, lr=6e-3, weight_decay=0.2),
         schedule: Schedule = Schedule(),
         sampling: Sampling = Sampling(),
         matmul_precision: Literal["highest", "high", "medium"] = "medium",
+        compile_net: bool = False,
         seed: int = 1337,
     ) -> None:
         super().__init__()
-        self.seed, self.matmul_precision = seed, matmul_precision
+        self.seed, self.matmul_precision, self.compile_net = seed, matmul_precision, compile_net
         self._make_net, self._make_optimizer = net, optimizer
         self.schedule, self.sampling = schedule, sampling
         self.tokenizer: Tokenizer | None = None
@@ -127,6 +130,10 @@ class LanguageModel(LightningModule):
         if self.device_mesh is not None:  # ModelParallelStrategy: shard the weights, block by block (FSDP2)
             for part in (*getattr(self.net, "blocks", ()), self.net):
                 fully_shard(part, mesh=self.device_mesh["data_parallel"])
+            register_fsdp_forward_method(self.net, "loss")
+        if self.compile_net:
+            self.net.compile()  # in place: the weights keep their names
+            self.net.loss = torch.compile(self.net.loss)  # type: ignore[method-assign]
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         optimizer = self._make_optimizer(parameter_groups(self._net()))
@@ -147,10 +154,14 @@ class LanguageModel(LightningModule):
             self._step_loss = torch.zeros((), device=self.device)
         # every random number of a step follows from these: no generator's state needs to survive an interruption
         position = (self.seed, self.global_step, micro_batch, self.global_rank)
-        torch.manual_seed(int(np.random.SeedSequence(position).generate_state(1, np.uint64)[0] >> np.uint64(1)))
+        seed = int(np.random.SeedSequence(position).generate_state(1, np.uint64)[0] >> np.uint64(1))
+        # not torch.manual_seed: it notes a whole traceback for each kind of device that is not in use, 1 ms a step
+        torch.default_generator.manual_seed(seed)
+        if self.device.type != "cpu":
+            torch.get_device_module(self.device).manual_seed(seed)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        loss = F.cross_entropy(self(batch.inputs).flatten(0, 1), batch.targets.flatten())  # nats per token
+        loss = self._net().loss(batch.inputs, batch.targets)
         self._step_loss += loss.detach() / self.trainer.accumulate_grad_batches
         return loss
 
@@ -171,7 +182,8 @@ class LanguageModel(LightningModule):
                 "16-mixed scales the gradients, and a fused optimizer undoes that after they are clipped: "
                 "use --trainer.precision bf16-mixed, or fused: false"
             )
-        parameters = [parameter for parameter in self.parameters() if parameter.grad is not None]
+        grouped = (parameter for group in optimizer.param_groups for parameter in group["params"])
+        parameters = [parameter for parameter in grouped if parameter.grad is not None]
         norm = torch.nn.utils.get_total_norm([cast(Tensor, parameter.grad) for parameter in parameters])
         if isinstance(norm, DTensor):
             norm = norm.full_tensor()

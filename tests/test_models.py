@@ -82,10 +82,39 @@ def test_one_batch_can_be_learnt_by_heart(net):
 
 def test_loss_begins_near_that_of_knowing_nothing():
     torch.manual_seed(0)
-    net = Transformer(1024, 64)
-    idx = torch.randint(1024, (8, 65))
+    net = Transformer(2048, 64)
+    idx = torch.randint(2048, (8, 65))
     loss = F.cross_entropy(net(idx[:, :-1]).flatten(0, 1), idx[:, 1:].flatten())
-    assert abs(loss.item() - math.log(1024)) < 0.1
+    assert abs(loss.item() - math.log(2048)) < 0.1
+
+
+@pytest.mark.parametrize("tie", [False, True])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_the_loss_in_chunks_is_the_loss(monkeypatch, tie, autocast):
+    if not hasattr(F, "linear_cross_entropy"):
+        pytest.skip("torch has it from 2.13 on; before, the loss is always computed whole")
+    net = make(tie=tie)
+    idx, targets = torch.randint(11, (2, 2, 8))
+
+    def loss_and_gradients():
+        net.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            loss = net.loss(idx, targets)
+        loss.backward()
+        return [loss.detach().float(), *(parameter.grad.clone() for parameter in net.parameters())]
+
+    whole = loss_and_gradients()
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        plain = F.cross_entropy(net(idx).flatten(0, 1), targets.flatten()).float()
+    torch.testing.assert_close(whole[0], plain)
+    monkeypatch.setattr("lmlight.models.transformer.MANY_LOGITS", 0)
+    calls = []
+    chunked = F.linear_cross_entropy
+    monkeypatch.setattr(F, "linear_cross_entropy", lambda *a, **k: calls.append(1) or chunked(*a, **k))
+    tolerance = {"rtol": 0.05, "atol": 0.02} if autocast else {}
+    for a, b in zip(whole, loss_and_gradients()):
+        torch.testing.assert_close(a, b, **tolerance)
+    assert calls
 
 
 def test_bigram_looks_at_the_last_token_alone():

@@ -32,9 +32,13 @@ def data(verse_file):
     return TextDataModule(str(verse_file), block_size=16, batch_size=8, tokenizer=TokenizerConfig(vocab_size=400))
 
 
-def trained(data, steps=5, net=small_net, **options):
+def adamw(params):
+    return torch.optim.AdamW(params, lr=2e-3, weight_decay=0.1, fused=True)
+
+
+def trained(data, steps=5, net=small_net, optimizer=adamw, **options):
     pl.seed_everything(1, verbose=False)
-    model = LanguageModel(net=net, schedule=Schedule("linear", 2))
+    model = LanguageModel(net=net, optimizer=optimizer, schedule=Schedule("linear", 2))
     trainer = pl.Trainer(max_steps=steps, enable_checkpointing=False, **QUIET, **options)
     trainer.fit(model, datamodule=data)
     return trainer, model
@@ -81,9 +85,7 @@ def test_training_is_plain_adamw_on_the_batches(data):
     plain = net(model.tokenizer.vocab_size, 16)
     matrices = [p for p in plain.parameters() if p.dim() == 2]
     vectors = [p for p in plain.parameters() if p.dim() < 2]
-    optimizer = torch.optim.AdamW(
-        [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}], lr=2e-3, weight_decay=0.1, fused=True
-    )
+    optimizer = adamw([{"params": matrices}, {"params": vectors, "weight_decay": 0.0}])
     for step, batch in zip(range(4), data.train_dataloader()):
         for group in optimizer.param_groups:
             group["lr"] = 2e-3 * [1 / 3, 2 / 3, 1.0, 0.5][step]

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from lmlight.errors import UserError
-from lmlight.models import GPT2, Transformer
-from lmlight.optim import Schedule, parameter_groups
+from lmlight.models import GPT2, Bigram, Transformer
+from lmlight.optim import Muon, Schedule, orthogonalise, parameter_groups
 
 
 def test_groups_hold_every_parameter_once_and_matrices_alone_decay():
@@ -34,6 +34,79 @@ def test_grouped_steps_are_those_of_torch_without_groups():
             optimizer.step()
     for a, b in zip(ours.parameters(), plain.parameters()):
         assert torch.equal(a, b)
+
+
+def test_groups_tell_hidden_matrices_from_tables():
+    net = Transformer(11, 8, n_layer=1, n_head=2, n_embd=16, **GPT2)
+    name_of = {id(p): group["name"] for group in parameter_groups(net) for p in group["params"]}
+    for name, parameter in net.named_parameters():
+        table = name in ("embedding.weight", "positions.weight")
+        assert name_of[id(parameter)] == ("embeddings" if table else "hidden" if parameter.dim() == 2 else "vectors")
+    untied = Transformer(11, 8, n_layer=1, n_head=2, n_embd=16)
+    assert any(untied.head.weight is p for p in parameter_groups(untied)[1]["params"])
+    assert [group["name"] for group in parameter_groups(Bigram(11, 8))] == ["embeddings"]
+
+
+@pytest.mark.parametrize("shape", [(3, 16, 64), (3, 64, 16), (1, 32, 32)])
+def test_orthogonalise_is_near_the_polar_factor(shape):
+    torch.manual_seed(0)
+    given = torch.randn(shape, dtype=torch.float64)
+    made = orthogonalise(given)
+    u, s, v = torch.linalg.svd(given, full_matrices=False)
+    # in the basis of the singular vectors it is diagonal, with entries near 1 wherever the singular value is not tiny
+    inside = u.mT @ made @ v.mT
+    diagonal = inside.diagonal(dim1=1, dim2=2)
+    assert torch.allclose(inside, torch.diag_embed(diagonal), atol=1e-9)
+    large = diagonal[s / s.norm(dim=1, keepdim=True) > 1 / 50]
+    assert large.min() > 0.55 and large.max() < 1.2
+    assert diagonal.min() > 0
+
+
+def test_muon_moves_tables_and_vectors_as_adamw_does_and_hidden_matrices_by_the_orthogonalised_momentum():
+    torch.manual_seed(0)
+    ours, plain = (Transformer(11, 8, n_layer=1, n_head=2, n_embd=16).double() for _ in range(2))
+    plain.load_state_dict(ours.state_dict())
+    optimizer = Muon(parameter_groups(ours), lr=1e-2, weight_decay=0.1, momentum=0.9)
+    adamw = torch.optim.AdamW(parameter_groups(plain)[1:], lr=1e-2, weight_decay=0.1, betas=(0.9, 0.99))
+    hidden = parameter_groups(plain)[0]["params"]
+    momenta = [torch.zeros_like(parameter) for parameter in hidden]
+    for _ in range(3):
+        gradients = [torch.randn_like(parameter) for parameter in ours.parameters()]
+        for net in (ours, plain):
+            for parameter, gradient in zip(net.parameters(), gradients):
+                parameter.grad = gradient.clone()
+        optimizer.step()
+        adamw.step()
+        with torch.no_grad():
+            for parameter, momentum in zip(hidden, momenta):
+                momentum.mul_(0.9).add_(parameter.grad, alpha=0.1)
+                nesterov = 0.1 * parameter.grad + 0.9 * momentum
+                parameter.mul_(1 - 1e-2 * 0.1)
+                parameter -= 1e-2 * 0.2 * max(parameter.shape) ** 0.5 * orthogonalise(nesterov[None])[0]
+    for a, b in zip(ours.parameters(), plain.parameters()):
+        assert torch.allclose(a, b, rtol=0, atol=1e-12)
+
+
+def test_muon_steps_are_about_as_large_as_adamws():
+    """What lets one learning rate serve both: the root mean square of an update is some 0.2 learning rates."""
+    torch.manual_seed(0)
+    net = Transformer(11, 8, n_layer=1, n_head=2, n_embd=64)
+    before = {name: parameter.detach().clone() for name, parameter in net.named_parameters()}
+    for parameter in net.parameters():
+        parameter.grad = torch.randn_like(parameter)
+    Muon(parameter_groups(net), lr=1e-2, weight_decay=0.0).step()
+    for name, parameter in net.named_parameters():
+        if "blocks" in name and parameter.dim() == 2:
+            assert 0.15 < (parameter - before[name]).square().mean().sqrt() / 1e-2 < 0.25
+
+
+def test_muon_without_named_groups_is_adamw():
+    torch.manual_seed(0)
+    a, b = (torch.nn.Parameter(torch.ones(4, 4)) for _ in range(2))
+    a.grad, b.grad = torch.ones(4, 4), torch.ones(4, 4)
+    Muon([a], lr=1e-2, weight_decay=0.1).step()
+    torch.optim.AdamW([b], lr=1e-2, weight_decay=0.1, betas=(0.9, 0.99)).step()
+    assert torch.allclose(a, b)
 
 
 def test_warm_up_rises_linearly_then_each_shape_falls_to_its_end():

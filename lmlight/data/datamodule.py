@@ -57,7 +57,7 @@ class TextDataModule(LightningDataModule):
         self,
         corpus: str = "tinyshakespeare",
         block_size: int = 64,
-        batch_size: int = 16,
+        batch_size: int = 32,
         val_fraction: float = 0.1,
         tokenizer: TokenizerConfig = TokenizerConfig(),
         subword_sampling: SubwordSampling | None = None,

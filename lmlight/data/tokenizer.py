@@ -88,7 +88,7 @@ class TokenizerConfig:
     """
 
     kind: Literal["unigram", "bpe", "char"] = "unigram"
-    vocab_size: int = 1024
+    vocab_size: int = 2048
     lossless: bool = True
 
     def __post_init__(self) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from typing import Any
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 
@@ -35,6 +36,10 @@ class Net(nn.Module, ABC):
         Returns:
             (B, T, V) logits; those at a position depend on it and the ones before alone.
         """
+
+    def loss(self, idx: Tensor, targets: Tensor) -> Tensor:
+        """The mean cross-entropy of `targets` (B, T), in nats per token; a net that can do without all its logits may."""
+        return F.cross_entropy(self(idx).flatten(0, 1), targets.flatten())
 
     @abstractmethod
     def flops_per_token(self) -> int:

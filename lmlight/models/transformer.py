@@ -28,10 +28,12 @@ from lmlight.models.base import Net, init_arguments
 
 NORM_EPS = 1e-5
 ROPE_BASE = 10000.0
+# From so many logits on (half a gigabyte in float32) the loss is computed in chunks that are not kept, from torch 2.13 on.
+MANY_LOGITS = 2**27
 
-GPT2: dict[str, Any] = {"norm": "layernorm", "positions": "learned", "mlp": "gelu", "bias": True, "tie": True}
+GPT2: dict[str, Any] = dict(norm="layernorm", positions="learned", mlp="gelu", qk_norm=False, bias=True, tie=True)
 """`Transformer` arguments that give GPT-2's architecture; sizes are added to them."""
-LLAMA: dict[str, Any] = {"norm": "rmsnorm", "positions": "rotary", "mlp": "swiglu", "bias": False, "tie": False}
+LLAMA: dict[str, Any] = dict(norm="rmsnorm", positions="rotary", mlp="swiglu", qk_norm=False, bias=False, tie=False)
 """`Transformer` arguments that give Llama's architecture; with `qk_norm`, Qwen3's."""
 
 NormName = Literal["rmsnorm", "layernorm"]
@@ -226,8 +228,8 @@ class Transformer(Net):
         dropout: float = 0.0,
         norm: NormName = "rmsnorm",
         positions: Literal["rotary", "learned"] = "rotary",
-        mlp: Literal["gelu", "relu2", "swiglu"] = "swiglu",
-        qk_norm: bool = False,
+        mlp: Literal["gelu", "relu2", "swiglu"] = "relu2",
+        qk_norm: bool = True,
         bias: bool = False,
         tie: bool = False,
     ) -> None:
@@ -257,15 +259,28 @@ class Transformer(Net):
         self._initialise()
 
     def _initialise(self) -> None:
-        """GPT-2's: normal weights of 0.02, smaller where a branch joins the stream that 2 n_layer of them add up in."""
+        """Normal weights of 0.02, as GPT-2's, and zeros where a branch joins the stream: each begins by changing nothing."""
         for name, parameter in self.named_parameters():
             if name.endswith("bias"):
                 nn.init.zeros_(parameter)
             elif parameter.dim() == 2:
                 joins = name.endswith(("output.weight", "down.weight"))
-                nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * len(self.blocks)) if joins else 0.02)
+                nn.init.normal_(parameter, std=0.0 if joins else 0.02)
 
     def forward(self, idx: Tensor) -> Tensor:
+        return self.head(self.features(idx))  # (B, T, V)
+
+    def loss(self, idx: Tensor, targets: Tensor) -> Tensor:
+        if idx.numel() * self.vocab_size < MANY_LOGITS or not hasattr(F, "linear_cross_entropy"):
+            return super().loss(idx, targets)
+        x, weight = self.features(idx).flatten(0, 1), self.head.weight
+        if torch.is_autocast_enabled(x.device.type):  # which does not know this function
+            dtype = torch.get_autocast_dtype(x.device.type)
+            x, weight = x.to(dtype), weight.to(dtype)
+        return F.linear_cross_entropy(x, weight, targets.flatten(), options=nn.LinearCrossEntropyOptions())
+
+    def features(self, idx: Tensor) -> Tensor:
+        """(B, T) ids to the (B, T, C) of which `head` makes the logits."""
         T = idx.size(1)
         assert self.block_size >= T, f"{T} positions, block_size {self.block_size}"
         x = self.embedding(idx)  # (B, T, C)
@@ -275,7 +290,7 @@ class Transformer(Net):
         rotary = None if self.rotary is None else self.rotary[:, :T]
         for block in self.blocks:
             x = block(x, rotary)
-        return self.head(self.norm(x))  # (B, T, V)
+        return self.norm(x)
 
     def flops_per_token(self) -> int:
         matrices = sum(m.weight.numel() for m in self.modules() if isinstance(m, nn.Linear))
