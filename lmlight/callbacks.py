@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import json
 import sys
 import time
-import unicodedata
 from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 from tqdm import tqdm
 
+from lmlight.errors import UserError
+from lmlight.generation import TextStream, printable
 from lmlight.module import LanguageModel
 
 
@@ -135,8 +138,45 @@ class SampleText(Callback):
         trainer.logger.experiment.add_text("sample", markdown, trainer.global_step)
 
 
-class PrintPredictions(Callback):
-    """Prints what `predict` writes, as it comes, with a line between one prompt and the next."""
+class WritePredictions(Callback):
+    """Prints what `predict` writes, as it comes, with a line between one text and the next; or files it as JSON Lines.
+
+    Texts are in the order of their prompts, whichever process wrote them. The file appears when all are there.
+
+    Args:
+        output: a JSON Lines file, with `prompt`, `completion`, `tokens`, `logprobs`, `seed` and `finished` of each text;
+            None prints.
+
+    Raises:
+        UserError: the file exists, or its folder does not.
+    """
+
+    def __init__(self, output: str | None = None) -> None:
+        self._output = Path(output).expanduser() if output else None
+        if self._output is not None and self._output.exists():
+            raise UserError(f"output '{output}' exists already: pass another name, or remove it")
+        if self._output is not None and not self._output.parent.is_dir():
+            raise UserError(
+                f"output '{output}' lies in a folder that does not exist: make '{self._output.parent}' first"
+            )
+        self._texts: list[tuple[int, list[TextStream]]] = []
+        self._bar: tqdm[Any] | None = None
+
+    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        assert isinstance(pl_module, LanguageModel)
+        self._alone = self._output is None and trainer.world_size == 1
+        pl_module.logprobs = self._output is not None
+        if self._alone:
+            pl_module.on_text = self._show
+        elif trainer.is_global_zero:
+            self._bar = tqdm(total=sum(map(int, trainer.num_predict_batches)), unit="batch", disable=None)
+
+    def on_predict_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        self._live: TextStream | None = None
+        if self._alone and batch_idx:
+            print("-" * 40)
 
     def on_predict_batch_end(
         self,
@@ -147,11 +187,61 @@ class PrintPredictions(Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        if batch_idx:
-            print("-" * 40)
-        print(*map(printable, outputs), sep="\n", flush=True)
+        if self._alone:
+            self._print([stream for stream in outputs if stream is not self._live], begun=self._live is not None)
+        else:  # batches go round the processes
+            self._texts.append((batch_idx * trainer.world_size + trainer.global_rank, outputs))
+            if self._bar is not None:
+                self._bar.update()
+
+    def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._alone:
+            return
+        gathered = [self._texts]
+        if trainer.world_size > 1:
+            gathered = [[] for _ in range(trainer.world_size)]
+            torch.distributed.all_gather_object(gathered, self._texts)
+        if self._bar is not None:
+            self._bar.close()
+        if trainer.is_global_zero:
+            in_order = sorted((batch for part in gathered for batch in part), key=lambda batch: batch[0])
+            self._publish([stream for _, streams in in_order for stream in streams])
+
+    def _show(self, stream: TextStream, piece: str) -> None:
+        """The first stream of a batch as it comes; the others, which are written beside it, follow."""
+        if self._live is None:
+            self._live = stream
+            print(printable(stream.prompt), end="")
+        if stream is self._live:
+            print(printable(piece), end="", flush=True)
+
+    def _print(self, streams: list[TextStream], begun: bool) -> None:
+        if begun:
+            print(flush=True)
+        for index, stream in enumerate(streams):
+            if begun or index:
+                print("-" * 40)
+            print(printable(stream.prompt + stream.text), flush=True)
+
+    def _publish(self, streams: list[TextStream]) -> None:
+        if self._output is None:
+            self._print(streams, begun=False)
+            return
+        beside = self._output.with_name(f".{self._output.name}.part")
+        try:
+            with beside.open("w", encoding="utf-8", newline="\n") as file:
+                for stream in streams:
+                    file.write(json.dumps(_record(stream), ensure_ascii=False) + "\n")
+            beside.replace(self._output)
+        except OSError as error:
+            with suppress(OSError):
+                beside.unlink(missing_ok=True)
+            raise UserError(
+                f"output '{self._output}' cannot be written ({error.strerror}): pass another place"
+            ) from None
+        print(f"{len(streams):,} texts in {self._output}")
 
 
-def printable(text: str) -> str:
-    """Text for a terminal: a young model writes any byte, and control characters would move the cursor or worse."""
-    return "".join(c if c in "\n\t" or unicodedata.category(c) != "Cc" else "\ufffd" for c in text)
+def _record(stream: TextStream) -> dict[str, Any]:
+    names = ("prompt", "tokens", "logprobs", "seed", "finished")
+    return {"completion": stream.text, **{name: getattr(stream, name) for name in names}}

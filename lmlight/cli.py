@@ -28,9 +28,10 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from lmlight import __version__
 from lmlight import checkpoint as checkpoints
-from lmlight.callbacks import PrintPredictions, RunProgress, printable
+from lmlight.callbacks import RunProgress, WritePredictions
 from lmlight.data.datamodule import TextDataModule
 from lmlight.errors import UserError
+from lmlight.generation import printable
 from lmlight.models import NETS, Bigram, Transformer, chosen  # noqa: F401  (so that --model.net Bigram needs no full path)
 from lmlight.module import LanguageModel
 from lmlight.reliability import CheckpointFiles, KeepCheckpoints
@@ -81,6 +82,12 @@ class LmlightCLI(LightningCLI):
                 type=str | None,
                 help="Finetune: begin with the net, weights and tokenizer of this checkpoint, and with all else afresh. "
                 "(--ckpt_path goes on with a run instead: optimizer, schedule, position in the text.)",
+            )
+        if subcommand == "predict":
+            parser.add_argument(
+                "--output",
+                type=str | None,
+                help="A JSON Lines file for the texts, with tokens, log-probabilities and seeds; null prints them.",
             )
         return parser
 
@@ -135,6 +142,8 @@ class LmlightCLI(LightningCLI):
         config.data.seed = config.model.seed = config.model.sampling.seed = int(config.seed_everything)
         if self.subcommand != "fit":
             self.save_config_callback = None
+        if self.subcommand == "predict" and config.output and config.data.prompt_batch_size is None:
+            config.data.prompt_batch_size = 32
 
     def instantiate_classes(self) -> None:
         super().instantiate_classes()
@@ -160,7 +169,7 @@ class LmlightCLI(LightningCLI):
             if trainer_config["enable_progress_bar"] is not False:
                 callbacks.append(RunProgress())
         elif self.subcommand == "predict":
-            callbacks.append(PrintPredictions())
+            callbacks.append(WritePredictions(self.config[self.subcommand].output))
         return self._instantiate_trainer(trainer_config, callbacks)
 
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
@@ -168,7 +177,7 @@ class LmlightCLI(LightningCLI):
         if subcommand in ("validate", "test"):
             ours["verbose"] = False  # the figures are printed by after_validate and after_test
         if subcommand == "predict":
-            ours["return_predictions"] = False  # PrintPredictions has them
+            ours["return_predictions"] = False  # WritePredictions has them
         return super()._prepare_subcommand_kwargs(subcommand) | ours
 
     @rank_zero_only
@@ -229,7 +238,8 @@ def _settings_of(checkpoint: dict[str, Any], path: Path) -> dict[str, Any]:
     net = chosen(described["net"]["config"])
     class_path = f"{NETS[described['net']['class']].__module__}.{described['net']['class']}"
     settings.setdefault("model", {})["net"] = {"class_path": class_path, "init_args": net}
-    settings.setdefault("data", {}).pop("prompts", None)
+    for name in ("prompts", "prompt_batch_size"):  # of another command
+        settings.setdefault("data", {}).pop(name, None)
     settings["data"].setdefault("block_size", described["net"]["config"]["block_size"])
     for name in _class_paths(settings):
         if not name.startswith(TRUSTED_CLASSES):
@@ -281,7 +291,7 @@ def main(args: Sequence[str] | None = None) -> int:
             save_config_kwargs={"overwrite": True},
             parser_kwargs={
                 "prog": "lmlight",
-                "description": "Trains small transformer language models on text.",
+                "description": "Trains small transformer language models on text. `lmlight chat CHECKPOINT` talks with one.",
                 "version": __version__,
             },
             parser_class=OneLineParser,

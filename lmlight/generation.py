@@ -1,19 +1,29 @@
-"""The next token, again and again: logits filters, sampling, the loop. Works with any net of `models`.
+"""The next token, again and again: logits filters, sampling, and streams of text. Works with any net of `models`.
 
-Filters run in the order of the Hugging Face ecosystem (temperature, top-k, top-p), so that settings carry over. Random
-numbers come from a generator of the stream's own: sampling moves nobody else's, and a seed gives the same text again.
+- The prompt is one forward pass; each further token costs one token's work, through the net's cache.
+- Filters run in the order of the Hugging Face ecosystem (repetition penalty, temperature, top-k, top-p, min-p), so that
+  values carry over.
+- A stream's random numbers follow from its own seed alone: one for each token, turned into a token by the inverse of the
+  distribution function. So a text does not depend on what else is in the batch, and nobody else's numbers are moved.
+- Beyond `block_size` see `Sampling.exact_window`.
+
+Axes: B streams, T tokens, V vocabulary.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+import unicodedata
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
+from lmlight.data.tokenizer import Detokenizer, Tokenizer
 from lmlight.errors import UserError
-from lmlight.models.base import Net
+from lmlight.models.base import Cache, Net
 
 
 @dataclass(frozen=True)
@@ -26,6 +36,15 @@ class Sampling:
         top_k: keep the so many likeliest tokens.
         top_p: keep the likeliest tokens that together hold this much probability (Holtzman et al. 2019,
             https://arxiv.org/abs/1904.09751).
+        min_p: keep the tokens at least this many times as likely as the likeliest (Nguyen et al. 2024,
+            https://arxiv.org/abs/2407.01082).
+        repetition_penalty: divides positive and multiplies negative logits of the tokens that are already there (Keskar et
+            al. 2019, https://arxiv.org/abs/1909.05858); 1 is none, above 1 repeats less.
+        stop: end where one of these texts has been written; it is not part of what is given back.
+        samples: texts for each prompt, the first with `seed`, the next with `seed` + 1, and so on.
+        exact_window: beyond the net's `block_size`, give it the last `block_size` tokens anew for each token, which costs as
+            much as that. Else a net with rotary positions keeps what it knows of the last `block_size` tokens, which knew
+            of earlier ones in turn; one with learned positions, which end there, begins anew with the later half.
         seed: of the random numbers.
 
     Raises:
@@ -36,6 +55,11 @@ class Sampling:
     temperature: float = 1.0
     top_k: int | None = None
     top_p: float | None = None
+    min_p: float | None = None
+    repetition_penalty: float = 1.0
+    stop: list[str] = field(default_factory=list)
+    samples: int = 1
+    exact_window: bool = False
     seed: int = 1337
 
     def __post_init__(self) -> None:
@@ -47,6 +71,19 @@ class Sampling:
             raise UserError(f"top_k must be at least 1, got {self.top_k}")
         if self.top_p is not None and not 0 < self.top_p <= 1:
             raise UserError(f"top_p must lie in (0, 1], got {self.top_p}")
+        if self.min_p is not None and not 0 <= self.min_p <= 1:
+            raise UserError(f"min_p must lie in [0, 1], got {self.min_p}")
+        if not (math.isfinite(self.repetition_penalty) and self.repetition_penalty > 0):
+            raise UserError(f"repetition_penalty must be above 0, got {self.repetition_penalty}")
+        if isinstance(self.stop, str) or not all(isinstance(text, str) and text for text in self.stop):
+            raise UserError(f"stop must be a list of texts that are not empty, got {self.stop!r}")
+        if self.samples < 1:
+            raise UserError(f"samples must be at least 1, got {self.samples}")
+
+
+def penalise(logits: Tensor, present: Tensor, penalty: float) -> Tensor:
+    """Logits (B, V) with those of the tokens that are `present`, boolean (B, V), moved away."""
+    return torch.where(present, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
 
 
 def filter_logits(logits: Tensor, sampling: Sampling) -> Tensor:
@@ -61,32 +98,231 @@ def filter_logits(logits: Tensor, sampling: Sampling) -> Tensor:
         before = probabilities.cumsum(-1) - probabilities  # the mass of all likelier tokens
         ordered = ordered.masked_fill(before >= sampling.top_p, -math.inf)
         logits = torch.empty_like(logits).scatter_(-1, order, ordered)
+    if sampling.min_p:
+        likeliest = logits.amax(-1, keepdim=True)
+        logits = logits.masked_fill(logits < likeliest + math.log(sampling.min_p), -math.inf)
     return logits
 
 
-def sample_one_token(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> Tensor:
-    """(B, V) logits to (B, 1) ids."""
+def sample_one_token(logits: Tensor, sampling: Sampling, uniform: Tensor) -> Tensor:
+    """(B, V) logits and (B, 1) numbers in [0, 1) to (B, 1) ids: where the distribution function passes the number."""
     if sampling.temperature == 0:
         return logits.argmax(-1, keepdim=True)
-    return filter_logits(logits, sampling).softmax(-1).multinomial(1, generator=generator)
+    cumulative = filter_logits(logits, sampling).softmax(-1).to(uniform.dtype).cumsum(-1)
+    # the last of the function is 1 but for rounding; a token of no probability adds nothing, so it is never passed at
+    ids = torch.searchsorted(cumulative, uniform * cumulative[:, -1:], right=True)
+    return ids.clamp_(max=logits.size(-1) - 1)
+
+
+class Step(NamedTuple):
+    """One more token of each stream.
+
+    Attributes:
+        ids: (B,) the tokens.
+        logits: (B, V) what the net said before any filter.
+    """
+
+    ids: list[int]
+    logits: Tensor
 
 
 @torch.inference_mode()
-def generate(net: Net, idx: Tensor, sampling: Sampling) -> Tensor:
-    """Continues token sequences.
+def continue_ids(
+    net: Net, prompts: Sequence[Sequence[int]], sampling: Sampling, seeds: Sequence[int]
+) -> Iterator[Step]:
+    """Continues token sequences side by side, each as if it were alone.
 
     Args:
         net: used as it is; put it into `eval()` first, or dropout takes part.
-        idx: (B, T) ids with T at least 1. Beyond the net's `block_size`, the context is its last `block_size` tokens.
-        sampling: how, and how much.
+        prompts: B sequences of at least one id each, of any lengths; the last `block_size` ids count.
+        sampling: how, and how much; its seed and `samples` are not looked at.
+        seeds: of each sequence.
+
+    Yields:
+        each step; `max_new_tokens` of them.
+    """
+    assert all(prompts), "a sequence begins with at least one token"
+    device = next(net.parameters()).device
+    ids = [list(prompt) for prompt in prompts]
+    number = torch.float32 if device.type == "mps" else torch.float64  # MPS has no float64
+    uniforms = torch.stack(
+        [torch.rand(sampling.max_new_tokens, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
+    ).to(device, number)
+    present = torch.zeros(len(ids), net.vocab_size, dtype=torch.bool, device=device)
+    if sampling.repetition_penalty != 1:
+        for row, prompt in enumerate(prompts):
+            present[row, list(prompt)] = True
+    cache, logits = prefill(net, [row[-net.block_size :] for row in ids])
+    for step in range(sampling.max_new_tokens):
+        if logits.dtype in (torch.float16, torch.bfloat16):
+            logits = logits.float()
+        wanted = logits
+        if sampling.repetition_penalty != 1:
+            wanted = penalise(logits, present, sampling.repetition_penalty)
+        tokens = sample_one_token(wanted, sampling, uniforms[:, step : step + 1])
+        if sampling.repetition_penalty != 1:
+            present.scatter_(1, tokens, True)
+        new: list[int] = tokens[:, 0].tolist()
+        for sequence, index in zip(ids, new):
+            sequence.append(index)
+        yield Step(new, logits)
+        if step + 1 < sampling.max_new_tokens:
+            logits = decode_one_token(net, cache, ids, tokens, sampling.exact_window)
+
+
+def prefill(net: Net, ids: list[list[int]]) -> tuple[Cache, Tensor]:
+    """A cache that has seen these sequences, in one forward pass, and the (B, V) logits of what follows each."""
+    lengths = [len(row) for row in ids]
+    longest = max(lengths)
+    padded = torch.tensor([row + [0] * (longest - len(row)) for row in ids], device=next(net.parameters()).device)
+    cache = net.new_cache(len(ids))
+    return cache, net.extend(padded, cache, lengths)
+
+
+def decode_one_token(net: Net, cache: Cache, ids: list[list[int]], tokens: Tensor, exact_window: bool) -> Tensor:
+    """(B, V) logits of what follows `tokens` (B, 1), the last of `ids`."""
+    full = [row for row, length in enumerate(cache.lengths) if length >= net.block_size]
+    if not full or (net.slides and not exact_window):
+        return net.extend(tokens, cache)
+    kept = net.block_size if exact_window else max(1, net.block_size // 2)
+    fresh, logits_of_full = prefill(net, [ids[row][-kept:] for row in full])
+    if len(full) == len(ids):
+        cache.replace(full, fresh)
+        return logits_of_full
+    for row in full:  # whatever they write now is replaced
+        cache.lengths[row] = 0
+    logits = net.extend(tokens, cache)
+    cache.replace(full, fresh)
+    logits[full] = logits_of_full
+    return logits
+
+
+def generate(net: Net, idx: Tensor, sampling: Sampling) -> Tensor:
+    """Continues token sequences of one length.
+
+    Args:
+        net: used as it is; put it into `eval()` first, or dropout takes part.
+        idx: (B, T) ids with T at least 1.
+        sampling: how, and how much. Row i takes the seed `sampling.seed` + i; `stop` and `samples` are for texts.
 
     Returns:
         (B, T + max_new_tokens) ids, beginning with `idx`.
     """
-    assert idx.size(1) > 0, "a sequence begins with at least one token"
-    generator = torch.Generator().manual_seed(sampling.seed)  # on the CPU: the same numbers on every device
-    for _ in range(sampling.max_new_tokens):
-        logits = net(idx[:, -net.block_size :])[:, -1]  # (B, V)
-        token = sample_one_token(logits.float().cpu(), sampling, generator)
-        idx = torch.cat((idx, token.to(idx.device)), dim=1)
-    return idx
+    seeds = [sampling.seed + row for row in range(len(idx))]
+    new = [step.ids for step in continue_ids(net, idx.tolist(), sampling, seeds)]
+    made = torch.tensor(new, dtype=idx.dtype, device=idx.device).reshape(len(new), len(idx)).T
+    return torch.cat((idx, made), dim=1)
+
+
+class TextStream:
+    """A text as it is written.
+
+    Args:
+        tokenizer: encodes the prompt, decodes the rest.
+        prompt: what it continues. An empty one begins as if a line had just ended.
+        sampling: gives the stop texts.
+        seed: of its random numbers.
+
+    Attributes:
+        prompt: as given.
+        seed: as given.
+        ids: the prompt's ids.
+        text: what has been written, without the prompt and the stop text.
+        tokens: the ids written, to the one that completed the stop text.
+        logprobs: the natural logarithm of the probability that the net gave to each, before any filter, if asked for.
+        finished: `length`, `stop`, or None while it is being written.
+
+    Raises:
+        UserError: the prompt has a character that the tokenizer does not know.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, prompt: str, sampling: Sampling, seed: int) -> None:
+        self.prompt, self.seed = prompt, seed
+        # a lossy tokenizer has no newline: the notebook's token 0
+        self.ids = tokenizer.encode(prompt) or tokenizer.encode("\n") or [0]
+        self.text = ""
+        self.tokens: list[int] = []
+        self.logprobs: list[float] = []
+        self.finished: Literal["length", "stop"] | None = None
+        self._stop = sampling.stop
+        self._held = ""  # the beginning, perhaps, of a stop text
+        self._detokenizer = Detokenizer(tokenizer, self.ids if prompt else ())
+
+    def push(self, index: int) -> str:
+        """Adds a token; gives the text that has become certain."""
+        self.tokens.append(index)
+        return self._release(self._detokenizer.push(index))
+
+    def end(self) -> str:
+        """No more tokens will come; gives the rest of the text."""
+        rest = self._release(self._detokenizer.flush())
+        if self.finished is None:
+            self.finished = "length"
+            self.text += self._held
+            rest += self._held
+        return rest
+
+    def _release(self, text: str) -> str:
+        text = self._held + text
+        found = [at for stop in self._stop if (at := text.find(stop)) >= 0]
+        if found:
+            text, self.finished = text[: min(found)], "stop"
+        else:
+            held = max((_overlap(text, stop) for stop in self._stop), default=0)
+            text, self._held = text[: len(text) - held], text[len(text) - held :]
+        self.text += text
+        return text
+
+
+def _overlap(text: str, stop: str) -> int:
+    """How many characters at the end of `text` may be the beginning of `stop`."""
+    return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:n])), 0)
+
+
+def begin(tokenizer: Tokenizer, prompts: Sequence[str], sampling: Sampling) -> list[TextStream]:
+    """The streams that `write` is to fill: `sampling.samples` for each prompt, one after the other."""
+    return [
+        TextStream(tokenizer, prompt, sampling, sampling.seed + sample)
+        for prompt in prompts
+        for sample in range(sampling.samples)
+    ]
+
+
+def write(
+    net: Net, streams: Sequence[TextStream], sampling: Sampling, logprobs: bool = False
+) -> Iterator[tuple[TextStream, str]]:
+    """Writes texts side by side, each as if it were alone.
+
+    Args:
+        net: used as it is; put it into `eval()` first, or dropout takes part.
+        streams: from `begin`; finished at the end.
+        sampling: how, and how much.
+        logprobs: note each token's log-probability.
+
+    Yields:
+        a stream and its next piece of text, as it comes; a stream's pieces, joined, are its `text`.
+    """
+    if not streams:
+        return
+    seeds = [stream.seed for stream in streams]
+    for step in continue_ids(net, [stream.ids for stream in streams], sampling, seeds):
+        noted = None
+        if logprobs:
+            chosen = torch.tensor(step.ids, device=step.logits.device)[:, None]
+            noted = step.logits.log_softmax(-1).gather(1, chosen)[:, 0].tolist()
+        for row, stream in enumerate(streams):
+            if stream.finished is None:
+                if noted is not None:
+                    stream.logprobs.append(noted[row])
+                if piece := stream.push(step.ids[row]):
+                    yield stream, piece
+        if all(stream.finished for stream in streams):
+            return
+    for stream in streams:
+        if stream.finished is None and (piece := stream.end()):
+            yield stream, piece
+
+
+def printable(text: str) -> str:
+    """Text for a terminal: a young model writes any byte, and control characters would move the cursor or worse."""
+    return "".join(c if c in "\n\t" or unicodedata.category(c) != "Cc" else "\ufffd" for c in text)

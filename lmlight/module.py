@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -22,7 +24,7 @@ from lmlight import checkpoint as checkpoints
 from lmlight.data.tokenizer import Tokenizer
 from lmlight.data.tokens import UNSCORED, Batch
 from lmlight.errors import UserError
-from lmlight.generation import Sampling, generate
+from lmlight.generation import Sampling, TextStream, begin, generate, write
 from lmlight.metrics import TextLoss
 from lmlight.models import Net, Transformer, chosen
 from lmlight.optim import Muon, Schedule, label_in_order, parameter_groups
@@ -53,6 +55,8 @@ class LanguageModel(LightningModule):
         net: the net; None until made.
         settings: plain values that travel in the checkpoint; the command line keeps its own here.
         init_from: what `checkpoint.read` gave: the net begins with its weights instead of random ones (finetuning).
+        on_text: called by `predict_step` with a stream and its next piece of text.
+        logprobs: whether `predict_step` notes each token's log-probability.
     """
 
     def __init__(
@@ -74,6 +78,8 @@ class LanguageModel(LightningModule):
         self.net: Net | None = None
         self.settings: dict[str, Any] = {}
         self.init_from: dict[str, Any] | None = None
+        self.on_text: Callable[[TextStream, str], None] | None = None
+        self.logprobs = False
         self.val_loss, self.test_loss, self.sliding_loss = TextLoss(), TextLoss(), TextLoss()
 
     @classmethod
@@ -215,8 +221,16 @@ class LanguageModel(LightningModule):
         self._report("test", self.test_loss)
         self._report("test_sliding", self.sliding_loss)
 
-    def predict_step(self, batch: Sequence[str], batch_idx: int) -> list[str]:
-        return self.generate(list(batch))
+    def predict_step(self, batch: Sequence[str], batch_idx: int) -> list[TextStream]:
+        """Continues the prompts of a batch: `sampling.samples` texts for each, one after the other.
+
+        What comes is handed to `on_text`, if that is set, as it comes.
+        """
+        streams = begin(self._tokenizer(), batch, self.sampling)
+        for stream, piece in self._write(streams, self.sampling, logprobs=self.logprobs):
+            if self.on_text is not None:
+                self.on_text(stream, piece)
+        return streams
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         assert self.tokenizer is not None
@@ -234,6 +248,20 @@ class LanguageModel(LightningModule):
         """(B, T) ids to (B, T, V) logits."""
         return self._net()(idx)
 
+    def stream(self, prompt: str = "", **changes: Any) -> Iterator[str]:
+        """Continues a text, piece by piece as it comes; joined, the pieces are what `generate` adds.
+
+        Args:
+            prompt: see `generate`.
+            changes: see `generate`.
+
+        Raises:
+            UserError: see `generate`.
+        """
+        sampling = replace(self.sampling, **changes)
+        streams = begin(self._tokenizer(), [prompt], sampling)[:1]
+        return (piece for _, piece in self._write(streams, sampling))
+
     @overload
     def generate(self, prompt: str, **changes: Any) -> str: ...
     @overload
@@ -246,33 +274,45 @@ class LanguageModel(LightningModule):
         Args:
             prompt: a text; a list of texts, of any lengths, each continued as if it were alone; or (B, T) ids. An empty
                 text starts from nothing: the first token is drawn as if a line had just ended.
-            changes: of `self.sampling` for this call: `max_new_tokens`, `temperature`, `top_k`, `top_p`, `seed`.
+            changes: of `self.sampling` for this call: `temperature`, `top_k`, `seed` and so on.
 
         Returns:
-            what `prompt` is, with its continuation.
+            what `prompt` is, with its continuation; of a list, `samples` texts for each, one after the other.
 
         Raises:
             UserError: a value out of range; a prompt with a character that the tokenizer does not know.
         """
         sampling = replace(self.sampling, **changes)
-        was_training = self.training
-        self.eval()
-        try:
-            if isinstance(prompt, Tensor):
+        if isinstance(prompt, Tensor):
+            with self._evaluating():
                 return generate(self._net(), prompt.to(self.device), sampling)
-            texts = [self._continue(text, sampling) for text in ([prompt] if isinstance(prompt, str) else prompt)]
-            return texts[0] if isinstance(prompt, str) else texts
-        finally:
-            self.train(was_training)
+        streams = begin(self._tokenizer(), [prompt] if isinstance(prompt, str) else prompt, sampling)
+        if isinstance(prompt, str):
+            streams = streams[:1]
+        deque(self._write(streams, sampling), maxlen=0)
+        texts = [stream.prompt + stream.text for stream in streams]
+        return texts[0] if isinstance(prompt, str) else texts
 
     # Details
 
-    def _continue(self, text: str, sampling: Sampling) -> str:
-        assert self.tokenizer is not None
-        ids = self.tokenizer.encode(text)
-        begin = ids or self.tokenizer.encode("\n") or [0]  # a lossy tokenizer has no newline: the notebook's token 0
-        out = generate(self._net(), torch.tensor([begin], device=self.device), sampling)[0].tolist()
-        return self.tokenizer.decode(out if ids else out[len(begin) :])
+    def _write(
+        self, streams: list[TextStream], sampling: Sampling, logprobs: bool = False
+    ) -> Iterator[tuple[TextStream, str]]:
+        with self._evaluating():
+            yield from write(self._net(), streams, sampling, logprobs)
+
+    @contextmanager
+    def _evaluating(self) -> Iterator[None]:
+        was_training = self.training
+        self.eval()
+        try:
+            yield
+        finally:
+            self.train(was_training)
+
+    def _tokenizer(self) -> Tokenizer:
+        assert self.tokenizer is not None, "the tokenizer comes from the data or a checkpoint: see setup"
+        return self.tokenizer
 
     def _net(self) -> Net:
         assert self.net is not None, "the net is made when the data's sizes are known: see configure_model"

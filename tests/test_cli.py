@@ -1,6 +1,9 @@
 """The command line, as a user types it."""
 
+import io
+import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -10,8 +13,9 @@ import torch
 import yaml
 
 import lmlight
-from lmlight import checkpoint
+from lmlight import LanguageModel, checkpoint
 from lmlight.cli import main
+from lmlight.generation import printable
 
 TINY = [
     "--data.tokenizer.vocab_size=400",
@@ -107,6 +111,112 @@ def test_predict_prints_the_same_text_for_the_same_seed(finished, capsys, tmp_pa
     assert not (tmp_path / "runs").exists()
 
 
+def test_predict_streams_what_it_files(finished, capsys, tmp_path):
+    """A prompt's samples, on the terminal and as JSON Lines; in a batch or alone; the log-probabilities are the net's."""
+    _, _, best = finished
+    arguments = ["predict", f"--ckpt_path={best}", "--model.sampling.max_new_tokens=8", "--model.sampling.samples=2"]
+    arguments += ["--model.sampling.stop=[ee]", '--data.prompts=["MIRA:", "", "OLD"]']
+    assert main(arguments) == 0
+    printed = capsys.readouterr().out
+    for name, more in (("batch.jsonl", []), ("alone.jsonl", ["--data.prompt_batch_size=1"])):
+        assert main([*arguments, f"--output={name}", *more]) == 0
+        assert "6 texts in" in capsys.readouterr().out
+    texts = [json.loads(line) for line in Path("batch.jsonl").read_text("utf-8").split("\n")[:-1]]
+    alone = [json.loads(line) for line in Path("alone.jsonl").read_text("utf-8").split("\n")[:-1]]
+    assert [text["prompt"] for text in texts] == ["MIRA:"] * 2 + [""] * 2 + ["OLD"] * 2
+    assert [text["seed"] for text in texts] == [1337, 1338] * 3
+    assert printed == f"\n{'-' * 40}\n".join(printable(t["prompt"] + t["completion"]) for t in texts) + "\n"
+    model = LanguageModel.load_from_checkpoint(best)
+    for text, single in zip(texts, alone):
+        assert text["logprobs"] == pytest.approx(single.pop("logprobs"), abs=1e-4)
+        assert {**text, "logprobs": None} == {**single, "logprobs": None}
+        assert text["finished"] in ("length", "stop")
+        assert "ee" not in text["completion"]
+        begin = model.tokenizer.encode(text["prompt"] or "\n")
+        logits = model(torch.tensor([(begin + text["tokens"])[:-1]]))[0, len(begin) - 1 :]
+        plain = logits.log_softmax(-1)[torch.arange(len(text["tokens"])), torch.tensor(text["tokens"])]
+        assert text["logprobs"] == pytest.approx(plain.tolist(), abs=1e-4)
+    assert main([*arguments, "--output=batch.jsonl"]) == 2
+    assert "exists already" in capsys.readouterr().err
+    assert main([*arguments, "--output=nowhere/batch.jsonl"]) == 2
+    assert "folder that does not exist" in capsys.readouterr().err
+
+
+def test_predict_reads_prompts_from_the_standard_input(finished, capsys, monkeypatch):
+    _, _, best = finished
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO("MIRA:\nPIP é".encode())))
+    assert main(["predict", f"--ckpt_path={best}", "--model.sampling.max_new_tokens=2", "--data.prompts=-"]) == 0
+    first, second = capsys.readouterr().out.split("-" * 40 + "\n")
+    assert first.startswith("MIRA:")
+    assert second.startswith("PIP é")
+
+
+def test_predict_over_two_processes_keeps_the_order_of_the_prompts(finished, tmp_path):
+    _, _, best = finished
+    (tmp_path / "prompts.txt").write_text("\n".join(f"{speaker}:" for speaker in "ABCDE"))
+    command = [sys.executable, "-m", "lmlight", "predict", f"--ckpt_path={best}", "--data.prompts=prompts.txt"]
+    command += ["--model.sampling.max_new_tokens=3", "--trainer.accelerator=cpu", "--data.prompt_batch_size=1"]
+    two = ["--trainer.devices=2", "--trainer.strategy=ddp"]
+    for more in (["--output=one.jsonl"], ["--output=two.jsonl", *two]):
+        done = subprocess.run([*command, *more], capture_output=True, text=True, timeout=100)
+        assert done.returncode == 0, done.stderr
+
+    def texts(name):
+        lines = [json.loads(line) for line in Path(name).read_text().split("\n")[:-1]]
+        return [(line["prompt"], line["tokens"], line["seed"]) for line in lines]
+
+    assert texts("one.jsonl") == texts("two.jsonl")
+    assert [prompt for prompt, _, _ in texts("two.jsonl")] == ["A:", "B:", "C:", "D:", "E:"]
+
+
+def chat(arguments, typed, **options):
+    command = [sys.executable, "-m", "lmlight", "chat", *map(str, arguments)]
+    return subprocess.run(command, input=typed, capture_output=True, text=True, timeout=60, **options)
+
+
+def test_chat_streams_verse_and_takes_settings(finished):
+    folder, _, best = finished
+    typed = (
+        '/max_new_tokens 5\nMIRA:\n/seed 1337\nMIRA:\n/temperature 0\n/temperature x\n/colour 1\n/stop ["a"]\n/quit\n'
+    )
+    done = chat([best], typed)
+    assert done.returncode == 0, done.stderr
+    first, again = (part.split("\n\n")[0] for part in done.stdout.split("MIRA:")[1:3])
+    text = LanguageModel.load_from_checkpoint(best).generate("MIRA:", max_new_tokens=5, seed=1337)
+    assert first == again == printable(text.removeprefix("MIRA:"))
+    assert "a value of type float is wanted, got 'x'" in done.stdout
+    assert "there is no /colour" in done.stdout
+    assert "lightning" not in done.stderr
+    assert chat(["best"], "", cwd=folder).returncode == 0, "the newest run's best, and the end of the input ends it"
+    missing = chat(["nope.ckpt"], "")
+    assert missing.returncode == 2
+    assert missing.stderr.startswith("lmlight: error: no checkpoint at 'nope.ckpt'")
+    assert missing.stderr.count("\n") == 1
+
+
+@pytest.mark.skipif(os.name != "posix", reason="sends Ctrl-C as POSIX does")
+def test_ctrl_c_ends_the_verse_and_not_the_dialogue(finished):
+    _, _, best = finished
+    command = [sys.executable, "-u", "-m", "lmlight", "chat", str(best)]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, **pipes) as process:
+        process.stdin.write("/max_new_tokens 1000000\nMIRA:\n")
+        process.stdin.flush()
+        seen = ""
+        while "MIRA:" not in seen:
+            seen += process.stdout.read(1)
+        process.stdout.read(20)
+        process.send_signal(signal.SIGINT)
+        rest, errors = process.communicate("/quit\n", timeout=30)
+    assert process.returncode == 0, errors
+    assert rest.rstrip().endswith(">")
+
+
+def test_chat_does_not_wait_for_lightning():
+    code = "import sys, lmlight.__main__, lmlight.chat; sys.exit('lightning' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
 def test_validate_and_test_need_nothing_but_the_checkpoint(finished, capsys, monkeypatch):
     folder, result, best = finished
     monkeypatch.chdir(folder)
@@ -179,7 +289,7 @@ MISTAKES = {
         ],
         "subword_sampling draws by a unigram",
     ),
-    "batch": (["fit", "--data.corpus=verse.txt", "--trainer.accumulate_grad_batches=3"], "batch_size 16 is the whole"),
+    "batch": (["fit", "--data.corpus=verse.txt", "--trainer.accumulate_grad_batches=3"], "batch_size 32 is the whole"),
     "unknown flag": (["fit", "--data.blok_size=3"], "data.blok_size"),
     "unknown net setting": (["fit", "--model.net.n_layers=3"], "n_layers"),
     "unknown key in a config": (["fit", "--config=wrong.yaml"], "blok_size"),

@@ -1,9 +1,49 @@
+"""Generation against plainer truths: cached against uncached, together against alone, streamed against whole."""
+
+import math
+
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
+from lmlight.data.tokenizer import CharTokenizer, Detokenizer, TokenizerConfig
 from lmlight.errors import UserError
-from lmlight.generation import Sampling, filter_logits, generate
-from lmlight.models import Bigram, Transformer
+from lmlight.generation import (
+    Sampling,
+    TextStream,
+    begin,
+    continue_ids,
+    filter_logits,
+    generate,
+    penalise,
+    printable,
+    write,
+)
+from lmlight.models import GPT2, LLAMA, Bigram, Transformer
+from lmlight.models.transformer import attention_weights, repeat_heads, rotary_table
+
+
+def net_of(vocab_size=11, block_size=8, **options):
+    torch.manual_seed(0)
+    net = Transformer(vocab_size, block_size, n_layer=2, n_head=4, n_embd=32, **options).eval()
+    for parameter in net.parameters():  # away from the initial zeros, where much goes unnoticed
+        parameter.data.add_(torch.randn_like(parameter) * 0.2)
+    return net
+
+
+OPTIONS = st.sampled_from(
+    [
+        {},
+        GPT2,
+        LLAMA,
+        {"n_kv_head": 2},
+        {"n_kv_head": 1, "positions": "learned", "bias": True},
+        {"mlp": "gelu", "norm": "layernorm"},
+        {"tie": True, "dropout": 0.5},
+        None,  # a bigram table
+    ]
+)
 
 
 def test_greedy_follows_the_likeliest():
@@ -29,8 +69,7 @@ def test_a_seed_gives_the_same_again_and_moves_no_other_random_numbers():
 
 
 def test_context_is_cropped_to_the_block():
-    torch.manual_seed(0)
-    net = Transformer(11, 4, n_layer=1, n_head=2, n_embd=16).eval()
+    net = net_of(block_size=4)
     long, short = torch.tensor([[1, 2, 3, 4, 5, 6, 7]]), torch.tensor([[4, 5, 6, 7]])
     sampling = Sampling(max_new_tokens=5, temperature=0)
     assert torch.equal(generate(net, long, sampling)[:, 7:], generate(net, short, sampling)[:, 4:])
@@ -65,6 +104,243 @@ def test_temperature_comes_before_top_p():
     assert filter_logits(logits, Sampling(temperature=100, top_p=0.5)).isfinite().sum() >= 2
 
 
+@settings(max_examples=40)
+@given(options=OPTIONS, double=st.booleans(), data=st.data())
+def test_cached_logits_are_the_uncached_ones(options, double, data):
+    """In whatever pieces the tokens come, for each net and setting."""
+    net = Bigram(11, 8) if options is None else net_of(**options)
+    net = net.double() if double else net
+    idx = torch.randint(11, (3, 8), generator=torch.Generator().manual_seed(data.draw(st.integers(0, 99))))
+    plain = net(idx)
+    cache, seen = net.new_cache(3), 0
+    while seen < 8:
+        count = data.draw(st.integers(1, 8 - seen))
+        logits = net.extend(idx[:, seen : seen + count], cache)
+        seen += count
+        torch.testing.assert_close(logits, plain[:, seen - 1], rtol=0, atol=1e-10 if double else 1e-5)
+    assert cache.lengths == [8, 8, 8]
+
+
+@settings(max_examples=40)
+@given(options=OPTIONS, lengths=st.lists(st.integers(1, 6), min_size=1, max_size=4))
+def test_rows_of_unequal_lengths_are_what_each_is_alone(options, lengths):
+    net = (Bigram(11, 8) if options is None else net_of(**options)).double()
+    rows = [torch.randint(11, (length + 2,)) for length in lengths]
+    padded = torch.zeros(len(rows), max(lengths), dtype=torch.long)
+    for row, (ids, length) in enumerate(zip(rows, lengths)):
+        padded[row, :length] = ids[:length]
+    cache = net.new_cache(len(rows))
+    got = [net.extend(padded, cache, lengths)]
+    for step in range(2):
+        got.append(net.extend(torch.stack([ids[n + step : n + step + 1] for ids, n in zip(rows, lengths)]), cache))
+    for row, (ids, length) in enumerate(zip(rows, lengths)):
+        alone = net(ids[None])[0, length - 1 :]
+        torch.testing.assert_close(torch.stack([logits[row] for logits in got]), alone, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("options", [{}, LLAMA, {"n_kv_head": 2}], ids=str)
+def test_beyond_the_block_rotary_nets_attend_to_the_last_tokens_each(options):
+    """The plainer truth: the whole sequence at once, each position seeing itself and the block_size - 1 before it."""
+    net = net_of(**options).double()
+    idx, near = torch.randint(11, (1, 30)), torch.ones(30, 30, dtype=torch.bool).tril().triu(1 - 8)
+    x, rotary = net.embedding(idx), rotary_table(30, 8).double()
+    for block in net.blocks:
+        q, k, v = block.attention.project(block.attention_norm(x), rotary=rotary)
+        k, v = (repeat_heads(t, 4 // t.size(1)) for t in (k, v))
+        y = attention_weights(q, k, causal=False, visible=near) @ v
+        x = x + block.attention.output(y.transpose(1, 2).flatten(2))
+        x = x + block.mlp(block.mlp_norm(x))
+    plain = net.head(net.norm(x))
+    cache = net.new_cache(1)
+    for position in range(30):
+        logits = net.extend(idx[:, position : position + 1], cache)
+        torch.testing.assert_close(logits, plain[:, position], rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("exact", [True, False])
+@pytest.mark.parametrize("options", [{"positions": "learned"}, {}], ids=str)
+def test_beyond_the_block_contexts_are_as_documented(options, exact):
+    net = net_of(**options).double()
+    context = [1, 2, 3]
+    steps = list(continue_ids(net, [context], Sampling(max_new_tokens=25, exact_window=exact), [5]))
+    assert len(steps) == 25
+    for step in steps:
+        if exact or options:  # a rotary net that slides has a test of its own
+            plain = net(torch.tensor([context]))[0, -1]
+            torch.testing.assert_close(step.logits[0], plain, rtol=0, atol=1e-10)
+        context = [*context, step.ids[0]]
+        if len(context) > 8:
+            context = context[-8:] if exact else context[-4:]
+
+
+@pytest.mark.parametrize(("options", "most"), [({}, 1.0), ({"positions": "learned"}, 2.0)], ids=str)
+def test_the_cost_of_a_token_does_not_grow_beyond_the_block(monkeypatch, options, most):
+    """Counted in positions computed: one a token, and for learned positions half a block now and then."""
+    seen, features = [], Transformer.features
+    monkeypatch.setattr(
+        Transformer, "features", lambda self, idx, *a: seen.append(idx.numel()) or features(self, idx, *a)
+    )
+    list(continue_ids(net_of(**options), [[1] * 5], Sampling(max_new_tokens=101), [1]))
+    assert seen[0] == 5, "the prompt is one pass"
+    assert sum(seen[1:]) / 100 <= most
+
+
+@pytest.mark.parametrize("options", [{}, {"positions": "learned"}, None], ids=str)
+@pytest.mark.parametrize("exact", [False, True])
+def test_texts_written_together_are_those_written_alone(options, exact):
+    tokenizer = CharTokenizer("\nabcdefghij")
+    net = (Bigram(11, 8) if options is None else net_of(**options)).double()
+    sampling = Sampling(max_new_tokens=20, exact_window=exact, samples=2, seed=3, repetition_penalty=1.2, stop=["ab"])
+    prompts = ["", "a", "cab", "bcd" * 9, "dd"]
+    together = begin(tokenizer, prompts, sampling)
+    list(write(net, together, sampling))
+    alone = []
+    for prompt in prompts:
+        alone += begin(tokenizer, [prompt], sampling)
+        for stream in alone[-2:]:
+            list(write(net, [stream], sampling))
+
+    def told(streams):
+        return [(s.prompt, s.seed, s.text, s.tokens[: len(s.text)], s.finished) for s in streams]
+
+    assert told(together) == told(alone)
+    assert together[0].text != together[1].text
+
+
+def test_log_probabilities_are_the_net_s_own():
+    tokenizer, net = CharTokenizer("\nabcdefghij"), net_of(block_size=32).double()
+    sampling = Sampling(max_new_tokens=12, temperature=0.5, top_k=3, repetition_penalty=1.5)
+    (stream,) = begin(tokenizer, ["abc"], sampling)
+    list(write(net, [stream], sampling, logprobs=True))
+    idx = torch.tensor([stream.ids + stream.tokens])
+    plain = net(idx[:, :-1]).log_softmax(-1)[0, 2:].gather(1, idx[0, 3:, None])[:, 0]
+    torch.testing.assert_close(torch.tensor(stream.logprobs, dtype=torch.float64), plain.detach())
+
+
+def pieces_of(text, stop):
+    """What a stream gives for a text that comes character by character, and the stream."""
+    tokenizer = CharTokenizer("\nabcdefghij")
+    stream, pieces = TextStream(tokenizer, "ab", Sampling(stop=stop), 0), []
+    for index in tokenizer.encode(text):
+        if stream.finished is None:
+            pieces.append(stream.push(index))
+    if stream.finished is None:
+        pieces.append(stream.end())
+    return pieces, stream
+
+
+@settings(max_examples=300)
+@given(text=st.text("abc", max_size=12), stop=st.lists(st.text("abc", min_size=1, max_size=4), max_size=3))
+def test_stop_texts_end_where_they_first_stand_whole(text, stop):
+    """Against the plain search: the text up to a stop text, as of the first character after which it holds one."""
+    pieces, stream = pieces_of(text, stop)
+    expected, finished = text, "length"
+    for end in range(1, len(text) + 1):
+        found = [text[:end].find(s) for s in stop if s in text[:end]]
+        if found:
+            expected, finished = text[: min(found)], "stop"
+            break
+    assert (stream.text, stream.finished) == (expected, finished)
+    assert "".join(pieces) == stream.text
+
+
+def test_a_piece_is_given_as_soon_as_no_stop_text_can_begin_in_it():
+    pieces, _ = pieces_of("cabca", ["acd"])
+    assert pieces == ["c", "", "ab", "c", "", "a"]
+
+
+def test_the_prompt_is_not_searched_for_stop_texts():
+    _, stream = pieces_of("ba", ["abb", "bb"])
+    assert (stream.text, stream.finished) == ("ba", "length")
+
+
+def test_stop_texts_straddle_subword_tokens(verse):
+    tokenizer = TokenizerConfig(vocab_size=400).train(verse)
+    text = verse[200:260]
+    ids = tokenizer.encode(text)
+    joint = len(tokenizer.decode(ids[:5]))
+    stop = text[joint - 2 : joint + 2]
+    assert text.find(stop) == joint - 2
+    stream, given_text = TextStream(tokenizer, "", Sampling(stop=[stop]), 0), ""
+    for index in ids:
+        given_text += stream.push(index)
+        if stream.finished:
+            break
+    assert given_text == stream.text == text[: joint - 2]
+    assert stream.tokens == ids[: len(stream.tokens)]
+
+
+@pytest.fixture(scope="module")
+def tokenizers(verse):
+    text = verse + "\nnaïve café 日本 🙂\n"
+    return [
+        TokenizerConfig("unigram", 400).train(text),
+        TokenizerConfig("bpe", 400).train(text),
+        TokenizerConfig("unigram", 200, lossless=False).train(text),
+        TokenizerConfig("char").train(text),
+    ]
+
+
+@settings(max_examples=150)
+@given(data=st.data())
+def test_pieces_joined_are_the_text_decoded_at_once(tokenizers, data):
+    """For any ids: broken bytes, control pieces, spaces at the beginning."""
+    tokenizer = data.draw(st.sampled_from(tokenizers))
+    byte_pieces = [index for index in range(tokenizer.vocab_size) if tokenizer.byte_of(index)] or [0]
+    ids = data.draw(st.lists(st.integers(0, tokenizer.vocab_size - 1) | st.sampled_from(byte_pieces), max_size=12))
+    detokenizer = Detokenizer(tokenizer)
+    assert "".join([detokenizer.push(index) for index in ids]) + detokenizer.flush() == tokenizer.decode(ids)
+
+
+@settings(max_examples=100)
+@given(data=st.data())
+def test_pieces_follow_the_prompt_as_if_decoded_with_it(tokenizers, verse, data):
+    """Where a lossy tokenizer would drop a space at the beginning of a text, there is a prompt before it."""
+    tokenizer = data.draw(st.sampled_from(tokenizers))
+    start = data.draw(st.integers(0, len(verse) - 50))
+    ids = tokenizer.encode(verse[start : start + 50])
+    cut = data.draw(st.integers(1, len(ids) - 1))
+    detokenizer = Detokenizer(tokenizer, ids[:cut])
+    joined = "".join([detokenizer.push(index) for index in ids[cut:]]) + detokenizer.flush()
+    assert tokenizer.decode(ids[:cut]) + joined == tokenizer.decode(ids)
+
+
+def test_characters_of_several_bytes_come_whole(tokenizers):
+    ids = tokenizers[0].encode("a☃b")
+    detokenizer = Detokenizer(tokenizers[0])
+    pieces = [detokenizer.push(index) for index in ids]
+    assert "".join(pieces) == "a☃b"
+    assert not any("\ufffd" in piece for piece in pieces)
+
+
+def test_repetition_penalty_moves_present_tokens_away():
+    logits = torch.tensor([[2.0, -2.0, 3.0, -1.0]])
+    present = torch.tensor([[True, True, False, False]])
+    assert penalise(logits, present, 2.0).tolist() == [[1.0, -4.0, 3.0, -1.0]]
+    net = Bigram(5, 4)
+    net.table.weight.data[:] = torch.tensor([0.0, 0.0, 5.0, 4.9, 0.0])
+    out = generate(net, torch.tensor([[1]]), Sampling(max_new_tokens=2, temperature=0, repetition_penalty=1.1))
+    assert out.tolist() == [[1, 2, 3]], "2 is the likeliest until it is there"
+
+
+def test_min_p_is_relative_to_the_likeliest_after_the_temperature():
+    logits = torch.tensor([[0.4, 0.3, 0.2, 0.1]]).log()
+    assert filter_logits(logits, Sampling(min_p=0.6)).isfinite().tolist() == [[True, True, False, False]]
+    assert filter_logits(logits, Sampling(min_p=0.0)).isfinite().all()
+    assert filter_logits(logits, Sampling(min_p=0.6, temperature=4.0)).isfinite().all()
+
+
+def test_a_token_of_no_probability_is_never_drawn():
+    net = Bigram(6, 4)
+    net.table.weight.data[:] = torch.tensor([-math.inf, 0.0, -math.inf, 1.0, 0.5, -math.inf])
+    drawn = generate(net, torch.zeros(2000, 1, dtype=torch.long), Sampling(max_new_tokens=3, top_k=2))
+    assert set(drawn[:, 1:].flatten().tolist()) == {3, 4}
+
+
+def test_control_characters_do_not_reach_the_terminal():
+    assert printable("a\x1b[2J\tb\nc\x07é🙂") == "a\ufffd[2J\tb\nc\ufffdé🙂"
+
+
 @pytest.mark.parametrize(
     "setting",
     [
@@ -73,6 +349,13 @@ def test_temperature_comes_before_top_p():
         {"top_k": 0},
         {"top_p": 0.0},
         {"top_p": 1.1},
+        {"min_p": -0.1},
+        {"min_p": 1.5},
+        {"repetition_penalty": 0.0},
+        {"repetition_penalty": float("inf")},
+        {"samples": 0},
+        {"stop": [""]},
+        {"stop": "ROMEO"},
         {"max_new_tokens": -1},
     ],
     ids=str,

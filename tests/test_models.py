@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from lmlight.errors import UserError
 from lmlight.models import GPT2, LLAMA, Attention, Bigram, Transformer
-from lmlight.models.transformer import attention_weights, rotary_table, rotate
+from lmlight.models.transformer import attention_weights, repeat_heads, rotary_table, rotate
 
 SMALL = {"vocab_size": 11, "block_size": 8, "n_layer": 2, "n_head": 4, "n_embd": 32}
 VARIANTS = [
@@ -131,6 +131,7 @@ def test_attention_is_the_four_lines_fused_or_not(causal, options, length):
     attention = Attention(32, 4, **options).double()
     x = torch.randn(2, length, 32, dtype=torch.float64)
     q, k, v = attention.project(x)
+    k, v = (repeat_heads(x, 4 // x.size(1)) for x in (k, v))
     plain = attention.output((attention_weights(q, k, causal) @ v).transpose(1, 2).flatten(2))
     torch.testing.assert_close(attention(x, causal=causal), plain)
 

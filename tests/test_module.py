@@ -127,6 +127,11 @@ def test_generate_takes_texts_lists_and_ids(data):
     assert model.tokenizer.decode(model.generate(ids, max_new_tokens=10)[0].tolist()) == one
     assert model.generate("MIRA:", max_new_tokens=10, seed=2) != one
     assert model.generate("MIRA:", max_new_tokens=0) == "MIRA:"
+    assert "MIRA:" + "".join(model.stream("MIRA:", max_new_tokens=10)) == one
+    assert model.generate(["MIRA:"], max_new_tokens=10, samples=2) == [
+        one,
+        model.generate("MIRA:", max_new_tokens=10, seed=1338),
+    ]
     assert len(model.tokenizer.encode(model.generate("word " * 50, max_new_tokens=3))) > 50  # longer than a block
     with pytest.raises(UserError, match="temperature"):
         model.generate("MIRA:", temperature=-1)

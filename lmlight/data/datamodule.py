@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -45,7 +46,9 @@ class TextDataModule(LightningDataModule):
         subword_sampling: segment the training text afresh in each epoch; none if null.
         windows: `epoch`: each epoch is a random permutation of windows that do not overlap; `random`: windows are drawn
             independently, as notebooks do.
-        prompts: for `predict`: a list of texts, or the path of a file with one a line. An empty one starts from nothing.
+        prompts: for `predict`: a list of texts, or the path of a file with one a line, `-` being the standard input. An
+            empty one starts from nothing.
+        prompt_batch_size: prompts that `predict` continues side by side; null is 1, or 32 where the texts go to a file.
         num_workers: processes that gather batches; 0 gathers them in the training process, which takes microseconds.
         seed: decides the order of the windows and the sampled segmentations.
 
@@ -63,12 +66,14 @@ class TextDataModule(LightningDataModule):
         subword_sampling: SubwordSampling | None = None,
         windows: Literal["epoch", "random"] = "epoch",
         prompts: list[str] | str = [""],  # noqa: B006  (never changed)
+        prompt_batch_size: int | None = None,
         num_workers: int = 0,
         seed: int = 1337,
     ) -> None:
         super().__init__()
-        for name, value in (("block_size", block_size), ("batch_size", batch_size)):
-            if value < 1:
+        sizes = {"block_size": block_size, "batch_size": batch_size, "prompt_batch_size": prompt_batch_size}
+        for name, value in sizes.items():
+            if value is not None and value < 1:
                 raise UserError(f"data.{name} must be at least 1, got {value}")
         if not 0 < val_fraction < 1:
             raise UserError(f"data.val_fraction must lie between 0 and 1, got {val_fraction}")
@@ -80,7 +85,7 @@ class TextDataModule(LightningDataModule):
         self.corpus, self.block_size, self.batch_size = corpus, block_size, batch_size
         self.val_fraction, self.tokenizer_config = val_fraction, tokenizer
         self.subword_sampling, self.windows, self.prompts = subword_sampling, windows, prompts
-        self.num_workers, self.seed = num_workers, seed
+        self.prompt_batch_size, self.num_workers, self.seed = prompt_batch_size, num_workers, seed
         self._mistake = ""
         self._given: Tokenizer | None = None
         self._trained: Tokenizer | None = None
@@ -146,10 +151,18 @@ class TextDataModule(LightningDataModule):
     def test_dataloader(self) -> list[DataLoader[Batch]]:
         return [self._scoring_loader(stride=self.block_size), self._scoring_loader(stride=-(-self.block_size // 2))]
 
-    def predict_dataloader(self) -> DataLoader[str]:
-        # one at a time, so that each can be read as soon as it is written
-        prompts = cast("Dataset[str]", _read_prompts(self.prompts))  # a list will do
-        return DataLoader(prompts, batch_size=1, collate_fn=list)
+    def predict_dataloader(self) -> DataLoader[list[str]]:
+        """Batches of prompts, which go round the ranks; some ranks may get an empty last one."""
+        rank, world_size, _ = self._share()
+        if self.prompts == "-" and world_size > 1:
+            raise UserError(
+                "several processes cannot share the standard input: pass a file, --data.prompts prompts.txt"
+            )
+        prompts, size = _read_prompts(self.prompts), self.prompt_batch_size or 1
+        batches = [prompts[i : i + size] for i in range(0, len(prompts), size)]
+        batches += [[]] * (-len(batches) % world_size)
+        share = cast("Dataset[list[str]]", batches[rank::world_size])  # a list will do
+        return DataLoader(share, batch_size=None)
 
     # What they are made of
 
@@ -313,7 +326,8 @@ def _read_prompts(prompts: Sequence[str] | str) -> list[str]:
     if not isinstance(prompts, str):
         return list(prompts)
     try:
-        lines = Path(prompts).expanduser().read_bytes().decode("utf-8").split("\n")
+        content = sys.stdin.buffer.read() if prompts == "-" else Path(prompts).expanduser().read_bytes()
+        lines = content.decode("utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(
             f"prompts file '{prompts}' cannot be read ({getattr(error, 'strerror', 'not UTF-8')}): pass a UTF-8 file with "

@@ -22,7 +22,7 @@ import re
 import warnings
 from abc import ABC, abstractmethod
 from bisect import bisect_right
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, chain
 from typing import Any, Literal
@@ -70,10 +70,57 @@ class Tokenizer(ABC):
     def to_bytes(self) -> bytes:
         """All of it, for a file or a checkpoint; `from_bytes` is the way back."""
 
+    def byte_of(self, index: int) -> bytes:
+        """The byte that an id stands for, if it is a byte piece; else nothing."""
+        return b""
+
     @property
     def fingerprint(self) -> str:
         """The SHA-256 of `to_bytes()`: equal for equal tokenizers only."""
         return hashlib.sha256(self.to_bytes()).hexdigest()
+
+
+class Detokenizer:
+    """The text of ids that come one by one; what it gives, joined, is what `decode` gives for all of them.
+
+    Bytes of a character are held back until it is whole, or known to be broken.
+
+    Args:
+        tokenizer: decodes.
+        before: the ids that the text follows, if any; a lossy tokenizer drops a space at the beginning of a text.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, before: Sequence[int] = ()) -> None:
+        self._tokenizer = tokenizer
+        self._before: list[int] = []  # what a lossy tokenizer needs to see: from the last id that is text of its own on
+        for index in before:
+            self._remember(index)
+        self._bytes: list[int] = []
+
+    def push(self, index: int) -> str:
+        """The text that has become certain with this id."""
+        if self._tokenizer.byte_of(index):
+            self._bytes.append(index)
+            try:
+                b"".join(map(self._tokenizer.byte_of, self._bytes)).decode()
+            except UnicodeDecodeError:
+                return ""
+            return self.flush()
+        text = self.flush() + self._decode([index])
+        self._remember(index)
+        return text
+
+    def flush(self) -> str:
+        """The text of what is held back."""
+        text, self._bytes = self._decode(self._bytes), []
+        return text
+
+    def _remember(self, index: int) -> None:
+        if not self._tokenizer.lossless:
+            self._before = [index] if self._tokenizer.decode([index]) else [*self._before, index]
+
+    def _decode(self, ids: list[int]) -> str:
+        return self._tokenizer.decode(self._before + ids)[len(self._tokenizer.decode(self._before)) :]
 
 
 @dataclass(frozen=True)
@@ -184,6 +231,9 @@ class SentencePieceTokenizer(Tokenizer):
 
     def decode(self, ids: Iterable[int]) -> str:
         return self._processor.decode(list(ids))
+
+    def byte_of(self, index: int) -> bytes:
+        return bytes.fromhex(self.pieces[index][3:5]) if self._processor.is_byte(index) else b""
 
     def to_bytes(self) -> bytes:
         return self._model

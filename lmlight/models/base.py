@@ -9,6 +9,24 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 
+class Cache:
+    """What a net keeps of the tokens that it has seen, so that each further one costs no more than itself.
+
+    A net without a memory, such as the bigram table, needs no more than this.
+
+    Attributes:
+        lengths: tokens seen, for each row of the batch.
+    """
+
+    def __init__(self, rows: int) -> None:
+        self.lengths = [0] * rows
+
+    def replace(self, rows: list[int], other: Cache) -> None:
+        """Puts all rows of `other`, a cache of the same net, in the place of these."""
+        for row, length in zip(rows, other.lengths):
+            self.lengths[row] = length
+
+
 class Net(nn.Module, ABC):
     """Maps token ids to logits over the next token.
 
@@ -36,6 +54,28 @@ class Net(nn.Module, ABC):
         Returns:
             (B, T, V) logits; those at a position depend on it and the ones before alone.
         """
+
+    @abstractmethod
+    def extend(self, idx: Tensor, cache: Cache, lengths: list[int] | None = None) -> Tensor:
+        """Logits for the token after the last one, for tokens that follow those in the cache, which sees them; no gradients.
+
+        Args:
+            idx: (B, T) token ids. Rows of the cache that are of different lengths are extended a token at a time.
+            cache: from `new_cache`.
+            lengths: into an empty cache, rows may be of different lengths: padded at the end, their own lengths here.
+
+        Returns:
+            (B, V), what `forward` gives at each row's last token, as long as a row is not longer than `block_size`.
+        """
+
+    def new_cache(self, rows: int) -> Cache:
+        """An empty cache for so many rows."""
+        return Cache(rows)
+
+    @property
+    def slides(self) -> bool:
+        """Whether `extend` goes on beyond `block_size` tokens, forgetting the oldest."""
+        return True
 
     def loss(self, idx: Tensor, targets: Tensor) -> Tensor:
         """The mean cross-entropy of `targets` (B, T), in nats per token; a net that can do without all its logits may."""

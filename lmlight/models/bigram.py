@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
-from lmlight.models.base import Net, init_arguments
+from lmlight.models.base import Cache, Net, init_arguments
 
 
 class Bigram(Net):
@@ -21,6 +22,13 @@ class Bigram(Net):
 
     def forward(self, idx: Tensor) -> Tensor:
         return self.table(idx)  # (B, T, V)
+
+    @torch.no_grad()
+    def extend(self, idx: Tensor, cache: Cache, lengths: list[int] | None = None) -> Tensor:
+        lengths = lengths or [idx.size(1)] * len(idx)
+        cache.lengths = [before + more for before, more in zip(cache.lengths, lengths)]
+        last = torch.tensor(lengths, device=idx.device)[:, None] - 1
+        return self.table(idx.gather(1, last)[:, 0])  # (B, V)
 
     def flops_per_token(self) -> int:
         return 0  # a row is read, nothing is multiplied
