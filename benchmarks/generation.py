@@ -5,7 +5,8 @@
 The shape is nanoGPT's for one GPU: 6 layers, width 384, context 256, float32, 65 characters. A prompt of 56 tokens and 200
 new ones stay within the context; everything is measured in alternating rounds of one process, medians are given.
 
-The floor of one stream is the time of its matrix-vector products alone, the weights read once from memory for each token.
+The floor of one stream is the time of its matrix-vector products alone, the weights read once from memory for each token:
+by torch's `linear`, and by lmlight's own `Linear`, whichever is faster on the machine.
 The roofline of many streams is the time of reading the weights and the cache's filled part once a step, at the rate at
 which a large array can be summed. Prints Markdown tables.
 """
@@ -14,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import platform
 import statistics
 import time
@@ -21,6 +23,8 @@ import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # as `lmlight predict` has it
 
 import peers
 import torch
@@ -87,16 +91,16 @@ def litgpt() -> Write:
     return write
 
 
-def floor(net: nn.Module) -> Write:
-    """The matrix-vector products of one token, nothing between them."""
-    weights = [module.weight for module in net.modules() if isinstance(module, nn.Linear)]
-    inputs = [torch.randn(1, weight.size(1)) for weight in weights]
+def floor(net: nn.Module, plain: bool) -> Write:
+    """The matrix-vector products of one token, nothing between them: with torch's linear, or as lmlight does it."""
+    layers = [module for module in net.modules() if isinstance(module, nn.Linear)]
+    inputs = [torch.randn(1, layer.in_features) for layer in layers]
 
     @torch.inference_mode()
     def write(_: list[int], new: int) -> None:
         for _ in range(new):
-            for x, weight in zip(inputs, weights):
-                F.linear(x, weight)
+            for x, layer in zip(inputs, layers):
+                F.linear(x, layer.weight) if plain else layer(x)
 
     return write
 
@@ -136,13 +140,13 @@ def one_stream(rounds: int) -> dict[str, float]:
     gpt2, llama, default = (Transformer(**SHAPE.__dict__, **preset).eval() for preset in (GPT2, LLAMA, {}))
     writers = {
         "lmlight, GPT-2's architecture": ours(gpt2),
-        "its matrix-vector products alone": floor(gpt2),
+        "its matrix-vector products alone, lmlight's way": floor(gpt2, plain=False),
+        "its matrix-vector products alone, torch's way": floor(gpt2, plain=True),
         "nanoGPT": cropping(peers.nanogpt),
         "minGPT": cropping(peers.mingpt, do_sample=True),
         "transformers, GPT-2": transformers_(peers.hf_gpt2),
         "lmlight, its default architecture": ours(default),
         "lmlight, Llama's architecture": ours(llama),
-        "the latter's matrix-vector products alone": floor(llama),
         "transformers, Llama": transformers_(peers.hf_llama),
         "litgpt, Llama's architecture": litgpt(),
     }

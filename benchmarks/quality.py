@@ -1,11 +1,11 @@
 """How good, after how long? Recipes of lmlight's beside nanoGPT's CPU recipe, all in one run on one machine.
 
-    python benchmarks/quality.py [--runs configs/shakespeare.yaml[@STEPS][#SEED,...] ...] [--json FILE]
+    python benchmarks/quality.py [--runs configs/shakespeare.yaml[@STEPS][#SEED,...] ...] [--json FILE] [--picture FILE]
 
 Every figure is in nats per character of the last 10% of tiny Shakespeare, each character scored once in windows of the
 block size that do not overlap; nanoGPT's final model is scored the same way. Times of training are those of the steps,
 without validation, on both sides; the whole process has everything from the command to its end. Every seed is reported,
-at the final step as well as at the best. Prints a Markdown table.
+at the final step as well as at the best. Prints a Markdown table; the picture has the loss over the time of training.
 """
 
 from __future__ import annotations
@@ -70,6 +70,9 @@ class Clock(pl.Callback):
         self.on_validation_start()
         print(f"training {self.seconds:.3f} s", flush=True)
 
+    def on_validation_end(self, trainer: pl.Trainer, *_: Any) -> None:
+        print(f"curve {self.seconds:.3f} {trainer.callback_metrics['val/nats_per_char']:.4f}", flush=True)
+
 
 def run_nanogpt(folder: Path) -> dict[str, Any]:
     """nanoGPT's train.py with its README's flags for a CPU; N is the time of its steps, without its evaluations."""
@@ -102,8 +105,10 @@ def run_nanogpt(folder: Path) -> dict[str, Any]:
             _, loss = model(window[None, :-1], window[None, 1:])
             nats += loss.item() * length
     figure = nats / len(val)
+    said = [re.match(r"step (\d+): .* val loss ([\d.]+)", line) for _, line in lines]
+    curve = [(training * int(found[1]) / 2000, float(found[2])) for found in said if found]
     times = {"training": training, "process": lines[-1][0]}
-    return {"name": "nanoGPT, CPU recipe", **times, "final": figure, "best": figure}
+    return {"name": "nanoGPT, CPU recipe", **times, "final": figure, "best": figure, "curve": curve}
 
 
 def run_lmlight(config: Path, max_steps: str, seed: str, folder: Path) -> dict[str, Any]:
@@ -132,13 +137,28 @@ def run_lmlight(config: Path, max_steps: str, seed: str, folder: Path) -> dict[s
         "process": lines[-1][0],
         "final": figures[-1],
         "best": min(figures),
+        "curve": [tuple(map(float, line.split()[1:])) for _, line in lines if line.startswith("curve ")],
     }
+
+
+def draw(rows: list[dict[str, Any]], path: Path) -> None:
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
+    for row in rows:
+        seconds, nats = zip(*(point for point in row["curve"] if point[0] > 0))
+        axes.plot(seconds, nats, marker="o", markersize=3, label=row["name"])
+    axes.set(xlabel="seconds of training", ylabel="nats per character, validation", xscale="log", ylim=(None, 2.6))
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(path, dpi=100)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--runs", nargs="*", default=[str(HERE.parent / "configs" / "shakespeare.yaml")])
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--picture", type=Path)
     options = parser.parse_args()
     rows = []
     with tempfile.TemporaryDirectory() as folder:
@@ -155,6 +175,8 @@ def main() -> None:
         training = f"{row['training']:.1f} s, {row['training'] / n:.2f} N"
         process = f"{row['process']:.1f} s, {row['process'] / whole:.2f} of nanoGPT's"
         print(f"| {row['name']} | {training} | {process} | {row['final']:.4f} | {row['best']:.4f} |")
+    if options.picture:
+        draw(rows, options.picture)
     if options.json:
         options.json.write_text(json.dumps(rows, indent=1), encoding="utf-8")
 

@@ -26,8 +26,9 @@ _HOMES = {
 # torch's OpenMP threads spin at their barriers, by default so long that a second busy process on the same cores makes a
 # training step up to 30 times slower. Bounded to 1,000 turns, a step of the default model takes on two cores 48 ms
 # alone, as without the bound, and 115 ms beside a busy process. libgomp reads it when torch is imported, so it is here.
-if "OMP_WAIT_POLICY" not in os.environ:
-    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+bounds_spinning = not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & os.environ.keys()
+if bounds_spinning:
+    os.environ["GOMP_SPINCOUNT"] = "1000"
 
 
 def __getattr__(name: str) -> Any:
