@@ -14,6 +14,7 @@ which a large array can be summed. Prints Markdown tables.
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import os
 import platform
@@ -214,6 +215,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     torch.manual_seed(0)
+    gc.disable()  # the peers' imports leave a million objects, and whoever allocates next pays for looking through them
     warnings.simplefilter("ignore")
     versions = f"torch {torch.__version__}, lmlight {lmlight.__version__}"
     print(f"{platform.machine()}, {torch.get_num_threads()} threads, {versions}\n")

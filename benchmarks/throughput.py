@@ -4,7 +4,7 @@
 
 Each table compares loops of the same shape, batch and data type, in alternating rounds of one process: medians, and
 ratios of medians. The first step of each round is left out. Peak memory is what a process of its own, doing nothing but
-ten such steps, adds to what it held once everything was imported. Prints Markdown tables.
+ten such steps, adds to what it held with the net made. Prints Markdown tables.
 """
 
 from __future__ import annotations
@@ -235,12 +235,19 @@ def peak_memory(table: str, name: str) -> float:
 
 
 def print_peak(table: str, name: str) -> None:
-    import resource  # not on Windows
+    loop = TABLES[table][name]()
 
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    TABLES[table][name]()(10)
-    unit = 2**20 if sys.platform == "darwin" else 2**10
-    print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / unit)
+    def status(field: str) -> float:  # not `ru_maxrss`, which a process inherits from the one that started it
+        (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
+        return int(line.split()[1]) / 2**10
+
+    if not Path("/proc/self/clear_refs").exists():
+        print(float("nan"))  # Linux alone tells
+        return
+    Path("/proc/self/clear_refs").write_text("5")  # forgets the peak so far
+    before = status("VmRSS")
+    loop(10)
+    print(status("VmHWM") - before)
 
 
 def sizes(table: str) -> tuple[int, float, float]:

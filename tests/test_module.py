@@ -202,3 +202,18 @@ def test_logged_names_are_those_of_the_design(data, tmp_path):
     header = set((tmp_path / "lightning_logs/version_0/metrics.csv").read_text().split("\n")[0].split(","))
     assert {"train/loss", "grad_norm", "val/loss", "val/nats_per_char", "val/bpc", "val/perplexity"} <= names | header
     assert any(name.startswith("lr-") for name in names | header)
+
+
+@pytest.mark.slow  # compiling takes a minute
+@pytest.mark.timeout(600)
+def test_a_compiled_net_learns_the_same_and_keeps_its_names(data):
+    def weights(compile_net):
+        pl.seed_everything(1, verbose=False)
+        model = LanguageModel(lambda v, b: Transformer(v, b, n_layer=1, n_head=2, n_embd=32), compile_net=compile_net)
+        pl.Trainer(max_steps=4, enable_checkpointing=False, **QUIET).fit(model, datamodule=data)
+        return model.net.state_dict()
+
+    plain, compiled = weights(False), weights(True)
+    assert plain.keys() == compiled.keys()
+    for name, value in plain.items():
+        torch.testing.assert_close(compiled[name], value, rtol=1e-3, atol=1e-4, msg=name)

@@ -43,6 +43,11 @@ def make_norm(name: NormName, size: int, bias: bool) -> nn.Module:
     return nn.RMSNorm(size, eps=NORM_EPS) if name == "rmsnorm" else nn.LayerNorm(size, eps=NORM_EPS, bias=bias)
 
 
+def drop(x: Tensor, dropout: float, training: bool) -> Tensor:
+    """`F.dropout`, which costs as much as a small product where there is nothing to drop."""
+    return F.dropout(x, dropout) if training and dropout else x
+
+
 class Linear(nn.Linear):
     """`nn.Linear`, and on a CPU another way to the same for the few rows of a decoding step.
 
@@ -57,9 +62,10 @@ class Linear(nn.Linear):
         if not decoding or self.out_features % 2 or x.dtype != self.weight.dtype:
             return super().forward(x)
         halves = self.weight.view(2, -1, self.in_features)
-        y = torch.bmm(halves, x.reshape(rows, -1).mT.expand(2, -1, -1))  # (2, out / 2, rows)
-        y = y.view(self.out_features, rows).mT.reshape(*x.shape[:-1], self.out_features)
-        return y if self.bias is None else y + self.bias
+        columns = x.reshape(rows, -1).mT.expand(2, -1, -1)
+        bias = self.bias
+        y = torch.bmm(halves, columns) if bias is None else torch.baddbmm(bias.view(2, -1, 1), halves, columns)
+        return y.view(self.out_features, rows).mT.reshape(*x.shape[:-1], self.out_features)
 
 
 def rotary_table(positions: int, head_size: int) -> Tensor:
@@ -115,7 +121,7 @@ def attend(
     k, v = repeat_heads(k, group), repeat_heads(v, group)
     one_query = q.size(0) == 1 == q.size(2)  # of which the kernel makes the most
     if q.device.type == "cpu" and k.size(-2) <= 256 and not one_query:
-        return F.dropout(attention_weights(q, k, causal, visible), dropout) @ v
+        return drop(attention_weights(q, k, causal, visible), dropout, True) @ v
     return F.scaled_dot_product_attention(q, k, v, attn_mask=visible, dropout_p=dropout, is_causal=causal)
 
 
@@ -268,7 +274,7 @@ class Attention(nn.Module):
             causal, visible = memory.causal, memory.visible
         y = attend(q, k, v, causal, visible, self.dropout if self.training else 0.0)  # (B, H, T, D)
         y = self.output(y.transpose(1, 2).flatten(2))
-        return F.dropout(y, self.dropout, self.training)
+        return drop(y, self.dropout, self.training)
 
 
 class MLP(nn.Module):
@@ -291,7 +297,7 @@ class MLP(nn.Module):
             h = F.relu(h).square()
         else:
             h = F.gelu(h, approximate="tanh")  # GPT-2's
-        return F.dropout(self.down(h), self.dropout, self.training)
+        return drop(self.down(h), self.dropout, self.training)
 
 
 class Block(nn.Module):
@@ -401,7 +407,7 @@ class Transformer(Net):
         x = self.embedding(idx)  # (B, T, C)
         if self.positions is not None:
             x = x + self.positions.weight[positions]
-        x = F.dropout(x, self.dropout, self.training)
+        x = drop(x, self.dropout, self.training)
         rotary = None if self.rotary is None else self._rotary_at(positions, cache)
         for layer, block in enumerate(self.blocks):
             x = block(x, rotary, None if cache is None else (cache, layer))
