@@ -243,5 +243,5 @@ class WritePredictions(Callback):
 
 
 def _record(stream: TextStream) -> dict[str, Any]:
-    names = ("prompt", "tokens", "logprobs", "seed", "finished")
-    return {"completion": stream.text, **{name: getattr(stream, name) for name in names}}
+    names = ("tokens", "logprobs", "seed", "finished")
+    return {"prompt": stream.prompt, "completion": stream.text, **{name: getattr(stream, name) for name in names}}
