@@ -96,10 +96,7 @@ def bare_loop(data: TextDataModule) -> Round:
                 began.append(time.perf_counter())
                 batch = next(batches)
                 loss = F.cross_entropy(model(batch.inputs).flatten(0, 1), batch.targets.flatten())
-                loss.backward()
-                torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-                optimizer.step()
-                optimizer.zero_grad(set_to_none=True)
+                descend(loss, model, optimizer)
         return list(np.diff(began))
 
     return run
@@ -126,10 +123,7 @@ def nanogpt_loop(precision: str) -> Round:
                 began.append(time.perf_counter())
                 loss = loss_of(x, y)
                 x, y = get_batch()
-                loss.backward()
-                torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-                optimizer.step()
-                optimizer.zero_grad(set_to_none=True)
+                descend(loss, model, optimizer)
         return list(np.diff(began))
 
     return run
@@ -148,13 +142,18 @@ def net_loop(make: Callable[[Shape], Any], shape: Shape, batch_size: int) -> Rou
         with medium_precision():
             for _ in range(steps + 1):
                 began.append(time.perf_counter())
-                loss_of(inputs, targets).backward()
-                torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
-                optimizer.step()
-                optimizer.zero_grad(set_to_none=True)
+                descend(loss_of(inputs, targets), net, optimizer)
         return list(np.diff(began))
 
     return run
+
+
+def descend(loss: Tensor, net: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """What every loop does once it has the loss."""
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
 
 
 @contextlib.contextmanager
