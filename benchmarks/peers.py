@@ -123,7 +123,7 @@ def litgpt(shape: Shape) -> tuple[nn.Module, Loss]:
         "litgpt.scripts.convert_hf_checkpoint" not in sys.modules
     ):  # model.py wants one function of it, for other weights
         converter = types.ModuleType("litgpt.scripts.convert_hf_checkpoint")
-        converter.qkv_reassemble = None  # type: ignore[attr-defined]
+        converter.qkv_reassemble = None  # type: ignore[attr-defined]  # a stub, made here
         sys.modules["litgpt.scripts.convert_hf_checkpoint"] = converter
     model = importlib.import_module("litgpt.model")
     config = importlib.import_module("litgpt.config").Config(

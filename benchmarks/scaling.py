@@ -2,7 +2,8 @@
 
     python benchmarks/scaling.py [--repeats 7] [--json FILE]
 
-One size is varied, the others stay the default's. The power is the slope of a straight line through the logarithms, once
+One size is varied, the others stay those of `BASE`: the default's, with a vocabulary of 4,096.
+The power is the slope of a straight line through the logarithms, once
 of the measured seconds, once of the operations that `flops_per_token` counts for the same nets: what theory says. Prints
 a Markdown table.
 """
@@ -23,7 +24,7 @@ import lmlight  # noqa: F401  (first: it bounds how long torch's threads spin)
 from lmlight import Transformer
 from lmlight.optim import Muon, parameter_groups
 
-DEFAULT = {"vocab_size": 4096, "block_size": 64, "n_layer": 4, "n_embd": 128}
+BASE = {"vocab_size": 4096, "block_size": 64, "n_layer": 4, "n_embd": 128}
 TOKENS = 2048  # in a step, whatever the block size
 VARIED = {
     "n_embd": (128, 192, 256, 384, 512),
@@ -61,7 +62,7 @@ def main() -> None:
     results = {}
     print("| varied | sizes | ms a step | power, measured | of the operations |\n|---|---|---|---|---|")
     for name, sizes in VARIED.items():
-        seconds, flops = zip(*(step_seconds(options.repeats, {**DEFAULT, name: size}) for size in sizes))
+        seconds, flops = zip(*(step_seconds(options.repeats, {**BASE, name: size}) for size in sizes))
         measured, theory = power(sizes, list(seconds)), power(sizes, list(flops))
         cells = [name, ", ".join(map(str, sizes)), ", ".join(f"{1e3 * value:.0f}" for value in seconds)]
         print("|", " | ".join([*cells, f"{measured:.2f}", f"{theory:.2f}"]), "|", flush=True)

@@ -24,8 +24,9 @@ _HOMES = {
 }
 
 # torch's OpenMP threads spin at their barriers, by default so long that a second busy process on the same cores makes a
-# training step up to 30 times slower. Bounded to 1,000 turns, a step of the default model takes on two cores 48 ms
-# alone, as without the bound, and 115 ms beside a busy process. libgomp reads it when torch is imported, so it is here.
+# training step up to 30 times slower. Bounded to 1,000 turns, a step of the default takes on two cores some 187 ms alone
+# (171 without a bound) and 333 beside a busy process (2,361 with 100,000 turns).
+# libgomp reads it when torch is imported, so it is here.
 bounds_spinning = not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & os.environ.keys()
 if bounds_spinning:
     os.environ["GOMP_SPINCOUNT"] = "1000"

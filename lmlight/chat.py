@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
-import sys
 from collections.abc import Sequence
 from dataclasses import fields, replace
 from typing import Any, get_type_hints
@@ -13,7 +12,7 @@ from typing import Any, get_type_hints
 import torch
 
 from lmlight import checkpoint as checkpoints
-from lmlight.errors import UserError
+from lmlight.errors import UserError, say
 from lmlight.generation import Sampling, begin, printable, write
 
 with contextlib.suppress(ImportError):  # not on Windows
@@ -47,7 +46,7 @@ def main(args: Sequence[str]) -> int:
         )
         net, tokenizer = checkpoints.net_of(content).eval().to(device), checkpoints.tokenizer_of(content)
     except (UserError, RuntimeError) as error:
-        print(f"lmlight: error: {' '.join(str(error).split())}", file=sys.stderr)
+        say(error)
         return 2
     kept = content[checkpoints.KEY]["settings"].get("model", {}).get("sampling", {})
     sampling = Sampling(**{**kept, "samples": 1})

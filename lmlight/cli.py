@@ -30,7 +30,7 @@ from lmlight import __version__
 from lmlight import checkpoint as checkpoints
 from lmlight.callbacks import RunProgress, WritePredictions
 from lmlight.data.datamodule import TextDataModule
-from lmlight.errors import UserError
+from lmlight.errors import UserError, say
 from lmlight.generation import printable
 from lmlight.models import NETS, Bigram, Transformer, chosen  # noqa: F401  (so that --model.net Bigram needs no full path)
 from lmlight.module import LanguageModel
@@ -302,7 +302,7 @@ def main(args: Sequence[str] | None = None) -> int:
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
         if getattr(rank_zero_only, "rank", 0) == 0:
-            print(f"lmlight: error: {' '.join(str(error).split())}", file=sys.stderr)
+            say(error)
         return 2
     except SystemExit as end:
         if isinstance(end.__context__, KeyboardInterrupt):

@@ -1,9 +1,16 @@
 """The one exception that stands for a user's mistake.
 
 Everything that a user can get wrong raises `UserError` with one line: what was wanted, what arrived, what to do. The
-command line prints that line and exits with status 2; from Python it is a `ValueError`. Our own invariants are `assert`s.
+command line says that line and exits with status 2; from Python it is a `ValueError`. Our own invariants are `assert`s.
 """
+
+import sys
 
 
 class UserError(ValueError):
     """Something that the user gave does not fit; the message says what to do about it."""
+
+
+def say(error: Exception) -> None:
+    """Prints a mistake on stderr as the one line that each of our commands gives."""
+    print(f"lmlight: error: {' '.join(str(error).split())}", file=sys.stderr)

@@ -150,7 +150,7 @@ class KeyValueCache(Cache):
         self.buffers = torch.zeros(shape, dtype=like.dtype, device=like.device)
         self.layers = [(self.buffers[layer, 0], self.buffers[layer, 1]) for layer in range(n_layer)]
         self.slots = slots
-        self.rotary = torch.empty(0)
+        self.rotary = torch.empty(2, 0, head_size // 2)  # of positions beyond the net's own table, once there are any
 
     def place(self, count: int) -> None:
         """Decides where the next `count` tokens go and what they may see; the same in each block.
@@ -440,8 +440,8 @@ class Transformer(Net):
         """(2, T, D / 2), or (2, B, 1, T, D / 2) where the rows' positions differ."""
         assert self.rotary is not None
         table = self.rotary
-        if cache is not None and cache.lengths and (end := max(cache.lengths) + 1) > self.block_size:
-            if cache.rotary.numel() == 0 or cache.rotary.size(1) < end:
+        if cache is not None and (end := max(cache.lengths) + 1) > self.block_size:
+            if cache.rotary.size(1) < end:
                 cache.rotary = rotary_table(2 * end, 2 * table.size(-1)).to(table)
             table = cache.rotary
         rows = table[:, positions]
