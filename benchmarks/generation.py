@@ -22,6 +22,7 @@ import statistics
 import time
 import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,7 @@ import lmlight  # first: it bounds how long torch's threads spin
 from lmlight import Sampling, Transformer
 from lmlight.generation import continue_ids
 from lmlight.models import GPT2, LLAMA, Net
+from lmlight.models.decoding import product
 
 SHAPE = Shape(65, 256, 6, 6, 384)
 PROMPT, NEW = 56, 200
@@ -96,12 +98,13 @@ def floor(net: nn.Module, plain: bool) -> Write:
     """The matrix-vector products of one token, nothing between them: with torch's linear, or as lmlight does it."""
     layers = [module for module in net.modules() if isinstance(module, nn.Linear)]
     inputs = [torch.randn(1, layer.in_features) for layer in layers]
+    products = [partial(F.linear, weight=layer.weight) if plain else product(layer, rows=1) for layer in layers]
 
     @torch.inference_mode()
     def write(_: list[int], new: int) -> None:
         for _ in range(new):
-            for x, layer in zip(inputs, layers):
-                F.linear(x, layer.weight) if plain else layer(x)
+            for x, multiply in zip(inputs, products):
+                multiply(x)
 
     return write
 

@@ -21,7 +21,7 @@ from lmlight.generation import (
     write,
 )
 from lmlight.models import GPT2, LLAMA, Bigram, Transformer
-from lmlight.models.transformer import attention_weights, repeat_heads, rotary_table
+from lmlight.models.attention import attention_weights, repeat_heads, rotary_table
 
 
 def net_of(vocab_size=11, block_size=8, **options):

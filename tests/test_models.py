@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from lmlight.errors import UserError
 from lmlight.models import GPT2, LLAMA, Attention, Bigram, Transformer
-from lmlight.models.transformer import attention_weights, repeat_heads, rotary_table, rotate
+from lmlight.models.attention import attention_weights, repeat_heads, rotary_table, rotate
 
 SMALL = {"vocab_size": 11, "block_size": 8, "n_layer": 2, "n_head": 4, "n_embd": 32}
 VARIANTS = [
