@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -22,6 +23,7 @@ from lmlight.generation import (
 )
 from lmlight.models import GPT2, LLAMA, Bigram, Transformer
 from lmlight.models.attention import attention_weights, repeat_heads, rotary_table
+from lmlight.models.decoding import product
 
 
 def net_of(vocab_size=11, block_size=8, **options):
@@ -176,10 +178,8 @@ def test_beyond_the_block_contexts_are_as_documented(options, exact):
 @pytest.mark.parametrize(("options", "most"), [({}, 1.0), ({"positions": "learned"}, 2.0)], ids=str)
 def test_the_cost_of_a_token_does_not_grow_beyond_the_block(monkeypatch, options, most):
     """Counted in positions computed: one a token, and for learned positions half a block now and then."""
-    seen, features = [], Transformer.features
-    monkeypatch.setattr(
-        Transformer, "features", lambda self, idx, *a: seen.append(idx.numel()) or features(self, idx, *a)
-    )
+    seen, embed = [], F.embedding
+    monkeypatch.setattr(F, "embedding", lambda idx, *a, **k: seen.append(idx.numel()) or embed(idx, *a, **k))
     list(continue_ids(net_of(**options), [[1] * 5], Sampling(max_new_tokens=101), [1]))
     assert seen[0] == 5, "the prompt is one pass"
     assert sum(seen[1:]) / 100 <= most
@@ -205,6 +205,42 @@ def test_texts_written_together_are_those_written_alone(options, exact):
 
     assert told(together) == told(alone)
     assert together[0].text != together[1].text
+
+
+@pytest.mark.parametrize("rows", [1, 2, 32])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("out", [66, 65])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_product_is_the_linear_map(rows, bias, out, dtype):
+    torch.manual_seed(0)
+    linear, x = torch.nn.Linear(48, out, bias=bias, dtype=dtype), torch.randn(rows, 48, dtype=dtype)
+    atol = 1e-5 if dtype == torch.float32 else 1e-12
+    torch.testing.assert_close(product(linear, rows)(x), linear(x), rtol=0, atol=atol)
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("bias", [True, False])
+def test_int8_weights_are_rounded_row_by_row(rows, bias):
+    torch.manual_seed(0)
+    linear, x = torch.nn.Linear(64, 32, bias=bias), torch.randn(rows, 64)
+    largest = linear.weight.abs().amax(1, keepdim=True)
+    assert (largest.max() / largest.min()) > 1.01, "one step for the whole matrix would do as well"
+    rounded = (linear.weight / largest * 127).round() * largest / 127
+    got, plain = product(linear, rows, "int8")(x), F.linear(x, rounded, linear.bias)
+    assert got.dtype == x.dtype
+    torch.testing.assert_close(got, plain, rtol=0, atol=0.02)  # inputs and sums are rounded to bfloat16
+    assert not torch.allclose(got, linear(x), rtol=0, atol=1e-4)
+
+
+def test_int8_weights_are_asked_for_by_the_sampling():
+    net = net_of(vocab_size=64, block_size=32)
+    full, int8 = (
+        list(continue_ids(net, [[1, 2]], Sampling(max_new_tokens=2, weights=w), [1])) for w in ("full", "int8")
+    )
+    assert torch.equal(full[0].logits, int8[0].logits), "the prompt sees the full ones"
+    assert full[0].ids == int8[0].ids
+    difference = (full[1].logits - int8[1].logits).abs().max()
+    assert 0 < difference < 0.1 * full[1].logits.abs().max()
 
 
 def test_log_probabilities_are_the_net_s_own():
@@ -357,6 +393,7 @@ def test_control_characters_do_not_reach_the_terminal():
         {"stop": [""]},
         {"stop": "ROMEO"},
         {"max_new_tokens": -1},
+        {"weights": "int4"},
     ],
     ids=str,
 )

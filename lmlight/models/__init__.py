@@ -1,8 +1,9 @@
 """Nets: token ids in, logits out."""
 
+from lmlight.models.attention import Attention
 from lmlight.models.base import Net, chosen
 from lmlight.models.bigram import Bigram
-from lmlight.models.transformer import GPT2, LLAMA, Attention, Transformer
+from lmlight.models.transformer import GPT2, LLAMA, Transformer
 
 NETS: dict[str, type[Net]] = {"Bigram": Bigram, "Transformer": Transformer}
 """The nets that a checkpoint may name."""

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Any
+from typing import Any, Literal
 
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+Weights = Literal["full", "int8"]
+"""How matrices are read for a further token: as they are, or rounded to a quarter of the bytes."""
 
 
 class Cache:
@@ -68,8 +71,8 @@ class Net(nn.Module, ABC):
             (B, V), what `forward` gives at each row's last token, as long as a row is not longer than `block_size`.
         """
 
-    def new_cache(self, rows: int) -> Cache:
-        """An empty cache for so many rows."""
+    def new_cache(self, rows: int, weights: Weights = "full") -> Cache:
+        """An empty cache for so many rows; `weights` are for the tokens that come one at a time."""
         return Cache(rows)
 
     @property

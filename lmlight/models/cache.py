@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from lmlight.models.base import Cache
+from lmlight.models.base import Cache, Weights
 
 if TYPE_CHECKING:
     from lmlight.models.decoding import OneToken
+
 
 class KeyValueCache(Cache):
     """The keys and values of the last S tokens, block by block, in buffers that are made once.
@@ -27,14 +28,23 @@ class KeyValueCache(Cache):
         slots: S.
         head_size: D.
         like: gives the data type and the device.
+        weights: how the net's are read for a further token.
     """
 
-    def __init__(self, rows: int, n_layer: int, heads: int, slots: int, head_size: int, like: Tensor) -> None:
+    def __init__(
+        self,
+        rows: int,
+        n_layer: int,
+        heads: int,
+        slots: int,
+        head_size: int,
+        like: Tensor,
+        weights: Weights = "full",
+    ) -> None:
         super().__init__(rows)
-        shape = (n_layer, 2, rows, heads, slots, head_size)
+        shape = (2 * n_layer, rows, heads, slots, head_size)
         self.buffers = torch.zeros(shape, dtype=like.dtype, device=like.device)
-        self.layers = [(self.buffers[layer, 0], self.buffers[layer, 1]) for layer in range(n_layer)]
-        self.slots = slots
+        self.slots, self.weights = slots, weights
         self.step: OneToken | None = None  # made for the first token that is extended by, and kept with what it follows
         self.rotary = torch.empty(2, 0, head_size // 2)  # of positions beyond the net's own table, once there are any
 
@@ -42,44 +52,43 @@ class KeyValueCache(Cache):
         """Decides where the next `count` tokens go and what they may see; the same in each block.
 
         Sets `positions`, of each token in its row, as a slice where all rows agree, else (B, 1); and `causal` and
-        `visible`, which `attend` takes.
+        `visible`, which `attend` takes. The views of the buffers are made for all blocks at once, for each costs a call.
         """
         first, last = min(self.lengths), max(self.lengths)
-        self.read = min(last + count, self.slots)
+        read = min(last + count, self.slots)
+        self._seen = self.buffers.narrow(3, 0, read).unbind()  # keys and values, block by block: (B, H_kv, S, D)
         self.causal, self.visible = False, None
         self.positions: slice | Tensor
         if first == last:
             self.positions = slice(first, first + count)
             slot = first % self.slots
             assert slot + count <= self.slots, f"{count} tokens at once do not fit behind {first} in {self.slots} slots"
-            self.write: slice | Tensor = slice(slot, slot + count)
+            self._new = self.buffers.narrow(3, slot, count).unbind()
             if count > 1:
                 assert first < self.slots, "beyond the block, a token at a time"
                 self.causal = first == 0
                 if first:
-                    ones = torch.ones(count, self.read, dtype=torch.bool, device=self.buffers.device)
+                    ones = torch.ones(count, read, dtype=torch.bool, device=self.buffers.device)
                     self.visible = ones.tril(first)
         else:
             assert count == 1, "rows of different lengths are extended a token at a time"
             lengths = torch.tensor(self.lengths, device=self.buffers.device)
-            self.positions, self.write = lengths[:, None], lengths % self.slots
-            self.visible = (torch.arange(self.read, device=lengths.device) <= self.positions)[:, None, None]
+            self.positions, self._slots_of_rows = lengths[:, None], lengths % self.slots
+            self.visible = (torch.arange(read, device=lengths.device) <= self.positions)[:, None, None]
 
     def put(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Keeps the keys and values (B, H_kv, T, D) of one block; all that the tokens may see, (B, H_kv, S, D)."""
-        keys, values = self.layers[layer]
-        if isinstance(self.write, slice):
-            keys.narrow(2, self.write.start, k.size(2)).copy_(k)
-            values.narrow(2, self.write.start, k.size(2)).copy_(v)
+        keys, values = self._seen[2 * layer], self._seen[2 * layer + 1]
+        if isinstance(self.positions, slice):
+            self._new[2 * layer].copy_(k)
+            self._new[2 * layer + 1].copy_(v)
         else:
             rows = torch.arange(len(k), device=k.device)
-            keys[rows, :, self.write], values[rows, :, self.write] = (
-                k[:, :, 0].to(keys.dtype),
-                v[:, :, 0].to(keys.dtype),
-            )
-        return keys.narrow(2, 0, self.read), values.narrow(2, 0, self.read)
+            keys[rows, :, self._slots_of_rows] = k[:, :, 0].to(keys.dtype)
+            values[rows, :, self._slots_of_rows] = v[:, :, 0].to(values.dtype)
+        return keys, values
 
     def replace(self, rows: list[int], other: Cache) -> None:
         super().replace(rows, other)
         assert isinstance(other, KeyValueCache)
-        self.buffers[:, :, rows] = other.buffers
+        self.buffers[:, rows] = other.buffers

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from lmlight.errors import UserError
 from lmlight.models.attention import NORM_EPS, Attention, drop, rotary_table
-from lmlight.models.base import Cache, Net, init_arguments
+from lmlight.models.base import Cache, Net, Weights, init_arguments
 from lmlight.models.cache import KeyValueCache
 from lmlight.models.decoding import OneToken
 
@@ -183,7 +183,7 @@ class Transformer(Net):
         # a net that drops out, or that FSDP has spread (and made a subclass of), goes through its modules
         if count == 1 and any(cache.lengths) and type(self) is Transformer and not (self.training and self.dropout):
             if cache.step is None:
-                cache.step = OneToken(self, len(idx))
+                cache.step = OneToken(self, len(idx), cache.weights)
             return cache.step(idx[:, 0], cache)
         x = self.features(idx, cache)  # (B, T, C)
         if lengths is None or min(lengths) == count:
@@ -195,10 +195,10 @@ class Transformer(Net):
             x = x[torch.arange(len(x), device=x.device), torch.tensor(lengths, device=x.device) - 1]
         return self.head(x)  # (B, V)
 
-    def new_cache(self, rows: int) -> KeyValueCache:
+    def new_cache(self, rows: int, weights: Weights = "full") -> KeyValueCache:
         heads: int = self.config["n_kv_head"] or self.config["n_head"]
         head_size = self.config["n_embd"] // self.config["n_head"]
-        return KeyValueCache(rows, len(self.blocks), heads, self.block_size, head_size, like=self.head.weight)
+        return KeyValueCache(rows, len(self.blocks), heads, self.block_size, head_size, self.head.weight, weights)
 
     @property
     def slides(self) -> bool:
