@@ -1,6 +1,6 @@
 """How fast is text written, against other people's nets and against the memory's speed?
 
-    python benchmarks/generation.py [--rounds 5] [--json FILE]
+    python benchmarks/generation.py [--rounds 5] [--json FILE] [--ckpt_path FILE]
 
 The shape is nanoGPT's for one GPU: 6 layers, width 384, context 256, float32, 65 characters. A prompt of 56 tokens and 200
 new ones stay within the context; everything is measured in alternating rounds of one process, medians are given.
@@ -8,7 +8,8 @@ new ones stay within the context; everything is measured in alternating rounds o
 The floor of one stream is the time of its matrix-vector products alone, the weights read once from memory for each token:
 by torch's `linear`, and by lmlight's own `Linear`, whichever is faster on the machine.
 The roofline of many streams is the time of reading the weights and the cache's filled part once a step, at the rate at
-which a large array can be summed. Prints Markdown tables.
+which a large array can be summed; beside it, what the products of so many rows take alone, which is more. With a checkpoint,
+what rounding the weights to int8 costs is scored on the validation text, token by token. Prints Markdown tables.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ import warnings
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # as `lmlight predict` has it
 
@@ -35,9 +36,11 @@ from peers import Shape
 from torch import nn
 
 import lmlight  # first: it bounds how long torch's threads spin
-from lmlight import Sampling, Transformer
+from lmlight import Sampling, Transformer, checkpoint
+from lmlight.data import corpus
 from lmlight.generation import continue_ids
 from lmlight.models import GPT2, LLAMA, Net
+from lmlight.models.base import Weights
 from lmlight.models.decoding import product
 
 SHAPE = Shape(65, 256, 6, 6, 384)
@@ -94,11 +97,11 @@ def litgpt() -> Write:
     return write
 
 
-def floor(net: nn.Module, plain: bool) -> Write:
-    """The matrix-vector products of one token, nothing between them: with torch's linear, or as lmlight does it."""
+def floor(net: nn.Module, plain: bool, rows: int = 1) -> Write:
+    """The products of one step with the weights, nothing between them: with torch's linear, or as lmlight does it."""
     layers = [module for module in net.modules() if isinstance(module, nn.Linear)]
-    inputs = [torch.randn(1, layer.in_features) for layer in layers]
-    products = [partial(F.linear, weight=layer.weight) if plain else product(layer, rows=1) for layer in layers]
+    inputs = [torch.randn(rows, layer.in_features) for layer in layers]
+    products = [partial(F.linear, weight=layer.weight) if plain else product(layer, rows) for layer in layers]
 
     @torch.inference_mode()
     def write(_: list[int], new: int) -> None:
@@ -168,9 +171,12 @@ def many_streams(rounds: int) -> dict[str, Any]:
     net, rate = Transformer(**SHAPE.__dict__, **GPT2).eval(), read_rate()
     weights = sum(module.weight.nbytes for module in net.modules() if isinstance(module, nn.Linear))
     print(f"\nAn array is summed at {rate / 1e9:.1f} GB/s.\n")
-    print("| streams | context | ms a step | tokens/s | of the roofline | of one stream's |\n|---|---|---|---|---|---|")
+    print("| streams | context | ms a step | products alone | tokens/s | of the roofline | of one stream's |")
+    print("|---|---|---|---|---|---|---|")
     results: dict[str, Any] = {"bytes_per_second": rate}
     for batch in (1, 8, 32):
+        alone = floor(net, plain=False, rows=batch)
+        products = seconds_of(rounds, {"": lambda w=alone: w([], 20)})[""] / 20
         for context in (32, 128, 248):
             times = [statistics.median(step_times(net, batch, context - 8, 17)) for _ in range(rounds)]
             seconds = statistics.median(times)
@@ -180,11 +186,55 @@ def many_streams(rounds: int) -> dict[str, Any]:
                 results[f"one at {context}"] = seconds
             gain = batch * results[f"one at {context}"] / seconds
             print(
-                f"| {batch} | {context} | {1e3 * seconds:.2f} | {batch / seconds:,.0f} | {share:.0%} | {gain:.1f} |",
+                f"| {batch} | {context} | {1e3 * seconds:.2f} | {1e3 * products:.2f} | {batch / seconds:,.0f} | {share:.0%} "
+                f"| {gain:.1f} |",
                 flush=True,
             )
-            results[f"{batch} at {context}"] = {"seconds": seconds, "of_roofline": share, "gain": gain}
+            figures = {"seconds": seconds, "products": products, "of_roofline": share, "gain": gain}
+            results[f"{batch} at {context}"] = figures
     return results
+
+
+def rounded_weights(rounds: int, ckpt_path: Path | None) -> dict[str, float]:
+    net, kinds = Transformer(**SHAPE.__dict__, **GPT2).eval(), get_args(Weights)
+    scores = {kind: nats_per_char(ckpt_path, kind) for kind in kinds} if ckpt_path else {}
+    print(
+        "\n| weights | ms a token, 1 stream | 8 streams | 32 streams | nats/char, token by token |\n|---|---|---|---|---|"
+    )
+    results = {f"nats_per_char {kind}": score for kind, score in scores.items()}
+    for batch in (1, 8, 32):
+        prompts = torch.randint(65, (batch, PROMPT)).tolist()
+        tasks = {kind: partial(steps_with, net, prompts, kind) for kind in kinds}
+        results |= {f"{batch} {kind}": value / 100 for kind, value in seconds_of(rounds, tasks).items()}
+    for kind in kinds:
+        cells = [f"{1e3 * results[f'{batch} {kind}']:.2f}" for batch in (1, 8, 32)]
+        print("|", " | ".join([kind, *cells, f"{scores[kind]:.4f}" if scores else "-"]), "|", flush=True)
+    return results
+
+
+def steps_with(net: Net, prompts: list[list[int]], weights: Weights) -> None:
+    for _ in continue_ids(net, prompts, Sampling(max_new_tokens=100, weights=weights), list(range(len(prompts)))):
+        pass
+
+
+@torch.inference_mode()
+def nats_per_char(ckpt_path: Path, weights: Weights) -> float:
+    """Of the validation text in whole blocks that do not overlap, each token coming by itself, as in writing."""
+    content = checkpoint.read(ckpt_path)
+    net, tokenizer = checkpoint.net_of(content).eval(), checkpoint.tokenizer_of(content)
+    _, text = corpus.split(corpus.load("tinyshakespeare").text, 0.1)
+    ids = torch.tensor(tokenizer.encode(text))
+    T = net.block_size
+    rows = (len(ids) - 1) // T
+    inputs, targets = ids[: rows * T].view(rows, T), ids[1 : rows * T + 1].view(rows, T)
+    nats = 0.0
+    for batch_inputs, batch_targets in zip(inputs.split(32), targets.split(32)):
+        cache = net.new_cache(len(batch_inputs), weights)
+        for t in range(T):
+            nats += F.cross_entropy(
+                net.extend(batch_inputs[:, t : t + 1], cache), batch_targets[:, t], reduction="sum"
+            ).item()
+    return nats / int(tokenizer.char_counts[targets.numpy()].sum())
 
 
 def prompts_and_windows(rounds: int) -> dict[str, float]:
@@ -216,6 +266,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--ckpt_path", type=Path, help="a checkpoint trained on tiny Shakespeare")
     options = parser.parse_args()
     torch.manual_seed(0)
     gc.disable()  # the peers' imports leave a million objects, and whoever allocates next pays for looking through them
@@ -225,6 +276,7 @@ def main() -> None:
     results = {
         "one stream, seconds a token": one_stream(options.rounds),
         "many streams": many_streams(options.rounds),
+        "rounded weights": rounded_weights(options.rounds, options.ckpt_path),
         "prompts and windows": prompts_and_windows(options.rounds),
     }
     if options.json:

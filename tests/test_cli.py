@@ -177,7 +177,8 @@ def chat(arguments, typed, **options):
 def test_chat_streams_verse_and_takes_settings(finished):
     folder, _, best = finished
     typed = (
-        '/max_new_tokens 5\nMIRA:\n/seed 1337\nMIRA:\n/temperature 0\n/temperature x\n/colour 1\n/stop ["a"]\n/quit\n'
+        '/max_new_tokens 5\nMIRA:\n/seed 1337\nMIRA:\n/temperature 0\n/temperature x\n/colour 1\n/stop ["a"]\n'
+        "/weights int8\n/weights int4\nMIRA:\n/quit\n"
     )
     done = chat([best], typed)
     assert done.returncode == 0, done.stderr
@@ -186,6 +187,7 @@ def test_chat_streams_verse_and_takes_settings(finished):
     assert first == again == printable(text.removeprefix("MIRA:"))
     assert "a value of type float is wanted, got 'x'" in done.stdout
     assert "there is no /colour" in done.stdout
+    assert "weights must be one of full, int8, got 'int4'" in done.stdout
     assert "lightning" not in done.stderr
     assert chat(["best"], "", cwd=folder).returncode == 0, "the newest run's best, and the end of the input ends it"
     missing = chat(["nope.ckpt"], "")
