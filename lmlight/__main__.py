@@ -15,6 +15,10 @@ def main() -> int:
         from lmlight import chat
 
         return chat.main(sys.argv[2:])
+    if sys.argv[1:2] == ["curves"]:
+        from lmlight import curves
+
+        return curves.main(sys.argv[2:])
     from lmlight import cli
 
     return cli.main()

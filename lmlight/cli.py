@@ -26,9 +26,9 @@ from lightning.pytorch.callbacks import LearningRateMonitor
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities import rank_zero_only
 
-from lmlight import __version__
+from lmlight import __version__, callbacks
 from lmlight import checkpoint as checkpoints
-from lmlight.callbacks import RunProgress, WritePredictions
+from lmlight.callbacks import RunLogger, RunProgress, WritePredictions
 from lmlight.data.datamodule import TextDataModule
 from lmlight.errors import UserError, say
 from lmlight.generation import printable
@@ -72,7 +72,9 @@ class LmlightCLI(LightningCLI):
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         for target in ("data.seed", "model.seed", "model.sampling.seed"):
             parser.link_arguments("seed_everything", target, compute_fn=int)
-        parser.set_defaults({"trainer.callbacks": [{"class_path": "lmlight.callbacks.SampleText"}]})
+        watching = [LearningRateMonitor, *callbacks.DEFAULT]
+        names = [{"class_path": f"{kind.__module__}.{kind.__name__}"} for kind in watching]
+        parser.set_defaults({"trainer.callbacks": names})
 
     def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
         parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
@@ -160,17 +162,18 @@ class LmlightCLI(LightningCLI):
         trainer_config = {**self._get(self.config_init, "trainer", default={}), **kwargs}
         plugins = trainer_config["plugins"] or []
         trainer_config["plugins"] = [*(plugins if isinstance(plugins, list) else [plugins]), CheckpointFiles()]
-        callbacks: list[Callback] = []
+        if not trainer_config["logger"]:  # LearningRateMonitor refuses to have nowhere to log to
+            kept = trainer_config["callbacks"] or []
+            trainer_config["callbacks"] = [kind for kind in kept if not isinstance(kind, LearningRateMonitor)]
+        ours: list[Callback] = []
         if self.subcommand == "fit":
-            if trainer_config["logger"]:
-                callbacks.append(LearningRateMonitor("step"))
             if trainer_config["enable_checkpointing"] is not False:
-                callbacks.append(KeepCheckpoints())
+                ours.append(KeepCheckpoints())
             if trainer_config["enable_progress_bar"] is not False:
-                callbacks.append(RunProgress())
+                ours.append(RunProgress())
         elif self.subcommand == "predict":
-            callbacks.append(WritePredictions(self.config[self.subcommand].output))
-        return self._instantiate_trainer(trainer_config, callbacks)
+            ours.append(WritePredictions(self.config[self.subcommand].output))
+        return self._instantiate_trainer(trainer_config, ours)
 
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
         ours: dict[str, Any] = {"weights_only": True}
@@ -199,6 +202,9 @@ class LmlightCLI(LightningCLI):
             print(f"  {final:.4f} nats per character at the last validation")
         print(f"\n{printable(model.generate('ROMEO:', max_new_tokens=150))}\n")
         print(f"Next:\n  {_command()} predict --ckpt_path {path} --data.prompts '[\"ROMEO:\"]'")
+        if isinstance(self.trainer.logger, RunLogger):
+            tensorboard = Path(_command()).with_name("tensorboard")  # where lmlight is
+            print(f"  {tensorboard} --logdir {os.path.relpath(self.trainer.logger.root_dir)}")
 
     @rank_zero_only
     def after_validate(self) -> None:

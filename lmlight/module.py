@@ -57,6 +57,7 @@ class LanguageModel(LightningModule):
         init_from: what `checkpoint.read` gave: the net begins with its weights instead of random ones (finetuning).
         on_text: called by `predict_step` with a stream and its next piece of text.
         logprobs: whether `predict_step` notes each token's log-probability.
+        step_loss: the training loss of the optimizer step, on this device.
     """
 
     def __init__(
@@ -158,7 +159,7 @@ class LanguageModel(LightningModule):
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         micro_batch = batch_idx % self.trainer.accumulate_grad_batches
         if micro_batch == 0:
-            self._step_loss = torch.zeros((), device=self.device)
+            self.step_loss = torch.zeros((), device=self.device)
         # every random number of a step follows from these: no generator's state needs to survive an interruption
         position = (self.seed, self.global_step, micro_batch, self.global_rank)
         seed = int(np.random.SeedSequence(position).generate_state(1, np.uint64)[0] >> np.uint64(1))
@@ -169,7 +170,7 @@ class LanguageModel(LightningModule):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         loss = self._net().loss(batch.inputs, batch.targets)
-        self._step_loss += loss.detach() / self.trainer.accumulate_grad_batches
+        self.step_loss += loss.detach() / self.trainer.accumulate_grad_batches
         return loss
 
     def configure_gradient_clipping(
@@ -195,28 +196,25 @@ class LanguageModel(LightningModule):
         if isinstance(norm, DTensor):
             norm = norm.full_tensor()
         # asking a GPU for a number makes it wait, so there only where the logs ask anyway
-        if (
-            scaler is None
-            and (self._log_due() or self.device.type == "cpu")
-            and not (norm + self._step_loss).isfinite()
-        ):
-            raise not_finite("the loss" if not self._step_loss.isfinite() else "a gradient", self.trainer)
+        if scaler is None and (self.log_due() or self.device.type == "cpu") and not (norm + self.step_loss).isfinite():
+            raise not_finite("the loss" if not self.step_loss.isfinite() else "a gradient", self.trainer)
         if gradient_clip_val and gradient_clip_algorithm == "value":
             torch.nn.utils.clip_grad_value_(parameters, gradient_clip_val)
         elif gradient_clip_val:
             torch.nn.utils.clip_grads_with_norm_(parameters, gradient_clip_val, norm)
-        if self._log_due():
+        if self.log_due():
             self.log("grad_norm", norm)
-            self.log("train/loss", self._step_loss, prog_bar=True, sync_dist=True)
+            self.log("train/loss", self.step_loss, prog_bar=True, sync_dist=True)
 
-    def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        self._score(batch, self.val_loss)
+    def validation_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """Scores a batch; (B, T) nats of each token, for callbacks."""
+        return self.score(batch, self.val_loss)
 
     def on_validation_epoch_end(self) -> None:
         self._report("val", self.val_loss)
 
     def test_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
-        self._score(batch, self.sliding_loss if dataloader_idx else self.test_loss)
+        self.score(batch, self.sliding_loss if dataloader_idx else self.test_loss)
 
     def on_test_epoch_end(self) -> None:
         self._report("test", self.test_loss)
@@ -294,6 +292,18 @@ class LanguageModel(LightningModule):
         texts = [stream.prompt + stream.text for stream in streams]
         return texts[0] if isinstance(prompt, str) else texts
 
+    def log_due(self) -> bool:
+        """Whether this step's figures reach the logs: `self.log` on every step costs 1 ms, a fifth of a small step."""
+        return (self.global_step + 1) % self.trainer.log_every_n_steps == 0  # type: ignore[attr-defined]  # set late
+
+    def score(self, batch: Batch, metric: TextLoss) -> Tensor:
+        """Adds a batch to a metric; (B, T) nats of each token, 0 where unscored."""
+        logits = self(batch.inputs).flatten(0, 1).float()  # (B * T, V)
+        losses = F.cross_entropy(logits, batch.targets.flatten(), reduction="none", ignore_index=UNSCORED)
+        losses = losses.view_as(batch.targets)
+        metric.update(losses, batch.targets, batch.target_chars)
+        return losses
+
     # Details
 
     def _write(
@@ -318,15 +328,6 @@ class LanguageModel(LightningModule):
     def _net(self) -> Net:
         assert self.net is not None, "the net is made when the data's sizes are known: see configure_model"
         return self.net
-
-    def _log_due(self) -> bool:
-        """Whether this step's figures reach the logs: `self.log` on every step costs 1 ms, a fifth of a small step."""
-        return (self.global_step + 1) % self.trainer.log_every_n_steps == 0  # type: ignore[attr-defined]  # set late
-
-    def _score(self, batch: Batch, metric: TextLoss) -> None:
-        logits = self(batch.inputs).flatten(0, 1).float()  # (B * T, V)
-        losses = F.cross_entropy(logits, batch.targets.flatten(), reduction="none", ignore_index=UNSCORED)
-        metric.update(losses.view_as(batch.targets), batch.targets, batch.target_chars)
 
     def _report(self, stage: str, metric: TextLoss) -> None:
         self.log_dict({f"{stage}/{name}": value.float() for name, value in metric.compute().items()})

@@ -89,17 +89,18 @@ def last(folder):
 
 
 def scalars(folder):
-    """All that TensorBoard shows of a run, or of the one run in `folder`."""
+    """All that TensorBoard shows of a run, or of the one run in `folder`, but for what the clock decides."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     (path,) = folder.glob("runs/*") if (folder / "runs").exists() else [folder]
     events = EventAccumulator(str(path)).Reload()
-    return {tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+    tags = [tag for tag in events.Tags()["scalars"] if not tag.startswith(("throughput/", "by_seconds/"))]
+    return {tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in tags}
 
 
 def differences(a, b, path=""):
-    """Every place in which two checkpoints are not the same to the bit; the folder of the run may differ."""
-    if path.endswith("best_model_path"):
+    """Every place in which two checkpoints are not the same to the bit; the folder and the time of the run may differ."""
+    if path.endswith(("best_model_path", "seconds")):
         return []
     if isinstance(a, dict) and isinstance(b, dict):
         missing = [f"{path}.{key}" for key in a.keys() ^ b.keys()]

@@ -10,6 +10,7 @@ import hashlib
 import json
 import math
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -127,7 +128,8 @@ class TextDataModule(LightningDataModule):
         store = self._open(text)
         self._trained = tokenizer = store.tokenizer
         self._train_ids, self._val_ids = store.ids["train"], np.append(store.ids["train"][-1:], store.ids["val"])
-        self._train_counts = self._char_counts(self._train_ids, store.chars["train"])
+        self._train_chars = store.chars["train"]
+        self._train_counts = self._char_counts(self._train_ids, self._train_chars)
         self._val_counts = self._char_counts(store.ids["val"], store.chars["val"])
         if not tokenizer.lossless:
             rank_zero_warn(
@@ -146,10 +148,27 @@ class TextDataModule(LightningDataModule):
         return TrainLoader(self._train_windows, order, self.num_workers)
 
     def val_dataloader(self) -> DataLoader[Batch]:
-        return self._scoring_loader(stride=self.block_size)
+        return self._validation_loader(stride=self.block_size)
 
     def test_dataloader(self) -> list[DataLoader[Batch]]:
-        return [self._scoring_loader(stride=self.block_size), self._scoring_loader(stride=-(-self.block_size // 2))]
+        return [self._validation_loader(stride=self.block_size), self._validation_loader(-(-self.block_size // 2))]
+
+    def train_sample_dataloader(self, windows: int) -> DataLoader[Batch]:
+        """Windows of the training text, spread evenly over it, to be scored exactly as the validation text is."""
+        ids, T = self._train_ids, self.block_size
+        starts = np.unique(np.linspace(0, len(ids) - 1 - T, windows).astype(np.int64) // T * T)
+        return self._scoring_loader(ids, self._train_counts, [(int(start), T, 0) for start in starts])
+
+    @property
+    def val_ids(self) -> npt.NDArray[np.integer]:
+        """The validation text's tokens, behind the last one of the training text."""
+        return self._val_ids
+
+    def characters_seen(self, steps: int) -> float:
+        """How much of the training text so many optimizer steps have read, again and again included; on average, for
+        windows differ. It compares across tokenizers and batch sizes, which steps do not."""
+        epochs = steps * self.batch_size / windows_per_epoch(len(self._train_ids), self.block_size)
+        return epochs * self._train_chars
 
     def predict_dataloader(self) -> DataLoader[list[str]]:
         """Batches of prompts, which go round the ranks; some ranks may get an empty last one."""
@@ -254,15 +273,22 @@ class TextDataModule(LightningDataModule):
         starts = np.resize(starts, windows_per_epoch(len(self._train_ids), self.block_size))
         return Windows(ids, starts, self.block_size, counts)
 
-    def _scoring_loader(self, stride: int) -> DataLoader[Batch]:
+    def _validation_loader(self, stride: int) -> DataLoader[Batch]:
         """Every token of the validation text, the first of which is the last training token, scored once."""
+        plan = scored_windows(len(self._val_ids), self.block_size, stride)
+        return self._scoring_loader(self._val_ids, self._val_counts, plan)
+
+    def _scoring_loader(
+        self, ids: npt.NDArray[np.integer], char_counts: npt.NDArray[np.number], plan: list[tuple[int, int, int]]
+    ) -> DataLoader[Batch]:
+        """This rank's share of the windows of a plan, of which only the last may be shorter than a block."""
         rank, world_size, _ = self._share()
         nothing = (0, self.block_size, self.block_size)  # a window of which no token is scored
-        plan = [*scored_windows(len(self._val_ids), self.block_size, stride), nothing]
+        plan = [*plan, nothing]
         starts, lengths, scored_from = np.array(plan).T
-        windows = Windows(self._val_ids, starts, lengths, self._val_counts, scored_from)
+        windows = Windows(ids, starts, lengths, char_counts, scored_from)
         last = len(plan) - 1
-        full = int((lengths[:last] == self.block_size).sum())  # only the last window can be shorter: a batch of its own
+        full = int((lengths[:last] == self.block_size).sum())  # the shorter one is a batch of its own
         batches = [list(range(i, min(i + self.batch_size, full))) for i in range(0, full, self.batch_size)]
         batches += [[i] for i in range(full, last)]
         # whole batches go round the ranks, and all get as many, or those that have more would wait for the others
@@ -279,12 +305,16 @@ class TrainLoader:
         windows: gives the windows of an epoch, in the order in which they are to be seen.
         order: cuts that order into this process's batches.
         num_workers: of the DataLoader that gathers them.
+
+    Attributes:
+        waited: seconds that training has spent waiting for batches.
     """
 
     def __init__(self, windows: Callable[[int], Windows], order: BatchOrder, num_workers: int) -> None:
         self._windows, self._order, self._num_workers = windows, order, num_workers
         self._epoch, self._seen = -1, 0  # micro-batches of the epoch that have been handed out
         self._resuming = False
+        self.waited = 0.0
 
     def state_dict(self) -> dict[str, Any]:
         """The epoch, and the position in it in windows over all ranks: it means the same to any number of processes."""
@@ -305,6 +335,7 @@ class TrainLoader:
         if not self._resuming:
             self._epoch, self._seen = self._epoch + 1, 0
         self._resuming = False
+        began = time.perf_counter()
         batches = DataLoader(
             self._windows(self._epoch),
             batch_sampler=list(self._order)[self._seen :],
@@ -314,7 +345,9 @@ class TrainLoader:
         )
         for batch in batches:
             self._seen += 1  # what has been handed out, not what workers have fetched ahead
+            self.waited += time.perf_counter() - began
             yield batch
+            began = time.perf_counter()
 
 
 def _read_prompts(prompts: Sequence[str] | str) -> list[str]:

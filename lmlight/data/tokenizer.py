@@ -70,6 +70,10 @@ class Tokenizer(ABC):
     def to_bytes(self) -> bytes:
         """All of it, for a file or a checkpoint; `from_bytes` is the way back."""
 
+    @abstractmethod
+    def piece(self, index: int) -> str:
+        """What an id stands for, as it is called in the vocabulary: SentencePiece writes a space as ▁."""
+
     def byte_of(self, index: int) -> bytes:
         """The byte that an id stands for, if it is a byte piece; else nothing."""
         return b""
@@ -193,6 +197,9 @@ class CharTokenizer(Tokenizer):
     def decode(self, ids: Iterable[int]) -> str:
         return "".join(self.characters[index] for index in ids)
 
+    def piece(self, index: int) -> str:
+        return self.characters[index]
+
     def to_bytes(self) -> bytes:
         return json.dumps({"kind": "char", "characters": "".join(self.characters)}).encode()
 
@@ -231,6 +238,9 @@ class SentencePieceTokenizer(Tokenizer):
 
     def decode(self, ids: Iterable[int]) -> str:
         return self._processor.decode(list(ids))
+
+    def piece(self, index: int) -> str:
+        return self.pieces[index]
 
     def byte_of(self, index: int) -> bytes:
         return bytes.fromhex(self.pieces[index][3:5]) if self._processor.is_byte(index) else b""

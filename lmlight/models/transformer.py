@@ -12,14 +12,14 @@ Sennrich 2019 (https://arxiv.org/abs/1910.07467); SwiGLU, Shazeer 2020 (https://
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lmlight.errors import UserError
-from lmlight.models.attention import NORM_EPS, Attention, drop, rotary_table
+from lmlight.models.attention import NORM_EPS, Attention, attention_weights, drop, repeat_heads, rotary_table
 from lmlight.models.base import Cache, Net, Weights, init_arguments
 from lmlight.models.cache import KeyValueCache
 from lmlight.models.decoding import OneToken
@@ -167,14 +167,30 @@ class Transformer(Net):
         if cache is not None:
             cache.place(T)
         positions = slice(0, T) if cache is None else cache.positions
-        x = self.embedding(idx)  # (B, T, C)
-        if self.positions is not None:
-            x = x + self.positions.weight[positions]
-        x = drop(x, self.dropout, self.training)
+        x = drop(self._embed(idx, positions), self.dropout, self.training)
         rotary = None if self.rotary is None else self.rotary_at(positions, cache)
         for layer, block in enumerate(self.blocks):
             x = block(x, rotary, None if cache is None else (cache, layer))
         return self.norm(x)
+
+    def attention_maps(self, idx: Tensor) -> Tensor:
+        """How much each position attends to each other one, in every block and head: (B, T) ids to (L, B, H, T, T).
+
+        For looking: it computes beside the fused path what that never writes down. Rows add up to 1; above the diagonal
+        all is 0.
+        """
+        positions = slice(0, idx.size(1))
+        x, maps = self._embed(idx, positions), []
+        rotary = None if self.rotary is None else self.rotary_at(positions, None)
+        for block in cast("list[Block]", self.blocks):
+            q, k, _ = block.attention.project(block.attention_norm(x), rotary=rotary)
+            maps.append(attention_weights(q, repeat_heads(k, q.size(1) // k.size(1)), causal=True))
+            x = block(x, rotary)
+        return torch.stack(maps)
+
+    def _embed(self, idx: Tensor, positions: slice | Tensor) -> Tensor:
+        x = self.embedding(idx)  # (B, T, C)
+        return x if self.positions is None else x + self.positions.weight[positions]
 
     @torch.no_grad()
     def extend(self, idx: Tensor, cache: Cache, lengths: list[int] | None = None) -> Tensor:

@@ -1,20 +1,17 @@
-"""What watches a run: its folder and TensorBoard files, its progress on the terminal, the verse it writes meanwhile."""
+"""Texts that a model writes: samples at each validation of a run, and what `predict` was asked for."""
 
 from __future__ import annotations
 
 import json
-import sys
-import time
+from collections.abc import Sequence
 from contextlib import suppress
-from datetime import datetime
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.loggers import TensorBoardLogger
-from lightning.pytorch.utilities import rank_zero_only
 from tqdm import tqdm
 
 from lmlight.errors import UserError
@@ -22,120 +19,35 @@ from lmlight.generation import TextStream, printable
 from lmlight.module import LanguageModel
 
 
-class RunLogger(TensorBoardLogger):
-    """TensorBoard files in a folder that no other run has: `runs/2025-01-31_12-00-00`, with `-2` and so on if taken.
-
-    Args:
-        save_dir: the folder of all runs.
-        version: the name of this run's; null makes one from the time.
-        purge_step: hide what the folder's earlier files say of this step and later ones: a resumed run says it again.
-    """
-
-    def __init__(self, save_dir: str = "runs", version: str | None = None, purge_step: int | None = None) -> None:
-        super().__init__(save_dir, name="", version=version, default_hp_metric=False, purge_step=purge_step)
-
-    def _get_next_version(self) -> str:  # type: ignore[override]
-        """Takes a name by making its folder, which only one of two processes can."""
-        name = datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
-        if getattr(rank_zero_only, "rank", 0) != 0:
-            return name  # rank 0's is what counts
-        runs = Path(self.root_dir)
-        runs.mkdir(parents=True, exist_ok=True)
-        number = 1
-        while True:
-            version = name if number == 1 else f"{name}-{number}"
-            try:
-                (runs / version).mkdir()
-                return version
-            except FileExistsError:
-                number += 1
-
-    def finalize(self, status: str) -> None:
-        super().finalize(status)
-        if status == "failed":  # a run that failed before it began leaves no folder: `rmdir` takes empty ones alone
-            with suppress(OSError):
-                Path(self.log_dir).rmdir()
-                Path(self.root_dir).rmdir()
-
-
-class RunProgress(ProgressBar):
-    """One bar for the whole run, and one line for each validation; without a terminal, the lines alone."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._bar: tqdm[Any] | None = None
-        self._enabled = True
-
-    def disable(self) -> None:
-        self._enabled = False
-
-    def enable(self) -> None:
-        self._enabled = True
-
-    def print(self, *args: Any, **kwargs: Any) -> None:
-        """A line above the bar."""
-        if self._enabled:
-            with tqdm.external_write_mode(file=sys.stdout):
-                print(*args, **kwargs, flush=True)
-
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._began = time.monotonic()
-        weights = sum(p.numel() for p in pl_module.parameters())
-        self.print(f"Training {weights:,} weights on {trainer.strategy.root_device} in {trainer.log_dir}")
-        if self._enabled and sys.stderr.isatty():
-            total = trainer.max_steps if trainer.max_steps > 0 else None
-            self._bar = tqdm(total=total, initial=trainer.global_step, unit="step", dynamic_ncols=True, leave=False)
-
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        # `refresh` goes to the terminal; `n` is for free, and the bar need not move more often than the figures do
-        if self._bar is not None and trainer.global_step % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
-            self._bar.set_postfix(_figures(trainer), refresh=False)
-            self._bar.update(trainer.global_step - self._bar.n)
-
-    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if trainer.state.fn != "fit" or trainer.sanity_checking:
-            return
-        figures = "  ".join(f"{name} {value}" for name, value in _figures(trainer).items())
-        seconds = time.monotonic() - self._began
-        of = f"/{trainer.max_steps}" if trainer.max_steps > 0 else ""
-        self.print(f"step {trainer.global_step:>5}{of}  {figures}  {seconds:.0f} s")
-
-    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        if self._bar is not None:
-            self._bar.close()
-            self._bar = None
-
-
-def _figures(trainer: Trainer) -> dict[str, str]:
-    return {
-        name: f"{trainer.callback_metrics[name]:.4f}"
-        for name in ("train/loss", "val/loss", "val/nats_per_char")
-        if name in trainer.callback_metrics
-    }
-
-
 class SampleText(Callback):
-    """Writes a text sample to TensorBoard at each validation, always from the same prompt and seed.
+    """Writes texts to TensorBoard at each validation, always from the same prompts and seed: noise that turns into a play.
 
     Args:
-        prompt: what it continues.
+        prompts: what they continue; an empty one starts from nothing.
         max_new_tokens: how far.
+        temperature: see `Sampling`; null is the model's own.
     """
 
-    def __init__(self, prompt: str = "", max_new_tokens: int = 100) -> None:
-        self.prompt, self.max_new_tokens = prompt, max_new_tokens
+    def __init__(
+        self, prompts: Sequence[str] = ("", "ROMEO:\n"), max_new_tokens: int = 120, temperature: float | None = None
+    ) -> None:
+        self.prompts, self.max_new_tokens, self.temperature = list(prompts), max_new_tokens, temperature
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.state.fn != "fit" or not isinstance(trainer.logger, TensorBoardLogger):
             return
         assert isinstance(pl_module, LanguageModel)
+        sampling = replace(pl_module.sampling, max_new_tokens=self.max_new_tokens, samples=1)
+        if self.temperature is not None:
+            sampling = replace(sampling, temperature=self.temperature)
         # on every rank, for the weights may be spread over them
-        text = pl_module.generate(self.prompt, max_new_tokens=self.max_new_tokens)
-        # four spaces: Markdown for "as it is", line breaks and all
-        markdown = "\n".join("    " + line for line in text.split("\n"))
-        trainer.logger.experiment.add_text("sample", markdown, trainer.global_step)
+        texts = pl_module.generate(self.prompts, **vars(sampling))
+        for prompt, text in zip(self.prompts, texts):
+            settings = f"temperature {sampling.temperature:g}, seed {sampling.seed}, step {trainer.global_step}"
+            # four spaces: Markdown for "as it is", line breaks and all
+            verse = "\n".join("    " + line for line in printable(text).split("\n"))
+            tag = f"verse/{prompt.strip() or 'from nothing'}"
+            trainer.logger.experiment.add_text(tag, f"{settings}\n\n{verse}", trainer.global_step)
 
 
 class WritePredictions(Callback):

@@ -1,0 +1,325 @@
+"""What is watched of a run, against plainer truths; what TensorBoard makes of it is in test_tensorboard.py."""
+
+import csv
+import math
+
+import lightning.pytorch as pl
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from lightning.pytorch import Callback
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from lmlight import Bigram, LanguageModel, TextDataModule, Transformer
+from lmlight.callbacks import (
+    LearningCurve,
+    Pictures,
+    RunLogger,
+    SampleText,
+    SettingsTable,
+    SmoothLoss,
+    Throughput,
+    TokenEmbedding,
+    TrainingSample,
+    UpdateRatio,
+)
+from lmlight.data.tokenizer import TokenizerConfig
+from lmlight.errors import UserError
+from lmlight.generation import printable
+
+STEPS, VALIDATIONS = 8, (4, 8)
+
+
+class Keep(Callback):
+    """Notes what happened, step by step, in the plainest way."""
+
+    def __init__(self):
+        self.losses, self.weights, self.batches = [], [], []
+
+    def on_train_start(self, trainer, model):
+        self.weights.append(model.net.embedding.weight.detach().clone() if hasattr(model.net, "embedding") else None)
+
+    def on_train_batch_end(self, trainer, model, outputs, batch, batch_idx):
+        self.losses.append(float(outputs["loss"]))
+        self.weights.append(model.net.embedding.weight.detach().clone() if hasattr(model.net, "embedding") else None)
+        self.batches.append(batch)
+
+
+def fit(verse_file, folder, callbacks, net, **options):
+    data = TextDataModule(str(verse_file), block_size=16, batch_size=8, tokenizer=TokenizerConfig(vocab_size=400))
+    model = LanguageModel(net=net)
+    trainer = pl.Trainer(
+        max_steps=STEPS,
+        val_check_interval=VALIDATIONS[0],
+        check_val_every_n_epoch=None,
+        log_every_n_steps=2,
+        accelerator="cpu",
+        logger=RunLogger(str(folder)),
+        callbacks=callbacks,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        enable_checkpointing=False,
+        num_sanity_val_steps=0,
+        use_distributed_sampler=False,
+        **options,
+    )
+    trainer.fit(model, datamodule=data)
+    return trainer, model, data
+
+
+@pytest.fixture(scope="module")
+def watched(tmp_path_factory, verse):
+    """A run with all callbacks at once, and what TensorBoard's files hold of it."""
+    folder = tmp_path_factory.mktemp("watched")
+    (folder / "verse.txt").write_bytes(verse.encode())
+    keep = Keep()
+    patch = pytest.MonkeyPatch()
+    patch.setenv("LMLIGHT_CACHE", str(folder / "cache"))
+    callbacks = [
+        keep,
+        SmoothLoss(over=2),
+        Throughput(),
+        UpdateRatio(),
+        TrainingSample(windows=7),
+        SampleText(prompts=["", "MIRA:\n"], max_new_tokens=12, temperature=0.7),
+        Pictures(tokens=9, blocks=[2], heads=[1, 4, 9]),
+        TokenEmbedding(most=50),
+        SettingsTable(),
+        LearningCurve(),
+    ]
+
+    def net(vocab_size, block_size):
+        return Transformer(vocab_size, block_size, n_layer=2, n_head=4, n_embd=32, positions="learned")
+
+    trainer, model, data = fit(folder / "verse.txt", folder / "runs", callbacks, net)
+    patch.undo()
+    (run,) = (folder / "runs").iterdir()
+    events = EventAccumulator(str(run), size_guidance={"images": 0, "tensors": 0}).Reload()
+    return keep, trainer, model, data, run, events
+
+
+def values(events, tag):
+    return [event.value for event in events.Scalars(tag)]
+
+
+def test_the_smooth_loss_is_the_mean_that_forgets(watched):
+    keep, *_, events = watched
+    logged = keep.losses[1::2]
+    assert values(events, "train/loss") == pytest.approx(logged)
+    expected = [
+        sum(0.5 ** (n - i) * x for i, x in enumerate(logged[: n + 1])) / sum(0.5 ** (n - i) for i in range(n + 1))
+        for n in range(len(logged))
+    ]
+    assert values(events, "train/loss_smooth") == pytest.approx(expected)
+
+
+def test_the_update_ratio_is_how_far_the_weights_moved(watched):
+    keep, *_, events = watched
+    expected = [
+        float((keep.weights[n] - keep.weights[n - 1]).norm() / keep.weights[n - 1].norm()) for n in (2, 4, 6, 8)
+    ]
+    assert values(events, "update_ratio/embedding") == pytest.approx(expected, rel=1e-4)
+    parts = {tag.partition("/")[2] for tag in events.Tags()["scalars"] if tag.startswith("update_ratio/")}
+    assert parts == {"embedding", "positions", "block 1", "block 2", "norm", "head"}
+
+
+def test_throughput_counts_what_was_trained_on(watched):
+    keep, *_, events = watched
+    tokens, characters = (np.array(values(events, f"throughput/{n}_per_second")) for n in ("tokens", "characters"))
+    assert len(tokens) == STEPS / 2
+    per_token = [
+        sum(float(batch.target_chars.sum()) for batch in keep.batches[n : n + 2]) / (2 * 8 * 16) for n in range(0, 8, 2)
+    ]
+    assert characters / tokens == pytest.approx(per_token, rel=1e-5)
+    assert all(0 <= share < 1 for share in values(events, "throughput/waiting_for_data"))
+    assert all(0 < share < 1 for share in values(events, "throughput/mfu"))
+    assert all(0.05 < gib < 24 for gib in values(events, "throughput/memory_gib"))
+
+
+def test_throughput_leaves_validations_out(verse_file, tmp_path):
+    class Slow(Callback):
+        def on_validation_end(self, trainer, model):
+            import time
+
+            time.sleep(1.0)
+
+    fit(verse_file, tmp_path / "runs", [Throughput(), Slow()], Bigram)
+    (run,) = (tmp_path / "runs").iterdir()
+    speeds = values(EventAccumulator(str(run)).Reload(), "throughput/tokens_per_second")
+    assert min(speeds) > 2 * 8 * 16, "a validation would make it less than the tokens of two steps in a second"
+
+
+def test_the_gap_is_measured_the_same_way(watched):
+    """The plainer truth: the net over the same windows, token by token."""
+    _, _, model, data, _, events = watched
+    nats = chars = 0.0
+    for batch in data.train_sample_dataloader(7):
+        losses = F.cross_entropy(
+            model.net.eval()(batch.inputs).flatten(0, 1), batch.targets.flatten(), reduction="none"
+        )
+        nats, chars = nats + float(losses.sum()), chars + int(batch.target_chars.sum())
+    assert values(events, "train_sample/nats_per_char")[-1] == pytest.approx(nats / chars, rel=1e-5)
+    gap = values(events, "val/nats_per_char")[-1] - nats / chars
+    assert values(events, "gap/nats_per_char")[-1] == pytest.approx(gap, abs=1e-5)
+
+
+def test_the_training_sample_is_spread_over_the_text_and_never_sampled(watched):
+    _, _, _, data, *_ = watched
+    starts = [int(start) for start in data.train_sample_dataloader(7).dataset.starts[:-1]]
+    assert len(starts) == 7
+    assert starts[0] == 0
+    assert starts[-1] > len(data._train_ids) - 3 * 16
+    assert all(start % 16 == 0 for start in starts)
+    assert len(data.train_sample_dataloader(10_000).dataset.starts) - 1 == (len(data._train_ids) - 1) // 16
+
+
+def test_verse_keeps_its_lines_and_says_how_it_was_made(watched):
+    _, _, model, _, _, events = watched
+    samples = events.Tensors("verse/MIRA:/text_summary")
+    assert [sample.step for sample in samples] == list(VALIDATIONS)
+    text = samples[-1].tensor_proto.string_val[0].decode()
+    settings, _, verse = text.partition("\n\n")
+    assert settings == "temperature 0.7, seed 1337, step 8"
+    plain = model.generate("MIRA:\n", max_new_tokens=12, temperature=0.7)
+    assert [line.removeprefix("    ") for line in verse.split("\n")] == printable(plain).split("\n")
+    assert "verse/from nothing/text_summary" in events.Tags()["tensors"]
+
+
+def test_pictures_are_of_what_was_asked_for(watched):
+    *_, events = watched
+    expected = {"attention/block 2 head 1", "attention/block 2 head 4", "positions", "loss by position", "surprise"}
+    assert set(events.Tags()["images"]) == expected, "there is no head 9"
+    for tag in expected:
+        assert [image.step for image in events.Images(tag)][-1] == STEPS, "the last validation is always drawn"
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+    """The arrays that pictures are made of, by the function that draws."""
+    from lmlight import pictures
+
+    seen = {}
+    for name in ("attention_map", "surprise", "loss_by_position", "bigram_table"):
+
+        def draw(*arrays, name=name, function=getattr(pictures, name)):
+            seen.setdefault(name, []).append(arrays)
+            return function(*arrays)
+
+        monkeypatch.setattr(pictures, name, draw)
+    return seen
+
+
+def test_pictures_hold_the_net_s_own_numbers(verse_file, tmp_path, drawn):
+    def net(vocab_size, block_size):
+        return Transformer(vocab_size, block_size, n_layer=2, n_head=4, n_embd=32, n_kv_head=2)
+
+    _, model, data = fit(verse_file, tmp_path / "runs", [Pictures(line="MIRA:\nto", share=0.0)], net)
+    weights, labels = drawn["attention_map"][-1]
+    assert weights.sum(1) == pytest.approx(np.ones(len(labels)), abs=1e-5)
+    assert not np.triu(weights, 1).any()
+    assert "".join(labels).replace("↵", "\n").replace("▁", " ") == "MIRA:\nto"
+    # the loss by position and the surprise, token by token
+    nats = np.zeros((2, 16))
+    for batch in data.val_dataloader():
+        losses = F.cross_entropy(model.net.eval()(batch.inputs).mT, batch.targets, reduction="none")
+        nats[0, : losses.size(1)] += losses.sum(0).detach().numpy()
+        nats[1, : losses.size(1)] += len(losses)
+    assert drawn["loss_by_position"][-1][0] == pytest.approx(nats[0] / nats[1], rel=1e-5)
+    pieces, surprise = drawn["surprise"][-1]
+    first = next(iter(data.val_dataloader()))
+    losses = F.cross_entropy(model.net(first.inputs[:1]).mT, first.targets[:1], reduction="none")[0]
+    assert surprise[:16] == pytest.approx(losses.detach().numpy(), rel=1e-5)
+    assert pieces[:16] == [model.tokenizer.piece(index) for index in first.targets[0].tolist()]
+    # drawn at the first validation, since nothing had been spent, and at the last
+    assert len(drawn["surprise"]) == 2
+
+
+def test_a_bigram_s_table_is_its_probabilities(verse_file, tmp_path, drawn):
+    _, model, data = fit(verse_file, tmp_path / "runs", [Pictures(), TokenEmbedding()], Bigram)
+    table, labels = drawn["bigram_table"][-1]
+    frequent = np.bincount(data.val_ids).argsort()[::-1][0]
+    assert labels[0] == model.tokenizer.piece(int(frequent)).replace("\n", "↵")
+    assert table[0, 0] == pytest.approx(float(model.net.table.weight[frequent].softmax(-1)[frequent]))
+    assert "attention_map" not in drawn
+
+
+def test_the_embedding_has_a_label_for_each_row(watched):
+    _, _, model, _, run, _ = watched
+    (labels,) = run.glob("**/metadata.tsv")
+    (vectors,) = run.glob("**/tensors.tsv")
+    labels, rows = labels.read_text("utf-8").rstrip("\n").split("\n"), vectors.read_text().strip().split("\n")
+    assert len(labels) == len(rows) == 50
+    place = labels.index("↵")
+    newline = model.tokenizer.encode("\n")[0]
+    assert [float(x) for x in rows[place].split("\t")] == pytest.approx(
+        model.net.embedding.weight[newline].tolist(), rel=1e-4
+    )
+
+
+def test_settings_are_a_row_to_sort_by_figures(watched):
+    from tensorboard.plugins.hparams import plugin_data_pb2
+
+    *_, run, _ = watched
+    events = EventAccumulator(str(run)).Reload()
+    content = events.summary_metadata["_hparams_/session_start_info"].plugin_data.content
+    found = plugin_data_pb2.HParamsPluginData.FromString(content).session_start_info.hparams
+    assert found["net.n_layer"].number_value == 2
+    assert found["net.positions"].string_value == "learned"
+    experiment = events.summary_metadata["_hparams_/experiment"].plugin_data.content
+    metrics = plugin_data_pb2.HParamsPluginData.FromString(experiment).experiment.metric_infos
+    assert "val/nats_per_char" in [metric.name.tag for metric in metrics]
+    assert len(values(events, "val/nats_per_char")) == len(VALIDATIONS), "no value that was not measured"
+
+
+def test_the_curve_is_a_table_a_picture_and_other_axes(watched):
+    _, _, _, data, run, events = watched
+    with (run / "metrics.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [float(row["step"]) for row in rows] == list(VALIDATIONS)
+    assert [float(row["val/nats_per_char"]) for row in rows] == pytest.approx(values(events, "val/nats_per_char"))
+    assert (run / "curve.png").read_bytes().startswith(b"\x89PNG")
+    by_characters = events.Scalars("by_characters/val_nats_per_char")
+    assert [event.value for event in by_characters] == pytest.approx(values(events, "val/nats_per_char"))
+    assert [event.step for event in by_characters] == [round(data.characters_seen(step)) for step in VALIDATIONS]
+    assert len(events.Scalars("by_seconds/train_sample_nats_per_char")) == 2
+
+
+def test_characters_seen_are_those_of_the_windows(watched):
+    """Over a whole epoch, all windows but the two that the offset costs: the text, almost."""
+    _, _, _, data, *_ = watched
+    loader = data.train_dataloader()
+    chars = sum(int(batch.target_chars.sum()) for batch in loader)
+    assert data.characters_seen(len(loader)) == pytest.approx(chars, rel=0.03)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: SmoothLoss(over=0),
+        lambda: TrainingSample(windows=0),
+        lambda: Pictures(tokens=0),
+        lambda: Pictures(share=2.0),
+    ],
+)
+def test_values_out_of_range_are_named(make):
+    with pytest.raises(UserError, match="must"):
+        make()
+
+
+def test_maps_of_the_net_are_what_the_fused_path_gathers_by():
+    """The maps of a block, applied to its values, give the block's own output."""
+    torch.manual_seed(0)
+    net = Transformer(11, 8, n_layer=2, n_head=4, n_embd=32, n_kv_head=2).double().eval()
+    for parameter in net.parameters():
+        parameter.data.add_(torch.randn_like(parameter) * 0.2)
+    idx = torch.randint(11, (3, 8))
+    maps = net.attention_maps(idx).detach()
+    assert maps.shape == (2, 3, 4, 8, 8)
+    block, x = net.blocks[0], net.embedding(idx)
+    rotary = net.rotary
+    h = block.attention_norm(x)
+    _, _, v = block.attention.project(h, rotary=rotary)
+    gathered = (maps[0] @ v.repeat_interleave(2, dim=1)).transpose(1, 2).flatten(2)
+    torch.testing.assert_close(block.attention.output(gathered), block.attention(h, rotary=rotary), rtol=0, atol=1e-12)
+    assert math.isclose(maps.sum().item(), 2 * 3 * 4 * 8)
