@@ -35,8 +35,8 @@ from peers import NANOGPT_CPU, Shape
 from torch import Tensor
 
 import lmlight  # first: it bounds how long torch's threads spin
-from lmlight import LanguageModel, TextDataModule, Transformer
-from lmlight.callbacks import RunLogger, RunProgress, SampleText
+from lmlight import LanguageModel, TextDataModule, Transformer, callbacks
+from lmlight.callbacks import RunLogger, RunProgress
 from lmlight.cli import TRAINER_DEFAULTS
 from lmlight.data.tokenizer import TokenizerConfig
 from lmlight.models import GPT2, LLAMA
@@ -67,14 +67,14 @@ def lmlight_fit(data: TextDataModule, model: Callable[[], LanguageModel] = Langu
         times, progress = StepTimes(), RunProgress()
         progress.disable()
         with tempfile.TemporaryDirectory() as folder:
-            callbacks = [times, SampleText(), progress, pl.callbacks.LearningRateMonitor("step"), KeepCheckpoints()]
+            watching = [pl.callbacks.LearningRateMonitor(), *(kind() for kind in callbacks.DEFAULT)]
             trainer = pl.Trainer(
                 **defaults,
                 max_steps=steps + 1,
                 limit_val_batches=0,
                 accelerator="cpu",
                 logger=RunLogger(folder),
-                callbacks=callbacks,
+                callbacks=[times, *watching, progress, KeepCheckpoints()],
             )
             trainer.fit(model(), datamodule=data)
         return list(np.diff(times.began))

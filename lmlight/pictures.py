@@ -1,6 +1,7 @@
 """Pictures of a net and of its training, as Matplotlib figures from plain arrays. Knows neither torch nor Lightning.
 
-Each figure has a white ground of its own, so that it reads on a light page and on a dark one.
+Each figure has a white ground of its own, so that it reads on a light page and on a dark one, and as far as it can is no
+wider than the 350 pixels that TensorBoard gives a picture.
 """
 
 from __future__ import annotations
@@ -35,18 +36,18 @@ def visible(piece: str, most: int = 12) -> str:
 
 def attention_map(weights: Floats, labels: Sequence[str]) -> Figure:
     """One head's attention weights (T, T): who looks (rows) at whom (columns)."""
-    figure = Figure(figsize=(5.2, 5.2), dpi=100, facecolor="white")
+    figure = Figure(figsize=(3.5, 3.5), dpi=100, facecolor="white")
     axes = figure.add_axes((0.19, 0.03, 0.79, 0.79))
     axes.imshow(weights, cmap="viridis", vmin=0.0, vmax=1.0)
     places = range(len(labels))
-    axes.set_xticks(places, labels, rotation=90, fontsize=9, family="monospace")
-    axes.set_yticks(places, labels, fontsize=9, family="monospace")
+    axes.set_xticks(places, labels, rotation=90, fontsize=6.5, family="monospace")
+    axes.set_yticks(places, labels, fontsize=6.5, family="monospace")
     axes.tick_params(top=True, labeltop=True, bottom=False, labelbottom=False, length=2)
-    figure.text(0.01, 0.98, "a row looks\nat columns", fontsize=8, va="top")
+    figure.text(0.01, 0.98, "a row looks\nat columns", fontsize=6, va="top")
     return figure
 
 
-def surprise(pieces: Sequence[str], nats: Floats, width: int = 72) -> Figure:
+def surprise(pieces: Sequence[str], nats: Floats, width: int = 42) -> Figure:
     """A text, each token (N,) on the colour of how surprising it was, in nats."""
     lines: list[list[tuple[str, float]]] = [[]]
     for piece, value in zip(pieces, nats):
@@ -64,24 +65,26 @@ def surprise(pieces: Sequence[str], nats: Floats, width: int = 72) -> Figure:
             ground[row, column] = shades(0.75 * min(1.0, value / most))[:3]
     size = 8 * 72 / (100 * CELL)  # points; a character is 8 pixels wide, for they are set at whole ones
     wide, high = width * CELL * size / 72, len(lines) * 1.6 * size / 72
-    figure = Figure(figsize=(wide + 0.3, high + 0.6), dpi=100, facecolor="white")
-    axes = figure.add_axes((0.15 / (wide + 0.3), 0.1 / (high + 0.6), wide / (wide + 0.3), high / (high + 0.6)))
+    figure = Figure(figsize=(wide + 0.1, high + 0.4), dpi=100, facecolor="white")
+    axes = figure.add_axes((0.05 / (wide + 0.1), 0.1 / (high + 0.4), wide / (wide + 0.1), high / (high + 0.4)))
     axes.imshow(ground, aspect="auto", extent=(0, width, len(lines), 0))
     for row, line in enumerate(lines):
         text = "".join(sign for sign, _ in line)
         axes.text(0, row + 0.52, text, family="monospace", fontsize=size, va="center", parse_math=False)
     axes.set_axis_off()
     mean = float(np.mean(nats))
-    axes.set_title(f"nats per token: white 0, red {most:.0f} and more; mean {mean:.2f}", fontsize=9, loc="left")
+    axes.set_title(f"nats per token: white 0, red {most:.0f}; mean {mean:.2f}", fontsize=7, loc="left")
     return figure
 
 
 def loss_by_position(nats: Floats) -> Figure:
     """The mean loss (T,) at each position of the block: how much the context helps."""
-    figure = Figure(figsize=(5.5, 3.2), dpi=100, facecolor="white", layout="constrained")
+    figure = Figure(figsize=(3.5, 2.4), dpi=100, facecolor="white", layout="constrained")
     axes = figure.subplots()
-    axes.plot(range(1, len(nats) + 1), nats, color="tab:blue")
-    axes.set(xlabel="tokens of context", ylabel="validation loss, nats per token")
+    axes.plot(range(1, len(nats) + 1), nats, color="tab:blue", linewidth=1)
+    axes.tick_params(labelsize=7)
+    axes.set_xlabel("tokens of context", fontsize=7)
+    axes.set_ylabel("validation loss, nats per token", fontsize=7)
     axes.grid(alpha=0.3)
     return figure
 
@@ -94,13 +97,13 @@ def bigram_table(probabilities: Floats, labels: Sequence[str]) -> Figure:
     axes.set_xticks(range(len(labels)), labels, rotation=90, fontsize=7, family="monospace")
     axes.set_yticks(range(len(labels)), labels, fontsize=7, family="monospace")
     axes.tick_params(top=True, labeltop=True, bottom=False, labelbottom=False, length=2)
-    figure.text(0.01, 0.98, "after a row\ncome columns", fontsize=8, va="top")
+    figure.text(0.01, 0.98, "after a row\ncome columns", fontsize=7, va="top")
     return figure
 
 
 def positions(vectors: Floats) -> Figure:
     """The learned vectors of the positions (T, C), and how alike they are (cosine)."""
-    figure = Figure(figsize=(8.5, 4), dpi=100, facecolor="white", layout="constrained")
+    figure = Figure(figsize=(7, 3.2), dpi=100, facecolor="white", layout="constrained")
     left, right = figure.subplots(1, 2)
     most = float(np.abs(vectors).max()) or 1.0
     left.imshow(vectors, aspect="auto", cmap="RdBu", vmin=-most, vmax=most)

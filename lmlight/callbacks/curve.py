@@ -111,10 +111,11 @@ class SettingsTable(Callback):
         if not isinstance(trainer.logger, TensorBoardLogger) or not trainer.is_global_zero:
             return
         assert isinstance(pl_module, LanguageModel) and pl_module.net is not None
-        found: dict[str, Any] = {"weights": sum(p.numel() for p in pl_module.net.parameters())}
-        found |= {"max_steps": trainer.max_steps, "precision": str(trainer.precision)}
-        found |= _flat(pl_module.settings or {"net": pl_module.net.config})
-        settings = {k: v for k, v in found.items() if not k.startswith(self.LEFT_OUT)}
+        kept = pl_module.settings or {"model": {"net": pl_module.net.config}}
+        found = {"seed": kept.get("seed_everything", pl_module.seed), **kept.get("data", {}), **kept["model"]}
+        settings: dict[str, Any] = {"weights": sum(p.numel() for p in pl_module.net.parameters())}
+        settings |= {"max_steps": trainer.max_steps, "precision": str(trainer.precision), "seed": found["seed"]}
+        settings |= _flat({name: value for name, value in found.items() if name not in self.LEFT_OUT})
         # not `logger.log_hyperparams`, which also writes a first value of each figure, and there is none yet
         for summary in hparams(settings, dict.fromkeys(self.figures, 0.0)):  # type: ignore[no-untyped-call]  # torch's
             trainer.logger.experiment._get_file_writer().add_summary(summary)

@@ -142,7 +142,7 @@ def _bigram(net: Bigram, tokenizer: Tokenizer, data: TextDataModule) -> tuple[An
     return table[np.ix_(frequent, frequent)], [pictures.visible(tokenizer.piece(int(index)), 8) for index in frequent]
 
 
-def _surprise(net: Net, data: TextDataModule, most: int = 320) -> tuple[list[int], Any]:
+def _surprise(net: Net, data: TextDataModule, most: int = 256) -> tuple[list[int], Any]:
     """The first tokens of the validation text, in whole blocks, and the nats (N,) that each took."""
     T = min(net.block_size, len(data.val_ids) - 1)
     blocks = max(1, min(most, len(data.val_ids) - 1) // T)

@@ -1,0 +1,112 @@
+"""A tiny run in a real TensorBoard, looked at through a real browser: `pytest -m browser`.
+
+Needs `pip install -e '.[test,browser]'` and Chromium with its driver (Debian: `apt-get install chromium chromium-driver`).
+"""
+
+import shutil
+import time
+
+import pytest
+from tensorboard import program
+
+from lmlight.cli import main
+
+pytestmark = pytest.mark.browser
+
+# what a person can read on the page, inside its components' shadow trees and frames too, and the size of each picture
+VISIBLE_TEXT = """
+const words = [];
+function walk(node) {
+  if (node.nodeType == Node.TEXT_NODE) {
+    const text = node.textContent.trim();
+    if (text && node.parentElement?.checkVisibility()) words.push(text);
+  }
+  if (node.nodeName == 'IMG' && node.complete) words.push(`picture ${node.naturalWidth} wide`);
+  if (node.nodeName == 'IFRAME' && node.contentDocument?.body) walk(node.contentDocument.body);
+  if (node.shadowRoot) walk(node.shadowRoot);
+  if (!['STYLE', 'SCRIPT', 'NOSCRIPT'].includes(node.nodeName)) node.childNodes.forEach(walk);
+}
+walk(document.body);
+return words.join('\\n');
+"""
+
+
+@pytest.fixture(scope="module")
+def browser():
+    from selenium import webdriver
+    from selenium.webdriver.chrome.service import Service
+
+    options = webdriver.ChromeOptions()
+    options.binary_location = shutil.which("chromium") or shutil.which("google-chrome") or ""
+    for flag in ("headless=new", "no-sandbox", "disable-gpu", "no-first-run", "window-size=1400,1100"):
+        options.add_argument(f"--{flag}")
+    # nothing but the page that is asked for is to be fetched
+    for flag in ("disable-background-networking", "disable-component-update", "disable-sync", "disable-quic"):
+        options.add_argument(f"--{flag}")
+    options.add_argument("--enable-unsafe-swiftshader")  # the Projector draws in three dimensions, without a GPU
+    driver = webdriver.Chrome(options=options, service=Service(shutil.which("chromedriver")))
+    yield driver
+    driver.quit()
+
+
+@pytest.fixture(scope="module")
+def address(tmp_path_factory, verse):
+    """Where TensorBoard shows a run of some steps, with two validations."""
+    folder = tmp_path_factory.mktemp("run")
+    patch = pytest.MonkeyPatch()
+    patch.chdir(folder)
+    patch.setenv("LMLIGHT_CACHE", str(folder / "cache"))
+    (folder / "verse.txt").write_bytes(verse.encode())
+    arguments = ["fit", "--data.corpus=verse.txt", "--data.tokenizer.vocab_size=400", "--data.block_size=16"]
+    arguments += [
+        "--model.net.n_layer=1",
+        "--model.net.n_embd=32",
+        "--model.net.positions=learned",
+        "--data.batch_size=8",
+    ]
+    arguments += ["--trainer.max_steps=10", "--trainer.val_check_interval=5", "--trainer.log_every_n_steps=1"]
+    assert main([*arguments, "--trainer.accelerator=cpu"]) == 0
+    server = program.TensorBoard()
+    server.configure(argv=[None, "--logdir", str(folder / "runs"), "--port", "0", "--load_fast", "false"])
+    yield server.launch()
+    patch.undo()
+
+
+def shows(browser, address, page, *expected, seconds=40):
+    """Opens a page of TensorBoard's afresh and waits until all that is expected can be read there."""
+    browser.get("about:blank")
+    browser.get(f"{address}#{page}")
+    missing, end = list(expected), time.monotonic() + seconds
+    while missing and time.monotonic() < end:
+        time.sleep(0.25)
+        text = browser.execute_script(VISIBLE_TEXT)
+        missing = [words for words in expected if words not in text]
+    assert not missing, f"{missing} not in: {text}"
+
+
+def test_scalars(browser, address):
+    groups = ("by_characters", "by_seconds", "gap", "grad_norm", "lr-Muon", "throughput", "train", "train_sample")
+    shows(browser, address, "scalars", *groups, "update_ratio", "val")
+    shows(browser, address, "scalars&tagFilter=^val", "val/nats_per_char", "val/bpc", "val/perplexity", "val/loss")
+    shows(browser, address, "scalars&tagFilter=^train/", "train/loss", "train/loss_smooth")
+    speeds = [f"throughput/{name}" for name in ("tokens_per_second", "characters_per_second", "mfu", "memory_gib")]
+    shows(browser, address, "scalars&tagFilter=throughput", *speeds, "throughput/waiting_for_data")
+
+
+def test_text(browser, address):
+    shows(browser, address, "text", "verse/ROMEO:/text_summary", "temperature 1, seed 1337, step 10", "ROMEO:\n")
+
+
+def test_images(browser, address):
+    shows(browser, address, "images", "attention/block 1 head 1", "attention/block 1 head 2", "picture 350 wide")
+    shows(browser, address, "images&tagFilter=^positions", "positions", "picture 700 wide")
+    shows(browser, address, "images&tagFilter=^loss", "loss by position", "picture 350 wide")
+    shows(browser, address, "images&tagFilter=^surprise", "surprise", "picture 346 wide")
+
+
+def test_projector(browser, address):
+    shows(browser, address, "projector", "Points:", "400", "Dimension:", "32", "/tokens/metadata.tsv")
+
+
+def test_hparams(browser, address):
+    shows(browser, address, "hparams", "batch_size", "net.n_layer", "optimizer.lr", "val/nats_per_char")
