@@ -69,9 +69,17 @@ def test_installs_first(path):
 
 
 @each_notebook
+def test_imports_the_package_before_torch(path):
+    """Which sets what torch's threads read when torch is imported."""
+    nodes = [node for cell in cells_of(path)[1:] for node in ast.parse(cell["source"]).body]
+    imported = [alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names]
+    assert imported[0] == "lmlight"
+
+
+@each_notebook
 def test_checks_what_it_says(path):
     """At least one check for every two cells of code after the imports: throughout, not here and there."""
-    cells = cells_of(path)[2:]
+    cells = cells_of(path)[3:]
     assert sum("assert " in cell["source"] for cell in cells) >= len(cells) / 2
 
 
