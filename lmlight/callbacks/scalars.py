@@ -157,9 +157,12 @@ class UpdateRatio(Callback):
         if not logs_now(trainer) or self._before is None:
             return
         assert isinstance(pl_module, LanguageModel)
+        ratios = {}
         for part, weights in _parts(pl_module).items():
-            moved = _length([after.detach() - before for after, before in zip(weights, self._before[part])])
-            pl_module.log(f"update_ratio/{part}", moved / _length(self._before[part]).clamp(min=1e-12))
+            before = self._before[part]
+            moved = _length([after.detach() - old for after, old in zip(weights, before)])
+            ratios[f"update_ratio/{part}"] = moved / _length(before).clamp(min=1e-12)
+        pl_module.log_dict(ratios)
         self._before = None
 
 
@@ -186,7 +189,7 @@ class TrainingSample(Callback):
         windows: of `block_size` tokens, spread evenly over the training text.
     """
 
-    def __init__(self, windows: int = 64) -> None:
+    def __init__(self, windows: int = 48) -> None:
         if windows < 1:
             raise UserError(f"TrainingSample.windows must be at least 1, got {windows}")
         self.windows = windows
