@@ -1,0 +1,117 @@
+"""The notebooks run from top to bottom, and are kept as a reader should find them: without anybody's outputs."""
+
+import ast
+import importlib
+import json
+import pkgutil
+from pathlib import Path
+
+import pytest
+
+import lmlight
+
+NOTEBOOKS = sorted((Path(__file__).parents[1] / "notebooks").glob("*.ipynb"))
+
+each_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+
+
+def cells_of(path, kind="code"):
+    """Cells of one kind, each with its source as one text."""
+    cells = json.loads(path.read_text("utf-8"))["cells"]
+    return [{**cell, "source": "".join(cell["source"])} for cell in cells if cell["cell_type"] == kind]
+
+
+@pytest.fixture(scope="module")
+def exported():
+    """The public name of every class and function that a module of the package defines."""
+    modules = [
+        importlib.import_module(found.name)
+        for found in pkgutil.walk_packages(lmlight.__path__, "lmlight.")
+        if not found.name.endswith("__main__")
+    ]
+    defined = {name for module in modules for name, value in vars(module).items() if _home(value) == module.__name__}
+    assert {"Transformer", "attention_weights", "LanguageModel"} <= defined
+    return {name for name in defined if not name.startswith("_")}
+
+
+def _home(value):
+    return getattr(value, "__module__", None)
+
+
+@pytest.fixture(scope="session")
+def shared_cache(tmp_path_factory):
+    """One cache for all notebooks, so that the corpus is fetched once."""
+    return tmp_path_factory.mktemp("notebooks") / "cache"
+
+
+def test_the_series_is_whole():
+    assert [path.name[:2] for path in NOTEBOOKS] == ["01", "02", "03", "04", "05", "06"]
+
+
+@each_notebook
+def test_holds_nothing_that_comes_from_running_it(path):
+    notebook = json.loads(path.read_text("utf-8"))
+    assert (notebook["nbformat"], notebook["nbformat_minor"]) == (4, 5)
+    assert notebook["metadata"] == {
+        "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
+        "language_info": {"name": "python"},
+    }
+    assert all(cell["metadata"] == {} for cell in notebook["cells"])
+    assert len({cell["id"] for cell in notebook["cells"]}) == len(notebook["cells"])
+    assert all(cell["outputs"] == [] and cell["execution_count"] is None for cell in cells_of(path))
+
+
+@each_notebook
+def test_installs_first(path):
+    first, *others = cells_of(path)
+    assert 'find_spec("lmlight") is None' in first["source"] and "%pip install" in first["source"]
+    assert not any("%pip" in cell["source"] for cell in others)
+
+
+@each_notebook
+def test_imports_the_package_before_torch(path):
+    """Which sets what torch's threads read when torch is imported."""
+    nodes = [node for cell in cells_of(path)[1:] for node in ast.parse(cell["source"]).body]
+    imported = [alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names]
+    assert imported[0] == "lmlight"
+
+
+@each_notebook
+def test_checks_what_it_says(path):
+    """At least one check for every two cells of code after the imports: throughout, not here and there."""
+    cells = cells_of(path)[3:]
+    assert sum("assert " in cell["source"] for cell in cells) >= len(cells) / 2
+
+
+@each_notebook
+def test_defines_no_part_of_the_package(path, exported):
+    nodes = [node for cell in cells_of(path)[1:] for node in ast.parse(cell["source"]).body]
+    defined = {node.name for node in nodes if isinstance(node, ast.ClassDef | ast.FunctionDef)}
+    assert not defined & exported
+
+
+@each_notebook
+def test_links_to_files_that_are_there(path):
+    text = "\n".join(cell["source"] for cell in cells_of(path, "markdown"))
+    targets = {part.split(")")[0] for part in text.split("](")[1:]}
+    assert all(target.startswith("https://") or (path.parent / target).exists() for target in targets)
+
+
+@pytest.mark.notebooks
+@pytest.mark.timeout(600)
+@each_notebook
+def test_runs(path, shared_cache, tmp_path, monkeypatch):
+    """Every cell, and so every check, with shorter training; on the real text, which is fetched."""
+    # nbclient alone, not nbmake, the pytest plugin around it: folder, cache and environment of a run stay this test's own
+    import nbclient
+    import nbformat
+
+    monkeypatch.setenv("LMLIGHT_CACHE", str(shared_cache))
+    monkeypatch.setenv("LMLIGHT_NOTEBOOKS_FAST", "1")
+    monkeypatch.setenv("IPYTHONDIR", str(tmp_path / "ipython"))  # nobody's own profile
+    notebook = nbformat.read(path, as_version=4)
+    nbformat.validate(notebook)
+    here = {"metadata": {"path": str(tmp_path)}}
+    nbclient.NotebookClient(notebook, timeout=300, kernel_name="python3", resources=here).execute()
+    outputs = [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
+    assert any("image/png" in output.get("data", {}) for output in outputs)
