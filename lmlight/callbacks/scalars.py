@@ -189,7 +189,7 @@ class TrainingSample(Callback):
         windows: of `block_size` tokens, spread evenly over the training text.
     """
 
-    def __init__(self, windows: int = 48) -> None:
+    def __init__(self, windows: int = 32) -> None:
         if windows < 1:
             raise UserError(f"TrainingSample.windows must be at least 1, got {windows}")
         self.windows = windows
