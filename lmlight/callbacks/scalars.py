@@ -74,7 +74,9 @@ class Throughput(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert isinstance(pl_module, LanguageModel) and pl_module.net is not None
         self._flops_per_token = 3 * pl_module.net.flops_per_token()
-        self._peak = trainer.world_size * _flops_per_second(trainer.strategy.root_device)
+        precision = str(trainer.precision)
+        dtype = torch.bfloat16 if "bf16" in precision else torch.float16 if "16" in precision else torch.float32
+        self._peak = trainer.world_size * _flops_per_second(trainer.strategy.root_device, dtype)
         self._paused_at: float | None = None
         self._restart(trainer)
 
@@ -114,13 +116,12 @@ class Throughput(Callback):
         self._restart(trainer)
 
 
-def _flops_per_second(device: torch.device) -> float:
+def _flops_per_second(device: torch.device, dtype: torch.dtype) -> float:
     """Of one device, in matrix products."""
-    dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else torch.float32
     known = get_available_flops(device, dtype)
     if known:
         return float(known)
-    matrix = torch.ones(1024, 1024, device=device)
+    matrix = torch.ones(1024, 1024, device=device, dtype=dtype)
     best = float("inf")
     for _ in range(4):
         began = time.perf_counter()
