@@ -2,12 +2,15 @@
 
     python benchmarks/looking.py [--steps 1000] [--rounds 3]
 
-Whole runs take turns, validations included on both sides, everything that is drawn at the end too. Prints a Markdown table.
+Whole runs take turns, validations included on both sides, everything that is drawn at the end too. On a machine that others
+use too, the difference between two runs says little; so the time inside the callbacks and the logger is added up as well, as
+a share of the run in which it is spent. Prints Markdown tables.
 """
 
 from __future__ import annotations
 
 import argparse
+import logging
 import statistics
 import tempfile
 import time
@@ -15,30 +18,50 @@ import warnings
 from typing import Any
 
 import lightning.pytorch as pl
+from lightning.pytorch.profilers import SimpleProfiler
 
 from lmlight import LanguageModel, TextDataModule, callbacks
 from lmlight.callbacks import RunLogger
 from lmlight.cli import TRAINER_DEFAULTS
 
 
-def seconds_of_fit(steps: int, watching: list[pl.Callback]) -> float:
-    """From the first step to the end, with the same data, seed and validations."""
-    defaults: dict[str, Any] = {
-        k: v for k, v in TRAINER_DEFAULTS.items() if k not in ("logger", "max_steps", "default_root_dir")
-    }
+class TimedLogger(RunLogger):
+    """Adds up the seconds that logging takes."""
+
+    seconds = 0.0
+
+    def log_metrics(self, *arguments: Any, **options: Any) -> None:
+        began = time.perf_counter()
+        super().log_metrics(*arguments, **options)
+        self.seconds += time.perf_counter() - began
+
+
+def fit(steps: int, watching: list[pl.Callback]) -> tuple[float, dict[str, float]]:
+    """The seconds of a run from beginning to end, and of each callback and the logger."""
+    elsewhere = ("logger", "max_steps", "default_root_dir")
+    defaults: dict[str, Any] = {k: v for k, v in TRAINER_DEFAULTS.items() if k not in elsewhere}
     with tempfile.TemporaryDirectory() as folder:
+        logger, profiler = TimedLogger(folder), SimpleProfiler()
         trainer = pl.Trainer(
             **defaults,
             max_steps=steps,
             accelerator="cpu",
-            logger=RunLogger(folder),
+            logger=logger,
             callbacks=watching,
+            profiler=profiler,
             enable_progress_bar=False,
             enable_checkpointing=False,
         )
         began = time.perf_counter()
         trainer.fit(LanguageModel(), datamodule=TextDataModule())
-        return time.perf_counter() - began
+        seconds = time.perf_counter() - began
+    spent = {"logger": logger.seconds}
+    for action, times in profiler.recorded_durations.items():
+        for callback in watching:
+            name = type(callback).__name__
+            if action.startswith(f"[Callback]{name}."):
+                spent[name] = spent.get(name, 0.0) + sum(times)
+    return seconds, spent
 
 
 def main() -> None:
@@ -47,22 +70,28 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     options = parser.parse_args()
     warnings.simplefilter("ignore")
-    ways = {
-        "nothing": lambda: [],
-        "all of it": lambda: [pl.callbacks.LearningRateMonitor(), *(kind() for kind in callbacks.DEFAULT)],
-    }
-    seconds: dict[str, list[float]] = {name: [] for name in ways}
-    seconds_of_fit(20, ways["all of it"]())  # imports, the corpus and the tokenizer
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # the profiler's own tables
+
+    def everything() -> list[pl.Callback]:
+        return [pl.callbacks.LearningRateMonitor(), *(kind() for kind in callbacks.DEFAULT)]
+
+    fit(20, everything())  # imports, the corpus and the tokenizer
+    bare, watched = [], []
     for _ in range(options.rounds):
-        for name, make in ways.items():
-            seconds[name].append(seconds_of_fit(options.steps, make()))
-    print(
-        f"| {options.steps} steps of the default, watched by | seconds, each run | median | of nothing |\n|---|---|---|---|"
-    )
-    least = statistics.median(seconds["nothing"])
-    for name, values in seconds.items():
-        each, median = ", ".join(f"{value:.1f}" for value in values), statistics.median(values)
-        print(f"| {name} | {each} | {median:.1f} | {median / least:.3f} |", flush=True)
+        bare.append(fit(options.steps, []))
+        watched.append(fit(options.steps, everything()))
+    print(f"| {options.steps} steps of the default, watched by | seconds, each run | median |\n|---|---|---|")
+    for name, runs in (("nothing", bare), ("all of it", watched)):
+        each, median = ", ".join(f"{seconds:.1f}" for seconds, _ in runs), statistics.median(s for s, _ in runs)
+        print(f"| {name} | {each} | {median:.1f} |")
+    print("\n| of the run's time, median | |\n|---|---|")
+    shares = {name: [spent[name] / seconds for seconds, spent in watched] for name in watched[0][1]}
+    without = statistics.median(spent["logger"] / seconds for seconds, spent in bare)
+    shares["logger"] = [share - without for share in shares["logger"]]
+    medians = {name: statistics.median(values) for name, values in shares.items()}
+    for name, share in sorted(medians.items(), key=lambda item: -item[1]):
+        print(f"| {name}{', beyond what it takes without' if name == 'logger' else ''} | {share:.2%} |")
+    print(f"| together | {sum(medians.values()):.2%} |")
 
 
 if __name__ == "__main__":

@@ -125,18 +125,15 @@ def learning_curves(runs: Mapping[str, Sequence[Mapping[str, Any]]], x: str = "s
     """
     figure = Figure(figsize=(7.5, 4.5), dpi=100, facecolor="white", layout="constrained")
     axes = figure.subplots()
-    best = math.inf
     for name, rows in runs.items():
         shade = None
-        for column, style, label in (("val/nats_per_char", "-", name), ("train_sample/nats_per_char", "--", "")):
+        for column, style, label in (("val/nats_per_char", ".-", name), ("train_sample/nats_per_char", ".--", None)):
             points = [(row[x], row[column]) for row in rows if row.get(column) is not None and row.get(x) is not None]
             if points:
-                (line,) = axes.plot(*zip(*points), style, color=shade, label=label or None, marker="." * (not label))
+                (line,) = axes.plot(*zip(*points), style, color=shade, label=label)
                 shade = line.get_color()
-                best = min(best, *(value for _, value in points))
     axes.set(xlabel=AXES[x], ylabel="nats per character")
     axes.set_title("validation text; dashed: a sample of the training text", fontsize=9)
-    if any(label for label in runs):
-        axes.legend(fontsize=8)
+    axes.legend(fontsize=8)
     axes.grid(alpha=0.3)
     return figure

@@ -62,6 +62,8 @@ def test_fit_ends_by_saying_what_it_reached_and_what_to_type(finished):
     command = next(line for line in lines if "lmlight predict" in line).strip()
     done = subprocess.run(command, shell=True, cwd=folder, capture_output=True, text=True, timeout=100)
     assert done.stdout.startswith("ROMEO:"), done.stderr
+    tensorboard = lines[lines.index(next(line for line in lines if line.strip() == command)) + 1].strip()
+    assert tensorboard == f"{Path(sys.executable).with_name('tensorboard')} --logdir runs"
 
 
 def test_a_run_leaves_its_config_checkpoints_and_tensorboard_files(finished):
@@ -74,6 +76,8 @@ def test_a_run_leaves_its_config_checkpoints_and_tensorboard_files(finished):
     assert config["model"]["net"]["init_args"]["n_embd"] == 32
     assert (run / "checkpoints/last.ckpt").is_file()
     assert checkpoint.read(best)["global_step"] in (3, 6)
+    assert len((run / "metrics.csv").read_text().splitlines()) == 3
+    assert (run / "curve.png").is_file()
     events = EventAccumulator(str(run)).Reload()
     scalars = set(events.Tags()["scalars"])
     assert {"train/loss", "val/nats_per_char", "val/bpc", "val/loss", "val/perplexity", "grad_norm"} <= scalars
@@ -238,6 +242,19 @@ def test_flags_win_over_the_checkpoint(finished, capsys, monkeypatch):
         main(["validate", f"--ckpt_path={best}", "--data.batch_size=3", "--print_config"])
     config = yaml.safe_load(capsys.readouterr().out)
     assert config["data"]["batch_size"] == 8 - 5
+
+
+def test_watching_can_be_left_out(verse_file, tmp_path, capsys):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    assert main(["fit", f"--data.corpus={verse_file}", *TINY, "--trainer.callbacks=null"]) == 0
+    (run,) = tmp_path.glob("runs/*")
+    tags = EventAccumulator(str(run)).Reload().Tags()
+    assert not tags["images"] and not tags["tensors"]
+    assert {tag.partition("/")[0] for tag in tags["scalars"]} == {"train", "val", "grad_norm", "epoch"}
+    assert not (run / "metrics.csv").exists()
+    assert main(["fit", f"--data.corpus={verse_file}", *TINY, "--trainer.logger=false"]) == 0, capsys.readouterr().err
+    assert not list(tmp_path.glob("runs/events*"))
 
 
 def test_print_config_runs_again_unchanged(capsys, tmp_path):

@@ -209,9 +209,10 @@ def test_texts_written_together_are_those_written_alone(options, exact):
 
 @pytest.mark.parametrize("rows", [1, 2, 32])
 @pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("out", [66, 65])
+@pytest.mark.parametrize("out", [66, 65, 8192])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_a_product_is_the_linear_map(rows, bias, out, dtype):
+    """Small and large, of which different libraries are the faster ones."""
     torch.manual_seed(0)
     linear, x = torch.nn.Linear(48, out, bias=bias, dtype=dtype), torch.randn(rows, 48, dtype=dtype)
     atol = 1e-5 if dtype == torch.float32 else 1e-12

@@ -98,7 +98,7 @@ def test_text(browser, address):
 
 
 def test_images(browser, address):
-    shows(browser, address, "images", "attention/block 1 head 1", "attention/block 1 head 2", "picture 350 wide")
+    shows(browser, address, "images", "attention/block 1 head 1", "picture 350 wide")
     shows(browser, address, "images&tagFilter=^positions", "positions", "picture 700 wide")
     shows(browser, address, "images&tagFilter=^loss", "loss by position", "picture 350 wide")
     shows(browser, address, "images&tagFilter=^surprise", "surprise", "picture 346 wide")

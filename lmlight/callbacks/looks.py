@@ -51,8 +51,8 @@ class Pictures(Callback):
         line: str | None = None,
         tokens: int = 20,
         blocks: list[int] | None = None,
-        heads: Sequence[int] = (1, 2),
-        share: float = 0.01,
+        heads: Sequence[int] = (1,),
+        share: float = 0.005,
     ) -> None:
         if tokens < 1:
             raise UserError(f"Pictures.tokens must be at least 1, got {tokens}")

@@ -74,7 +74,9 @@ class Throughput(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert isinstance(pl_module, LanguageModel) and pl_module.net is not None
         self._flops_per_token = 3 * pl_module.net.flops_per_token()
-        self._peak = trainer.world_size * _flops_per_second(trainer.strategy.root_device)
+        precision = str(trainer.precision)
+        dtype = torch.bfloat16 if "bf16" in precision else torch.float16 if "16" in precision else torch.float32
+        self._peak = trainer.world_size * _flops_per_second(trainer.strategy.root_device, dtype)
         self._paused_at: float | None = None
         self._restart(trainer)
 
@@ -114,13 +116,12 @@ class Throughput(Callback):
         self._restart(trainer)
 
 
-def _flops_per_second(device: torch.device) -> float:
+def _flops_per_second(device: torch.device, dtype: torch.dtype) -> float:
     """Of one device, in matrix products."""
-    dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else torch.float32
     known = get_available_flops(device, dtype)
     if known:
         return float(known)
-    matrix = torch.ones(1024, 1024, device=device)
+    matrix = torch.ones(1024, 1024, device=device, dtype=dtype)
     best = float("inf")
     for _ in range(4):
         began = time.perf_counter()
@@ -157,9 +158,12 @@ class UpdateRatio(Callback):
         if not logs_now(trainer) or self._before is None:
             return
         assert isinstance(pl_module, LanguageModel)
+        ratios = {}
         for part, weights in _parts(pl_module).items():
-            moved = _length([after.detach() - before for after, before in zip(weights, self._before[part])])
-            pl_module.log(f"update_ratio/{part}", moved / _length(self._before[part]).clamp(min=1e-12))
+            before = self._before[part]
+            moved = _length([after.detach() - old for after, old in zip(weights, before)])
+            ratios[f"update_ratio/{part}"] = moved / _length(before).clamp(min=1e-12)
+        pl_module.log_dict(ratios)
         self._before = None
 
 
@@ -186,7 +190,7 @@ class TrainingSample(Callback):
         windows: of `block_size` tokens, spread evenly over the training text.
     """
 
-    def __init__(self, windows: int = 64) -> None:
+    def __init__(self, windows: int = 32) -> None:
         if windows < 1:
             raise UserError(f"TrainingSample.windows must be at least 1, got {windows}")
         self.windows = windows

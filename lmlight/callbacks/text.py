@@ -29,7 +29,7 @@ class SampleText(Callback):
     """
 
     def __init__(
-        self, prompts: Sequence[str] = ("", "ROMEO:\n"), max_new_tokens: int = 120, temperature: float | None = None
+        self, prompts: Sequence[str] = ("", "ROMEO:\n"), max_new_tokens: int = 64, temperature: float | None = None
     ) -> None:
         self.prompts, self.max_new_tokens, self.temperature = list(prompts), max_new_tokens, temperature
 
