@@ -3,6 +3,7 @@
 - Pages that have their home elsewhere: README.md, the notebooks and the configs. Links are followed to where things lie in
   the repository, so that a page reads as well on a code host as on the site.
 - Formulas become MathML while the site is built, which browsers show without a script.
+- No page fetches anything from elsewhere.
 - The tables of flags are made from the classes' docstrings, read as text: nothing of the package is imported.
 
 Notebooks are kept without outputs. Where LMLIGHT_NOTEBOOKS_EXECUTED names a folder, the executed copies there are shown in
@@ -69,6 +70,13 @@ def on_page_content(content: str, page: Page, config: MkDocsConfig, files: Files
     for heading in headings(page.toc.items):
         heading.title = HEADING_FORMULA.sub(mathml, heading.title)
     return FORMULA.sub(mathml, content)
+
+
+def on_post_page(output: str, page: Page, config: MkDocsConfig) -> str:
+    """Holds that a page needs nothing from elsewhere to be shown."""
+    if foreign := re.search(r"<(?:script|img|link|iframe)\b[^>]*\b(?:src|href)=.?(?:https?:)?//[^>]*>", output):
+        raise PluginError(f"{page.file.src_uri} fetches from elsewhere: {foreign[0]}")
+    return output
 
 
 def headings(items: list[AnchorLink]) -> Iterator[AnchorLink]:
