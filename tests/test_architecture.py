@@ -20,6 +20,7 @@ def test_imports_run_one_way(monkeypatch):
     ("module", "absent"),
     [
         ("lmlight", "torch"),
+        ("lmlight.cache", "torch"),
         ("lmlight.data.corpus", "torch"),
         ("lmlight.data.tokenizer", "torch"),
         ("lmlight.generation", "lightning"),

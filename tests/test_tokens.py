@@ -7,12 +7,13 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
+from lmlight.data.corpus import Piece
 from lmlight.data.tokenizer import CharTokenizer, TokenizerConfig
 from lmlight.data.tokens import UNSCORED, TokenStore, Windows, as_batch
 from lmlight.errors import UserError
 
 ABC = CharTokenizer("abc\n")
-TEXTS = {"train": "abcabc\ncab" * 3, "val": "cab"}
+TEXTS = {"train": [Piece("abcabc\ncab" * 3)], "val": [Piece("cab")]}
 
 
 @pytest.fixture
@@ -30,7 +31,8 @@ def folder(tmp_path):
 def test_a_store_gives_back_ids_characters_and_tokenizer(tmp_path, verse, kind):
     tokenizer = TokenizerConfig(kind, 400).train(verse)
     texts = {"train": verse[:4000], "val": verse[4000:]}
-    TokenStore.write(tmp_path / "deep" / "down" / "store", "print", texts, tokenizer)
+    pieces = {split: [Piece(text)] for split, text in texts.items()}
+    TokenStore.write(tmp_path / "deep" / "down" / "store", "print", pieces, tokenizer)
     store = TokenStore(tmp_path / "deep" / "down" / "store", "print")
     assert {split: ids.tolist() for split, ids in store.ids.items()} == {
         split: tokenizer.encode(text) for split, text in texts.items()
@@ -44,7 +46,7 @@ def test_a_store_gives_back_ids_characters_and_tokenizer(tmp_path, verse, kind):
 @pytest.mark.parametrize(("vocab_size", "dtype"), [(2**16, np.uint16), (2**16 + 1, np.uint32)])
 def test_the_largest_id_fits_its_type(tmp_path, vocab_size, dtype):
     tokenizer = CharTokenizer(chr(0x10000 + index) for index in range(vocab_size))
-    TokenStore.write(tmp_path / "store", "print", {"train": tokenizer.decode([0, vocab_size - 1])}, tokenizer)
+    TokenStore.write(tmp_path / "store", "print", {"train": [Piece(tokenizer.decode([0, vocab_size - 1]))]}, tokenizer)
     ids = TokenStore(tmp_path / "store", "print").ids["train"]
     assert ids.tolist() == [0, vocab_size - 1]
     assert ids.dtype == dtype
@@ -110,7 +112,7 @@ def test_a_store_that_is_not_there_is_refused(tmp_path):
 
 def test_where_another_was_first_its_store_stays(folder):
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
-    TokenStore.write(folder, "other", {"train": "a"}, CharTokenizer("a"))
+    TokenStore.write(folder, "other", {"train": [Piece("a")]}, CharTokenizer("a"))
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
     assert [path.name for path in folder.parent.iterdir()] == ["store"]
 
@@ -125,7 +127,7 @@ def test_a_folder_with_something_else_in_it_is_not_overwritten(tmp_path):
 
 class Failing(CharTokenizer):
     def encode(self, text):
-        if text == TEXTS["val"]:
+        if text == "cab":
             raise UserError("no such character")
         return super().encode(text)
 
@@ -144,7 +146,7 @@ def test_a_write_that_fails_leaves_nothing_behind(tmp_path, tokenizer, error):
 
 def test_the_index_can_be_read_without_lmlight(folder):
     index = json.loads((folder / "index.json").read_text())
-    assert index == {"fingerprint": "print", "chars": {"train": 30, "val": 3}}
+    assert index == {"fingerprint": "print", "chars": {"train": 30, "val": 3}, "about": {}}
 
 
 # Windows

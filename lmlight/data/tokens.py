@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from lmlight.data.corpus import Piece
 from lmlight.data.tokenizer import Tokenizer, from_bytes
 from lmlight.errors import UserError
 
@@ -74,7 +75,13 @@ class TokenStore:
             raise UserError(f"the tokens in '{folder}' are damaged ({error}): delete that folder") from None
 
     @staticmethod
-    def write(folder: Path, fingerprint: str, texts: dict[str, str], tokenizer: Tokenizer) -> None:
+    def write(
+        folder: Path,
+        fingerprint: str,
+        texts: Mapping[str, Iterable[Piece]],
+        tokenizer: Tokenizer,
+        about: Mapping[str, Any] = {},
+    ) -> None:
         """Publishes a store: written beside its place, then renamed; where another process was first, its store stays.
 
         Args:
@@ -82,20 +89,18 @@ class TokenStore:
             fingerprint: what `TokenStore(folder, fingerprint)` will ask for.
             texts: name of each split to its text.
             tokenizer: encodes them.
+            about: what a person would want to know of it.
         """
         dtype = np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32
         folder.parent.mkdir(parents=True, exist_ok=True)
         beside = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
         try:
-            for split, text in texts.items():
-                ids = tokenizer.encode(text)
-                if tokenizer.lossless and tokenizer.decode(ids) != text:
-                    raise RuntimeError(
-                        f"the {split} text does not survive the tokenizer, which says that it is lossless"
-                    )
-                np.save(beside / f"{split}.npy", np.array(ids, dtype=dtype))
+            chars = {}
+            for split, pieces in texts.items():
+                ids, chars[split] = encode(tokenizer, pieces, dtype)
+                np.save(beside / f"{split}.npy", ids)
             (beside / "tokenizer").write_bytes(tokenizer.to_bytes())
-            index = {"fingerprint": fingerprint, "chars": {split: len(text) for split, text in texts.items()}}
+            index = {"fingerprint": fingerprint, "chars": chars, "about": about}
             (beside / "index.json").write_text(json.dumps(index, indent=1), encoding="utf-8")
             beside.rename(folder)
         except OSError:
@@ -103,6 +108,44 @@ class TokenStore:
                 raise
         finally:
             shutil.rmtree(beside, ignore_errors=True)
+
+
+def encode(tokenizer: Tokenizer, pieces: Iterable[Piece], dtype: npt.DTypeLike) -> tuple[npt.NDArray[np.integer], int]:
+    """The ids of some pieces of text, and the number of their characters.
+
+    Raises:
+        UserError: see `Tokenizer.encode`.
+    """
+    done, chars = [np.empty(0, dtype)], 0
+    for batch in _batches(pieces):
+        ids = tokenizer.encode_pieces(batch)
+        text = "".join(piece.text for piece in batch)
+        if tokenizer.lossless and tokenizer.decode(ids) != text:
+            raise RuntimeError("a text does not survive the tokenizer, which says that it is lossless")
+        done.append(np.array(ids, dtype=dtype))
+        chars += len(text)
+    return np.concatenate(done), chars
+
+
+def _batches(pieces: Iterable[Piece], chars: int = 2**18) -> Iterator[list[Piece]]:
+    """Pieces by the quarter of a million characters: what is on its way as Python's objects needs some 40 bytes for each."""
+    batch, size = list[Piece](), 0
+    for piece in pieces:
+        batch.append(piece)
+        size += len(piece.text)
+        if size >= chars:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+def decode(tokenizer: Tokenizer, ids: npt.NDArray[np.integer]) -> Iterator[Piece]:
+    """The pieces of text that ids were made from, one for each document."""
+    ends = ids == (-1 if tokenizer.end_of_text is None else tokenizer.end_of_text)
+    for document in np.split(ids, np.flatnonzero(ends) + 1):
+        if len(document):
+            yield Piece(tokenizer.decode(document.tolist()), document[-1] == tokenizer.end_of_text)
 
 
 class Windows(Dataset[Batch]):
