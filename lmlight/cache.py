@@ -90,8 +90,10 @@ def _about(path: Path, kind: str) -> str:
     try:
         about = json.loads((path / "index.json").read_text("utf-8"))["about"]
         return f"{about['corpus']}, {about['vocab_size']:,} pieces"
-    except (OSError, ValueError, KeyError, TypeError):
+    except FileNotFoundError:
         return "not finished"
+    except (OSError, ValueError, KeyError, TypeError):
+        return "of an earlier version, or damaged"
 
 
 def clear(entry: Entry) -> None:
