@@ -3,6 +3,7 @@
 import ast
 import importlib
 import json
+import os
 import pkgutil
 from pathlib import Path
 
@@ -101,17 +102,28 @@ def test_links_to_files_that_are_there(path):
 @pytest.mark.timeout(600)
 @each_notebook
 def test_runs(path, shared_cache, tmp_path, monkeypatch):
-    """Every cell, and so every check, with shorter training; on the real text, which is fetched."""
+    """Every cell, and so every check, with shorter training; on the real text, which is fetched.
+
+    For the documentation (docs/build.py): leaves the executed copies in $LMLIGHT_NOTEBOOKS_EXECUTED, if that is set, and
+    trains as long as a reader would where LMLIGHT_NOTEBOOKS_FULL is.
+    """
     # nbclient alone, not nbmake, the pytest plugin around it: folder, cache and environment of a run stay this test's own
     import nbclient
     import nbformat
 
     monkeypatch.setenv("LMLIGHT_CACHE", str(shared_cache))
-    monkeypatch.setenv("LMLIGHT_NOTEBOOKS_FAST", "1")
+    full = "LMLIGHT_NOTEBOOKS_FULL" in os.environ
+    if not full:
+        monkeypatch.setenv("LMLIGHT_NOTEBOOKS_FAST", "1")
     monkeypatch.setenv("IPYTHONDIR", str(tmp_path / "ipython"))  # nobody's own profile
     notebook = nbformat.read(path, as_version=4)
     nbformat.validate(notebook)
     here = {"metadata": {"path": str(tmp_path)}}
     nbclient.NotebookClient(notebook, timeout=300, kernel_name="python3", resources=here).execute()
     outputs = [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
+    if folder := os.environ.get("LMLIGHT_NOTEBOOKS_EXECUTED"):
+        notebook.metadata["shortened"] = not full
+        executed = path.parents[1] / folder
+        executed.mkdir(parents=True, exist_ok=True)
+        nbformat.write(notebook, executed / path.name)
     assert any("image/png" in output.get("data", {}) for output in outputs)
