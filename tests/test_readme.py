@@ -15,7 +15,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from lmlight import chat, curves
+from lmlight import cache, chat, curves
+from lmlight.__main__ import LIGHT
 from lmlight.cli import TRAINER_DEFAULTS, LmlightCLI, main
 
 if sys.version_info >= (3, 11):
@@ -115,6 +116,8 @@ def lmlight(arguments, monkeypatch):
     if command == "chat":
         monkeypatch.setattr("sys.stdin", io.StringIO("/max_new_tokens 4\nMIRA:\n/quit\n"))
         return chat.main(rest)
+    if command == "cache":
+        return cache.main(rest)
     if command == "curves":
         return curves.main([path for word in rest for path in expanded(word)])
     more = list(SHORT[command])
@@ -224,7 +227,7 @@ def test_every_page_is_on_the_site():
 
 def test_the_page_of_commands_has_all_of_them_and_the_defaults():
     text = (ROOT / "docs" / "command-line.md").read_text("utf-8")
-    assert {*re.findall(r"^\| `lmlight (\w+)", text, re.MULTILINE)} == {*LmlightCLI.subcommands(), "chat", "curves"}
+    assert {*re.findall(r"^\| `lmlight (\w+)", text, re.MULTILINE)} == {*LmlightCLI.subcommands(), *LIGHT}
     defaults = re.findall(r"^\| `--trainer\.(\w+)` \| ([\d.]+|runs) \|", text, re.MULTILINE)
     assert len(defaults) == 5
     assert all(value == str(TRAINER_DEFAULTS[name]) for name, value in defaults)
