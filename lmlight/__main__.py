@@ -19,6 +19,10 @@ def main() -> int:
         from lmlight import curves
 
         return curves.main(sys.argv[2:])
+    if sys.argv[1:2] == ["export"]:
+        from lmlight.interchange import command
+
+        return command.export(sys.argv[2:])
     from lmlight import cli
 
     return cli.main()

@@ -297,7 +297,8 @@ def main(args: Sequence[str] | None = None) -> int:
             save_config_kwargs={"overwrite": True},
             parser_kwargs={
                 "prog": "lmlight",
-                "description": "Trains small transformer language models on text. `lmlight chat CHECKPOINT` talks with one.",
+                "description": "Trains small transformer language models on text. `lmlight chat CHECKPOINT` talks with one, "
+                "`lmlight export FORMAT CHECKPOINT TARGET` takes one to another engine.",
                 "version": __version__,
             },
             parser_class=OneLineParser,
