@@ -19,10 +19,10 @@ def main() -> int:
         from lmlight import curves
 
         return curves.main(sys.argv[2:])
-    if sys.argv[1:2] == ["export"]:
+    if sys.argv[1:2] in (["export"], ["import"]):
         from lmlight.interchange import command
 
-        return command.export(sys.argv[2:])
+        return (command.export if sys.argv[1] == "export" else command.import_)(sys.argv[2:])
     from lmlight import cli
 
     return cli.main()

@@ -119,6 +119,8 @@ class LmlightCLI(LightningCLI):
         resuming = name == "fit" and init_from is None
         path = checkpoints.find(config.ckpt_path or init_from, _runs_folder(config), "last" if resuming else "best")
         self.checkpoint = checkpoints.read(path)
+        if resuming and "optimizer_states" not in self.checkpoint:
+            raise UserError(f"checkpoint '{path}' was imported and holds no run to go on with: pass it as --init_from")
         settings = _settings_of(self.checkpoint, path)
         if init_from is not None:
             settings = {

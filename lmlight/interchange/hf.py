@@ -100,7 +100,7 @@ def config_json(model: Model) -> dict[str, Any]:
             "n_embd": ours["n_embd"],
             "n_layer": ours["n_layer"],
             "n_head": ours["n_head"],
-            "n_inner": 4 * ours["n_embd"],
+            "n_inner": _hidden(net),
             "activation_function": activation,
             "layer_norm_epsilon": NORM_EPS,
             "attn_pdrop": ours["dropout"],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -45,6 +46,16 @@ class Model:
         figures = {k: v for k, v in rows[-1].items() if v is not None} if rows and rows[-1]["step"] == step else {}
         net, tokenizer = checkpoints.net_of(content).eval(), checkpoints.tokenizer_of(content)
         return cls(net, tokenizer, content[checkpoints.KEY]["settings"], figures, step)
+
+    def content(self) -> dict[str, Any]:
+        """A checkpoint of it, for `checkpoint.write`."""
+        return {
+            "epoch": 0,
+            "global_step": self.step,
+            "pytorch-lightning_version": version("lightning"),  # which Lightning asks for; free of it all the same
+            "state_dict": {f"{checkpoints.NET_PREFIX}{name}": value for name, value in self.net.state_dict().items()},
+            checkpoints.KEY: checkpoints.describe(self.net, self.tokenizer, self.settings),
+        }
 
     @property
     def newline(self) -> int | None:
