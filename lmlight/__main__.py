@@ -6,7 +6,13 @@ import sys
 
 import lmlight
 
-LIGHT = {"cache": "lmlight.cache", "chat": "lmlight.chat", "curves": "lmlight.curves"}
+LIGHT = {
+    "cache": ("lmlight.cache", "main"),
+    "chat": ("lmlight.chat", "main"),
+    "curves": ("lmlight.curves", "main"),
+    "export": ("lmlight.interchange.command", "export"),
+    "import": ("lmlight.interchange.command", "import_"),
+}
 
 
 def main() -> int:
@@ -17,15 +23,15 @@ def main() -> int:
         os.environ["GOMP_SPINCOUNT"] = "10000"
     try:
         if command in LIGHT:
-            status: int = importlib.import_module(LIGHT[command]).main(sys.argv[2:])
+            module, function = LIGHT[command]
+            status: int = getattr(importlib.import_module(module), function)(sys.argv[2:])
             return status
         from lmlight import cli
 
         return cli.main()
     except BrokenPipeError:  # whoever read our output, such as `head`, has had enough
-        os.dup2(
-            os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()
-        )  # or the interpreter says so once more as it ends
+        # or the interpreter says so once more as it ends
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
 
 

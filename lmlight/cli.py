@@ -119,6 +119,8 @@ class LmlightCLI(LightningCLI):
         resuming = name == "fit" and init_from is None
         path = checkpoints.find(config.ckpt_path or init_from, _runs_folder(config), "last" if resuming else "best")
         self.checkpoint = checkpoints.read(path)
+        if resuming and "optimizer_states" not in self.checkpoint:
+            raise UserError(f"checkpoint '{path}' was imported and holds no run to go on with: pass it as --init_from")
         settings = _settings_of(self.checkpoint, path)
         if init_from is not None:
             settings = {
@@ -298,8 +300,8 @@ def main(args: Sequence[str] | None = None) -> int:
             save_config_kwargs={"overwrite": True},
             parser_kwargs={
                 "prog": "lmlight",
-                "description": "Trains small transformer language models on text. `lmlight chat CHECKPOINT` talks with one, "
-                "`lmlight cache` lists and clears what is kept.",
+                "description": "Trains small transformer language models on text. Beside the subcommands below there are "
+                "`lmlight chat`, `curves`, `export`, `import` and `cache`, each with a --help of its own.",
                 "version": __version__,
             },
             parser_class=OneLineParser,

@@ -25,6 +25,9 @@ def test_imports_run_one_way(monkeypatch):
         ("lmlight.data.tokenizer", "torch"),
         ("lmlight.generation", "lightning"),
         ("lmlight.checkpoint", "lightning"),
+        ("lmlight.interchange.command", "lightning"),
+        ("lmlight.interchange.command", "safetensors"),
+        ("lmlight.interchange.command", "google.protobuf"),
     ],
 )
 def test_light_parts_do_not_wait_for_heavy_ones(module, absent):

@@ -118,6 +118,9 @@ def lmlight(arguments, monkeypatch):
         return chat.main(rest)
     if command == "cache":
         return cache.main(rest)
+    if command in ("export", "import"):
+        print(f"{command}: test_hf.py and test_hf_import.py run it, for it needs an extra")
+        return 0
     if command == "curves":
         return curves.main([path for word in rest for path in expanded(word)])
     more = list(SHORT[command])
