@@ -23,6 +23,7 @@ def test_imports_run_one_way(monkeypatch):
         ("lmlight.cache", "torch"),
         ("lmlight.data.corpus", "torch"),
         ("lmlight.data.tokenizer", "torch"),
+        ("lmlight.data.store", "torch"),
         ("lmlight.generation", "lightning"),
         ("lmlight.checkpoint", "lightning"),
         ("lmlight.interchange.command", "lightning"),

@@ -7,8 +7,8 @@ import pytest
 
 from lmlight import cache
 from lmlight.data.corpus import Piece
+from lmlight.data.store import TokenStore
 from lmlight.data.tokenizer import CharTokenizer
-from lmlight.data.tokens import TokenStore
 
 
 @pytest.fixture

@@ -351,7 +351,7 @@ def test_documents_end_with_a_token_that_no_text_gives(tokenizer):
         for half, (low, high) in zip(halves, ((0, cut), (cut, len(text)))):
             if low <= last and first < high and (part := text[max(first, low) : min(last, high)]):
                 half += encode(part) + ([end] if last <= high else [])
-    assert list(data._train_ids) == halves[0]
+    assert data._train_ids[:].tolist() == halves[0]
     assert scored(data.val_dataloader()) == halves[1]
     assert characters(data.val_dataloader()) == pytest.approx(len(text) - cut)
 
@@ -389,7 +389,7 @@ def test_a_validation_corpus_of_its_own_leaves_all_of_the_text_to_training(verse
     (tmp_path / "val.txt").write_text("river stone\n" * 20)
     (tmp_path / "test.txt").write_text("lantern market\n" * 20)
     data = ready(verse_file, val_corpus="val.txt", test_corpus="test.txt", stage="test")
-    assert data.tokenizer.decode(data._train_ids.tolist()) == verse
+    assert data.tokenizer.decode(data._train_ids[:].tolist()) == verse
     assert data.tokenizer.fingerprint == UNIGRAM.train(verse).fingerprint
     assert data.tokenizer.decode(scored(data.val_dataloader())) == "river stone\n" * 20
     for loader in data.test_dataloader():
@@ -458,9 +458,18 @@ def test_a_text_edited_in_place_is_prepared_afresh(verse, verse_file):
 def test_a_damaged_store_is_refused_with_its_place(verse_file):
     ready(verse_file)
     (name,) = stores()
-    (corpora.cache_dir() / "tokens" / name / "index.json").unlink()
+    (corpora.cache_dir() / "tokens" / name / "train-00000.npy").unlink()
     with pytest.raises(UserError, match=f"{name}.*delete that folder"):
         ready(verse_file)
+
+
+def test_a_store_that_is_not_finished_is_finished_with_its_own_tokenizer(verse, verse_file, monkeypatch):
+    ready(verse_file)
+    (name,) = stores()
+    (corpora.cache_dir() / "tokens" / name / "index.json").unlink()
+    monkeypatch.setattr(TokenizerConfig, "train", None)
+    data = ready(verse_file)
+    assert data.tokenizer.decode(scored(data.val_dataloader())) == parts(verse)[1]
 
 
 def test_a_cache_that_cannot_be_written_is_said_with_the_variable(verse_file, tmp_path, monkeypatch):
@@ -575,7 +584,7 @@ def test_predicting_needs_no_text():
 
 
 def test_ids_are_read_from_disk_not_held_in_memory(verse_file):
-    assert isinstance(ready(verse_file)._train_ids, np.memmap)
+    assert isinstance(ready(verse_file)._train_ids._part(0).base, np.memmap)
 
 
 def test_used_twice_it_prepares_once(verse_file, tmp_path):

@@ -27,13 +27,21 @@ from torch.utils.data import DataLoader, Dataset
 
 from lmlight.cache import cache_dir
 from lmlight.data import corpus as corpora
-from lmlight.data.sampler import BatchOrder, epoch_starts, random_starts, scored_windows, windows_per_epoch
+from lmlight.data.sampler import (
+    BatchOrder,
+    ScoringBatches,
+    epoch_starts,
+    random_starts,
+    scored_windows,
+    windows_per_epoch,
+)
+from lmlight.data.store import Ids, TokenStore, decode
 from lmlight.data.tokenizer import SubwordSampler, SubwordSampling, Tokenizer, TokenizerConfig
-from lmlight.data.tokens import Batch, TokenStore, Windows, as_batch, decode
+from lmlight.data.tokens import Batch, Windows, as_batch
 from lmlight.errors import UserError
 
 # Of a token store: raised when the same text and settings would give other files.
-LAYOUT = 2
+LAYOUT = 3
 # From so many characters on, what does not fit is made to fit; a shorter text is refused unless its settings suit it.
 FEWEST_CHARS = 1000
 
@@ -159,11 +167,11 @@ class TextDataModule(LightningDataModule):
         self._train_ids, self._train_chars = store.ids["train"], store.chars["train"]
         self._train_counts = self._char_counts(self._train_ids, self._train_chars)
         before = self._train_ids[-1:]
-        self._val_ids = np.append(before, store.ids["val"])
+        self._val_ids = store.ids["val"].before(before)
         self._val_counts = self._char_counts(store.ids["val"], store.chars["val"])
         self._test_ids, self._test_counts = self._val_ids, self._val_counts
         if "test" in store.ids:
-            self._test_ids = np.append(before, store.ids["test"])
+            self._test_ids = store.ids["test"].before(before)
             self._test_counts = self._char_counts(store.ids["test"], store.chars["test"])
         if not tokenizer.lossless:
             rank_zero_warn(
@@ -172,7 +180,7 @@ class TextDataModule(LightningDataModule):
             )
         self._sampler = None
         if self.subword_sampling and stage == "fit":
-            self._sampler = SubwordSampler(tokenizer, decode(tokenizer, self._train_ids), self.subword_sampling)
+            self._sampler = SubwordSampler(tokenizer, decode(tokenizer, self._train_ids[:]), self.subword_sampling)
 
     def train_dataloader(self) -> TrainLoader:
         self._check_batch_size()
@@ -194,11 +202,12 @@ class TextDataModule(LightningDataModule):
         """Windows of the training text, spread evenly over it, to be scored exactly as the validation text is."""
         ids, T = self._train_ids, self.block_size
         starts = np.unique(np.linspace(0, len(ids) - 1 - T, windows).astype(np.int64) // T * T)
-        return self._scoring_loader(ids, self._train_counts, [(int(start), T, 0) for start in starts])
+        plan = np.stack((starts, np.full_like(starts, T), np.zeros_like(starts)), axis=1)
+        return self._scoring_loader(ids, self._train_counts, plan)
 
     @property
-    def val_ids(self) -> npt.NDArray[np.integer]:
-        """The validation text's tokens, behind the last one of the training text."""
+    def val_ids(self) -> Ids:
+        """The validation text's tokens, behind the last one of the training text: on disk, so read slices of them."""
         return self._val_ids
 
     def characters_seen(self, steps: int) -> float:
@@ -229,7 +238,7 @@ class TextDataModule(LightningDataModule):
         val = self._load(self.val_corpus) if self.val_corpus else None
         test = self._load(self.test_corpus) if self.test_corpus else None
         folder, fingerprint = self._store_key(main, val, test)
-        if not folder.exists():
+        if not TokenStore.finished(folder):
             self._write_store(folder, fingerprint, main, val, test)
         self._place = str(folder), fingerprint
         self._fit_to(TokenStore(folder, fingerprint))
@@ -252,16 +261,18 @@ class TextDataModule(LightningDataModule):
         texts = {"train": main.pieces(0, cut), "val": val.pieces() if val else main.pieces(cut)}
         if test:
             texts["test"] = test.pieces()
-        tokenizer = self._given or self.tokenizer_config.train(
-            (piece.text for piece in main.pieces(0, cut)), end_of_text=main.has_documents
-        )
+        tokenizer = self._given or TokenStore.tokenizer_of(folder)  # of a preparation that was interrupted
+        if tokenizer is None:
+            pieces = (piece.text for piece in main.pieces(0, cut))
+            tokenizer = self.tokenizer_config.train(pieces, cut, end_of_text=main.has_documents)
         if main.has_documents and tokenizer.end_of_text is None:
             rank_zero_warn(
                 "this tokenizer has no token for the end of a document: documents follow each other without a mark"
             )
         about = {"corpus": self.corpus, "vocab_size": tokenizer.vocab_size}
         try:
-            TokenStore.write(folder, fingerprint, texts, tokenizer, about)
+            size = sum(corpus.size[1] for corpus in (main, val, test) if corpus)
+            TokenStore.write(folder, fingerprint, texts, tokenizer, about, size)
         except OSError as error:
             raise UserError(
                 f"cache folder '{folder.parent}' cannot be written ({error.strerror}): free some space, or pass another, "
@@ -336,18 +347,21 @@ class TextDataModule(LightningDataModule):
             f"text of at least some {minimum:,} characters (this one has {chars:,}), or lower --data.block_size"
         )
 
-    def _char_counts(self, ids: npt.NDArray[np.integer], chars: int) -> npt.NDArray[np.number]:
+    def _char_counts(self, ids: npt.NDArray[np.integer] | Ids, chars: int) -> npt.NDArray[np.number]:
         """The characters each id stands for; for a lossy tokenizer, scaled so that they add up to the original text."""
         assert self.tokenizer is not None
         counts = self.tokenizer.char_counts
-        return counts if self.tokenizer.lossless else counts * (chars / counts[ids].sum())
+        if self.tokenizer.lossless:
+            return counts
+        occurrences = ids.counts(len(counts)) if isinstance(ids, Ids) else np.bincount(ids, minlength=len(counts))
+        return counts * (chars / (occurrences @ counts))
 
     def _train_windows(self, epoch: int) -> Windows:
-        ids, counts = self._train_ids, self._train_counts
+        ids: npt.NDArray[np.integer] | Ids = self._train_ids
+        counts = self._train_counts
         if self._sampler:
-            original_chars = counts[ids].sum()
             ids = self._sampler.draw(self.seed, epoch)
-            counts = self._char_counts(ids, original_chars)
+            counts = self._char_counts(ids, self._train_chars)
         starts = (epoch_starts if self.windows == "epoch" else random_starts)(
             len(ids), self.block_size, self.seed, epoch
         )
@@ -355,28 +369,23 @@ class TextDataModule(LightningDataModule):
         starts = np.resize(starts, windows_per_epoch(len(self._train_ids), self.block_size))
         return Windows(ids, starts, self.block_size, counts)
 
-    def _whole_loader(
-        self, ids: npt.NDArray[np.integer], char_counts: npt.NDArray[np.number], stride: int
-    ) -> DataLoader[Batch]:
+    def _whole_loader(self, ids: Ids, char_counts: npt.NDArray[np.number], stride: int) -> DataLoader[Batch]:
         """Every token of a text, behind the last training token as context, scored once."""
         return self._scoring_loader(ids, char_counts, scored_windows(len(ids), self.block_size, stride))
 
     def _scoring_loader(
-        self, ids: npt.NDArray[np.integer], char_counts: npt.NDArray[np.number], plan: list[tuple[int, int, int]]
+        self, ids: Ids, char_counts: npt.NDArray[np.number], plan: npt.NDArray[np.int64]
     ) -> DataLoader[Batch]:
         """This rank's share of the windows of a plan, of which only the last may be shorter than a block."""
         rank, world_size, _ = self._share()
-        nothing = (0, self.block_size, self.block_size)  # a window of which no token is scored
-        plan = [*plan, nothing]
-        starts, lengths, scored_from = np.array(plan).T
+        length = min(self.block_size, len(ids) - 1)
+        nothing = np.array([[0, length, length]])  # a window of which no token is scored
+        starts, lengths, scored_from = np.concatenate((plan, nothing)).T
         windows = Windows(ids, starts, lengths, char_counts, scored_from)
-        last = len(plan) - 1
+        last = len(plan)
         full = int((lengths[:last] == self.block_size).sum())  # the shorter one is a batch of its own
-        batches = [list(range(i, min(i + self.batch_size, full))) for i in range(0, full, self.batch_size)]
-        batches += [[i] for i in range(full, last)]
         # whole batches go round the ranks, and all get as many, or those that have more would wait for the others
-        batches += [[last]] * (-len(batches) % world_size)
-        batches = batches[rank::world_size]
+        batches = ScoringBatches(full, last, self.batch_size, rank, world_size)
         # a generator of its own: the loader would take a number from the global one, which is training's
         return DataLoader(windows, batch_sampler=batches, collate_fn=as_batch, generator=torch.Generator())
 
@@ -421,7 +430,7 @@ class TrainLoader:
         began = time.perf_counter()
         batches = DataLoader(
             self._windows(self._epoch),
-            batch_sampler=list(self._order)[self._seen :],
+            batch_sampler=self._order.batches(self._seen),
             collate_fn=as_batch,
             num_workers=self._num_workers,
             generator=torch.Generator(),
