@@ -119,6 +119,8 @@ class LmlightCLI(LightningCLI):
         resuming = name == "fit" and init_from is None
         path = checkpoints.find(config.ckpt_path or init_from, _runs_folder(config), "last" if resuming else "best")
         self.checkpoint = checkpoints.read(path)
+        if resuming and "optimizer_states" not in self.checkpoint:
+            raise UserError(f"checkpoint '{path}' was imported and holds no run to go on with: pass it as --init_from")
         settings = _settings_of(self.checkpoint, path)
         if init_from is not None:
             settings = {
@@ -244,9 +246,10 @@ def _settings_of(checkpoint: dict[str, Any], path: Path) -> dict[str, Any]:
     net = chosen(described["net"]["config"])
     class_path = f"{NETS[described['net']['class']].__module__}.{described['net']['class']}"
     settings.setdefault("model", {})["net"] = {"class_path": class_path, "init_args": net}
-    for name in ("prompts", "prompt_batch_size"):  # of another command
+    for name in ("prompts", "prompt_batch_size", "cache"):  # of another command or machine
         settings.setdefault("data", {}).pop(name, None)
-    settings["data"].setdefault("block_size", described["net"]["config"]["block_size"])
+    block_size = described["net"]["config"]["block_size"]  # fewer than were asked for, where the text was short
+    settings["data"]["block_size"] = min(settings["data"].get("block_size", block_size), block_size)
     for name in _class_paths(settings):
         if not name.startswith(TRUSTED_CLASSES):
             raise UserError(f"checkpoint '{path}' wants to run {name}, which is neither lmlight's nor torch's: refused")
@@ -297,7 +300,8 @@ def main(args: Sequence[str] | None = None) -> int:
             save_config_kwargs={"overwrite": True},
             parser_kwargs={
                 "prog": "lmlight",
-                "description": "Trains small transformer language models on text. `lmlight chat CHECKPOINT` talks with one.",
+                "description": "Trains small transformer language models on text. Beside the subcommands below there are "
+                "`lmlight chat`, `curves`, `export`, `import` and `cache`, each with a --help of its own.",
                 "version": __version__,
             },
             parser_class=OneLineParser,

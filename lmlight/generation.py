@@ -224,7 +224,8 @@ class TextStream:
 
     Args:
         tokenizer: encodes the prompt, decodes the rest.
-        prompt: what it continues. An empty one begins as if a line had just ended.
+        prompt: what it continues. An empty one begins a document where the tokenizer knows of documents, else as if a line
+            had just ended.
         sampling: gives the stop texts.
         seed: of its random numbers.
 
@@ -235,7 +236,7 @@ class TextStream:
         text: what has been written, without the prompt and the stop text.
         tokens: the ids written, to the one that completed the stop text.
         logprobs: the natural logarithm of the probability that the net gave to each, before any filter, if asked for.
-        finished: `length`, `stop`, or None while it is being written.
+        finished: `length`; `stop`, at a stop text or the end of the document; or None while it is being written.
 
     Raises:
         UserError: the prompt has a character that the tokenizer does not know.
@@ -243,8 +244,10 @@ class TextStream:
 
     def __init__(self, tokenizer: Tokenizer, prompt: str, sampling: Sampling, seed: int) -> None:
         self.prompt, self.seed = prompt, seed
+        self._end_of_text = tokenizer.end_of_text
         # a lossy tokenizer has no newline: the notebook's token 0
-        self.ids = tokenizer.encode(prompt) or tokenizer.encode("\n") or [0]
+        nothing = tokenizer.encode("\n") or [0] if self._end_of_text is None else [self._end_of_text]
+        self.ids = tokenizer.encode(prompt) or nothing
         self.text = ""
         self.tokens: list[int] = []
         self.logprobs: list[float] = []
@@ -256,7 +259,11 @@ class TextStream:
     def push(self, index: int) -> str:
         """Adds a token; gives the text that has become certain."""
         self.tokens.append(index)
-        return self._release(self._detokenizer.push(index))
+        text = self._release(self._detokenizer.push(index))
+        if index == self._end_of_text and self.finished is None:
+            self.finished = "stop"
+            text, self.text = text + self._held, self.text + self._held
+        return text
 
     def end(self) -> str:
         """No more tokens will come; gives the rest of the text."""

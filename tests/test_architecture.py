@@ -20,10 +20,15 @@ def test_imports_run_one_way(monkeypatch):
     ("module", "absent"),
     [
         ("lmlight", "torch"),
+        ("lmlight.cache", "torch"),
         ("lmlight.data.corpus", "torch"),
         ("lmlight.data.tokenizer", "torch"),
+        ("lmlight.data.store", "torch"),
         ("lmlight.generation", "lightning"),
         ("lmlight.checkpoint", "lightning"),
+        ("lmlight.interchange.command", "lightning"),
+        ("lmlight.interchange.command", "safetensors"),
+        ("lmlight.interchange.command", "google.protobuf"),
     ],
 )
 def test_light_parts_do_not_wait_for_heavy_ones(module, absent):

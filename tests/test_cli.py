@@ -371,6 +371,19 @@ def test_the_next_command_is_one_that_can_be_typed_here(tmp_path, monkeypatch):
     assert _command() == f"{sys.executable} -m lmlight"
 
 
+@pytest.mark.skipif(os.name != "posix", reason="closes a pipe as POSIX does")
+def test_a_reader_that_has_had_enough_is_no_error(tmp_path):
+    for number in range(3000):
+        (tmp_path / "cache" / "corpora" / f"{number}.txt").parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "cache" / "corpora" / f"{number}.txt").touch()
+    command = [sys.executable, "-m", "lmlight", "cache"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        process.stdout.read(10)
+        process.stdout.close()
+        assert process.stderr.read() == b""
+    assert process.returncode == 1
+
+
 def test_version(capsys):
     with pytest.raises(SystemExit) as ended:
         main(["--version"])

@@ -1,8 +1,14 @@
 """Texts are read exactly, and a named corpus is only ever the bytes with the right hash."""
 
+import bz2
+import gzip
 import hashlib
 import importlib.util
+import itertools
+import json
+import lzma
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -20,6 +26,7 @@ from lmlight.data import corpus
 from lmlight.errors import UserError
 
 CONTENT = "A tiny corpus,\r\nof two lines — mostly.\n".encode()
+ZSTD = "compression.zstd" if sys.version_info >= (3, 14) else "backports.zstd"
 MEMBER = "tinypkg_of_lmlight_tests/input.txt"
 
 
@@ -45,7 +52,7 @@ def test_a_path_may_be_relative_or_begin_with_the_home_folder(tmp_path, monkeypa
 
 def error_of(source):
     with pytest.raises(UserError) as caught:
-        corpus.load(str(source))
+        corpus.load(str(source)).text  # noqa: B018
     message = str(caught.value)
     assert "\n" not in message
     assert str(source) in message
@@ -56,10 +63,6 @@ def test_a_missing_file_is_said_with_the_names_that_exist(tmp_path):
     message = error_of(tmp_path / "absent.txt")
     assert "no corpus" in message
     assert "tinyshakespeare" in message
-
-
-def test_a_folder_is_refused(tmp_path):
-    assert "folder" in error_of(tmp_path)
 
 
 def test_an_empty_file_is_refused(tmp_path):
@@ -86,7 +89,7 @@ def test_a_file_cut_inside_a_character_is_refused(tmp_path):
 
 def test_a_path_that_leads_through_a_file_is_refused(tmp_path):
     (tmp_path / "file.txt").write_bytes(b"abc")
-    assert "cannot be read" in error_of(tmp_path / "file.txt" / "inside.txt")
+    assert "no corpus" in error_of(tmp_path / "file.txt" / "inside.txt")
 
 
 @pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root reads everything")
@@ -112,6 +115,279 @@ def test_the_split_loses_and_moves_nothing(text, val_fraction):
 
 def test_the_split_counts_characters_not_bytes():
     assert corpus.split("漢" * 9 + "字", 0.1) == ("漢" * 9, "字")
+
+
+# Files of other kinds, and several of them
+
+DOCUMENTS = [
+    "One document.\n",
+    "Another: \u00e9\u6f22 \U0001f469\u200d\U0001f469\r\n",
+    "  a third, without a line's end",
+]
+
+
+def pieces_of(source, **reading):
+    return [tuple(piece) for piece in corpus.load(str(source), corpus.Reading(**reading)).pieces()]
+
+
+def ended(*documents):
+    return [(document, True) for document in documents]
+
+
+def packed(suffix, data):
+    if suffix == ".zst":
+        return pytest.importorskip(ZSTD).compress(data)
+    return {".gz": gzip, ".bz2": bz2, ".xz": lzma}[suffix].compress(data)
+
+
+@pytest.mark.parametrize("suffix", [".gz", ".bz2", ".xz", ".zst"])
+def test_a_packed_file_is_its_text(tmp_path, suffix):
+    (tmp_path / f"text.txt{suffix}").write_bytes(packed(suffix, CONTENT))
+    loaded = corpus.load(f"text.txt{suffix}")
+    assert loaded.text.encode() == CONTENT
+    assert not loaded.has_documents
+
+
+@pytest.mark.parametrize("suffix", [".gz", ".bz2", ".xz", ".zst"])
+def test_a_packed_file_that_was_cut_is_refused(tmp_path, suffix):
+    data = packed(suffix, os.urandom(50_000).hex().encode())
+    (tmp_path / f"text.txt{suffix}").write_bytes(data[: len(data) // 2])
+    assert "text.txt" in error_of(f"text.txt{suffix}")
+    (tmp_path / f"text.txt{suffix}").write_bytes(b"not packed at all")
+    assert "text.txt" in error_of(f"text.txt{suffix}")
+
+
+def test_each_line_of_json_lines_is_a_document(tmp_path):
+    lines = [json.dumps({"id": n, "story": text}, ensure_ascii=n == 1) for n, text in enumerate(DOCUMENTS)]
+    lines.insert(1, "")
+    lines.insert(2, json.dumps({"story": None}))
+    lines.insert(3, json.dumps({"story": ""}))
+    (tmp_path / "stories.jsonl").write_text("\n".join(lines), "utf-8", newline="")
+    (tmp_path / "stories.jsonl.gz").write_bytes(gzip.compress((tmp_path / "stories.jsonl").read_bytes()))
+    for name in ("stories.jsonl", "stories.jsonl.gz"):
+        assert pieces_of(name, field="story") == ended(*DOCUMENTS)
+    assert corpus.load("stories.jsonl", corpus.Reading("story")).has_documents
+    with pytest.raises(UserError, match=r"no field 'text' in line 1 \(there is id, story\): pass --data\.field"):
+        pieces_of("stories.jsonl")
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        (b"{not json", "not JSON Lines .line 2"),
+        (b"[1, 2]", "no field 'text' in line 2"),
+        (b'{"text": 5}', "has a int as 'text' in line 2"),
+        (b'{"text": "caf\xe9"}', "byte 0xe9 at line 2, offset 13"),
+        (b'{"text": "\\ud83d!"}', "half a character .*ud83d.* in line 2"),
+        (b"[" * 100_000, "not JSON Lines .line 2"),
+    ],
+)
+def test_json_lines_that_are_none_are_refused_with_their_number(tmp_path, line, message):
+    (tmp_path / "stories.jsonl").write_bytes(b'{"text": "ok"}\n' + line + b"\n")
+    assert re.search(message, error_of("stories.jsonl"))
+
+
+def test_half_a_character_is_replaced_where_asked(tmp_path):
+    (tmp_path / "stories.jsonl").write_bytes(b'{"text": "\\ud83d!"}\n{"text": "caf\xe9"}\n')
+    assert pieces_of("stories.jsonl", errors="replace") == ended("\ufffd!", "caf\ufffd")
+
+
+def test_each_row_of_parquet_is_a_document(tmp_path):
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    table = pyarrow.table({"n": list(range(1000)), "story": [*DOCUMENTS, None, *["x"] * 996]})
+    parquet.write_table(table, tmp_path / "stories.parquet", row_group_size=300)
+    assert pieces_of("stories.parquet", field="story") == ended(*DOCUMENTS, *["x"] * 996)
+    with pytest.raises(UserError, match=r"no field 'text'.*there is n, story"):
+        pieces_of("stories.parquet")
+    with pytest.raises(UserError, match="has a int as 'n' in row 1"):
+        pieces_of("stories.parquet", field="n")
+    (tmp_path / "broken.parquet").write_bytes(b"PAR1 no")
+    assert "broken.parquet" in error_of("broken.parquet")
+
+
+@pytest.mark.parametrize(("module", "name"), [(ZSTD, "a.txt.zst"), ("pyarrow", "a.parquet")])
+def test_a_format_of_an_extra_says_what_to_install(tmp_path, monkeypatch, module, name):
+    monkeypatch.setitem(sys.modules, module, None)
+    (tmp_path / name).write_bytes(b"whatever")
+    assert "pip install 'lmlight[formats]'" in error_of(name)
+
+
+def test_a_folder_is_its_text_files_in_the_order_of_their_names(tmp_path):
+    for name, text in {
+        "b/2.md": "second",
+        "b/10.txt": "first",
+        "a.TXT": "zeroth",
+        "c.jsonl": '{"text": "third"}\n{"text": "fourth"}',
+        "b/picture.png": "\0",
+        "b/code.py": "import this",
+        ".git/notes.txt": "hidden",
+        "d.txt": "",
+    }.items():
+        (tmp_path / "books" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "books" / name).write_text(text)
+    assert pieces_of("books") == ended("zeroth", "first", "second", "third", "fourth")
+    assert pieces_of("books/**/*.py") == [("import this", False)]
+    assert pieces_of("books/b/*.[mt]*") == ended("first", "second")
+
+
+def test_a_folder_of_one_file_is_one_text(tmp_path):
+    (tmp_path / "book").mkdir()
+    (tmp_path / "book" / "all.txt").write_bytes(CONTENT)
+    assert pieces_of("book") == [(CONTENT.decode(), False)]
+
+
+def test_a_folder_without_text_and_a_pattern_without_files_are_refused(tmp_path):
+    (tmp_path / "pictures").mkdir()
+    (tmp_path / "pictures" / "a.png").touch()
+    assert "folder without text" in error_of("pictures")
+    assert "no file matches" in error_of("pictures/*.txt")
+
+
+def test_a_mistake_in_one_of_several_files_names_it(tmp_path):
+    (tmp_path / "a.txt").write_bytes(b"fine")
+    (tmp_path / "b.txt").write_bytes(b"caf\xe9")
+    message = error_of(tmp_path)
+    assert "b.txt" in message and "offset 3" in message
+
+
+@given(st.lists(st.text("ab<|>", max_size=12), max_size=8), st.integers(1, 5))
+def test_a_separator_keeps_documents_apart(tmp_path, documents, piece):
+    """Wherever blocks of the file happen to end."""
+    separator = "<||>"
+    text = separator.join(documents)
+    (tmp_path / "stories.txt").write_text(text)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(corpus, "PIECE", piece)
+        pieces = list(corpus.load("stories.txt", corpus.Reading(separator=separator)).pieces()) if text else []
+    found, document = [], ""
+    for part, ends in pieces:
+        document += part
+        if ends:
+            found.append(document)
+            document = ""
+    assert document == ""
+    assert found == [whole for whole in text.split(separator) if whole]
+
+
+def test_a_separator_that_is_empty_is_refused():
+    with pytest.raises(UserError, match="separator"):
+        corpus.Reading(separator="")
+
+
+def first_mistake(data):
+    try:
+        data.decode()
+    except UnicodeDecodeError as error:
+        return error.start
+    return None
+
+
+@given(st.binary(max_size=60), st.integers(1, 4))
+def test_errors_are_replaced_as_python_replaces_them(tmp_path, data, piece):
+    data = b"long enough not to look empty or binary" * 300 + data
+    (tmp_path / "broken.txt").write_bytes(data)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(corpus, "PIECE", 8192 + piece)
+        assert corpus.load("broken.txt", corpus.Reading(errors="replace")).text == data.decode("utf-8", "replace")
+        first = first_mistake(data)
+        if first is None:
+            assert corpus.load("broken.txt").text == data.decode()
+        else:
+            assert f"byte 0x{data[first]:02x} at offset {first:,})" in error_of("broken.txt")
+
+
+@given(
+    st.lists(st.text("ab \n\u2581\u6f22", max_size=40), max_size=6),
+    st.integers(1, 6),
+    st.integers(1, 5),
+    st.booleans(),
+    st.data(),
+)
+def test_pieces_are_the_text_and_are_cut_where_a_tokenizer_cuts(documents, piece, longest, ends, data):
+    """Tokenizing piece by piece is tokenizing the whole: no piece ends inside a stretch, whatever the part of the text."""
+    whole = "".join(documents)
+    read = [corpus.Piece(text, ends) for text in documents if text]
+    start, stop = sorted((data.draw(st.integers(0, len(whole))), data.draw(st.integers(0, len(whole)))))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(corpus, "PIECE", longest + piece)
+        patch.setattr(corpus, "MAX_LINE", longest)
+        found = list(corpus._cut_between_lines(corpus._slice(read, start, stop)))
+        assert "".join(text for text, _ in found) == whole[start:stop]
+
+        def stretches(text):
+            return [s for line in text.split("\n") for s in [*corpus.stretches(line), "\n"] if s][:-1]
+
+        if not ends and found:
+            apart = [stretches(text) for text, _ in found]
+            assert [s for part in apart for s in part] == stretches(whole[start:stop])
+    borders, position = set(), 0
+    for text in documents if ends else []:
+        position += len(text)
+        if text and start < position <= stop:
+            borders.add(position - start)
+    position = 0
+    for text, ended_here in found:
+        position += len(text)
+        assert ended_here == (position in borders)
+
+
+@given(st.text("ab \u6f22", max_size=60), st.integers(1, 9))
+def test_stretches_are_short_and_cut_before_a_space_where_there_is_one(line, longest):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(corpus, "MAX_LINE", longest)
+        parts = list(corpus.stretches(line))
+    assert "".join(parts) == line
+    assert all(len(part) <= longest for part in parts)
+    for part, following in itertools.pairwise(parts):
+        assert following.startswith(" ") or " " not in part[1:]
+
+
+def test_the_hash_is_of_all_that_the_text_depends_on(tmp_path):
+    def sha(source="a", **reading):
+        return corpus.load(source, corpus.Reading(**reading)).sha256
+
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a/1.txt").write_bytes(b"one")
+    hashes = [sha()]
+    assert hashes == [hashlib.sha256(b"one").hexdigest()]
+    (tmp_path / "a/2.txt").write_bytes(b"two")
+    hashes += [sha(), sha(separator="n"), sha(errors="replace")]
+    assert sha(field="other") == sha(), "which no text file has"
+    (tmp_path / "a/3.jsonl").write_bytes(b'{"text": "", "other": ""}')
+    hashes += [sha(), sha(field="other")]
+    (tmp_path / "a/2.txt").write_bytes(b"too")
+    hashes += [sha()]
+    (tmp_path / "a/2.txt").rename(tmp_path / "a/0.txt")
+    hashes += [sha()]
+    assert len(set(hashes)) == len(hashes)
+
+
+def test_an_address_is_copied_once_and_anew_when_it_changes(tmp_path, served, monkeypatch):
+    served.files["/input.txt"] = CONTENT
+    assert corpus.load(served.url).text.encode() == CONTENT
+    assert corpus.load(served.url).text.encode() == CONTENT
+    assert len(files_in_cache()) == 1
+    served.files["/input.txt"] = CONTENT + b"and a line"
+    assert corpus.load(served.url).text.encode() == CONTENT + b"and a line"
+    assert len(files_in_cache()) == 2
+    served.files.clear()
+    with pytest.warns(UserWarning, match="cannot be reached"):
+        assert corpus.load(served.url).text.encode() == CONTENT + b"and a line"
+    message = error_of(served.url.replace("input", "absent"))
+    assert "cannot be fetched" in message
+
+
+def test_a_folder_or_pattern_elsewhere_is_read_through_fsspec(tmp_path):
+    fsspec = pytest.importorskip("fsspec")
+    memory = fsspec.filesystem("memory")
+    memory.pipe({"/lmlight-tests/b.txt": b"second", "/lmlight-tests/a.md": b"first", "/lmlight-tests/c.png": b"\0"})
+    try:
+        assert pieces_of("memory://lmlight-tests") == ended("first", "second")
+        assert pieces_of("memory://lmlight-tests/*.md") == [("first", False)]
+        assert "no text" in error_of("memory://lmlight-tests/*.txt2")
+    finally:
+        memory.rm("/lmlight-tests", recursive=True)
+    assert "cannot be fetched" in error_of("nosuchthing://a/b.txt")
 
 
 # A named corpus: fakes of the two places where it may be
@@ -151,6 +427,12 @@ def served():
     """A web server on this machine: `.files` by path (others are 404), `.hits`, and `.url`."""
 
     class Handler(BaseHTTPRequestHandler):
+        def do_HEAD(self):
+            content = server.files.get(self.path)
+            self.send_response(404 if content is None else 200)
+            self.send_header("Content-Length", str(len(content or b"")))
+            self.end_headers()
+
         def do_GET(self):
             server.hits.append(self.path)
             if server.together:

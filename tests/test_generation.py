@@ -291,6 +291,16 @@ def test_the_prompt_is_not_searched_for_stop_texts():
     assert (stream.text, stream.finished) == ("ba", "length")
 
 
+@pytest.mark.parametrize("stop", [[], ["abc"]])
+def test_a_text_ends_where_its_document_does(stop):
+    tokenizer = CharTokenizer("abc", end_of_text=True)
+    stream = TextStream(tokenizer, "", Sampling(stop=stop), 0)
+    assert stream.ids == [3], "nothing before it: a document begins"
+    assert "".join(stream.push(index) for index in (0, 1, 3)) == stream.text == "ab"
+    assert stream.finished == "stop"
+    assert TextStream(tokenizer, "ab", Sampling(), 0).ids == [0, 1]
+
+
 def test_stop_texts_straddle_subword_tokens(verse):
     tokenizer = TokenizerConfig(vocab_size=400).train(verse)
     text = verse[200:260]

@@ -88,7 +88,7 @@ def test_checks_what_it_says(path):
 def test_defines_no_part_of_the_package(path, exported):
     nodes = [node for cell in cells_of(path)[1:] for node in ast.parse(cell["source"]).body]
     defined = {node.name for node in nodes if isinstance(node, ast.ClassDef | ast.FunctionDef)}
-    assert not defined & exported
+    assert not defined & exported - {"encode", "decode"}  # here by a dictionary, which is what is taught
 
 
 @each_notebook

@@ -102,7 +102,7 @@ def test_a_stride_of_one_block_gives_windows_that_do_not_overlap(n_tokens, block
 @given(st.integers(2, 400), blocks)
 def test_a_stride_of_half_a_block_gives_half_a_block_of_context(n_tokens, block):
     """Beyond the first window, the first scored position has exactly block // 2 inputs to its left."""
-    first, *others = scored_windows(n_tokens, block, stride=-(-block // 2))
+    first, *others = map(tuple, scored_windows(n_tokens, block, stride=-(-block // 2)))
     assert first == (0, min(block, n_tokens - 1), 0)
     assert {scored_from for _, _, scored_from in others} <= {block // 2}
 

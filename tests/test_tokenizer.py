@@ -271,6 +271,20 @@ def test_a_vocabulary_too_small_is_refused_with_the_least_that_works(kind, lossl
         TokenizerConfig(kind, minimum - 1, lossless).train(verse)
 
 
+@pytest.mark.filterwarnings("ignore:vocab_size")
+@pytest.mark.parametrize("kind", ["unigram", "bpe"])
+def test_the_rarest_of_too_many_characters_are_left_to_the_bytes(kind):
+    frequent = "".join(chr(0x4E00 + n % 100) for n in range(5000))
+    text = "".join(chr(0x5E00 + n) + frequent[n * 5 : n * 5 + 5] for n in range(1000))
+    with pytest.warns(
+        UserWarning, match=r"1,100 different characters, too many for 600 pieces: the rarest, 15.5% of it"
+    ):
+        tokenizer = TokenizerConfig(kind, 600).train(text)
+    assert 256 < tokenizer.vocab_size <= 600
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+    assert set(frequent) <= set("".join(tokenizer.pieces))
+
+
 @pytest.mark.parametrize("text", ["", "\n\n\n", SPACE])
 @pytest.mark.parametrize("kind", ["unigram", "bpe"])
 def test_a_text_without_anything_to_learn_is_refused(kind, text):

@@ -123,7 +123,7 @@ class Pictures(Callback):
         """The name, the weights (T, T) and the labels of each picture."""
         from lmlight import pictures
 
-        ids = data.val_ids[1:].tolist() if self.line is None else tokenizer.encode(self.line)
+        ids = data.val_ids[1 : self.tokens + 1].tolist() if self.line is None else tokenizer.encode(self.line)
         ids = ids[: min(self.tokens, net.block_size)]
         maps = net.attention_maps(torch.tensor([ids], device=net.head.weight.device))[:, 0].float().cpu().numpy()
         labels = [pictures.visible(tokenizer.piece(index)) for index in ids]
@@ -154,7 +154,7 @@ def _surprise(net: Net, data: TextDataModule, most: int = 256) -> tuple[list[int
 
 def _by_frequency(data: TextDataModule, vocab_size: int) -> Any:
     """The ids, the most frequent in the validation text first."""
-    return np.argsort(-np.bincount(data.val_ids, minlength=vocab_size), kind="stable")
+    return np.argsort(-data.val_ids.counts(vocab_size), kind="stable")
 
 
 class TokenEmbedding(Callback):

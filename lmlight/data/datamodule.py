@@ -25,11 +25,25 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 from torch.utils.data import DataLoader, Dataset
 
+from lmlight.cache import cache_dir
 from lmlight.data import corpus as corpora
-from lmlight.data.sampler import BatchOrder, epoch_starts, random_starts, scored_windows, windows_per_epoch
+from lmlight.data.sampler import (
+    BatchOrder,
+    ScoringBatches,
+    epoch_starts,
+    random_starts,
+    scored_windows,
+    windows_per_epoch,
+)
+from lmlight.data.store import Ids, TokenStore, decode
 from lmlight.data.tokenizer import SubwordSampler, SubwordSampling, Tokenizer, TokenizerConfig
-from lmlight.data.tokens import Batch, TokenStore, Windows, as_batch
+from lmlight.data.tokens import Batch, Windows, as_batch
 from lmlight.errors import UserError
+
+# Of a token store: raised when the same text and settings would give other files.
+LAYOUT = 3
+# From so many characters on, what does not fit is made to fit; a shorter text is refused unless its settings suit it.
+FEWEST_CHARS = 1000
 
 
 class TextDataModule(LightningDataModule):
@@ -39,10 +53,19 @@ class TextDataModule(LightningDataModule):
     not overlap and score every token once; `test` reads the same text again with a sliding window as its second loader.
 
     Args:
-        corpus: the name of a corpus (`tinyshakespeare`) or the path of a UTF-8 text file.
-        block_size: tokens in a window, which is also the longest context that the net sees.
+        corpus: the text: the name of a corpus (`tinyshakespeare`), a file, a folder, a pattern (`books/**/*.txt`), or an
+            address that fsspec opens (`https://`, `s3://`, `hf://`). Files are UTF-8 text, `.jsonl` or `.parquet`, packed
+            as `.gz`, `.bz2`, `.xz` or `.zst` if they are called so.
+        block_size: tokens in a window, which is also the longest context that the net sees; fewer where a text of 1,000
+            characters or more has not so many.
         batch_size: windows in one optimizer step, over all devices and accumulated batches together.
         val_fraction: the share of the characters, from the end, that is kept for validation.
+        val_corpus: another text to validate on, of whatever `corpus` may be; all of `corpus` is then for training.
+        test_corpus: another text for `test`; null takes the validation text.
+        field: of `.jsonl` and `.parquet` records, the one that is the text.
+        separator: in text files, what stands between two documents, such as `<|endoftext|>`; null takes a file as one text.
+        errors: bytes that are not UTF-8: `strict` refuses them, `replace` puts U+FFFD in their place.
+        cache: the folder for fetched texts and tokens; null is `$LMLIGHT_CACHE`, or the platform's own place for caches.
         tokenizer: which tokenizer to train; ignored where a checkpoint brings its own.
         subword_sampling: segment the training text afresh in each epoch; none if null.
         windows: `epoch`: each epoch is a random permutation of windows that do not overlap; `random`: windows are drawn
@@ -54,7 +77,8 @@ class TextDataModule(LightningDataModule):
         seed: decides the order of the windows and the sampled segmentations.
 
     Raises:
-        UserError: a size that is not positive; a `val_fraction` outside (0, 1); sampling without a unigram tokenizer.
+        UserError: a size that is not positive; a `val_fraction` outside (0, 1); sampling without a unigram tokenizer; an
+            empty separator.
     """
 
     def __init__(
@@ -63,6 +87,12 @@ class TextDataModule(LightningDataModule):
         block_size: int = 64,
         batch_size: int = 32,
         val_fraction: float = 0.1,
+        val_corpus: str | None = None,
+        test_corpus: str | None = None,
+        field: str = "text",
+        separator: str | None = None,
+        errors: Literal["strict", "replace"] = "strict",
+        cache: str | None = None,
         tokenizer: TokenizerConfig = TokenizerConfig(),
         subword_sampling: SubwordSampling | None = None,
         windows: Literal["epoch", "random"] = "epoch",
@@ -85,9 +115,12 @@ class TextDataModule(LightningDataModule):
             )
         self.corpus, self.block_size, self.batch_size = corpus, block_size, batch_size
         self.val_fraction, self.tokenizer_config = val_fraction, tokenizer
+        self.val_corpus, self.test_corpus = val_corpus, test_corpus
+        self.reading, self.cache = corpora.Reading(field, separator, errors), cache
         self.subword_sampling, self.windows, self.prompts = subword_sampling, windows, prompts
         self.prompt_batch_size, self.num_workers, self.seed = prompt_batch_size, num_workers, seed
         self._mistake = ""
+        self._place: tuple[str, str] | None = None  # of the prepared store: its folder and fingerprint
         self._given: Tokenizer | None = None
         self._trained: Tokenizer | None = None
 
@@ -106,8 +139,8 @@ class TextDataModule(LightningDataModule):
         """Fetches the corpus, trains the tokenizer and encodes the text, unless the cache has it all.
 
         Raises:
-            UserError: see `corpus.load` and `TokenizerConfig.train`; the text is shorter than a block; the batch cannot be
-                divided among the devices; the cache is not writable.
+            UserError: see `corpus.load`, `Corpus.pieces` and `TokenizerConfig.train`; the text is too short; the batch
+                cannot be divided among the devices; the cache is not writable, or the disk is full.
         """
         if self._predicting():
             return
@@ -122,15 +155,24 @@ class TextDataModule(LightningDataModule):
         """Opens the prepared tokens."""
         if self._predicting():
             return
-        if self.trainer is not None and (mistake := self.trainer.strategy.broadcast(self._mistake)):
-            raise UserError(mistake)
-        text = corpora.load(self.corpus)
-        store = self._open(text)
+        place = self._place
+        if self.trainer is not None:
+            mistake, place = self.trainer.strategy.broadcast((self._mistake, place))
+            if mistake:
+                raise UserError(mistake)
+        assert place is not None, "prepare_data comes before setup"
+        store = TokenStore(Path(place[0]), place[1])
         self._trained = tokenizer = store.tokenizer
-        self._train_ids, self._val_ids = store.ids["train"], np.append(store.ids["train"][-1:], store.ids["val"])
-        self._train_chars = store.chars["train"]
+        self._fit_to(store)
+        self._train_ids, self._train_chars = store.ids["train"], store.chars["train"]
         self._train_counts = self._char_counts(self._train_ids, self._train_chars)
+        before = self._train_ids[-1:]
+        self._val_ids = store.ids["val"].before(before)
         self._val_counts = self._char_counts(store.ids["val"], store.chars["val"])
+        self._test_ids, self._test_counts = self._val_ids, self._val_counts
+        if "test" in store.ids:
+            self._test_ids = store.ids["test"].before(before)
+            self._test_counts = self._char_counts(store.ids["test"], store.chars["test"])
         if not tokenizer.lossless:
             rank_zero_warn(
                 "this tokenizer is lossy (it folds newlines and spaces): figures per character are per character of the "
@@ -138,8 +180,7 @@ class TextDataModule(LightningDataModule):
             )
         self._sampler = None
         if self.subword_sampling and stage == "fit":
-            train, _ = corpora.split(text.text, self.val_fraction)
-            self._sampler = SubwordSampler(tokenizer, train, self.subword_sampling)
+            self._sampler = SubwordSampler(tokenizer, decode(tokenizer, self._train_ids[:]), self.subword_sampling)
 
     def train_dataloader(self) -> TrainLoader:
         self._check_batch_size()
@@ -148,20 +189,25 @@ class TextDataModule(LightningDataModule):
         return TrainLoader(self._train_windows, order, self.num_workers)
 
     def val_dataloader(self) -> DataLoader[Batch]:
-        return self._validation_loader(stride=self.block_size)
+        return self._whole_loader(self._val_ids, self._val_counts, stride=self.block_size)
 
     def test_dataloader(self) -> list[DataLoader[Batch]]:
-        return [self._validation_loader(stride=self.block_size), self._validation_loader(-(-self.block_size // 2))]
+        """The test text in windows that do not overlap, and in sliding ones."""
+        return [
+            self._whole_loader(self._test_ids, self._test_counts, stride)
+            for stride in (self.block_size, -(-self.block_size // 2))
+        ]
 
     def train_sample_dataloader(self, windows: int) -> DataLoader[Batch]:
         """Windows of the training text, spread evenly over it, to be scored exactly as the validation text is."""
         ids, T = self._train_ids, self.block_size
         starts = np.unique(np.linspace(0, len(ids) - 1 - T, windows).astype(np.int64) // T * T)
-        return self._scoring_loader(ids, self._train_counts, [(int(start), T, 0) for start in starts])
+        plan = np.stack((starts, np.full_like(starts, T), np.zeros_like(starts)), axis=1)
+        return self._scoring_loader(ids, self._train_counts, plan)
 
     @property
-    def val_ids(self) -> npt.NDArray[np.integer]:
-        """The validation text's tokens, behind the last one of the training text."""
+    def val_ids(self) -> Ids:
+        """The validation text's tokens, behind the last one of the training text: on disk, so read slices of them."""
         return self._val_ids
 
     def characters_seen(self, steps: int) -> float:
@@ -188,20 +234,50 @@ class TextDataModule(LightningDataModule):
     def _prepare(self) -> None:
         if self.trainer is not None and self.trainer.state.fn == TrainerFn.FITTING:
             self._check_batch_size()
-        text = corpora.load(self.corpus)
-        folder, fingerprint = self._store_key(text)
-        if not folder.exists():
-            train, val = corpora.split(text.text, self.val_fraction)
-            if not (train and val):
-                self._too_short("training" if not train else "validation", 0, len(text.text))
-            tokenizer = self._given or self.tokenizer_config.train(train)
-            try:
-                TokenStore.write(folder, fingerprint, {"train": train, "val": val}, tokenizer)
-            except OSError as error:
-                raise UserError(
-                    f"cache folder '{folder.parent}' cannot be written ({error.strerror}): set LMLIGHT_CACHE to another"
-                ) from None
-        self._open(text)
+        main = self._load(self.corpus)
+        val = self._load(self.val_corpus) if self.val_corpus else None
+        test = self._load(self.test_corpus) if self.test_corpus else None
+        folder, fingerprint = self._store_key(main, val, test)
+        if not TokenStore.finished(folder):
+            self._write_store(folder, fingerprint, main, val, test)
+        self._place = str(folder), fingerprint
+        self._fit_to(TokenStore(folder, fingerprint))
+
+    def _load(self, source: str) -> corpora.Corpus:
+        return corpora.load(source, self.reading, self.cache)
+
+    def _write_store(
+        self,
+        folder: Path,
+        fingerprint: str,
+        main: corpora.Corpus,
+        val: corpora.Corpus | None,
+        test: corpora.Corpus | None,
+    ) -> None:
+        chars, _ = main.size
+        cut = chars if val else corpora.train_chars(chars, self.val_fraction)
+        if not 0 < cut <= chars - (val is None):
+            self._too_short("training" if not cut else "validation", 0, chars)
+        texts = {"train": main.pieces(0, cut), "val": val.pieces() if val else main.pieces(cut)}
+        if test:
+            texts["test"] = test.pieces()
+        tokenizer = self._given or TokenStore.tokenizer_of(folder)  # of a preparation that was interrupted
+        if tokenizer is None:
+            pieces = (piece.text for piece in main.pieces(0, cut))
+            tokenizer = self.tokenizer_config.train(pieces, cut, end_of_text=main.has_documents)
+        if main.has_documents and tokenizer.end_of_text is None:
+            rank_zero_warn(
+                "this tokenizer has no token for the end of a document: documents follow each other without a mark"
+            )
+        about = {"corpus": self.corpus, "vocab_size": tokenizer.vocab_size}
+        try:
+            size = sum(corpus.size[1] for corpus in (main, val, test) if corpus)
+            TokenStore.write(folder, fingerprint, texts, tokenizer, about, size)
+        except OSError as error:
+            raise UserError(
+                f"cache folder '{folder.parent}' cannot be written ({error.strerror}): free some space, or pass another, "
+                "--data.cache FOLDER, or set LMLIGHT_CACHE"
+            ) from None
 
     def _predicting(self) -> bool:
         return self.trainer is not None and self.trainer.state.fn == TrainerFn.PREDICTING
@@ -220,33 +296,50 @@ class TextDataModule(LightningDataModule):
                 f"processes × {accumulate} accumulated batches"
             )
 
-    def _store_key(self, text: corpora.Corpus) -> tuple[Path, str]:
+    def _store_key(
+        self, main: corpora.Corpus, val: corpora.Corpus | None, test: corpora.Corpus | None
+    ) -> tuple[Path, str]:
         """Where the token store is, and the fingerprint of all that its content depends on."""
         tokenizer = (
             {"fingerprint": self._given.fingerprint}
             if self._given
             else {"config": asdict(self.tokenizer_config), "sentencepiece": sentencepiece.__version__}
         )
-        depends_on = {"corpus": text.sha256, "val_fraction": self.val_fraction, "tokenizer": tokenizer}
+        depends_on = {
+            "layout": LAYOUT,
+            "corpus": main.sha256,
+            "val": val.sha256 if val else self.val_fraction,
+            "test": test and test.sha256,
+            "tokenizer": tokenizer,
+        }
         fingerprint = hashlib.sha256(json.dumps(depends_on, sort_keys=True).encode()).hexdigest()
-        return corpora.cache_dir() / "tokens" / fingerprint[:16], fingerprint
+        return cache_dir(self.cache) / "tokens" / fingerprint[:16], fingerprint
 
-    def _open(self, text: corpora.Corpus) -> TokenStore:
-        """The store, if its splits are long enough.
+    def _fit_to(self, store: TokenStore) -> None:
+        """Lowers `block_size` to what the training text has room for, and says so.
 
-        Checked before anything else begins to run; a text that is too short raises `UserError`.
+        Done before anything else begins to run; a text that is too short even so raises `UserError`.
         """
-        folder, fingerprint = self._store_key(text)
-        store = TokenStore(folder, fingerprint)
-        # a training window reads one token more than a block; validation begins with the last training token
-        for split, name, context in (("train", "training", 1), ("val", "validation", 0)):
-            tokens = len(store.ids[split])
-            if tokens - context < self.block_size:
-                self._too_short(name, tokens, len(text.text), store.chars[split])
-        return store
+        chars = sum(store.chars[split] for split in ("train", "val"))
+        tokens = len(store.ids["train"])
+        if tokens <= self.block_size:  # a window reads one token more
+            if chars < FEWEST_CHARS or tokens < 8:
+                self._too_short("training", tokens, chars, store.chars["train"])
+            fits = (tokens - 1) // 4  # so that there are some windows to choose from
+            rank_zero_warn(
+                f"the training text has {tokens:,} tokens: data.block_size is {fits} in place of {self.block_size}"
+            )
+            self.block_size = fits
+        for split, name in (("val", "validation"), ("test", "test")):
+            if split in store.ids and (tokens := len(store.ids[split])) < self.block_size:
+                if not tokens:
+                    self._too_short(name, tokens, chars)
+                rank_zero_warn(
+                    f"the {name} text has {tokens:,} tokens, fewer than a block of {self.block_size}: its figures are rough"
+                )
 
     def _too_short(self, name: str, tokens: int, chars: int, split_chars: int = 0) -> None:
-        share = self.val_fraction if name == "validation" else 1 - self.val_fraction
+        share = 1.0 if self.val_corpus else self.val_fraction if name == "validation" else 1 - self.val_fraction
         per_token = max(1.0, split_chars / max(1, tokens))
         minimum = math.ceil((self.block_size + 1) * per_token / share)
         raise UserError(
@@ -254,18 +347,21 @@ class TextDataModule(LightningDataModule):
             f"text of at least some {minimum:,} characters (this one has {chars:,}), or lower --data.block_size"
         )
 
-    def _char_counts(self, ids: npt.NDArray[np.integer], chars: int) -> npt.NDArray[np.number]:
+    def _char_counts(self, ids: npt.NDArray[np.integer] | Ids, chars: int) -> npt.NDArray[np.number]:
         """The characters each id stands for; for a lossy tokenizer, scaled so that they add up to the original text."""
         assert self.tokenizer is not None
         counts = self.tokenizer.char_counts
-        return counts if self.tokenizer.lossless else counts * (chars / counts[ids].sum())
+        if self.tokenizer.lossless:
+            return counts
+        occurrences = ids.counts(len(counts)) if isinstance(ids, Ids) else np.bincount(ids, minlength=len(counts))
+        return counts * (chars / (occurrences @ counts))
 
     def _train_windows(self, epoch: int) -> Windows:
-        ids, counts = self._train_ids, self._train_counts
+        ids: npt.NDArray[np.integer] | Ids = self._train_ids
+        counts = self._train_counts
         if self._sampler:
-            original_chars = counts[ids].sum()
             ids = self._sampler.draw(self.seed, epoch)
-            counts = self._char_counts(ids, original_chars)
+            counts = self._char_counts(ids, self._train_chars)
         starts = (epoch_starts if self.windows == "epoch" else random_starts)(
             len(ids), self.block_size, self.seed, epoch
         )
@@ -273,27 +369,23 @@ class TextDataModule(LightningDataModule):
         starts = np.resize(starts, windows_per_epoch(len(self._train_ids), self.block_size))
         return Windows(ids, starts, self.block_size, counts)
 
-    def _validation_loader(self, stride: int) -> DataLoader[Batch]:
-        """Every token of the validation text, the first of which is the last training token, scored once."""
-        plan = scored_windows(len(self._val_ids), self.block_size, stride)
-        return self._scoring_loader(self._val_ids, self._val_counts, plan)
+    def _whole_loader(self, ids: Ids, char_counts: npt.NDArray[np.number], stride: int) -> DataLoader[Batch]:
+        """Every token of a text, behind the last training token as context, scored once."""
+        return self._scoring_loader(ids, char_counts, scored_windows(len(ids), self.block_size, stride))
 
     def _scoring_loader(
-        self, ids: npt.NDArray[np.integer], char_counts: npt.NDArray[np.number], plan: list[tuple[int, int, int]]
+        self, ids: Ids, char_counts: npt.NDArray[np.number], plan: npt.NDArray[np.int64]
     ) -> DataLoader[Batch]:
         """This rank's share of the windows of a plan, of which only the last may be shorter than a block."""
         rank, world_size, _ = self._share()
-        nothing = (0, self.block_size, self.block_size)  # a window of which no token is scored
-        plan = [*plan, nothing]
-        starts, lengths, scored_from = np.array(plan).T
+        length = min(self.block_size, len(ids) - 1)
+        nothing = np.array([[0, length, length]])  # a window of which no token is scored
+        starts, lengths, scored_from = np.concatenate((plan, nothing)).T
         windows = Windows(ids, starts, lengths, char_counts, scored_from)
-        last = len(plan) - 1
+        last = len(plan)
         full = int((lengths[:last] == self.block_size).sum())  # the shorter one is a batch of its own
-        batches = [list(range(i, min(i + self.batch_size, full))) for i in range(0, full, self.batch_size)]
-        batches += [[i] for i in range(full, last)]
         # whole batches go round the ranks, and all get as many, or those that have more would wait for the others
-        batches += [[last]] * (-len(batches) % world_size)
-        batches = batches[rank::world_size]
+        batches = ScoringBatches(full, last, self.batch_size, rank, world_size)
         # a generator of its own: the loader would take a number from the global one, which is training's
         return DataLoader(windows, batch_sampler=batches, collate_fn=as_batch, generator=torch.Generator())
 
@@ -338,7 +430,7 @@ class TrainLoader:
         began = time.perf_counter()
         batches = DataLoader(
             self._windows(self._epoch),
-            batch_sampler=list(self._order)[self._seen :],
+            batch_sampler=self._order.batches(self._seen),
             collate_fn=as_batch,
             num_workers=self._num_workers,
             generator=torch.Generator(),

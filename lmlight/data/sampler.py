@@ -44,8 +44,8 @@ def random_starts(n_tokens: int, block_size: int, seed: int, epoch: int) -> npt.
     return random.integers(n_tokens - block_size, size=windows_per_epoch(n_tokens, block_size))
 
 
-def scored_windows(n_tokens: int, block_size: int, stride: int) -> list[tuple[int, int, int]]:
-    """Windows `(start, length, scored_from)` in which every token but the first is scored exactly once.
+def scored_windows(n_tokens: int, block_size: int, stride: int) -> npt.NDArray[np.int64]:
+    """Windows (W, 3), each `start, length, scored_from`, in which every token but the first is scored exactly once.
 
     Args:
         n_tokens: length of the stream; its first token is context only.
@@ -53,14 +53,11 @@ def scored_windows(n_tokens: int, block_size: int, stride: int) -> list[tuple[in
         stride: from one window to the next. `block_size` gives windows that do not overlap; half of it gives every
             token, the first few apart, at least half a block of context.
     """
-    windows = []
-    scored = 0  # targets scored so far: target t is token t + 1
-    while scored < n_tokens - 1:
-        start = max(0, scored - (block_size - stride))
-        length = min(block_size, n_tokens - 1 - start)
-        windows.append((start, length, scored - start))
-        scored = start + length
-    return windows
+    targets = max(0, n_tokens - 1)  # target t is token t + 1
+    starts = stride * np.arange(max(0, -(-(targets - block_size) // stride)) + (targets > 0), dtype=np.int64)
+    lengths = np.minimum(block_size, targets - starts)
+    scored_from = np.where(starts == 0, 0, block_size - stride)
+    return np.stack((starts, lengths, scored_from), axis=1)
 
 
 @dataclass(frozen=True)
@@ -95,7 +92,47 @@ class BatchOrder:
         return max(1, self.n_windows // self.batch_size) * self.accumulate
 
     def __iter__(self) -> Iterator[list[int]]:
+        return self.batches(0)
+
+    def batches(self, first: int) -> Iterator[list[int]]:
+        """The micro-batches from number `first` on."""
         micro = self.windows_per_micro_batch // self.world_size
-        for step in range(len(self)):
-            first = (step * self.world_size + self.rank) * micro
-            yield [position % self.n_windows for position in range(first, first + micro)]
+        for step in range(first, len(self)):
+            begin = (step * self.world_size + self.rank) * micro
+            yield [position % self.n_windows for position in range(begin, begin + micro)]
+
+
+@dataclass(frozen=True)
+class ScoringBatches:
+    """One rank's batches of windows to be scored once.
+
+    Args:
+        full: windows of a whole block, which come first.
+        windows: in all; each shorter one is a batch of its own. Window number `windows` scores nothing: it fills the last
+            round, so that all ranks have as many batches.
+        batch_size: windows in a batch.
+        rank: this process, counted from 0.
+        world_size: number of processes.
+    """
+
+    full: int
+    windows: int
+    batch_size: int
+    rank: int = 0
+    world_size: int = 1
+
+    def __len__(self) -> int:
+        return -(-self._batches // self.world_size)
+
+    @property
+    def _batches(self) -> int:
+        """Over all ranks."""
+        return -(-self.full // self.batch_size) + self.windows - self.full
+
+    def __iter__(self) -> Iterator[list[int]]:
+        of_full = -(-self.full // self.batch_size)
+        for number in range(self.rank, len(self) * self.world_size, self.world_size):
+            if number < of_full:
+                yield list(range(number * self.batch_size, min((number + 1) * self.batch_size, self.full)))
+            else:
+                yield [min(self.full + number - of_full, self.windows)]

@@ -7,8 +7,11 @@
 - Subword regularisation (Kudo 2018, https://arxiv.org/abs/1804.10959) drawn here rather than by SentencePiece, whose
   generator does not repeat from one process to the next: the same (seed, epoch) gives the same pieces everywhere.
 
-Text is encoded line by line. Over a whole file SentencePiece adds up scores in fp32 until they are too large to tell
-two segmentations apart. Free of torch.
+- The end of a document is a token of its own, in the vocabularies of corpora that have documents. No text gives it, not
+  even its own name, and it stands for no text.
+
+Text is encoded line by line, and very long lines in stretches. Over a whole file SentencePiece adds up scores in fp32
+until they are too large to tell two segmentations apart. Free of torch.
 """
 
 from __future__ import annotations
@@ -22,22 +25,29 @@ import re
 import warnings
 from abc import ABC, abstractmethod
 from bisect import bisect_right
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import accumulate, chain
+from itertools import accumulate, chain, compress
 from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 import sentencepiece as spm
 
+from lmlight.data.corpus import MAX_LINE, Piece, stretches
 from lmlight.errors import UserError
 
+# What the end of a document is called in a vocabulary: the name that GPT-2 gave it.
+END_OF_TEXT = "<|endoftext|>"
 SPACE = "\u2581"  # "▁": how SentencePiece writes a space inside its pieces
+UNKNOWN = "\u2585"  # "▅": how its trainer writes a character that it leaves out
 # Fixed, since the result of unigram training depends on it: the same text gives the same pieces on any machine.
 TRAINING_THREADS = 4
 # SentencePiece silently skips training lines of more than 4,192 bytes: longer ones are cut, at 4 bytes a character.
 MAX_LINE_CHARS = 1000
+# From this size on, a vocabulary that cannot hold all characters of a text leaves the rarest to the bytes.
+FEWEST_TO_LEAVE_OUT = 512
 
 
 class Tokenizer(ABC):
@@ -47,12 +57,15 @@ class Tokenizer(ABC):
         vocab_size: number of ids; they run from 0.
         lossless: whether `decode(encode(text)) == text` for every text that can be encoded.
         char_counts: (vocab_size,) the characters of text that each id stands for; a byte piece counts at the first byte
-            of its character, so a text's counts add up to its length where the tokenizer is lossless.
+            of its character, so a text's counts add up to its length where the tokenizer is lossless. The end of a
+            document stands for none.
+        end_of_text: the id that ends a document; None if the vocabulary has none.
     """
 
     vocab_size: int
     lossless: bool
     char_counts: npt.NDArray[np.int64]
+    end_of_text: int | None = None
 
     @abstractmethod
     def encode(self, text: str) -> list[int]:
@@ -61,6 +74,15 @@ class Tokenizer(ABC):
         Raises:
             UserError: a character that the vocabulary has no id for (the character vocabulary only).
         """
+
+    def encode_pieces(self, pieces: Iterable[Piece]) -> list[int]:
+        """The ids of a corpus's pieces, with `end_of_text`, if there is such an id, behind each document.
+
+        Raises:
+            UserError: see `encode`.
+        """
+        end = [] if self.end_of_text is None else [self.end_of_text]
+        return [index for text, ends in pieces for index in (self.encode(text) + end if ends else self.encode(text))]
 
     @abstractmethod
     def decode(self, ids: Iterable[int]) -> str:
@@ -136,25 +158,43 @@ class TokenizerConfig:
         vocab_size: number of pieces, the 256 bytes of the lossless ones included; fewer where the text cannot fill them.
             The character vocabulary has as many as there are characters.
         lossless: keep every character. False is SentencePiece's default normalisation, which loses newlines.
+        sample_chars: characters of the training text that SentencePiece learns from; of a longer one, lines are drawn at
+            random, always the same. 10 million take some 20 s and 300 MB.
+
+    Raises:
+        UserError: a size that is not positive.
     """
 
     kind: Literal["unigram", "bpe", "char"] = "unigram"
     vocab_size: int = 2048
     lossless: bool = True
+    sample_chars: int = 10_000_000
 
     def __post_init__(self) -> None:
-        if self.vocab_size < 1:
-            raise UserError(f"tokenizer.vocab_size must be at least 1, got {self.vocab_size}")
+        for name in ("vocab_size", "sample_chars"):
+            if getattr(self, name) < 1:
+                raise UserError(f"tokenizer.{name} must be at least 1, got {getattr(self, name)}")
 
-    def train(self, text: str) -> Tokenizer:
-        """A tokenizer of this kind for `text`.
+    def train(self, text: str | Iterable[str], chars: int | None = None, end_of_text: bool = False) -> Tokenizer:
+        """A tokenizer of this kind for a text.
+
+        Args:
+            text: a text, or its pieces.
+            chars: how many characters the pieces have together; None learns from all of them.
+            end_of_text: give the vocabulary an id for the end of a document.
 
         Raises:
             UserError: `vocab_size` is too small for the characters in the text, or there is no text to learn from.
         """
+        pieces = [text] if isinstance(text, str) else text
         if self.kind == "char":
-            return CharTokenizer(sorted(set(text)))
-        return SentencePieceTokenizer(_train_sentencepiece(text, self))
+            characters = set[str]()
+            for piece in pieces:
+                characters.update(piece)
+            return CharTokenizer(sorted(characters), end_of_text)
+        if chars is not None and chars > self.sample_chars:
+            pieces = _sample(pieces, self.sample_chars / chars)
+        return SentencePieceTokenizer(_train_sentencepiece(pieces, self, end_of_text))
 
 
 def from_bytes(data: bytes) -> Tokenizer:
@@ -165,7 +205,8 @@ def from_bytes(data: bytes) -> Tokenizer:
     """
     if data.startswith(b"{"):
         try:
-            return CharTokenizer(json.loads(data)["characters"])
+            content = json.loads(data)
+            return CharTokenizer(content["characters"], content.get("end_of_text", False))
         except (KeyError, TypeError):
             raise ValueError("not a character vocabulary") from None
     return SentencePieceTokenizer(data)
@@ -176,13 +217,15 @@ class CharTokenizer(Tokenizer):
 
     Args:
         characters: the vocabulary, in the order of the ids.
+        end_of_text: whether one more id ends a document.
     """
 
-    def __init__(self, characters: Iterable[str]) -> None:
+    def __init__(self, characters: Iterable[str], end_of_text: bool = False) -> None:
         self.characters = list(characters)
-        self.vocab_size = len(self.characters)
+        self.vocab_size = len(self.characters) + end_of_text
+        self.end_of_text = len(self.characters) if end_of_text else None
         self.lossless = True
-        self.char_counts = np.ones(self.vocab_size, dtype=np.int64)
+        self.char_counts = np.array([1] * len(self.characters) + [0] * end_of_text, dtype=np.int64)
         self._id_of = {character: index for index, character in enumerate(self.characters)}
 
     def encode(self, text: str) -> list[int]:
@@ -190,18 +233,19 @@ class CharTokenizer(Tokenizer):
             return [self._id_of[character] for character in text]
         except KeyError as error:
             raise UserError(
-                f"the character {error.args[0]!r} is not among the {self.vocab_size} of this character vocabulary, "
+                f"the character {error.args[0]!r} is not among the {len(self.characters)} of this character vocabulary, "
                 "which has those of the training text alone: leave it out, or use a unigram or bpe tokenizer"
             ) from None
 
     def decode(self, ids: Iterable[int]) -> str:
-        return "".join(self.characters[index] for index in ids)
+        return "".join(self.characters[index] for index in ids if index != self.end_of_text)
 
     def piece(self, index: int) -> str:
-        return self.characters[index]
+        return END_OF_TEXT if index == self.end_of_text else self.characters[index]
 
     def to_bytes(self) -> bytes:
-        return json.dumps({"kind": "char", "characters": "".join(self.characters)}).encode()
+        content = {"kind": "char", "characters": "".join(self.characters)}
+        return json.dumps(content if self.end_of_text is None else {**content, "end_of_text": True}).encode()
 
 
 class SentencePieceTokenizer(Tokenizer):
@@ -230,11 +274,19 @@ class SentencePieceTokenizer(Tokenizer):
         self.char_counts = np.array(
             [_starts_character(p) if self._processor.is_byte(i) else len(p) for i, p in enumerate(self.pieces)]
         )
+        end = self._processor.eos_id()
+        if end >= 0 and self.pieces[end] == END_OF_TEXT:  # SentencePiece's own "</s>" has never been seen in training
+            self.end_of_text = end
+            self.char_counts[end] = 0
 
     def encode(self, text: str) -> list[int]:
-        lines, ends = _split_lines(text, self.lossless)
+        return self.encode_pieces([Piece(text)])
+
+    def encode_pieces(self, pieces: Iterable[Piece]) -> list[int]:
+        lines, ends = _split_pieces(pieces, self.lossless)
         encoded = self._processor.encode(lines)
-        return list(chain.from_iterable(chain(ids, self._end_ids(end)) for ids, end in zip(encoded, ends)))
+        ids_of = {end: self._end_ids(end) for end in set(ends)}
+        return list(chain.from_iterable(chain(ids, ids_of[end]) for ids, end in zip(encoded, ends)))
 
     def decode(self, ids: Iterable[int]) -> str:
         return self._processor.decode(list(ids))
@@ -249,19 +301,37 @@ class SentencePieceTokenizer(Tokenizer):
         return self._model
 
     def _end_ids(self, end: str) -> list[int]:
+        if end == END_OF_TEXT:
+            return [] if self.end_of_text is None else [self.end_of_text]
         return self._newline if end == "\n" else self._bytes(end)
 
     def _bytes(self, text: str) -> list[int]:
         return [self._processor.piece_to_id(f"<0x{byte:02X}>") for byte in text.encode()]
 
 
-def _split_lines(text: str, lossless: bool) -> tuple[list[str], list[str]]:
-    """Lines that SentencePiece may see, and what ended each: a newline, nothing, or a literal "▁".
+def _split_pieces(pieces: Iterable[Piece], lossless: bool) -> tuple[list[str], list[str]]:
+    """What SentencePiece may see, line by line, and what comes behind each: a newline, nothing, a literal "▁",
+    `END_OF_TEXT` for the end of a document.
 
-    The latter would come back as a space, so `encode` writes it as bytes.
+    A literal "▁" would come back as a space, so `encode` writes it as bytes. Long lines are cut into stretches.
     """
-    parts = re.split(f"([\n{SPACE}])", text) if lossless else re.split("(\n)", text)
-    return parts[::2], [*parts[1::2], ""]
+    lines, ends = list[str](), list[str]()
+    for text, ends_document in pieces:
+        whole = text.split("\n")
+        if SPACE not in text and max(map(len, whole)) <= MAX_LINE:
+            lines += whole
+            ends += ["\n"] * (len(whole) - 1) + [""]
+        else:
+            for line in whole:
+                for stretch in stretches(line):
+                    parts = stretch.split(SPACE) if lossless else [stretch]
+                    lines += parts
+                    ends += [SPACE] * (len(parts) - 1) + [""]
+                ends[-1] = "\n"
+            ends[-1] = ""
+        if ends_document:
+            ends[-1] = END_OF_TEXT
+    return lines, ends
 
 
 def _starts_character(byte_piece: str) -> int:
@@ -269,10 +339,21 @@ def _starts_character(byte_piece: str) -> int:
     return int(int(byte_piece[3:5], 16) & 0xC0 != 0x80)
 
 
-def _train_sentencepiece(text: str, config: TokenizerConfig) -> bytes:
+def _sample(pieces: Iterable[str], share: float) -> Iterator[str]:
+    """Lines, each with the same probability; of lines that are very long, stretches."""
+    draw = np.random.default_rng(0)
+    for text in pieces:
+        lines = [stretch for line in text.split("\n") for stretch in stretches(line)]
+        yield "\n".join(compress(lines, draw.random(len(lines)) < share))
+
+
+def _train_sentencepiece(pieces: Iterable[str], config: TokenizerConfig, end_of_text: bool) -> bytes:
+    # what SentencePiece uses as marks of its own: it would pass over lines that have them
+    apart = re.compile(f"[\n{SPACE}{UNKNOWN}]" if config.lossless else f"[\n{UNKNOWN}]")
     lines = [
         line[start : start + MAX_LINE_CHARS]
-        for line in _split_lines(text, config.lossless)[0]
+        for text in pieces
+        for line in apart.split(text)
         for start in range(0, len(line), MAX_LINE_CHARS)
     ]
     options: dict[str, Any] = {
@@ -296,7 +377,10 @@ def _train_sentencepiece(text: str, config: TokenizerConfig) -> bytes:
             "bos_id": -1,
             "eos_id": -1,
         }
-    for _ in range(2):
+    if end_of_text:  # a control symbol, which no text gives
+        options |= {"eos_id": 1 if config.lossless else 2, "eos_piece": END_OF_TEXT}
+    left_out = False
+    for _ in range(3):
         model = io.BytesIO()
         try:
             spm.SentencePieceTrainer.train(sentence_iterator=iter(lines), model_writer=model, **options)
@@ -311,16 +395,36 @@ def _train_sentencepiece(text: str, config: TokenizerConfig) -> bytes:
                 )
                 options["vocab_size"] = largest
             elif too_small := re.search(r"smaller than required_chars\. \d+ vs (\d+)", str(error)):
+                if config.lossless and config.vocab_size >= FEWEST_TO_LEAVE_OUT and not left_out:
+                    left_out, lines = True, _without_rare_characters(lines, config.vocab_size)
+                    continue
                 raise UserError(
                     f"vocab_size {config.vocab_size:,} is too small: this text's characters"
                     f"{' and the 256 bytes' if config.lossless else ''} need at least {int(too_small[1]):,} pieces; "
                     "raise --data.tokenizer.vocab_size"
                 ) from None
             else:
+                reason = "it has nothing but newlines" if "sentences_.empty()" in str(error) else error
                 raise UserError(
-                    f"SentencePiece cannot learn pieces from this text ({error}): pass more of it"
+                    f"SentencePiece cannot learn pieces from this text ({reason}): pass more of it, or set "
+                    "--data.tokenizer.kind char"
                 ) from None
     raise AssertionError("SentencePiece refused the size that it had asked for")
+
+
+def _without_rare_characters(lines: list[str], vocab_size: int) -> list[str]:
+    """Lines cut at all but the most frequent characters, as many as fill half of what the 256 bytes leave of a vocabulary:
+    the others will be written as bytes. Says so. (SentencePiece can leave out 2% of a text at the most.)"""
+    counts = Counter(chain.from_iterable(lines))
+    frequent = dict(counts.most_common((vocab_size - 256) // 2))
+    warnings.warn(
+        f"this text has {len(counts):,} different characters, too many for {vocab_size:,} pieces: the rarest, "
+        f"{1 - sum(frequent.values()) / counts.total():.1%} of it, are written as bytes; raise "
+        "--data.tokenizer.vocab_size to make room",
+        stacklevel=2,
+    )
+    cut = str.maketrans(dict.fromkeys(counts.keys() - frequent.keys(), "\n"))
+    return [part for line in lines for part in line.translate(cut).split("\n") if part]
 
 
 @dataclass(frozen=True)
@@ -345,6 +449,9 @@ class SubwordSampling:
             raise UserError(f"subword_sampling.nbest_size must be -1 (all) or at least 2, got {self.nbest_size}")
 
 
+# Before what is no word; none has a space mark inside.
+MARK = f"mark{SPACE}"
+
 # One way to go on with a word, drawn by its cumulative weight: the ids that end at a position, and where they begin.
 Choices = tuple[list[float], list[int], list[list[int]]]
 
@@ -359,7 +466,7 @@ class SubwordSampler:
 
     Args:
         tokenizer: must be a unigram model, for BPE's merges have no scores.
-        text: what to segment.
+        text: what to segment: a text, or the pieces of a corpus.
         sampling: how to draw.
 
     Raises:
@@ -369,7 +476,7 @@ class SubwordSampler:
     # n-best lists of unbroken stretches (Chinese, a URL) grow without bound: longer ones are cut before listing.
     MAX_NBEST_CHARS = 64
 
-    def __init__(self, tokenizer: Tokenizer, text: str, sampling: SubwordSampling) -> None:
+    def __init__(self, tokenizer: Tokenizer, text: str | Iterable[Piece], sampling: SubwordSampling) -> None:
         if not isinstance(tokenizer, SentencePieceTokenizer) or not _is_unigram(tokenizer):
             raise UserError(
                 "subword_sampling draws by a unigram model's scores, which bpe and char tokenizers do not have: "
@@ -387,7 +494,8 @@ class SubwordSampler:
         self._unknown_score = min(score for _, score in self._scores.values()) - 10  # SentencePiece's kUnkPenalty
 
         numbers: dict[str, int] = {}
-        self._text: list[int] = [numbers.setdefault(word, len(numbers)) for word in self._words(text)]
+        pieces = [Piece(text)] if isinstance(text, str) else text
+        self._text: list[int] = [numbers.setdefault(word, len(numbers)) for word in self._words(pieces)]
         choices = self._lattice if sampling.nbest_size == -1 else self._nbest
         self._words_choices = [choices(word) for word in numbers]
 
@@ -409,19 +517,17 @@ class SubwordSampler:
                 ids += piece
         return np.array(ids, dtype=np.int64)
 
-    def _words(self, text: str) -> Iterator[str]:
+    def _words(self, pieces: Iterable[Piece]) -> Iterator[str]:
         """The text as SentencePiece sees it, cut where no piece can cross: before each space, around each newline."""
-        for line, end in zip(*_split_lines(text, self._tokenizer.lossless)):
+        for line, end in zip(*_split_pieces(pieces, self._tokenizer.lossless)):
             normal = line.replace(" ", SPACE) if self._tokenizer.lossless else self._processor.normalize(line)
             yield from re.findall(f"{SPACE}?[^{SPACE}]+|{SPACE}", normal)
-            if end and self._tokenizer.lossless:
-                yield "\n" if end == "\n" else "literal " + SPACE
+            if end and (self._tokenizer.lossless or end == END_OF_TEXT):
+                yield MARK + end
 
     def _special(self, word: str) -> list[int] | None:
-        """The ids of what is not segmented: a newline, a literal "▁"."""
-        if word in ("\n", "literal " + SPACE):
-            return self._tokenizer._end_ids(word[-1])
-        return None
+        """The ids of what is not segmented: a newline, a literal "▁", the end of a document."""
+        return self._tokenizer._end_ids(word.removeprefix(MARK)) if word.startswith(MARK) else None
 
     def _unknown(self, word: str, at: int) -> list[int]:
         """The bytes of a character that no piece covers; without bytes, one `<unk>` for a run of them."""

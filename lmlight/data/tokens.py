@@ -1,7 +1,6 @@
-"""Token ids on disk, and windows of them as batches.
+"""Windows of token ids as batches.
 
-- A `TokenStore` is a folder: the tokenizer, the ids of each split as a memory-mapped `.npy` file (uint16 where the
-  vocabulary allows), and an index with a fingerprint of all that they depend on. It appears whole or not at all.
+- Windows are gathered a batch at a time, from wherever the ids are.
 - A batch carries the characters that each target stands for, so the loss needs no tokenizer and figures of different
   vocabularies compare.
 
@@ -10,11 +9,7 @@ Axes: B windows, T positions. Free of lightning.
 
 from __future__ import annotations
 
-import json
-import shutil
-import tempfile
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -23,8 +18,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from lmlight.data.tokenizer import Tokenizer, from_bytes
-from lmlight.errors import UserError
+from lmlight.data.store import Ids
 
 # The target of a position that is context only; `torch.nn.functional.cross_entropy` passes over it.
 UNSCORED = -100
@@ -44,67 +38,6 @@ class Batch(NamedTuple):
     target_chars: Tensor
 
 
-class TokenStore:
-    """The encoded splits of a corpus, memory-mapped.
-
-    Attributes:
-        ids: of each split.
-        chars: the number of characters in each split's text.
-        tokenizer: what encoded them.
-
-    Args:
-        folder: where `write` put it.
-        fingerprint: names all that the ids depend on (text, split, tokenizer).
-
-    Raises:
-        UserError: the folder holds another store, or a damaged one.
-    """
-
-    def __init__(self, folder: Path, fingerprint: str) -> None:
-        try:
-            index = json.loads((folder / "index.json").read_text("utf-8"))
-            if index["fingerprint"] != fingerprint:
-                raise UserError(f"the tokens in '{folder}' are of another text or tokenizer: delete that folder")
-            self.ids = {split: np.load(folder / f"{split}.npy", mmap_mode="r") for split in index["chars"]}
-            self.chars: dict[str, int] = index["chars"]
-            self.tokenizer = from_bytes((folder / "tokenizer").read_bytes())
-        except (OSError, EOFError, KeyError, TypeError, ValueError) as error:
-            if isinstance(error, UserError):
-                raise
-            raise UserError(f"the tokens in '{folder}' are damaged ({error}): delete that folder") from None
-
-    @staticmethod
-    def write(folder: Path, fingerprint: str, texts: dict[str, str], tokenizer: Tokenizer) -> None:
-        """Publishes a store: written beside its place, then renamed; where another process was first, its store stays.
-
-        Args:
-            folder: where it is to appear.
-            fingerprint: what `TokenStore(folder, fingerprint)` will ask for.
-            texts: name of each split to its text.
-            tokenizer: encodes them.
-        """
-        dtype = np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        beside = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-        try:
-            for split, text in texts.items():
-                ids = tokenizer.encode(text)
-                if tokenizer.lossless and tokenizer.decode(ids) != text:
-                    raise RuntimeError(
-                        f"the {split} text does not survive the tokenizer, which says that it is lossless"
-                    )
-                np.save(beside / f"{split}.npy", np.array(ids, dtype=dtype))
-            (beside / "tokenizer").write_bytes(tokenizer.to_bytes())
-            index = {"fingerprint": fingerprint, "chars": {split: len(text) for split, text in texts.items()}}
-            (beside / "index.json").write_text(json.dumps(index, indent=1), encoding="utf-8")
-            beside.rename(folder)
-        except OSError:
-            if not (folder / "index.json").exists():
-                raise
-        finally:
-            shutil.rmtree(beside, ignore_errors=True)
-
-
 class Windows(Dataset[Batch]):
     """Windows of a stream of ids, gathered a batch at a time by one indexing operation.
 
@@ -119,7 +52,7 @@ class Windows(Dataset[Batch]):
 
     def __init__(
         self,
-        ids: npt.NDArray[np.integer],
+        ids: npt.NDArray[np.integer] | Ids,
         starts: npt.NDArray[np.int64],
         lengths: npt.NDArray[np.int64] | int,
         char_counts: npt.NDArray[np.number],

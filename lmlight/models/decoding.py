@@ -129,9 +129,8 @@ def product(linear: nn.Linear, rows: int, weights: Weights = "full") -> Product:
         return lambda x: torch._weight_int8pack_mm(x.bfloat16(), rounded, steps).to(x.dtype) + zeros
     onednn = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]  # torch's
     onednn = onednn and hasattr(torch.ops.mkldnn, "_linear_pointwise") and weight.dtype == torch.float32
-    if (
-        on_cpu and onednn and rows > 1 and rows * weight.numel() > 2**19
-    ):  # below, its call takes longer than the product
+    small = rows * weight.numel() <= 2**19  # oneDNN's call would take longer than the product
+    if on_cpu and onednn and rows > 1 and not small:
         packed = torch.ops.mkldnn._reorder_linear_weight(weight, 64)
         multiply = torch.ops.mkldnn._linear_pointwise.default  # what torch.compile calls
         return lambda x: multiply(x, packed, bias, "none", [], "")

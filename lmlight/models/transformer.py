@@ -42,11 +42,18 @@ def make_norm(name: NormName, size: int, bias: bool) -> nn.Module:
 class MLP(nn.Module):
     """What each position does with what it has gathered; the hidden layer is 4 C wide, or 8/3 C with a gate."""
 
-    def __init__(self, n_embd: int, kind: Literal["gelu", "relu2", "swiglu"], dropout: float, bias: bool) -> None:
+    def __init__(
+        self,
+        n_embd: int,
+        kind: Literal["gelu", "relu2", "swiglu"],
+        dropout: float,
+        bias: bool,
+        hidden: int | None = None,
+    ) -> None:
         super().__init__()
         self.kind, self.dropout = kind, dropout
         # the gate is a third matrix: 8/3 in place of 4 keeps the number of weights, in eights for the hardware's sake
-        self.hidden = 8 * round(n_embd / 3) if kind == "swiglu" else 4 * n_embd
+        self.hidden = hidden or (8 * round(n_embd / 3) if kind == "swiglu" else 4 * n_embd)
         self.up = nn.Linear(n_embd, 2 * self.hidden if kind == "swiglu" else self.hidden, bias=bias)
         self.down = nn.Linear(self.hidden, n_embd, bias=bias)
 
@@ -93,6 +100,7 @@ class Transformer(Net):
         qk_norm: normalise queries and keys.
         bias: in linear maps and LayerNorm.
         tie: use the token embedding as the output layer too.
+        n_hidden: width of the MLP's hidden layer, where it is not to be the usual one. Null is.
 
     Raises:
         UserError: a size that is not positive, or sizes that do not fit each other.
@@ -113,10 +121,14 @@ class Transformer(Net):
         qk_norm: bool = True,
         bias: bool = False,
         tie: bool = False,
+        n_hidden: int | None = None,
     ) -> None:
         super().__init__(init_arguments(locals()))
         _check_sizes(
-            **{k: self.config[k] for k in ("n_layer", "n_head", "n_embd", "n_kv_head", "dropout", "positions")}
+            **{
+                k: self.config[k]
+                for k in ("n_layer", "n_head", "n_embd", "n_kv_head", "n_hidden", "dropout", "positions")
+            }
         )
         self.dropout = dropout
         self.embedding = nn.Embedding(vocab_size, n_embd)
@@ -127,7 +139,7 @@ class Transformer(Net):
         self.blocks = nn.ModuleList(
             Block(
                 Attention(n_embd, n_head, n_kv_head, dropout, bias, qk_norm),
-                MLP(n_embd, mlp, dropout, bias),
+                MLP(n_embd, mlp, dropout, bias, n_hidden),
                 make_norm(norm, n_embd, bias),
                 make_norm(norm, n_embd, bias),
             )
@@ -237,8 +249,17 @@ class Transformer(Net):
         return 2 * (matrices + attention)
 
 
-def _check_sizes(n_layer: int, n_head: int, n_embd: int, n_kv_head: int | None, dropout: float, positions: str) -> None:
-    for name, value in (("n_layer", n_layer), ("n_head", n_head), ("n_embd", n_embd), ("n_kv_head", n_kv_head)):
+def _check_sizes(
+    n_layer: int,
+    n_head: int,
+    n_embd: int,
+    n_kv_head: int | None,
+    n_hidden: int | None,
+    dropout: float,
+    positions: str,
+) -> None:
+    sizes = {"n_layer": n_layer, "n_head": n_head, "n_embd": n_embd, "n_kv_head": n_kv_head, "n_hidden": n_hidden}
+    for name, value in sizes.items():
         if value is not None and value < 1:
             raise UserError(f"{name} must be at least 1, got {value}")
     if n_embd % n_head:

@@ -1,0 +1,423 @@
+"""Token ids on disk.
+
+- A `TokenStore` is a folder: the tokenizer, the ids of each split as shards (`train-00000.npy`, uint16 where the
+  vocabulary allows, else uint32), and an index, which is written last. Without it a store is half done: it is never read,
+  and the next preparation goes on where it stopped, shard by shard.
+- Shards are cut from the text alone, so the same ones come out of any number of processes.
+- `Ids` reads the shards as one stream. They are memory-mapped; what has been read is let go from time to time, so that
+  a long run over a large text does not seem to fill the memory.
+
+Free of torch.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import shutil
+import signal
+import sys
+import tempfile
+import threading
+import types
+from collections import OrderedDict, deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from contextlib import contextmanager
+from multiprocessing.connection import wait
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+from tqdm import tqdm
+
+from lmlight.data.corpus import Piece
+from lmlight.data.tokenizer import Tokenizer, from_bytes
+from lmlight.errors import UserError
+
+# Characters in a shard: about a second's work, which is what an interruption costs.
+SHARD_CHARS = 2**23
+# What is on its way as Python's objects needs some 40 bytes a token, so so many characters are encoded at a time.
+BATCH_CHARS = 2**18
+# Files kept open at a time; a system may allow a process no more than a few hundred.
+MOST_OPEN = 128
+# Bytes of a large store that may be mapped into the process before all of it is let go. A window that is read maps up to
+# 64 kB around it.
+MOST_MAPPED, MAPPED_BY_A_WINDOW = 2**28, 2**16
+
+
+class Ids:
+    """Token ids in several files, and in memory, read as one stream.
+
+    Indexing with a slice or an array of positions gives an array in memory.
+
+    Args:
+        parts: `.npy` files and arrays, in order.
+        lengths: how many ids each has.
+        dtype: of all of them.
+    """
+
+    def __init__(
+        self, parts: Sequence[Path | npt.NDArray[np.integer]], lengths: Sequence[int], dtype: npt.DTypeLike
+    ) -> None:
+        self.parts, self.dtype = list(parts), np.dtype(dtype)
+        self._ends = np.cumsum(lengths, dtype=np.int64)
+        self._open: OrderedDict[int, npt.NDArray[np.integer]] = OrderedDict()
+        self._mapped = 0
+
+    def __len__(self) -> int:
+        return int(self._ends[-1])
+
+    def __getitem__(self, which: slice | npt.NDArray[np.integer]) -> npt.NDArray[np.integer]:
+        if isinstance(which, slice):
+            start, stop, step = which.indices(len(self))
+            assert step == 1, "a stretch of the stream"
+            return self._stretch(start, stop)
+        found = np.empty(which.shape, self.dtype)
+        parts = np.searchsorted(self._ends, which, side="right")
+        for number in np.unique(parts):
+            here = parts == number
+            found[here] = self._part(int(number))[which[here] - self._begin(int(number))]
+        self._let_go(MAPPED_BY_A_WINDOW * (len(which) if which.ndim > 1 else which.size))
+        return found
+
+    def __array__(self, dtype: npt.DTypeLike | None = None, copy: bool | None = None) -> npt.NDArray[np.integer]:
+        return self[:] if dtype is None else self[:].astype(dtype)
+
+    def before(self, ids: npt.NDArray[np.integer]) -> Ids:
+        """The stream with some ids in front of it."""
+        return Ids([ids.astype(self.dtype), *self.parts], [len(ids), *np.diff(self._ends, prepend=0)], self.dtype)
+
+    def counts(self, vocab_size: int) -> npt.NDArray[np.int64]:
+        """(vocab_size,) how often each id occurs."""
+        total = np.zeros(vocab_size, np.int64)
+        for number in range(len(self.parts)):
+            part = self._part(number)
+            for start in range(0, len(part), BATCH_CHARS):
+                total += np.bincount(part[start : start + BATCH_CHARS], minlength=vocab_size)
+            self._let_go(part.nbytes)
+        return total
+
+    def _stretch(self, start: int, stop: int) -> npt.NDArray[np.integer]:
+        found = np.empty(max(0, stop - start), self.dtype)
+        position = start
+        while position < stop:
+            number = int(np.searchsorted(self._ends, position, side="right"))
+            end, begin = min(stop, int(self._ends[number])), self._begin(number)
+            found[position - start : end - start] = self._part(number)[position - begin : end - begin]
+            position = end
+        self._let_go(found.nbytes + MAPPED_BY_A_WINDOW)
+        return found
+
+    def _begin(self, number: int) -> int:
+        return int(self._ends[number - 1]) if number else 0
+
+    def _part(self, number: int) -> npt.NDArray[np.integer]:
+        part = self.parts[number]
+        if not isinstance(part, Path):
+            return part
+        if number not in self._open:
+            if len(self._open) >= MOST_OPEN:
+                self._open.popitem(last=False)
+            self._open[number] = np.asarray(np.load(part, mmap_mode="r"))
+        self._open.move_to_end(number)
+        return self._open[number]
+
+    def _let_go(self, mapped: int) -> None:
+        """Unmaps everything once so much has been read; what the system keeps of the files in memory stays there."""
+        self._mapped += mapped
+        if self._mapped > MOST_MAPPED:
+            self._open.clear()
+            self._mapped = 0
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_open": OrderedDict(), "_mapped": 0}  # another process maps the files itself
+
+
+class TokenStore:
+    """The encoded splits of a corpus, memory-mapped.
+
+    Attributes:
+        ids: of each split.
+        chars: the number of characters in each split's text.
+        tokenizer: what encoded them.
+
+    Args:
+        folder: where `write` put it.
+        fingerprint: names all that the ids depend on (text, split, tokenizer).
+
+    Raises:
+        UserError: the folder holds another store, a damaged one, or one that is not finished.
+    """
+
+    def __init__(self, folder: Path, fingerprint: str) -> None:
+        try:
+            index = json.loads((folder / "index.json").read_text("utf-8"))
+            if index["fingerprint"] != fingerprint:
+                raise UserError(f"the tokens in '{folder}' are of another text or tokenizer: delete that folder")
+            self.tokenizer = from_bytes((folder / "tokenizer").read_bytes())
+            self.ids: dict[str, Ids] = {}
+            self.chars: dict[str, int] = {}
+            for split, content in index["splits"].items():
+                files = [folder / _name(split, number) for number in range(len(content["tokens"]))]
+                for file, tokens in zip(files, content["tokens"]):
+                    if _tokens_in(file) != tokens:
+                        raise ValueError(f"{file.name} has not its {tokens:,} tokens")
+                self.ids[split] = Ids(files, content["tokens"], index["dtype"])
+                self.chars[split] = content["chars"]
+        except (OSError, EOFError, KeyError, TypeError, AttributeError, ValueError) as error:
+            if isinstance(error, UserError):
+                raise
+            raise UserError(f"the tokens in '{folder}' are damaged ({error}): delete that folder") from None
+
+    @staticmethod
+    def finished(folder: Path) -> bool:
+        """Whether there is a whole store in a folder."""
+        return (folder / "index.json").exists()
+
+    @staticmethod
+    def tokenizer_of(folder: Path) -> Tokenizer | None:
+        """The tokenizer of a store that may be half done."""
+        try:
+            return from_bytes((folder / "tokenizer").read_bytes())
+        except (OSError, ValueError):
+            return None
+
+    @staticmethod
+    def write(
+        folder: Path,
+        fingerprint: str,
+        texts: Mapping[str, Iterable[Piece]],
+        tokenizer: Tokenizer,
+        about: Mapping[str, Any] = {},
+        size: int = 0,
+        processes: int | None = None,
+    ) -> None:
+        """Writes a store, or what is missing of it; where another process was first, its store stays.
+
+        A shard is written beside its place, flushed and renamed, so what is there is whole. Several processes may write
+        one store: they write the same.
+
+        Args:
+            folder: where it is to appear.
+            fingerprint: what `TokenStore(folder, fingerprint)` will ask for.
+            texts: name of each split to its text.
+            tokenizer: encodes them.
+            about: what a person would want to know of it.
+            size: of all texts, in bytes, for the progress bar; 0 shows none.
+            processes: that encode, if there is more than one shard; None is one for each core.
+
+        Raises:
+            UserError: see `Tokenizer.encode`; nothing is left behind.
+            OSError: the disk is full, or the folder cannot be written; the shards that are finished stay.
+        """
+        if TokenStore.finished(folder):
+            return
+        folder.mkdir(parents=True, exist_ok=True)
+        dtype = "uint16" if tokenizer.vocab_size <= 2**16 else "uint32"
+        try:
+            _publish(folder / "tokenizer", tokenizer.to_bytes())
+            encoder = _Encoder(tokenizer, dtype, processes or _cores())
+            bar = tqdm(
+                total=size,
+                desc="encoding",
+                unit="B",
+                unit_scale=True,
+                delay=2,
+                disable=None if size else True,
+                leave=False,
+            )
+            with encoder, bar:
+                splits = {split: _write_split(folder, split, pieces, encoder, bar) for split, pieces in texts.items()}
+            index = {"fingerprint": fingerprint, "dtype": dtype, "splits": splits, "about": about}
+            _publish(folder / "index.json", json.dumps(index, indent=1).encode())
+        except (UserError, AssertionError):  # there is no going on with it
+            if not TokenStore.finished(folder):
+                shutil.rmtree(folder, ignore_errors=True)
+            raise
+
+
+class Shard(NamedTuple):
+    """What was written."""
+
+    tokens: int
+    chars: int
+    size: int  # in bytes, of the text
+
+
+def _name(split: str, number: int) -> str:
+    return f"{split}-{number:05d}.npy"
+
+
+def _write_split(folder: Path, split: str, pieces: Iterable[Piece], encoder: _Encoder, bar: Any) -> dict[str, Any]:
+    """Writes the shards of a split; what the index says of them."""
+    shards: list[Shard] = []
+    pending: deque[Future[Shard]] = deque()
+
+    def collect(most: int) -> None:
+        while len(pending) > most:
+            shards.append(pending.popleft().result())
+            bar.update(shards[-1].size)
+
+    for number, batch in enumerate(batches(pieces, SHARD_CHARS)):
+        path = folder / _name(split, number)
+        tokens = _tokens_in(path)
+        if tokens is None:
+            pending.append(encoder.submit(path, batch))
+            collect(most=2 * encoder.processes)
+        else:
+            collect(most=0)
+            shards.append(Shard(tokens, *_measure(batch)))
+            if not bar.disable:
+                bar.initial += shards[-1].size  # what was done before does not count as speed
+            bar.update(shards[-1].size)
+    if not shards and not pending:
+        pending.append(encoder.submit(folder / _name(split, 0), []))
+    collect(most=0)
+    return {"chars": sum(shard.chars for shard in shards), "tokens": [shard.tokens for shard in shards]}
+
+
+def _measure(pieces: Sequence[Piece]) -> tuple[int, int]:
+    """Characters, and their bytes in UTF-8."""
+    return sum(len(text) for text, _ in pieces), sum(len(text.encode()) for text, _ in pieces)
+
+
+def batches(pieces: Iterable[Piece], chars: int) -> Iterator[list[Piece]]:
+    """Pieces, by so many characters or a little more."""
+    batch, size = list[Piece](), 0
+    for piece in pieces:
+        batch.append(piece)
+        size += len(piece.text)
+        if size >= chars:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+def encode(tokenizer: Tokenizer, pieces: Iterable[Piece], dtype: npt.DTypeLike) -> npt.NDArray[np.integer]:
+    """The ids of pieces of text.
+
+    Raises:
+        UserError: see `Tokenizer.encode`.
+    """
+    done = [np.empty(0, dtype)]
+    for batch in batches(pieces, BATCH_CHARS):
+        ids = tokenizer.encode_pieces(batch)
+        if tokenizer.lossless:
+            assert tokenizer.decode(ids) == "".join(piece.text for piece in batch), "a tokenizer that is not lossless"
+        done.append(np.array(ids, dtype=dtype))
+    return np.concatenate(done)
+
+
+def decode(tokenizer: Tokenizer, ids: npt.NDArray[np.integer]) -> Iterator[Piece]:
+    """The pieces of text that ids were made from, one for each document."""
+    ends = ids == (-1 if tokenizer.end_of_text is None else tokenizer.end_of_text)
+    for document in np.split(ids, np.flatnonzero(ends) + 1):
+        if len(document):
+            yield Piece(tokenizer.decode(document.tolist()), document[-1] == tokenizer.end_of_text)
+
+
+def _write_shard(tokenizer: Tokenizer, dtype: str, path: Path, pieces: Sequence[Piece]) -> Shard:
+    ids = encode(tokenizer, pieces, dtype)
+    with _beside(path) as file:
+        np.save(file, ids)
+    return Shard(len(ids), *_measure(pieces))
+
+
+def _tokens_in(path: Path) -> int | None:
+    """How many tokens a shard has; None if it is not there."""
+    try:
+        return len(np.load(path, mmap_mode="r"))
+    except FileNotFoundError:
+        return None
+
+
+def _publish(path: Path, content: bytes) -> None:
+    if not path.exists():
+        with _beside(path) as file:
+            file.write(content)
+
+
+@contextmanager
+def _beside(path: Path) -> Iterator[Any]:
+    """A file that takes its place at the end, whole and on the disk; if anything fails, not at all."""
+    handle, beside = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        try:
+            Path(beside).replace(path)
+        except PermissionError:  # Windows, while another process reads what it has put there
+            if not path.exists():
+                raise
+    finally:
+        Path(beside).unlink(missing_ok=True)
+
+
+# Encoding in several processes: SentencePiece's own threads gain nothing from Python, for turning ids into Python's
+# objects holds the lock that they all need (benchmarks/data.py).
+
+
+class _Encoder:
+    """Writes shards: full ones in other processes, so that a small text does not wait for them to start."""
+
+    def __init__(self, tokenizer: Tokenizer, dtype: str, processes: int) -> None:
+        self._tokenizer, self._dtype, self.processes = tokenizer, dtype, processes
+        self._pool: ProcessPoolExecutor | None = None
+
+    def __enter__(self) -> _Encoder:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self._pool is not None:
+            self._pool.shutdown(wait=True, cancel_futures=True)
+
+    def submit(self, path: Path, pieces: list[Piece]) -> Future[Shard]:
+        if self.processes == 1 or sum(len(piece.text) for piece in pieces) < SHARD_CHARS:
+            future: Future[Shard] = Future()
+            future.set_result(_write_shard(self._tokenizer, self._dtype, path, pieces))
+            return future
+        if self._pool is None:
+            self._pool = ProcessPoolExecutor(
+                self.processes, multiprocessing.get_context("spawn"), _begin, (self._tokenizer.to_bytes(), self._dtype)
+            )
+        with _nameless_main():
+            return self._pool.submit(_write_shard_here, path, pieces)
+
+
+@contextmanager
+def _nameless_main() -> Iterator[None]:
+    """A process that is started here does not import what was typed to start this one: it has no need of it, and a script
+    that has no `if __name__ == "__main__"` would run again."""
+    main = sys.modules["__main__"]
+    sys.modules["__main__"] = types.ModuleType("__main__")
+    try:
+        yield
+    finally:
+        sys.modules["__main__"] = main
+
+
+_here: tuple[Tokenizer, str] | None = None  # of a process that encodes
+
+
+def _begin(tokenizer: bytes, dtype: str) -> None:
+    global _here
+    _here = from_bytes(tokenizer), dtype
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that started this one
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        threading.Thread(target=lambda: (wait([parent.sentinel]), os._exit(1)), daemon=True).start()
+
+
+def _write_shard_here(path: Path, pieces: list[Piece]) -> Shard:
+    assert _here is not None
+    return _write_shard(*_here, path, pieces)
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -1,0 +1,65 @@
+"""`lmlight export FORMAT CHECKPOINT TARGET`, `lmlight import hf DIR CHECKPOINT`. Do not wait for Lightning."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from lmlight import checkpoint as checkpoints
+from lmlight.errors import UserError, say
+from lmlight.interchange import hf, hf_import
+from lmlight.interchange.model import Model
+from lmlight.interchange.publish import whole_file, whole_folder
+
+
+def export(args: Sequence[str]) -> int:
+    """Runs `lmlight export`; the exit status: 0, or 2 for a user's mistake, which is said in one line on stderr."""
+    parser = argparse.ArgumentParser("lmlight export", description="Writes a trained model for another engine.")
+    formats = parser.add_subparsers(dest="format", required=True, metavar="FORMAT")
+    for name, target, what in (("hf", "DIR", "a folder for Hugging Face's transformers (safetensors)"),):
+        one = formats.add_parser(name, help=what, description=f"Writes {what}.")
+        one.add_argument("checkpoint", help="a .ckpt file, a run's folder, or `best` or `last`")
+        one.add_argument("target", metavar=target, type=Path, help="what to write")
+        one.add_argument("--force", action="store_true", help="replace what is there")
+        one.add_argument("--runs", default="runs", help="where `best` and `last` are looked for")
+        if name == "hf":
+            one.add_argument(
+                "--licence", default="unknown", help="of the weights, for the model card: mit, cc0-1.0, ..."
+            )
+    options = parser.parse_args(args)
+    try:
+        source = checkpoints.find(options.checkpoint, options.runs, "best")
+        with whole_folder(options.target, options.force, hf.FILES.__contains__) as folder:
+            hf.write(Model.read(source), folder, options.licence)
+    except UserError as error:
+        say(error)
+        return 2
+    print(f"Wrote {options.target}")
+    return 0
+
+
+def import_(args: Sequence[str]) -> int:
+    """Runs `lmlight import`; the exit status: 0, or 2 for a user's mistake, which is said in one line on stderr."""
+    parser = argparse.ArgumentParser("lmlight import", description="Makes a checkpoint of a model from elsewhere.")
+    formats = parser.add_subparsers(dest="format", required=True, metavar="FORMAT")
+    what = "a small Llama-shaped folder of Hugging Face's, with a SentencePiece tokenizer"
+    one = formats.add_parser("hf", help=what, description=f"Reads {what}.")
+    one.add_argument("source", metavar="DIR", type=Path, help="what to read")
+    one.add_argument("checkpoint", type=Path, help="the .ckpt file to write")
+    one.add_argument("--force", action="store_true", help="replace what is there")
+    options = parser.parse_args(args)
+    try:
+        with whole_file(options.checkpoint, options.force) as file:
+            model, notes = hf_import.read(options.source)
+            checkpoints.write(model.content(), file)
+    except UserError as error:
+        say(error)
+        return 2
+    for note in notes:
+        print(f"Note: {note}")
+    weights = sum(parameter.numel() for parameter in model.net.parameters())
+    print(
+        f"Wrote {options.checkpoint}: {weights:,} weights. Finetune with `lmlight fit --init_from {options.checkpoint}`"
+    )
+    return 0

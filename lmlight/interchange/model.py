@@ -1,0 +1,84 @@
+"""What there is to take elsewhere: the net, its tokenizer, and what the run said of them."""
+
+from __future__ import annotations
+
+import importlib
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from lmlight import checkpoint as checkpoints
+from lmlight.data.tokenizer import Tokenizer
+from lmlight.errors import UserError
+from lmlight.models import Net
+
+
+@dataclass(frozen=True)
+class Model:
+    """A checkpoint, opened.
+
+    Attributes:
+        net: in evaluation mode, on the CPU.
+        tokenizer: its own.
+        settings: of the run: `data`, `model`; plain values.
+        figures: of the checkpoint's last validation, by the names under which they are logged; empty without one.
+        step: optimizer steps.
+    """
+
+    net: Net
+    tokenizer: Tokenizer
+    settings: dict[str, Any]
+    figures: dict[str, float]
+    step: int
+
+    @classmethod
+    def read(cls, path: Path) -> Model:
+        """The model in a checkpoint file.
+
+        Raises:
+            UserError: as `checkpoint.read` does.
+        """
+        content = checkpoints.read(path)
+        step = content.get("global_step", 0)
+        rows = content.get("callbacks", {}).get("LearningCurve", {}).get("rows", [])
+        figures = {k: v for k, v in rows[-1].items() if v is not None} if rows and rows[-1]["step"] == step else {}
+        net, tokenizer = checkpoints.net_of(content).eval(), checkpoints.tokenizer_of(content)
+        return cls(net, tokenizer, content[checkpoints.KEY]["settings"], figures, step)
+
+    def content(self) -> dict[str, Any]:
+        """A checkpoint of it, for `checkpoint.write`."""
+        return {
+            "epoch": 0,
+            "global_step": self.step,
+            "pytorch-lightning_version": version("lightning"),  # which Lightning asks for; free of it all the same
+            "state_dict": {f"{checkpoints.NET_PREFIX}{name}": value for name, value in self.net.state_dict().items()},
+            checkpoints.KEY: checkpoints.describe(self.net, self.tokenizer, self.settings),
+        }
+
+    @property
+    def newline(self) -> int | None:
+        """The id that an empty text is taken to follow, as `generation.TextStream` does."""
+        ids = self.tokenizer.encode("\n") if self.tokenizer.lossless and self._knows("\n") else []
+        return ids[0] if len(ids) == 1 else None
+
+    def _knows(self, text: str) -> bool:
+        try:
+            return bool(self.tokenizer.encode(text))
+        except UserError:  # a character vocabulary without it
+            return False
+
+
+def need(extra: str, *modules: str) -> list[ModuleType]:
+    """Imports what a format needs, now that it is asked for.
+
+    Raises:
+        UserError: one of them is not installed; the message names the extra.
+    """
+    try:
+        return [importlib.import_module(module) for module in modules]
+    except ModuleNotFoundError as error:
+        raise UserError(
+            f"this needs the package {error.name}, which is not installed: pip install 'lmlight[{extra}]'"
+        ) from None

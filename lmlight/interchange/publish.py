@@ -1,0 +1,78 @@
+"""A file or a folder that appears whole, or not at all, and never over another without leave.
+
+It is written beside, under a hidden name, and renamed when all of it is there.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from lmlight.errors import UserError
+
+
+@contextlib.contextmanager
+def whole_file(path: Path, force: bool) -> Iterator[Path]:
+    """Where to write what becomes the file `path` once the block ends without an exception.
+
+    Raises:
+        UserError: it is there and `force` is not given; it is a folder; it cannot be written.
+    """
+    path = path.expanduser().resolve()
+    if path.is_dir():
+        raise UserError(f"'{path}' is a folder: pass the path of a file")
+    if path.exists() and not force:
+        raise UserError(f"'{path}' is there already: pass another path, or --force to replace it")
+    with _beside(path, lambda beside: beside.unlink(missing_ok=True)) as beside:
+        yield beside
+        beside.replace(path)
+
+
+@contextlib.contextmanager
+def whole_folder(path: Path, force: bool, ours: Callable[[str], bool]) -> Iterator[Path]:
+    """A folder to fill that becomes the folder `path` once the block ends without an exception.
+
+    Args:
+        path: replaced if it is empty.
+        force: replace it also if it has files, but only such as are ours, for a folder is easily mistyped.
+        ours: whether an export writes a file of this name.
+
+    Raises:
+        UserError: it is there and may not be replaced; it cannot be written.
+    """
+    path = path.expanduser().resolve()
+    if path.exists() and not path.is_dir():
+        raise UserError(f"'{path}' is a file: pass the path of a folder that is not there yet")
+    inside = sorted(entry.name for entry in path.iterdir()) if path.is_dir() else []
+    if inside and not force:
+        raise UserError(f"folder '{path}' is not empty: pass another, or --force to replace it")
+    if foreign := [name for name in inside if not ours(name)]:
+        raise UserError(f"folder '{path}' holds '{foreign[0]}', which no export wrote: pass another folder")
+    with _beside(path, lambda beside: shutil.rmtree(beside, ignore_errors=True)) as beside:
+        shutil.rmtree(beside, ignore_errors=True)  # what a kill has left
+        beside.mkdir()
+        yield beside
+        if path.exists():
+            before = path.with_name(f".{path.name}.before")
+            path.rename(before)
+            beside.rename(path)
+            shutil.rmtree(before)
+        else:
+            beside.rename(path)
+
+
+@contextlib.contextmanager
+def _beside(path: Path, remove: Callable[[Path], None]) -> Iterator[Path]:
+    beside = path.with_name(f".{path.name}.part")
+    try:
+        beside.parent.mkdir(parents=True, exist_ok=True)
+        yield beside
+    except OSError as error:
+        remove(beside)
+        reason = error.strerror or str(error)
+        raise UserError(f"'{path}' cannot be written ({reason}): pass another path, or free some space") from None
+    except BaseException:
+        remove(beside)
+        raise

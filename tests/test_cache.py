@@ -1,0 +1,68 @@
+"""`lmlight cache` lists what there is and deletes nothing else."""
+
+import subprocess
+import sys
+
+import pytest
+
+from lmlight import cache
+from lmlight.data.corpus import Piece
+from lmlight.data.store import TokenStore
+from lmlight.data.tokenizer import CharTokenizer
+
+
+@pytest.fixture
+def filled(tmp_path, monkeypatch):
+    """A cache with a corpus, a store and half of one, and things of the user's beside them."""
+    folder = cache.cache_dir()
+    TokenStore.write(
+        folder / "tokens" / "abc",
+        "print",
+        {"train": [Piece("abc" * 1000)]},
+        CharTokenizer("abc"),
+        {"corpus": "my.txt", "vocab_size": 3},
+    )
+    (folder / "tokens" / "half").mkdir()
+    (folder / "tokens" / "half" / "train.npy").write_bytes(b"0" * 10)
+    (folder / "corpora").mkdir()
+    (folder / "corpora" / "play.txt").write_bytes(b"x" * 2_345_678)
+    (folder / "thesis.txt").write_text("years of work")
+    (folder / "own").mkdir()
+    return folder
+
+
+def test_the_list_has_names_sizes_and_what_they_are_of(filled, capsys):
+    assert cache.main([]) == 0
+    first, second, third, last = capsys.readouterr().out.splitlines()
+    assert first.split()[:2] == ["2", "MB"] and "corpora/play.txt" in first
+    assert "tokens/abc" in second and "my.txt, 3 pieces" in second
+    assert "tokens/half" in third and "not finished" in third
+    assert last.split()[0] == "2" and str(filled) in last
+
+
+def test_an_empty_cache_and_none_are_listed(tmp_path, capsys):
+    assert cache.main([]) == 0
+    assert cache.main(["--cache", str(tmp_path)]) == 0
+    assert capsys.readouterr().out.count("0 B") == 2
+
+
+def test_clearing_by_name_and_all(filled, capsys):
+    assert cache.main(["--clear", "tokens/half"]) == 0
+    assert {entry.name for entry in cache.entries(filled)} == {"tokens/abc", "corpora/play.txt"}
+    assert cache.main(["--clear", "tokens/abc", "nothing"]) == 2
+    assert "nothing in the cache is called 'nothing'" in capsys.readouterr().err
+    assert len(cache.entries(filled)) == 2
+    assert cache.main(["--clear"]) == 0
+    assert cache.entries(filled) == []
+    assert (filled / "thesis.txt").read_text() == "years of work"
+    assert (filled / "own").is_dir()
+
+
+def test_the_command_does_not_wait_for_torch(filled):
+    code = (
+        "import sys; sys.argv = ['lmlight', 'cache']; from lmlight.__main__ import main; main(); "
+        "sys.exit('torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0
+    assert "tokens/abc" in done.stdout

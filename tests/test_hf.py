@@ -1,0 +1,259 @@
+"""What Hugging Face's transformers makes of an exported model: the same ids, the same logits, the same text."""
+
+import itertools
+import json
+import random
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from lmlight import checkpoint
+from lmlight.data import corpus
+from lmlight.data.tokenizer import TokenizerConfig
+from lmlight.errors import UserError
+from lmlight.generation import Sampling, generate
+from lmlight.interchange import command, hf
+from lmlight.interchange.architectures import Misfit, architecture_of, stock
+from lmlight.interchange.model import Model
+from lmlight.models import GPT2, LLAMA, Bigram, Transformer
+
+transformers = pytest.importorskip("transformers", reason="needs the extra `engines`")
+pytestmark = pytest.mark.filterwarnings("ignore:vocab_size")
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+BLOCK = 32
+SIZES = {"n_layer": 2, "n_head": 4, "n_embd": 32}
+LAYERNORM = {"norm": "layernorm", "qk_norm": False}
+ONE_OF_EACH = {
+    "qwen3": {},
+    "mistral": LLAMA,
+    "llama": {**LLAMA, "bias": True, "n_kv_head": 2},
+    "arcee": {"qk_norm": False, "mlp": "gelu", "tie": True},
+    "starcoder2": {**LAYERNORM, "mlp": "relu2"},
+    "stablelm": {**LAYERNORM, "mlp": "swiglu"},
+    "gpt2": GPT2,
+}
+HOSTILE = [
+    "",
+    "\n",
+    "\n\n\n a\n",
+    "  leading and  double  spaces ",
+    "<s></s><unk><pad><0x41><0xE2>",
+    "\u2581\u2581 a\u2581b \u2581",
+    "日本語 🙂 é n\u0303 \u200b\ufeff\ufffd",
+    "\t\r\n\x00\x01\x7f\x85\u2028",
+    "~@#{}[]^|\\`",
+    " " * 30,
+    "a" * 100 + "o" * 101,
+]
+
+
+def make(tokenizer, options, block_size=BLOCK):
+    torch.manual_seed(0)
+    net = Transformer(tokenizer.vocab_size, block_size, **{**SIZES, **options}).eval()
+    for name, parameter in net.named_parameters():  # away from the initial zeros and ones, where much goes unnoticed
+        parameter.data.add_(torch.randn_like(parameter) * (0.3 if "norm" in name or "bias" in name else 0.1))
+    return net
+
+
+def save(path, net, tokenizer, **more):
+    settings = {"data": {"corpus": "somewhere/verse.txt"}, "model": {"sampling": {"temperature": 0.8}}}
+    state = {f"net.{k}": v for k, v in net.state_dict().items()}
+    content = {"state_dict": state, checkpoint.KEY: checkpoint.describe(net, tokenizer, settings), **more}
+    checkpoint.write(content, path)
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def tokenizers(verse):
+    return {kind: TokenizerConfig(kind, 500).train(verse) for kind in ("unigram", "bpe", "char")}
+
+
+@pytest.fixture(autouse=True)
+def _offline(monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+
+
+@pytest.mark.parametrize(("architecture", "options"), ONE_OF_EACH.items(), ids=str)
+def test_one_of_each_architecture_opens_as_stock(architecture, options, tokenizers, tmp_path, verse):
+    tokenizer = tokenizers["unigram"]
+    net = make(tokenizer, options)
+    assert command.export(["hf", save(tmp_path / "x.ckpt", net, tokenizer), "out"]) == 0
+    theirs, loading = transformers.AutoModelForCausalLM.from_pretrained("out", output_loading_info=True)
+    assert not any(loading.values()), "each weight has its place, and each place its weight"
+    assert theirs.config.model_type == architecture
+    assert type(theirs).__module__.startswith("transformers.")
+    idx = torch.tensor(tokenizer.encode(verse)[: 4 * BLOCK]).view(4, BLOCK)
+    with torch.no_grad():
+        torch.testing.assert_close(theirs(idx).logits, net(idx), atol=1e-4, rtol=0)
+    written = generate(net, idx[:1, :7], Sampling(max_new_tokens=BLOCK - 7, temperature=0))
+    assert torch.equal(written, theirs.generate(idx[:1, :7], do_sample=False, max_new_tokens=BLOCK - 7))
+
+
+@pytest.mark.parametrize("architecture", ["qwen3", "mistral", "starcoder2"])
+def test_beyond_the_block_a_window_slides_as_ours(architecture, tokenizers, tmp_path):
+    net = make(tokenizers["unigram"], ONE_OF_EACH[architecture])
+    command.export(["hf", save(tmp_path / "x.ckpt", net, tokenizers["unigram"]), "out"])
+    theirs = transformers.AutoModelForCausalLM.from_pretrained("out")
+    prompt = torch.arange(270, 280)[None]
+    written = generate(net, prompt, Sampling(max_new_tokens=200, temperature=0))
+    assert torch.equal(written, theirs.generate(prompt, do_sample=False, max_new_tokens=200))
+
+
+def all_options():
+    choices = {
+        "norm": ("rmsnorm", "layernorm"),
+        "positions": ("rotary", "learned"),
+        "mlp": ("gelu", "relu2", "swiglu"),
+        "qk_norm": (True, False),
+        "bias": (True, False),
+        "tie": (True, False),
+        "n_kv_head": (None, 2),
+    }
+    return [dict(zip(choices, values)) for values in itertools.product(*choices.values())]
+
+
+def test_every_combination_exports_exactly_or_says_what_would(tokenizers):
+    tokenizer, exported = tokenizers["char"], 0
+    idx = torch.randint(tokenizer.vocab_size, (2, 9))
+    for options in all_options():
+        net = make(tokenizer, {**options, "n_layer": 1})
+        if isinstance(stock(net.config), Misfit):
+            with pytest.raises(UserError, match=r"would fit; train one with --model\.net\."):
+                architecture_of(net)
+            continue
+        config = hf.config_json(Model(net, tokenizer, {}, {}, 0))
+        theirs = transformers.AutoModelForCausalLM.from_config(
+            transformers.AutoConfig.for_model(**{k: v for k, v in config.items() if k != "torch_dtype"})
+        ).eval()
+        missing, unexpected = theirs.load_state_dict(hf.tensors(net), strict=False)
+        assert not unexpected and set(missing) <= ({"lm_head.weight"} if options["tie"] else set())
+        with torch.no_grad():
+            torch.testing.assert_close(theirs(idx).logits, net(idx), atol=1e-4, rtol=0, msg=str(options))
+        exported += 1
+    assert exported == 60, "of 192"
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.name)
+def test_every_shipped_transformer_exports(path):
+    net = yaml.safe_load(path.read_text()).get("model", {}).get("net", {"class_path": "Transformer"})
+    if net["class_path"] == "Transformer":
+        with torch.device("meta"):
+            made = Transformer(vocab_size=64, block_size=8, **net.get("init_args", {}))
+        assert architecture_of(made) in ("qwen3", "gpt2")
+
+
+def test_following_the_advice_ends_at_a_net_that_exports():
+    for options in all_options():
+        config, changes = {**SIZES, **options}, 0
+        while isinstance(misfit := stock(config), Misfit):
+            assert config[misfit.option] != misfit.fits
+            config[misfit.option] = misfit.fits
+            changes += 1
+        assert changes <= 4
+
+
+@pytest.mark.parametrize("kind", ["unigram", "bpe", "char"])
+def test_ids_are_the_same_for_any_text(kind, tokenizers, tmp_path, verse):
+    ours = tokenizers[kind]
+    command.export(["hf", save(tmp_path / "x.ckpt", make(ours, {}), ours), "out"])
+    theirs = transformers.AutoTokenizer.from_pretrained("out")
+    assert len(theirs) == ours.vocab_size
+    draw = random.Random(0)
+    alphabet = "etaoin shrdlu\n ,.<>s/unk0x41\u2581é日🙂~ST"
+    texts = [verse, *HOSTILE, *("".join(draw.choices(alphabet, k=draw.randrange(60))) for _ in range(300))]
+    for text in texts:
+        if kind == "char" and not set(text) <= set(ours.characters):
+            with pytest.raises(UserError):
+                ours.encode(text)
+            with pytest.raises(Exception, match="unk"):
+                theirs(text)
+            continue
+        ids = theirs(text)["input_ids"]
+        assert ids == ours.encode(text), text
+        assert theirs.decode(ids) == text
+        assert theirs.decode(ids, skip_special_tokens=True) == text
+
+
+@pytest.mark.network
+def test_ids_are_the_same_for_all_of_shakespeare(tmp_path):
+    text = corpus.load("tinyshakespeare").text
+    for config in (TokenizerConfig(), TokenizerConfig("bpe"), TokenizerConfig("char")):
+        ours = config.train(text[: len(text) * 9 // 10])
+        command.export(["hf", save(tmp_path / "x.ckpt", make(ours, {}), ours), "out", "--force"])
+        assert transformers.AutoTokenizer.from_pretrained("out")(text)["input_ids"] == ours.encode(text)
+
+
+def test_the_pipeline_runs(tokenizers, tmp_path, capsys):
+    net = make(tokenizers["unigram"], {})
+    command.export(["hf", save(tmp_path / "x.ckpt", net, tokenizers["unigram"]), "out"])
+    pipe = transformers.pipeline("text-generation", "out")
+    (written,) = pipe("MIRA:\n  ", max_new_tokens=50)
+    assert written["generated_text"].startswith("MIRA:\n  ")
+    assert len(written["generated_text"]) > 20
+    begun = pipe.model.generate(max_new_tokens=3)  # of nothing: as ours, after a line's end
+    assert tokenizers["unigram"].decode(begun[0].tolist()).startswith("\n")
+
+
+def test_the_card_says_what_it_is(tokenizers, tmp_path):
+    rows = [{"step": 9.0, "val/nats_per_char": 1.5, "val/bpc": 2.164, "gap/nats_per_char": None}]
+    path = save(
+        tmp_path / "x.ckpt",
+        make(tokenizers["bpe"], {}),
+        tokenizers["bpe"],
+        global_step=9,
+        callbacks={"LearningCurve": {"rows": rows}},
+    )
+    assert command.export(["hf", path, "out", "--licence", "cc0-1.0"]) == 0
+    card = (tmp_path / "out" / "README.md").read_text()
+    for part in ("license: cc0-1.0", "| nats per character | 1.5000 |", "at step 9:", "model of verse.txt", "qwen3"):
+        assert part in card
+    assert "somewhere" not in card, "whose folder the text lay in is nobody's business"
+    assert {path.name for path in (tmp_path / "out").iterdir()} == set(hf.FILES)
+    assert json.loads((tmp_path / "out" / "generation_config.json").read_text())["temperature"] == 0.8
+
+
+def test_what_cannot_be_exported_says_why_and_leaves_nothing(tokenizers, tmp_path, capsys, verse):
+    lossy = TokenizerConfig("unigram", 200, lossless=False).train(verse)
+    unigram = tokenizers["unigram"]
+    cases = {
+        "a Bigram has no stock architecture": save(tmp_path / "1.ckpt", Bigram(unigram.vocab_size, 8), unigram),
+        "this net has mlp gelu, and relu2 would fit": save(
+            tmp_path / "2.ckpt", make(unigram, {"mlp": "gelu"}), unigram
+        ),
+        "tokenizer is lossy": save(tmp_path / "3.ckpt", make(lossy, {}), lossy),
+        "no checkpoint at": "nowhere.ckpt",
+    }
+    for says, path in cases.items():
+        assert command.export(["hf", path, "out"]) == 2
+        out, err = capsys.readouterr()
+        assert out == ""
+        assert err.count("\n") == 1
+        assert says in err
+        assert {entry.suffix for entry in tmp_path.iterdir()} == {".ckpt"}
+
+
+def test_nothing_is_overwritten_without_leave(tokenizers, tmp_path, capsys):
+    path = save(tmp_path / "x.ckpt", make(tokenizers["char"], {}), tokenizers["char"])
+    (tmp_path / "out").mkdir()
+    assert command.export(["hf", path, "out"]) == 0, "an empty folder is nothing"
+    assert command.export(["hf", path, "out"]) == 2
+    assert "--force" in capsys.readouterr().err
+    assert command.export(["hf", path, "out", "--force"]) == 0
+    (tmp_path / "out" / "thesis.tex").write_text("years of work")
+    assert command.export(["hf", path, "out", "--force"]) == 2
+    assert "holds 'thesis.tex', which no export wrote" in capsys.readouterr().err
+    assert (tmp_path / "out" / "thesis.tex").exists()
+    assert command.export(["hf", path, "x.ckpt", "--force"]) == 2
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["out", "x.ckpt"]
+
+
+def test_a_missing_package_is_named_with_its_extra(tokenizers, tmp_path, monkeypatch, capsys):
+    path = save(tmp_path / "x.ckpt", make(tokenizers["char"], {}), tokenizers["char"])
+    monkeypatch.setitem(__import__("sys").modules, "safetensors.torch", None)
+    monkeypatch.setitem(__import__("sys").modules, "safetensors", None)
+    assert command.export(["hf", path, "out"]) == 2
+    assert "pip install 'lmlight[hf]'" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
