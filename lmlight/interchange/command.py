@@ -8,16 +8,22 @@ from pathlib import Path
 
 from lmlight import checkpoint as checkpoints
 from lmlight.errors import UserError, say
-from lmlight.interchange import hf, hf_import
+from lmlight.interchange import hf, hf_import, onnx_file, pt2
 from lmlight.interchange.model import Model
 from lmlight.interchange.publish import whole_file, whole_folder
+
+FORMATS = {
+    "hf": ("DIR", "a folder for Hugging Face's transformers (safetensors)"),
+    "onnx": ("FILE", "an .onnx file for onnxruntime: the forward pass and the cached step"),
+    "torch": ("FILE", "a .pt2 file for torch without lmlight (torch.export)"),
+}
 
 
 def export(args: Sequence[str]) -> int:
     """Runs `lmlight export`; the exit status: 0, or 2 for a user's mistake, which is said in one line on stderr."""
     parser = argparse.ArgumentParser("lmlight export", description="Writes a trained model for another engine.")
     formats = parser.add_subparsers(dest="format", required=True, metavar="FORMAT")
-    for name, target, what in (("hf", "DIR", "a folder for Hugging Face's transformers (safetensors)"),):
+    for name, (target, what) in FORMATS.items():
         one = formats.add_parser(name, help=what, description=f"Writes {what}.")
         one.add_argument("checkpoint", help="a .ckpt file, a run's folder, or `best` or `last`")
         one.add_argument("target", metavar=target, type=Path, help="what to write")
@@ -30,8 +36,13 @@ def export(args: Sequence[str]) -> int:
     options = parser.parse_args(args)
     try:
         source = checkpoints.find(options.checkpoint, options.runs, "best")
-        with whole_folder(options.target, options.force, hf.FILES.__contains__) as folder:
-            hf.write(Model.read(source), folder, options.licence)
+        if options.format == "hf":
+            with whole_folder(options.target, options.force, hf.FILES.__contains__) as folder:
+                hf.write(Model.read(source), folder, options.licence)
+        else:
+            writers = {"onnx": onnx_file.write, "torch": pt2.write}
+            with whole_file(options.target, options.force) as file:
+                writers[options.format](Model.read(source), file)
     except UserError as error:
         say(error)
         return 2
