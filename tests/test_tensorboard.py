@@ -105,7 +105,7 @@ def test_images(browser, address):
 
 
 def test_projector(browser, address):
-    shows(browser, address, "projector", "Points:", "400", "Dimension:", "32", "/tokens/metadata.tsv")
+    shows(browser, address, "projector", "Points:", "400", "Dimension:", "32", "Metadata:")
 
 
 def test_hparams(browser, address):
