@@ -193,4 +193,5 @@ def _arrays(net: Net, architecture: str) -> dict[str, npt.NDArray[np.float32]]:
 
 def _neighbours(rows: Tensor, head_size: int) -> Tensor:
     """Rows of each head so that what were channels i and i + D/2 are 2 i and 2 i + 1."""
-    return rows.unflatten(0, (-1, 2, head_size // 2)).transpose(1, 2).flatten(0, 2)
+    halves = rows.view(-1, 2, head_size // 2, *rows.shape[1:])  # of a matrix or a bias
+    return halves.transpose(1, 2).flatten(0, 2)
