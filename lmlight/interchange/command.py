@@ -8,11 +8,12 @@ from pathlib import Path
 
 from lmlight import checkpoint as checkpoints
 from lmlight.errors import UserError, say
-from lmlight.interchange import hf, hf_import, onnx_file, pt2
+from lmlight.interchange import gguf_file, hf, hf_import, onnx_file, pt2
 from lmlight.interchange.model import Model
 from lmlight.interchange.publish import whole_file, whole_folder
 
 FORMATS = {
+    "gguf": ("FILE", "a .gguf file for llama.cpp, Ollama and LM Studio"),
     "hf": ("DIR", "a folder for Hugging Face's transformers (safetensors)"),
     "onnx": ("FILE", "an .onnx file for onnxruntime: the forward pass and the cached step"),
     "torch": ("FILE", "a .pt2 file for torch without lmlight (torch.export)"),
@@ -29,6 +30,8 @@ def export(args: Sequence[str]) -> int:
         one.add_argument("target", metavar=target, type=Path, help="what to write")
         one.add_argument("--force", action="store_true", help="replace what is there")
         one.add_argument("--runs", default="runs", help="where `best` and `last` are looked for")
+        if name == "gguf":
+            one.add_argument("--precision", choices=("f32", "f16", "q8_0"), default="f32", help="of the matrices")
         if name == "hf":
             one.add_argument(
                 "--licence", default="unknown", help="of the weights, for the model card: mit, cc0-1.0, ..."
@@ -40,9 +43,14 @@ def export(args: Sequence[str]) -> int:
             with whole_folder(options.target, options.force, hf.FILES.__contains__) as folder:
                 hf.write(Model.read(source), folder, options.licence)
         else:
-            writers = {"onnx": onnx_file.write, "torch": pt2.write}
             with whole_file(options.target, options.force) as file:
-                writers[options.format](Model.read(source), file)
+                model = Model.read(source)
+                if options.format == "gguf":
+                    gguf_file.write(model, file, options.precision)
+                elif options.format == "onnx":
+                    onnx_file.write(model, file)
+                else:
+                    pt2.write(model, file)
     except UserError as error:
         say(error)
         return 2
