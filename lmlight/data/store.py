@@ -318,9 +318,7 @@ def encode(tokenizer: Tokenizer, pieces: Iterable[Piece], dtype: npt.DTypeLike) 
     for batch in batches(pieces, BATCH_CHARS):
         ids = tokenizer.encode_pieces(batch)
         done.append(np.array(ids, dtype=dtype))
-        if (
-            tokenizer.lossless
-        ):  # no character missing anywhere; and, since decoding takes half as long as encoding, a sample
+        if tokenizer.lossless:  # counted everywhere; decoded, which takes half as long as encoding, in a sample
             assert tokenizer.char_counts[done[-1]].sum() == sum(len(piece.text) for piece in batch)
             assert len(done) > 2 or tokenizer.decode(ids) == "".join(piece.text for piece in batch)
     return np.concatenate(done)
