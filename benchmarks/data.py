@@ -1,14 +1,26 @@
 """How fast a text becomes tokens, how much memory that takes, and whether training minds how large the text is.
 
 python benchmarks/data.py make text.txt --megabytes 2000     # a text that nobody wrote, the same for the same seed
+python benchmarks/data.py prepare text.txt                   # stage by stage, with the peak of resident memory
+python benchmarks/data.py train small.txt text.txt           # milliseconds a step on each, alternating
+python benchmarks/data.py peers text.txt --megabytes 50      # encoding alone, against others with the same vocabulary
 """
 
 from __future__ import annotations
 
 import argparse
+import shutil
+import tempfile
+import threading
+import time
+import warnings
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import psutil
 
 WORDS = 200_000
 
@@ -44,6 +56,156 @@ def make(path: Path, megabytes: int, seed: int) -> None:
             written += file.write("".join(table[after * WORDS + word].tolist()))
 
 
+class Peak:
+    """The peak of resident memory, of this process and with those that it has started, while it is watched.
+
+    Attributes:
+        own: bytes, above what this process had at the beginning.
+        all: bytes of all processes, in full.
+    """
+
+    def __enter__(self) -> Peak:
+        self._process, self._done = psutil.Process(), threading.Event()
+        self._base, self.own, self.all = self._process.memory_info().rss, 0, 0
+        self._thread = threading.Thread(target=self._watch)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._done.set()
+        self._thread.join()
+
+    def _watch(self) -> None:
+        while not self._done.wait(0.05):
+            own = self._process.memory_info().rss
+            others = 0
+            for child in self._process.children(recursive=True):
+                with suppress(psutil.NoSuchProcess):
+                    others += child.memory_info().rss
+            self.own, self.all = max(self.own, own - self._base), max(self.all, own + others)
+
+
+def prepare(path: Path, cache: str) -> None:
+    from lmlight import TextDataModule
+    from lmlight.data import corpus
+    from lmlight.data.store import TokenStore, _cores
+    from lmlight.data.tokenizer import TokenizerConfig
+
+    began = time.perf_counter()
+
+    def say(what: str, megabytes: float | None = None) -> None:
+        nonlocal began
+        seconds = time.perf_counter() - began
+        speed = f"{megabytes / seconds:10,.1f} MB/s" if megabytes else ""
+        print(
+            f"  {what:<28}{seconds:8.1f} s{speed}  {peak.own / 1e6:8,.0f} MB more, {peak.all / 1e6:,.0f} MB in all",
+            flush=True,
+        )
+        began = time.perf_counter()
+
+    with Peak() as peak:
+        text = corpus.load(str(path))
+        chars, size = text.size
+        print(f"{path}: {size / 1e6:,.0f} MB, {_cores()} cores")
+        say("hashed and counted", size / 1e6)
+        cut = corpus.train_chars(chars, 0.1)
+        tokenizer = TokenizerConfig().train((piece.text for piece in text.pieces(0, cut)), cut)
+        say("tokenizer trained")
+        parts = {"train": text.pieces(0, cut), "val": text.pieces(cut)}
+        with tempfile.TemporaryDirectory(dir=cache) as folder:
+            TokenStore.write(Path(folder) / "store", "print", parts, tokenizer, size=size)
+            say("encoded", size / 1e6)
+        data = TextDataModule(str(path), cache=cache)
+        data.prepare_data()
+        data.setup("fit")
+        say("all of it, by TextDataModule", size / 1e6)
+        data.prepare_data()
+        say("the same again", size / 1e6)
+        for number, _ in enumerate(data.train_dataloader()):
+            if number == 20_000:
+                break
+        say(f"{number:,} batches read")
+
+
+def train(paths: list[Path], cache: str, steps: int, rounds: int) -> None:
+    import lightning.pytorch as pl
+
+    from lmlight import LanguageModel, TextDataModule
+
+    warnings.simplefilter("ignore")
+    seconds: dict[Path, list[float]] = {path: [] for path in paths}
+
+    class Clock(pl.Callback):
+        def on_train_batch_end(
+            self, trainer: pl.Trainer, module: Any, outputs: Any, batch: Any, batch_idx: int
+        ) -> None:
+            if trainer.global_step == 10:  # the first ones are slower
+                self.began = time.perf_counter()
+            elif trainer.global_step == 10 + steps:
+                self.seconds = (time.perf_counter() - self.began) / steps
+
+    for _ in range(rounds):
+        for path in paths:
+            clock = Clock()
+            trainer = pl.Trainer(
+                max_steps=10 + steps, logger=False, enable_checkpointing=False, enable_progress_bar=False,
+                enable_model_summary=False, callbacks=[clock], limit_val_batches=0, use_distributed_sampler=False,
+            )  # fmt: skip
+            with Peak() as peak:
+                trainer.fit(LanguageModel(), datamodule=TextDataModule(str(path), cache=cache))
+            seconds[path].append(clock.seconds)
+            print(f"  {path.name:<20}{1e3 * clock.seconds:8.1f} ms a step, {peak.own / 1e6:,.0f} MB more", flush=True)
+    best = min(seconds[paths[0]])
+    for path in paths:
+        print(
+            f"{path.name:<20} best {1e3 * min(seconds[path]):8.1f} ms a step, {min(seconds[path]) / best:.3f} of the first"
+        )
+
+
+def peers(path: Path, megabytes: int, rounds: int) -> None:
+    from lmlight.data import store
+    from lmlight.data.corpus import Corpus, Reading
+    from lmlight.data.tokenizer import SentencePieceTokenizer, TokenizerConfig
+
+    cores = store._cores()
+    with path.open("rb") as file:
+        text = file.read(megabytes * 1_000_000).decode("utf-8", "ignore")
+    pieces = list(Corpus(str(path), (path,), Reading(), "", False).pieces(0, len(text)))
+    tokenizer = TokenizerConfig().train(text, len(text))
+    assert isinstance(tokenizer, SentencePieceTokenizer)
+    processor = tokenizer._processor
+    lines = text.split("\n")
+
+    def ours() -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            store.TokenStore.write(Path(folder) / "store", "print", {"train": iter(pieces)}, tokenizer)
+
+    ways: dict[str, Callable[[], Any]] = {
+        f"ours, to disk and checked, {cores} processes": ours,
+        "SentencePiece's batch encoder, 1 thread": lambda: processor.encode(lines),
+        f"SentencePiece's batch encoder, {cores} threads": lambda: processor.encode(lines, num_threads=cores),
+    }
+    try:
+        from tokenizers import Tokenizer, decoders, models, normalizers
+
+        scores = [(piece, processor.get_score(index)) for index, piece in enumerate(tokenizer.pieces)]
+        other = Tokenizer(models.Unigram(scores, unk_id=processor.unk_id(), byte_fallback=True))
+        other.normalizer = normalizers.Replace(" ", "▁")
+        other.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+        ways["Hugging Face tokenizers, unigram, all cores"] = lambda: other.encode_batch_fast(lines)
+    except ImportError:
+        print("tokenizers is not there: pip install tokenizers")
+    print(f"{len(text) / 1e6:,.0f} MB of {path.name}, vocabulary {tokenizer.vocab_size:,}")
+    best = dict.fromkeys(ways, float("inf"))
+    for _ in range(rounds):
+        for name, way in ways.items():
+            began = time.perf_counter()
+            way()
+            best[name] = min(best[name], time.perf_counter() - began)
+    for name, took in best.items():
+        print(f"  {name:<52}{len(text) / 1e6 / took:8.1f} MB/s", flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
@@ -51,8 +213,33 @@ def main() -> None:
     making.add_argument("path", type=Path)
     making.add_argument("--megabytes", type=int, default=2000)
     making.add_argument("--seed", type=int, default=1337)
+    preparing = commands.add_parser("prepare", help="measure preparing")
+    preparing.add_argument("path", type=Path)
+    training = commands.add_parser("train", help="measure training on texts of several sizes")
+    training.add_argument("paths", type=Path, nargs="+")
+    training.add_argument("--steps", type=int, default=60)
+    training.add_argument("--rounds", type=int, default=3)
+    peering = commands.add_parser("peers", help="compare encoding")
+    peering.add_argument("path", type=Path)
+    peering.add_argument("--megabytes", type=int, default=50)
+    peering.add_argument("--rounds", type=int, default=3)
+    for command in (preparing, training):
+        command.add_argument("--cache", help="where the tokens go; else into a folder that is deleted")
     options = parser.parse_args()
-    make(options.path, options.megabytes, options.seed)
+    if options.command == "make":
+        make(options.path, options.megabytes, options.seed)
+    elif options.command == "peers":
+        peers(options.path, options.megabytes, options.rounds)
+    else:
+        cache = options.cache or tempfile.mkdtemp(prefix="lmlight-benchmark-")
+        try:
+            if options.command == "prepare":
+                prepare(options.path, cache)
+            else:
+                train(options.paths, cache, options.steps, options.rounds)
+        finally:
+            if not options.cache:
+                shutil.rmtree(cache)
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from lightning.pytorch.trainer.states import TrainerFn
 
 from lmlight.data import corpus as corpora
+from lmlight.data import store
 from lmlight.data.datamodule import TextDataModule
 from lmlight.data.tokenizer import CharTokenizer, SubwordSampler, SubwordSampling, TokenizerConfig
 from lmlight.data.tokens import UNSCORED
@@ -598,3 +599,62 @@ def test_scoring_asks_nothing_of_the_batch_size(verse_file):
     data = ready(verse_file)
     data.trainer = share(1, 3)
     assert len(list(data.val_dataloader())) > 0
+
+
+# Sampled segmentations of more than one shard
+
+
+@pytest.fixture
+def small_shards(monkeypatch):
+    monkeypatch.setattr(store, "SHARD_CHARS", 1000)
+    monkeypatch.setattr(corpora, "PIECE", 500)
+    monkeypatch.setattr(corpora, "MAX_LINE", 200)
+
+
+def sharded(path, **settings):
+    return ready(path, subword_sampling=SubwordSampling(0.1), seed=3, **settings)
+
+
+def test_shards_are_segmented_afresh_and_each_seen_once(verse, verse_file, small_shards):
+    data = sharded(verse_file, batch_size=1)
+    assert len(data._train_ids.parts) >= 4
+    loader = data.train_dataloader()
+    epochs = [[tuple(inputs) for inputs, _ in rows(loader)] for _ in range(2)]
+    plain = data._train_ids[:].tolist()
+    for windows in epochs:
+        texts = [data.tokenizer.decode(window) for window in windows]
+        assert len(windows) == len(loader)
+        assert all(text in parts(verse)[0] for text in texts)
+        seen = {verse.index(text) + at for text in texts for at in range(len(text))}
+        assert len(seen) > 0.7 * len(parts(verse)[0])
+        assert not set(windows) <= {tuple(plain[start : start + 16]) for start in range(len(plain))}
+    assert epochs[0] != epochs[1]
+
+
+def test_sharded_batches_depend_on_seed_and_position_alone(verse_file, small_shards):
+    """Not on the processes that segment, on the ranks, or on where a run was interrupted."""
+    loader = sharded(verse_file).train_dataloader()
+    straight = [rows([batch]) for _ in range(2) for batch in loader]
+    data = sharded(verse_file, num_workers=2)
+    loader = data.train_dataloader()
+    assert [rows([batch]) for _ in range(2) for batch in loader] == straight
+    data.teardown("fit")
+    for seen in (1, len(loader) - 1, len(loader) + 2):
+        resumed = sharded(verse_file).train_dataloader()
+        epoch, position = divmod(seen, len(loader))
+        resumed.load_state_dict({"epoch": epoch, "windows": position * 8})
+        tail = [rows([batch]) for _ in range(2 - epoch) for batch in resumed]
+        assert tail == straight[seen:]
+    ranks = []
+    for rank in range(2):
+        data = sharded(verse_file)
+        data.trainer = share(rank, 2)
+        ranks.append([rows([batch]) for batch in data.train_dataloader()])
+    assert [one + two for one, two in zip(*ranks)] == straight[: len(loader)]
+
+
+def test_a_run_that_reads_less_than_all_is_told_that_sampling_is_pointless(verse_file):
+    data = ready(verse_file, subword_sampling=SubwordSampling())
+    data.trainer = SimpleNamespace(**vars(share(fn=TrainerFn.FITTING)), max_steps=2)
+    with pytest.warns(UserWarning, match=r"sees \d+% of the training text"):
+        data.train_dataloader()

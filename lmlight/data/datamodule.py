@@ -27,6 +27,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from lmlight.cache import cache_dir
 from lmlight.data import corpus as corpora
+from lmlight.data.resegment import Resegmenter, ShardedEpoch, windows_in_shards
 from lmlight.data.sampler import (
     BatchOrder,
     ScoringBatches,
@@ -37,7 +38,7 @@ from lmlight.data.sampler import (
 )
 from lmlight.data.store import Ids, TokenStore, decode
 from lmlight.data.tokenizer import SubwordSampler, SubwordSampling, Tokenizer, TokenizerConfig
-from lmlight.data.tokens import Batch, Windows, as_batch
+from lmlight.data.tokens import Batch, ShardedWindows, Windows, as_batch
 from lmlight.errors import UserError
 
 # Of a token store: raised when the same text and settings would give other files.
@@ -67,13 +68,15 @@ class TextDataModule(LightningDataModule):
         errors: bytes that are not UTF-8: `strict` refuses them, `replace` puts U+FFFD in their place.
         cache: the folder for fetched texts and tokens; null is `$LMLIGHT_CACHE`, or the platform's own place for caches.
         tokenizer: which tokenizer to train; ignored where a checkpoint brings its own.
-        subword_sampling: segment the training text afresh in each epoch; none if null.
+        subword_sampling: segment the training text afresh in each epoch; none if null. A text of more than one shard (eight
+            million characters) is then seen shard by shard.
         windows: `epoch`: each epoch is a random permutation of windows that do not overlap; `random`: windows are drawn
             independently, as notebooks do.
         prompts: for `predict`: a list of texts, or the path of a file with one a line, `-` being the standard input. An
             empty one starts from nothing.
         prompt_batch_size: prompts that `predict` continues side by side; null is 1, or 32 where the texts go to a file.
-        num_workers: processes that gather batches; 0 gathers them in the training process, which takes microseconds.
+        num_workers: processes that gather batches; 0 gathers them in the training process, which takes microseconds. With
+            `subword_sampling` of a text of more than one shard, processes that segment the shards to come.
         seed: decides the order of the windows and the sampled segmentations.
 
     Raises:
@@ -122,6 +125,8 @@ class TextDataModule(LightningDataModule):
         self._mistake = ""
         self._place: tuple[str, str] | None = None  # of the prepared store: its folder and fingerprint
         self._given: Tokenizer | None = None
+        self._sampler: SubwordSampler | None = None
+        self._resegmenter: Resegmenter | None = None
         self._trained: Tokenizer | None = None
 
     @property
@@ -178,15 +183,31 @@ class TextDataModule(LightningDataModule):
                 "this tokenizer is lossy (it folds newlines and spaces): figures per character are per character of the "
                 "original text"
             )
-        self._sampler = None
+        self._sampler = self._resegmenter = None
         if self.subword_sampling and stage == "fit":
-            self._sampler = SubwordSampler(tokenizer, decode(tokenizer, self._train_ids[:]), self.subword_sampling)
+            if len(self._train_ids.parts) == 1:
+                self._sampler = SubwordSampler(tokenizer, decode(tokenizer, self._train_ids[:]), self.subword_sampling)
+            else:
+                self._resegmenter = Resegmenter(
+                    self._train_ids, tokenizer, self.subword_sampling, self.seed, self.num_workers
+                )
+
+    def teardown(self, stage: str) -> None:
+        if self._resegmenter is not None:
+            self._resegmenter.close()
 
     def train_dataloader(self) -> TrainLoader:
         self._check_batch_size()
-        n_windows = windows_per_epoch(len(self._train_ids), self.block_size)
+        n_windows = self._windows_per_epoch()
+        if self.subword_sampling and self.trainer is not None and self.trainer.state.fn == TrainerFn.FITTING:
+            seen = self.trainer.max_steps * self.batch_size
+            if 0 < seen < n_windows:
+                rank_zero_warn(
+                    f"this run sees {seen / n_windows:.0%} of the training text and none of it twice: subword_sampling "
+                    "shows it in other pieces for nothing, set it to null"
+                )
         order = BatchOrder(n_windows, self.batch_size, *self._share())
-        return TrainLoader(self._train_windows, order, self.num_workers)
+        return TrainLoader(self._train_windows, order, 0 if self._resegmenter else self.num_workers)
 
     def val_dataloader(self) -> DataLoader[Batch]:
         return self._whole_loader(self._val_ids, self._val_counts, stride=self.block_size)
@@ -213,8 +234,7 @@ class TextDataModule(LightningDataModule):
     def characters_seen(self, steps: int) -> float:
         """How much of the training text so many optimizer steps have read, again and again included; on average, for
         windows differ. It compares across tokenizers and batch sizes, which steps do not."""
-        epochs = steps * self.batch_size / windows_per_epoch(len(self._train_ids), self.block_size)
-        return epochs * self._train_chars
+        return steps * self.batch_size / self._windows_per_epoch() * self._train_chars
 
     def predict_dataloader(self) -> DataLoader[list[str]]:
         """Batches of prompts, which go round the ranks; some ranks may get an empty last one."""
@@ -356,7 +376,15 @@ class TextDataModule(LightningDataModule):
         occurrences = ids.counts(len(counts)) if isinstance(ids, Ids) else np.bincount(ids, minlength=len(counts))
         return counts * (chars / (occurrences @ counts))
 
-    def _train_windows(self, epoch: int) -> Windows:
+    def _windows_per_epoch(self) -> int:
+        if self._resegmenter:
+            return int(windows_in_shards(self._train_ids, self.block_size).sum())
+        return windows_per_epoch(len(self._train_ids), self.block_size)
+
+    def _train_windows(self, epoch: int) -> Windows | ShardedWindows:
+        if self._resegmenter:
+            sharded = ShardedEpoch(self._resegmenter, self.block_size, self.seed, epoch)
+            return ShardedWindows(sharded, self._train_counts)
         ids: npt.NDArray[np.integer] | Ids = self._train_ids
         counts = self._train_counts
         if self._sampler:
@@ -402,7 +430,7 @@ class TrainLoader:
         waited: seconds that training has spent waiting for batches.
     """
 
-    def __init__(self, windows: Callable[[int], Windows], order: BatchOrder, num_workers: int) -> None:
+    def __init__(self, windows: Callable[[int], Dataset[Batch]], order: BatchOrder, num_workers: int) -> None:
         self._windows, self._order, self._num_workers = windows, order, num_workers
         self._epoch, self._seen = -1, 0  # micro-batches of the epoch that have been handed out
         self._resuming = False

@@ -20,7 +20,9 @@ def windows_per_epoch(n_tokens: int, block_size: int) -> int:
     return max(1, (n_tokens - 1) // block_size - 1)
 
 
-def epoch_starts(n_tokens: int, block_size: int, seed: int, epoch: int) -> npt.NDArray[np.int64]:
+def epoch_starts(
+    n_tokens: int, block_size: int, seed: int, epoch: int, shard: int | None = None
+) -> npt.NDArray[np.int64]:
     """Where the windows of an epoch begin, in the order in which they are seen.
 
     Args:
@@ -28,12 +30,13 @@ def epoch_starts(n_tokens: int, block_size: int, seed: int, epoch: int) -> npt.N
         block_size: T; a window reads T + 1 tokens.
         seed: of the run.
         epoch: counted from 0.
+        shard: the number of the part of a text that the stream is, if it is not all of it.
 
     Returns:
         (windows_per_epoch,) starts, no two windows overlapping in their targets.
     """
     n_windows = windows_per_epoch(n_tokens, block_size)
-    random = np.random.default_rng((seed, epoch))
+    random = np.random.default_rng((seed, epoch) if shard is None else (seed, epoch, shard))
     offset = random.integers(n_tokens - n_windows * block_size)
     return offset + block_size * random.permutation(n_windows)
 

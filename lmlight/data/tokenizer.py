@@ -473,6 +473,8 @@ class SubwordSampler:
         UserError: the tokenizer has no scores to sample by.
     """
 
+    # Words whose segmentations `segment` remembers, the first that it meets: kilobytes each.
+    MOST_KNOWN = 50_000
     # n-best lists of unbroken stretches (Chinese, a URL) grow without bound: longer ones are cut before listing.
     MAX_NBEST_CHARS = 64
 
@@ -482,7 +484,7 @@ class SubwordSampler:
                 "subword_sampling draws by a unigram model's scores, which bpe and char tokenizers do not have: "
                 "set --data.tokenizer.kind unigram, or --data.subword_sampling null"
             )
-        self._tokenizer, self._processor, self._sampling = tokenizer, tokenizer._processor, sampling
+        self.tokenizer, self._processor, self._sampling = tokenizer, tokenizer._processor, sampling
         # ids of what can be met in a lattice; SentencePiece never matches byte pieces or <unk> against text
         self._scores = {
             piece: (index, self._processor.get_score(index))
@@ -496,15 +498,38 @@ class SubwordSampler:
         numbers: dict[str, int] = {}
         pieces = [Piece(text)] if isinstance(text, str) else text
         self._text: list[int] = [numbers.setdefault(word, len(numbers)) for word in self._words(pieces)]
-        choices = self._lattice if sampling.nbest_size == -1 else self._nbest
-        self._words_choices = [choices(word) for word in numbers]
+        self._choices = self._lattice if sampling.nbest_size == -1 else self._nbest
+        self._words_choices = [self._choices(word) for word in numbers]
+        self._known: dict[str, list[Choices]] = {}
 
     def draw(self, seed: int, epoch: int) -> npt.NDArray[np.int64]:
         """The ids of one segmentation of the text, a pure function of (`seed`, `epoch`)."""
-        uniform = random.Random(f"subword {seed} {epoch}").random
+        return self._draw((self._words_choices[word] for word in self._text), f"subword {seed} {epoch}")
+
+    def segment(self, pieces: Iterable[Piece], seed: int, epoch: int, shard: int) -> npt.NDArray[np.int64]:
+        """The same for a part of a text that is too large to be worked out beforehand: in bounded memory, and slower.
+
+        Args:
+            pieces: of that part.
+            seed: of the run.
+            epoch: counted from 0.
+            shard: the part's number; the segmentation is a pure function of the three and the text.
+        """
+        words = self._words(pieces)
+        return self._draw(map(self._known_choices, words), f"subword {seed} {epoch} {shard}")
+
+    def _known_choices(self, word: str) -> list[Choices]:
+        choices = self._known.get(word)
+        if choices is None:
+            choices = self._choices(word)
+            if len(self._known) < self.MOST_KNOWN:
+                self._known[word] = choices
+        return choices
+
+    def _draw(self, words: Iterable[list[Choices]], name: str) -> npt.NDArray[np.int64]:
+        uniform = random.Random(name).random
         ids: list[int] = []
-        for word in self._text:
-            positions = self._words_choices[word]
+        for positions in words:
             end = len(positions) - 1
             backwards = []
             while end > 0:
@@ -519,20 +544,20 @@ class SubwordSampler:
 
     def _words(self, pieces: Iterable[Piece]) -> Iterator[str]:
         """The text as SentencePiece sees it, cut where no piece can cross: before each space, around each newline."""
-        for line, end in zip(*_split_pieces(pieces, self._tokenizer.lossless)):
-            normal = line.replace(" ", SPACE) if self._tokenizer.lossless else self._processor.normalize(line)
+        for line, end in zip(*_split_pieces(pieces, self.tokenizer.lossless)):
+            normal = line.replace(" ", SPACE) if self.tokenizer.lossless else self._processor.normalize(line)
             yield from re.findall(f"{SPACE}?[^{SPACE}]+|{SPACE}", normal)
-            if end and (self._tokenizer.lossless or end == END_OF_TEXT):
+            if end and (self.tokenizer.lossless or end == END_OF_TEXT):
                 yield MARK + end
 
     def _special(self, word: str) -> list[int] | None:
         """The ids of what is not segmented: a newline, a literal "▁", the end of a document."""
-        return self._tokenizer._end_ids(word.removeprefix(MARK)) if word.startswith(MARK) else None
+        return self.tokenizer._end_ids(word.removeprefix(MARK)) if word.startswith(MARK) else None
 
     def _unknown(self, word: str, at: int) -> list[int]:
         """The bytes of a character that no piece covers; without bytes, one `<unk>` for a run of them."""
-        if self._tokenizer.lossless:
-            return self._tokenizer._bytes(word[at])
+        if self.tokenizer.lossless:
+            return self.tokenizer._bytes(word[at])
         return [] if at and word[at - 1] not in self._scores else [self._processor.unk_id()]
 
     def _lattice(self, word: str) -> list[Choices]:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from lmlight.data.resegment import ShardedEpoch
 from lmlight.data.store import Ids
 
 # The target of a position that is context only; `torch.nn.functional.cross_entropy` passes over it.
@@ -80,6 +81,27 @@ class Windows(Dataset[Batch]):
             unscored = np.arange(length) < self.scored_from[which, None]
             targets, chars = np.where(unscored, UNSCORED, targets), np.where(unscored, 0, chars)
         return Batch(torch.tensor(inputs), torch.tensor(targets), torch.tensor(chars))
+
+
+class ShardedWindows(Dataset[Batch]):
+    """An epoch that goes from shard to shard, as batches; for positions that do not go back.
+
+    Args:
+        epoch: gives the ids.
+        char_counts: (V,) see `Tokenizer`.
+    """
+
+    def __init__(self, epoch: ShardedEpoch, char_counts: npt.NDArray[np.number]) -> None:
+        self.epoch, self.char_counts = epoch, char_counts
+
+    def __len__(self) -> int:
+        return len(self.epoch)
+
+    def __getitems__(self, indices: Sequence[int]) -> Batch:
+        """See `Windows`."""
+        ids = self.epoch.rows(np.asarray(indices)).astype(np.int64)  # (B, T + 1)
+        targets = ids[:, 1:]
+        return Batch(torch.tensor(ids[:, :-1]), torch.tensor(targets), torch.tensor(self.char_counts[targets]))
 
 
 def as_batch(batch: Any) -> Batch:

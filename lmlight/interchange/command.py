@@ -8,21 +8,30 @@ from pathlib import Path
 
 from lmlight import checkpoint as checkpoints
 from lmlight.errors import UserError, say
-from lmlight.interchange import hf, hf_import
+from lmlight.interchange import gguf_file, hf, hf_import, onnx_file, pt2
 from lmlight.interchange.model import Model
 from lmlight.interchange.publish import whole_file, whole_folder
+
+FORMATS = {
+    "gguf": ("FILE", "a .gguf file for llama.cpp, Ollama and LM Studio"),
+    "hf": ("DIR", "a folder for Hugging Face's transformers (safetensors)"),
+    "onnx": ("FILE", "an .onnx file for onnxruntime: the forward pass and the cached step"),
+    "torch": ("FILE", "a .pt2 file for torch without lmlight (torch.export)"),
+}
 
 
 def export(args: Sequence[str]) -> int:
     """Runs `lmlight export`; the exit status: 0, or 2 for a user's mistake, which is said in one line on stderr."""
     parser = argparse.ArgumentParser("lmlight export", description="Writes a trained model for another engine.")
     formats = parser.add_subparsers(dest="format", required=True, metavar="FORMAT")
-    for name, target, what in (("hf", "DIR", "a folder for Hugging Face's transformers (safetensors)"),):
+    for name, (target, what) in FORMATS.items():
         one = formats.add_parser(name, help=what, description=f"Writes {what}.")
         one.add_argument("checkpoint", help="a .ckpt file, a run's folder, or `best` or `last`")
         one.add_argument("target", metavar=target, type=Path, help="what to write")
         one.add_argument("--force", action="store_true", help="replace what is there")
         one.add_argument("--runs", default="runs", help="where `best` and `last` are looked for")
+        if name == "gguf":
+            one.add_argument("--precision", choices=("f32", "f16", "q8_0"), default="f32", help="of the matrices")
         if name == "hf":
             one.add_argument(
                 "--licence", default="unknown", help="of the weights, for the model card: mit, cc0-1.0, ..."
@@ -30,8 +39,18 @@ def export(args: Sequence[str]) -> int:
     options = parser.parse_args(args)
     try:
         source = checkpoints.find(options.checkpoint, options.runs, "best")
-        with whole_folder(options.target, options.force, hf.FILES.__contains__) as folder:
-            hf.write(Model.read(source), folder, options.licence)
+        if options.format == "hf":
+            with whole_folder(options.target, options.force, hf.FILES.__contains__) as folder:
+                hf.write(Model.read(source), folder, options.licence)
+        else:
+            with whole_file(options.target, options.force) as file:
+                model = Model.read(source)
+                if options.format == "gguf":
+                    gguf_file.write(model, file, options.precision)
+                elif options.format == "onnx":
+                    onnx_file.write(model, file)
+                else:
+                    pt2.write(model, file)
     except UserError as error:
         say(error)
         return 2

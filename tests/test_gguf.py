@@ -1,0 +1,136 @@
+"""What llama.cpp makes of an exported model: the same ids, the same text, the same probabilities."""
+
+import json
+import math
+import urllib.request
+
+import pytest
+import torch
+from test_hf import HOSTILE, LAYERNORM, make, save
+
+from lmlight.data.tokenizer import TokenizerConfig
+from lmlight.generation import Sampling, generate
+from lmlight.interchange import command
+from lmlight.models import GPT2, LLAMA, Bigram
+
+xllamacpp = pytest.importorskip("xllamacpp", reason="needs the extra `engines`")
+pytestmark = pytest.mark.filterwarnings("ignore:vocab_size")
+
+BLOCK = 64
+ONE_OF_EACH = {
+    "qwen3": {},
+    "qwen3, gated": {**LLAMA, "qk_norm": True, "tie": True},
+    "llama": {**LLAMA, "n_kv_head": 2},
+    "llama, biased": {**LLAMA, "bias": True},
+    "arcee": {"qk_norm": False, "mlp": "relu2"},
+    "starcoder2": {**LAYERNORM, "mlp": "gelu", "bias": True},
+    "starcoder2, unbiased": {**LAYERNORM, "mlp": "gelu"},
+    "nemotron": {**LAYERNORM, "mlp": "relu2"},
+    "stablelm": {**LAYERNORM, "mlp": "swiglu"},
+    "gpt2": GPT2,
+}
+
+
+@pytest.fixture(scope="module")
+def tokenizers(verse):
+    return {kind: TokenizerConfig(kind, 400).train(verse) for kind in ("unigram", "bpe", "char")}
+
+
+class Engine:
+    """llama.cpp's server, with a cache in float32 and without its fused attention, which round by 1e-2."""
+
+    def __init__(self, path):
+        params = xllamacpp.CommonParams()
+        params.model.path = str(path)
+        params.n_ctx, params.n_parallel, params.n_gpu_layers = BLOCK, 1, 0
+        params.warmup = params.fit_params = False
+        params.verbosity = 0
+        params.cpuparams.n_threads = params.cpuparams_batch.n_threads = 1
+        params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
+        params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
+        self.server = xllamacpp.Server(params)
+
+    def ask(self, route, **body):
+        headers = {"Content-Type": "application/json"}
+        request = urllib.request.Request(self.server.listening_address + route, json.dumps(body).encode(), headers)
+        with urllib.request.urlopen(request, timeout=60) as answer:
+            return json.load(answer)
+
+    def ids(self, text):
+        return self.ask("/tokenize", content=text, add_special=False, parse_special=False)["tokens"]
+
+    def greedy(self, ids, count):
+        return self.ask("/completion", prompt=ids, n_predict=count, temperature=0, return_tokens=True)["tokens"]
+
+    def logprobs(self, ids, vocab_size):
+        """Of every token after `ids`, by its id."""
+        settings = {"n_predict": 1, "temperature": 0, "n_probs": vocab_size, "cache_prompt": False}
+        # the token must be one that can be shown, not half a character: one of the prompt's; probabilities are from before
+        said = self.ask("/completion", prompt=ids, logit_bias=[[ids[0], 1000.0]], **settings)
+        return {one["id"]: one["logprob"] for one in said["completion_probabilities"][0]["top_logprobs"]}
+
+
+def nats(ids, rows):
+    return -sum(rows[at][ids[at]] for at in range(1, len(ids))) / (len(ids) - 1)
+
+
+@pytest.mark.parametrize("name", ONE_OF_EACH)
+def test_one_of_each_architecture_says_the_same(name, tokenizers, tmp_path, verse):
+    tokenizer = tokenizers["unigram"]
+    net = make(tokenizer, ONE_OF_EACH[name], BLOCK)
+    assert command.export(["gguf", save(tmp_path / "x.ckpt", net, tokenizer), "x.gguf"]) == 0
+    engine, ids = Engine(tmp_path / "x.gguf"), tokenizer.encode(verse)[:24]
+    written = generate(net, torch.tensor([ids]), Sampling(max_new_tokens=BLOCK - len(ids), temperature=0))[0].tolist()
+    theirs = ids + engine.greedy(ids, BLOCK - len(ids))
+    with torch.no_grad():
+        logits = net(torch.tensor([written]))[0]
+    if theirs != written:  # then where two tokens are as good as equal
+        first = next(at for at, pair in enumerate(zip(theirs, written)) if pair[0] != pair[1])
+        best = logits[first - 1].topk(2).values
+        assert best[0] - best[1] < 1e-3
+    ours = {at + 1: row for at, row in enumerate(logits.log_softmax(-1).tolist())}
+    said = {at: engine.logprobs(ids[:at], net.vocab_size) for at in range(1, len(ids))}
+    assert math.exp(nats(ids, said)) == pytest.approx(math.exp(nats(ids, ours)), rel=1e-3)
+    largest = max(abs(said[at][token] - ours[at][token]) for at in said for token in said[at])
+    assert largest < 1e-2
+
+
+@pytest.mark.parametrize(("precision", "tolerance"), [("f16", 0.005), ("q8_0", 0.05)])
+def test_less_precise_files_are_smaller_and_nearly_as_good(precision, tolerance, tokenizers, tmp_path, verse):
+    tokenizer = tokenizers["unigram"]
+    net = make(tokenizer, {}, BLOCK)
+    path = save(tmp_path / "x.ckpt", net, tokenizer)
+    assert command.export(["gguf", path, "full.gguf"]) == 0
+    assert command.export(["gguf", path, "x.gguf", "--precision", precision]) == 0
+    assert (tmp_path / "x.gguf").stat().st_size < (tmp_path / "full.gguf").stat().st_size * 0.7
+    engine, ids = Engine(tmp_path / "x.gguf"), tokenizer.encode(verse)[:24]
+    with torch.no_grad():
+        ours = {at + 1: row for at, row in enumerate(net(torch.tensor([ids]))[0].log_softmax(-1).tolist())}
+    said = {at: engine.logprobs(ids[:at], net.vocab_size) for at in range(1, len(ids))}
+    assert nats(ids, said) == pytest.approx(nats(ids, ours), rel=tolerance)
+
+
+@pytest.mark.parametrize("kind", ["unigram", "bpe"])
+def test_ids_are_the_same(kind, tokenizers, tmp_path, verse):
+    ours = tokenizers[kind]
+    command.export(["gguf", save(tmp_path / "x.ckpt", make(ours, {}, BLOCK), ours), "x.gguf"])
+    engine = Engine(tmp_path / "x.gguf")
+    for text in (verse, *HOSTILE):
+        # ▁ is a space there; a unigram has no bytes there, so what was not seen in training is <unk>
+        if "\u2581" in text or "\0" in text or (kind == "unigram" and not text.isascii()):
+            continue
+        assert engine.ids(text) == ours.encode(text), text
+
+
+def test_what_llama_cpp_does_not_have_is_named(tokenizers, tmp_path, capsys):
+    unigram, char = tokenizers["unigram"], tokenizers["char"]
+    gelu = make(unigram, {"qk_norm": False, "mlp": "gelu"})
+    for says, net, tokenizer in (
+        ("no character vocabularies", make(char, {}), char),
+        ("this net has mlp gelu, and relu2 would fit", gelu, unigram),
+        ("this net has mlp relu2, and gelu would fit", make(unigram, {**GPT2, "mlp": "relu2"}), unigram),
+        ("a Bigram has no stock architecture", Bigram(unigram.vocab_size, 8), unigram),
+    ):
+        assert command.export(["gguf", save(tmp_path / "x.ckpt", net, tokenizer), "x.gguf"]) == 2
+        assert says in capsys.readouterr().err
+        assert [entry.name for entry in tmp_path.iterdir()] == ["x.ckpt"]

@@ -1,0 +1,129 @@
+"""Nets as graphs for torch alone and for onnxruntime: the same logits at any size, and nothing of this machine in them."""
+
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from test_hf import make, save
+
+from lmlight import checkpoint
+from lmlight.data.tokenizer import TokenizerConfig
+from lmlight.generation import Sampling, generate
+from lmlight.interchange import command
+from lmlight.models import GPT2, LLAMA, Bigram, Transformer
+
+BLOCK = 16
+NETS = {
+    "default": {},
+    "gpt2": GPT2,
+    "llama": {**LLAMA, "n_kv_head": 2},
+    "none-has-it": {
+        "positions": "learned",
+        "norm": "rmsnorm",
+        "mlp": "swiglu",
+        "n_kv_head": 1,
+        "bias": True,
+        "tie": True,
+    },
+}
+SIZES = [(1, 1), (2, 1), (1, BLOCK), (5, 7)]
+
+
+@pytest.fixture(scope="module")
+def tokenizer(verse):
+    return TokenizerConfig("unigram", 400).train(verse)
+
+
+def build(name, tokenizer, block_size=BLOCK):
+    if name == "bigram":
+        return Bigram(tokenizer.vocab_size, block_size)
+    return make(tokenizer, {"n_layer": 1, **NETS[name]}, block_size)
+
+
+@pytest.mark.filterwarnings("ignore:vocab_size")
+@pytest.mark.parametrize("name", ["default", "none-has-it", "bigram"])
+def test_torch_alone_gives_the_same_logits(name, tokenizer, tmp_path):
+    net = build(name, tokenizer, 300)  # positions: beyond 256 our attention takes another path
+    assert command.export(["torch", save(tmp_path / "x.ckpt", net, tokenizer), "x.pt2"]) == 0
+    code = """if True:
+        import sys
+        sys.modules["lmlight"] = None  # importing it is an error
+        import torch
+        extra = {"block_size": "", "tokenizer.json": ""}
+        module = torch.export.load("x.pt2", extra_files=extra).module()
+        assert extra["block_size"] == "300" and '"Unigram"' in extra["tokenizer.json"]
+        torch.set_num_threads(1)
+        with torch.no_grad():
+            torch.save([module(ids) for ids in torch.load("ids.pt")], "logits.pt")
+        """
+    ids = [torch.randint(tokenizer.vocab_size, size) for size in (*SIZES, (2, 300))]
+    torch.save(ids, "ids.pt")
+    subprocess.run([sys.executable, "-c", code], check=True)
+    with torch.no_grad():
+        for one, logits in zip(ids, torch.load("logits.pt")):
+            torch.testing.assert_close(logits, net(one), atol=1e-4, rtol=0)
+    assert is_free_of_us(tmp_path / "x.pt2")
+
+
+def is_free_of_us(path):
+    """Whether a file says nothing of where our code lies."""
+    data = path.read_bytes()
+    return not any(word in data for word in (b"transformer.py", b"graph.py", b"site-packages"))
+
+
+@pytest.mark.filterwarnings("ignore:vocab_size")
+@pytest.mark.parametrize("name", [*NETS, "bigram"])
+def test_onnxruntime_gives_the_same_logits_whole_and_in_steps(name, tokenizer, tmp_path, capfd):
+    pytest.importorskip("onnxscript", reason="needs the extra `engines`")
+    onnxruntime = pytest.importorskip("onnxruntime", reason="needs the extra `engines`")
+    net = build(name, tokenizer)
+    path = save(tmp_path / "x.ckpt", net, tokenizer)
+    assert command.export(["onnx", path, "x.onnx"]) == 0
+    assert capfd.readouterr() == ("Wrote x.onnx\n", "")
+    assert {entry.name for entry in tmp_path.iterdir()} == {"x.ckpt", "x.onnx"}, "weights included"
+    assert is_free_of_us(tmp_path / "x.onnx")
+    session = onnxruntime.InferenceSession("x.onnx", providers=["CPUExecutionProvider"])
+    assert session.get_modelmeta().custom_metadata_map["block_size"] == str(BLOCK)
+    cached = isinstance(net, Transformer)
+
+    def run(ids, past=None):
+        if not cached:
+            return session.run(None, {"ids": ids.numpy()})[0], None
+        if past is None:
+            fixed = [size if isinstance(size, int) else 0 for size in session.get_inputs()[1].shape]
+            past = np.zeros([*fixed[:2], len(ids), *fixed[3:]], np.float32)
+        return session.run(None, {"ids": ids.numpy(), "past": past})
+
+    with torch.no_grad():
+        for size in SIZES:
+            ids = torch.randint(tokenizer.vocab_size, size)
+            np.testing.assert_allclose(run(ids)[0], net(ids), atol=1e-4)
+        ids, past, logits = torch.randint(tokenizer.vocab_size, (2, BLOCK)), None, []
+        for first, last in ((0, 3), (3, 4), (4, 5), (5, 11), (11, BLOCK)):
+            some, past = run(ids[:, first:last], past)
+            logits.append(some)
+        np.testing.assert_allclose(np.concatenate(logits, 1), net(ids), atol=1e-4)
+    if cached and net.slides:  # beyond the block: the oldest of the past is dropped, and the text is ours
+        written = generate(net, ids[:1, :5], Sampling(max_new_tokens=2 * BLOCK, temperature=0))
+        logits, past = run(ids[:1, :5])
+        for token in written[0, 5:]:
+            assert logits[0, -1].argmax() == token
+            logits, past = run(token.view(1, 1), past[..., -(BLOCK - 1) :, :])
+
+
+def test_a_failed_export_leaves_nothing(tokenizer, tmp_path, monkeypatch, capsys):
+    path = save(tmp_path / "x.ckpt", build("bigram", tokenizer), tokenizer)
+    monkeypatch.setitem(sys.modules, "onnxscript", None)
+    assert command.export(["onnx", path, "x.onnx"]) == 2
+    assert "pip install 'lmlight[onnx]'" in capsys.readouterr().err
+    monkeypatch.setattr(
+        torch.export, "save", lambda *args, **kwargs: exec("raise OSError(28, 'No space left on device')")
+    )
+    assert command.export(["torch", path, "x.pt2"]) == 2
+    assert "'" + str(tmp_path / "x.pt2") + "' cannot be written (No space left on device)" in capsys.readouterr().err
+    assert [entry.name for entry in tmp_path.iterdir()] == ["x.ckpt"]
+    assert command.export(["torch", path, "x.ckpt"]) == 2
+    assert "--force" in capsys.readouterr().err
+    assert checkpoint.is_intact(tmp_path / "x.ckpt")
