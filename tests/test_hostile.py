@@ -82,7 +82,7 @@ def test_any_unicode_comes_through(parts):
 @given(st.lists(st.text(max_size=40), max_size=12))
 def test_documents_of_any_unicode_come_through(documents):
     documents = [VERSE, *(d.encode("utf-8", "replace").decode() for d in documents), VERSE[:300]]
-    with open("text.jsonl", "w") as file:  # noqa: PTH123
+    with Path("text.jsonl").open("w") as file:
         file.writelines(json.dumps({"text": document}) + "\n" for document in documents)
     data = TextDataModule("text.jsonl", block_size=16, batch_size=4, tokenizer=TokenizerConfig(vocab_size=400))
     with warnings.catch_warnings():

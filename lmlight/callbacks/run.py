@@ -84,7 +84,7 @@ class RunProgress(ProgressBar):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         # `refresh` goes to the terminal; `n` is for free, and the bar need not move more often than the figures do
-        if self._bar is not None and trainer.global_step % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
+        if self._bar is not None and trainer.global_step % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]  # set late
             self._bar.set_postfix(_figures(trainer) | _speed(trainer), refresh=False)
             self._bar.update(trainer.global_step - self._bar.n)
 

@@ -73,6 +73,6 @@ def _beside(path: Path, remove: Callable[[Path], None]) -> Iterator[Path]:
         remove(beside)
         reason = error.strerror or str(error)
         raise UserError(f"'{path}' cannot be written ({reason}): pass another path, or free some space") from None
-    except BaseException:
+    except BaseException:  # Ctrl-C too leaves nothing behind
         remove(beside)
         raise
