@@ -2,9 +2,9 @@
 
 - A checkpoint of Lightning's carries one more entry, `lmlight`: the net's class and arguments, the tokenizer's own
   bytes, and the settings of the run. With the weights that is all there is to know about a model.
-- Writing goes to a file beside, which is flushed to the disk and then renamed: a kill or a full disk at any moment leaves
-  the file of before. The end of the file is a *seal*, the SHA-256 of all before it, inside the zip archive's comment,
-  where torch does not mind it: torch itself does not notice a flipped bit.
+- A kill or a full disk at any moment leaves the file of before (`files.whole`).
+- The end of the file is a *seal*, the SHA-256 of all before it, inside the zip archive's comment, where torch does not mind
+  it: torch itself does not notice a flipped bit.
 - Reading checks the seal and uses `weights_only=True`, which refuses a pickle that would run code.
 
 Free of lightning.
@@ -12,12 +12,14 @@ Free of lightning.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
+import itertools
 import os
 import pickle
 import struct
 import zipfile
+from contextlib import suppress
+from datetime import datetime
 from pathlib import Path
 from typing import IO, Any, Literal
 
@@ -25,6 +27,7 @@ import torch
 from torch import Tensor
 
 import lmlight
+from lmlight import files
 from lmlight.data.tokenizer import Tokenizer, from_bytes
 from lmlight.errors import UserError
 from lmlight.models import NETS, Net
@@ -68,19 +71,12 @@ def write(content: dict[str, Any], path: str | Path) -> None:
         UserError: the disk is full, or the folder is not to be written; the file of before is as it was.
     """
     path = Path(path)
-    beside = path.with_name(f".{path.name}.part")  # one name, so that what a kill leaves is overwritten by the next
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with beside.open("w+b") as file:
+        with files.whole(path) as beside, beside.open("w+b") as file:
             torch.save(content, file)
             _seal(file)
-            file.flush()
-            os.fsync(file.fileno())
-        beside.replace(path)
-        _flush_folder(path.parent)
     except (OSError, RuntimeError) as error:  # torch's writer says RuntimeError when the disk is full
-        with contextlib.suppress(OSError):
-            beside.unlink(missing_ok=True)
         reason = (isinstance(error, OSError) and error.strerror) or "not all of it arrived: the disk may be full"
         kept = "the one before it is as it was" if path.exists() else "nothing was left"
         raise UserError(f"checkpoint '{path}' cannot be written ({reason}): free some space; {kept}") from None
@@ -154,6 +150,18 @@ def find(name: str | Path, runs: str | Path, prefer: Literal["best", "last"]) ->
             raise UserError(f"folder '{path}' has no checkpoint '{prefer}.ckpt': pass a run's folder, or a file's path")
         return found[0]
     return path
+
+
+def new_run(runs: Path) -> Path:
+    """Makes the folder of a run, named after the time, which no other run has: only one of two processes can make it."""
+    runs.mkdir(parents=True, exist_ok=True)
+    name = datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
+    for number in itertools.count(1):
+        folder = runs / (name if number == 1 else f"{name}-{number}")
+        with suppress(FileExistsError):
+            folder.mkdir()
+            return folder
+    raise AssertionError("numbers do not end")
 
 
 def tokenizer_of(checkpoint: dict[str, Any]) -> Tokenizer:
@@ -232,16 +240,6 @@ def _sha256(file: IO[bytes], length: int) -> str:
         digest.update(chunk)
         length -= len(chunk)
     return digest.hexdigest()
-
-
-def _flush_folder(folder: Path) -> None:
-    """Makes a rename in `folder` survive a loss of power; Windows has no such call, and does not need it."""
-    if os.name == "posix":
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
 
 
 def _around(path: Path) -> list[Path]:

@@ -170,7 +170,13 @@ class LmlightCLI(LightningCLI):
         ours: list[Callback] = []
         if self.subcommand == "fit":
             if trainer_config["enable_checkpointing"] is not False:
-                ours.append(KeepCheckpoints())
+                if not any(isinstance(callback, KeepCheckpoints) for callback in trainer_config["callbacks"] or []):
+                    ours.append(KeepCheckpoints())
+                if not trainer_config["logger"] and getattr(rank_zero_only, "rank", 0) == 0:
+                    # the logger makes a run's folder; without it, runs would write over each other's checkpoints
+                    trainer_config["default_root_dir"] = str(
+                        checkpoints.new_run(Path(trainer_config["default_root_dir"]))
+                    )
             if trainer_config["enable_progress_bar"] is not False:
                 ours.append(RunProgress())
         elif self.subcommand == "predict":
@@ -269,6 +275,7 @@ def _quiet() -> None:
     """Keeps Lightning's tips and our own warnings to what a user can act on, one line each."""
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
+    logging.getLogger("lightning.pytorch.profilers").setLevel(logging.INFO)  # what `--trainer.profiler simple` prints
     for tip in (
         "does not have many workers",
         "number of training batches",

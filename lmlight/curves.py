@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from lmlight import files
 from lmlight.errors import UserError, say
 
 TABLE, PICTURE = "metrics.csv", "curve.png"
@@ -19,12 +20,10 @@ TABLE, PICTURE = "metrics.csv", "curve.png"
 def write(rows: Sequence[Mapping[str, Any]], run: Path) -> None:
     """Puts the table into a run's folder, in place of the one before."""
     names = list(dict.fromkeys(name for row in rows for name in row))
-    beside = run / f".{TABLE}.part"
-    with beside.open("w", encoding="utf-8", newline="") as file:
+    with files.whole(run / TABLE) as beside, beside.open("w", encoding="utf-8", newline="") as file:
         table = csv.DictWriter(file, names)
         table.writeheader()
         table.writerows(rows)
-    beside.replace(run / TABLE)
 
 
 def read(run: Path) -> list[dict[str, float | None]]:

@@ -58,6 +58,7 @@ class LanguageModel(LightningModule):
         on_text: called by `predict_step` with a stream and its next piece of text.
         logprobs: whether `predict_step` notes each token's log-probability.
         step_loss: the training loss of the optimizer step, on this device.
+        step_is_logged: whether the figures of the optimizer step reach the logs.
     """
 
     def __init__(
@@ -160,6 +161,9 @@ class LanguageModel(LightningModule):
         micro_batch = batch_idx % self.trainer.accumulate_grad_batches
         if micro_batch == 0:
             self.step_loss = torch.zeros((), device=self.device)
+            # `self.log` on every step would cost 1 ms, a fifth of a small step
+            every: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]  # set late
+            self.step_is_logged = (self.global_step + 1) % every == 0
         # every random number of a step follows from these: no generator's state needs to survive an interruption
         position = (self.seed, self.global_step, micro_batch, self.global_rank)
         seed = int(np.random.SeedSequence(position).generate_state(1, np.uint64)[0] >> np.uint64(1))
@@ -196,13 +200,17 @@ class LanguageModel(LightningModule):
         if isinstance(norm, DTensor):
             norm = norm.full_tensor()
         # asking a GPU for a number makes it wait, so there only where the logs ask anyway
-        if scaler is None and (self.log_due() or self.device.type == "cpu") and not (norm + self.step_loss).isfinite():
+        if (
+            scaler is None
+            and (self.step_is_logged or self.device.type == "cpu")
+            and not (norm + self.step_loss).isfinite()
+        ):
             raise not_finite("the loss" if not self.step_loss.isfinite() else "a gradient", self.trainer)
         if gradient_clip_val and gradient_clip_algorithm == "value":
             torch.nn.utils.clip_grad_value_(parameters, gradient_clip_val)
         elif gradient_clip_val:
             torch.nn.utils.clip_grads_with_norm_(parameters, gradient_clip_val, norm)
-        if self.log_due():
+        if self.step_is_logged:
             self.log("grad_norm", norm)
             self.log("train/loss", self.step_loss, prog_bar=True, sync_dist=True)
 
@@ -291,10 +299,6 @@ class LanguageModel(LightningModule):
         deque(self._write(streams, sampling), maxlen=0)
         texts = [stream.prompt + stream.text for stream in streams]
         return texts[0] if isinstance(prompt, str) else texts
-
-    def log_due(self) -> bool:
-        """Whether this step's figures reach the logs: `self.log` on every step costs 1 ms, a fifth of a small step."""
-        return (self.global_step + 1) % self.trainer.log_every_n_steps == 0  # type: ignore[attr-defined]  # set late
 
     def score(self, batch: Batch, metric: TextLoss) -> Tensor:
         """Adds a batch to a metric; (B, T) nats of each token, 0 where unscored."""

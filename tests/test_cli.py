@@ -2,6 +2,7 @@
 
 import io
 import json
+import logging
 import os
 import signal
 import subprocess
@@ -389,3 +390,33 @@ def test_version(capsys):
         main(["--version"])
     assert ended.value.code == 0
     assert lmlight.__version__ in capsys.readouterr().out
+
+
+def test_without_a_logger_runs_have_folders_of_their_own_too(verse_file, tmp_path, capsys):
+    for _ in range(2):
+        assert main(["fit", f"--data.corpus={verse_file}", *TINY, "--trainer.logger=false"]) == 0
+    runs = sorted((tmp_path / "runs").iterdir())
+    assert len(runs) == 2
+    for run in runs:
+        assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["best.ckpt", "last.ckpt"]
+        assert f"in {run.relative_to(tmp_path)}" in capsys.readouterr().out or run is runs[1]
+
+
+def test_how_often_checkpoints_are_kept_can_be_set(verse_file, tmp_path, monkeypatch):
+    written = []
+    monkeypatch.setattr(checkpoint, "write", lambda content, path: written.append((path.name, content["global_step"])))
+    keeper = ["--trainer.callbacks=lmlight.reliability.KeepCheckpoints", "--trainer.callbacks.every_n_steps=2"]
+    flags = ["--trainer.limit_val_batches=0", "--trainer.max_steps=5"]
+    assert main(["fit", f"--data.corpus={verse_file}", *TINY, *keeper, *flags]) == 0
+    assert written == [("last.ckpt", 2), ("last.ckpt", 4), ("last.ckpt", 5)]
+
+
+def test_lightnings_profiler_prints_what_it_found(verse_file):
+    printed = io.StringIO()
+    lightnings = logging.getLogger("lightning.pytorch")
+    lightnings.addHandler(handler := logging.StreamHandler(printed))  # its own holds an earlier test's stderr
+    try:
+        assert main(["fit", f"--data.corpus={verse_file}", *TINY, "--trainer.profiler=simple"]) == 0
+    finally:
+        lightnings.removeHandler(handler)
+    assert "FIT Profiler Report" in printed.getvalue()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import sys
 import time
 from contextlib import suppress
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,8 @@ from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 from tqdm import tqdm
+
+from lmlight.checkpoint import new_run
 
 
 class RunLogger(TensorBoardLogger):
@@ -29,20 +30,9 @@ class RunLogger(TensorBoardLogger):
         super().__init__(save_dir, name="", version=version, default_hp_metric=False, purge_step=purge_step)
 
     def _get_next_version(self) -> str:  # type: ignore[override]
-        """Takes a name by making its folder, which only one of two processes can."""
-        name = datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
         if getattr(rank_zero_only, "rank", 0) != 0:
-            return name  # rank 0's is what counts
-        runs = Path(self.root_dir)
-        runs.mkdir(parents=True, exist_ok=True)
-        number = 1
-        while True:
-            version = name if number == 1 else f"{name}-{number}"
-            try:
-                (runs / version).mkdir()
-                return version
-            except FileExistsError:
-                number += 1
+            return ""  # rank 0's is what counts
+        return new_run(Path(self.root_dir)).name
 
     def finalize(self, status: str) -> None:
         super().finalize(status)

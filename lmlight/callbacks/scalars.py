@@ -23,10 +23,9 @@ from lmlight.metrics import TextLoss
 from lmlight.module import LanguageModel
 
 
-def logs_now(trainer: Trainer) -> bool:
-    """In `on_train_batch_end`: whether the step that has just been made is one that reaches the logs."""
-    every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]  # set late
-    return trainer.global_step % every == 0 and not trainer.fit_loop.epoch_loop._should_accumulate()
+def logs_now(trainer: Trainer, model: LanguageModel) -> bool:
+    """In `on_train_batch_end`: whether a step has just been made, and is one that reaches the logs."""
+    return model.step_is_logged and not trainer.fit_loop.epoch_loop._should_accumulate()
 
 
 class SmoothLoss(Callback):
@@ -51,9 +50,9 @@ class SmoothLoss(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        if not logs_now(trainer):
-            return
         assert isinstance(pl_module, LanguageModel)
+        if not logs_now(trainer, pl_module):
+            return
         loss = float(cast(Tensor, trainer.strategy.reduce(pl_module.step_loss.clone(), reduce_op="mean")))
         keep = 1 - 1 / self.over
         self._mean = keep * self._mean + (1 - keep) * loss
@@ -98,9 +97,9 @@ class Throughput(Callback):
     ) -> None:
         self._tokens += batch.targets.numel()
         self._characters += batch.target_chars.sum()
-        if not logs_now(trainer):
-            return
         assert isinstance(pl_module, LanguageModel)
+        if not logs_now(trainer, pl_module):
+            return
         float(pl_module.step_loss)  # a GPU may still be at it
         seconds = time.perf_counter() - self._began - self._paused
         tokens_per_second = trainer.world_size * self._tokens / seconds
@@ -147,7 +146,7 @@ class UpdateRatio(Callback):
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         assert isinstance(pl_module, LanguageModel)
         self._before: dict[str, list[Tensor]] | None = None
-        if pl_module.log_due():
+        if pl_module.step_is_logged:
             self._before = {
                 part: [weight.detach().clone() for weight in weights] for part, weights in _parts(pl_module).items()
             }
@@ -155,9 +154,9 @@ class UpdateRatio(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        if not logs_now(trainer) or self._before is None:
-            return
         assert isinstance(pl_module, LanguageModel)
+        if not logs_now(trainer, pl_module) or self._before is None:
+            return
         ratios = {}
         for part, weights in _parts(pl_module).items():
             before = self._before[part]

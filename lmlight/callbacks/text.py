@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 from tqdm import tqdm
 
+from lmlight import files
 from lmlight.errors import UserError
 from lmlight.generation import TextStream, printable
 from lmlight.module import LanguageModel
@@ -139,15 +139,11 @@ class WritePredictions(Callback):
         if self._output is None:
             self._print(streams, begun=False)
             return
-        beside = self._output.with_name(f".{self._output.name}.part")
         try:
-            with beside.open("w", encoding="utf-8", newline="\n") as file:
+            with files.whole(self._output) as beside, beside.open("w", encoding="utf-8", newline="\n") as file:
                 for stream in streams:
                     file.write(json.dumps(_record(stream), ensure_ascii=False) + "\n")
-            beside.replace(self._output)
         except OSError as error:
-            with suppress(OSError):
-                beside.unlink(missing_ok=True)
             raise UserError(
                 f"output '{self._output}' cannot be written ({error.strerror}): pass another place"
             ) from None
