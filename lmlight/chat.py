@@ -50,7 +50,7 @@ def main(args: Sequence[str]) -> int:
         return 2
     kept = content[checkpoints.KEY]["settings"].get("model", {}).get("sampling", {})
     sampling = Sampling(**{**kept, "samples": 1})
-    print(f"{sum(p.numel() for p in net.parameters()):,} weights on {device}. /help tells what can be typed.")
+    print(f"{net.n_weights:,} weights on {device}. /help tells what can be typed.")
     while True:
         try:
             line = input("> ")

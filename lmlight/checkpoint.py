@@ -34,6 +34,7 @@ from lmlight.models import NETS, Net
 
 KEY = "lmlight"
 LAYOUT = 1  # raised when a file of the older kind can no longer be read as it is
+FOLDER = "checkpoints"  # of a run's folder
 NET_PREFIX = "net."  # the net's part of the LightningModule's state_dict
 SEAL = b"lmlight sha256 "  # followed by 64 hexadecimal digits
 
@@ -115,10 +116,10 @@ def read(path: str | Path) -> dict[str, Any]:
     if not isinstance(content, dict) or KEY not in content:
         raise UserError(f"'{path}' is not a checkpoint of lmlight's: pass one that `lmlight fit` wrote")
     described = content[KEY]
-    if described["layout"] != LAYOUT:
+    if described.get("layout") != LAYOUT:
         raise UserError(
             f"checkpoint '{path}' was written by lmlight {described.get('lmlight_version')} in layout "
-            f"{described['layout']}, and this is lmlight {lmlight.__version__}, which reads layout {LAYOUT}: "
+            f"{described.get('layout')}, and this is lmlight {lmlight.__version__}, which reads layout {LAYOUT}: "
             "install the version that wrote it"
         )
     return content
@@ -136,7 +137,7 @@ def find(name: str | Path, runs: str | Path, prefer: Literal["best", "last"]) ->
         UserError: there is none.
     """
     if str(name) in ("best", "last"):
-        found = _by_age(Path(runs).glob(f"*/checkpoints/{name}.ckpt"))
+        found = _by_age(Path(runs).glob(f"*/{FOLDER}/{name}.ckpt"))
         if not found:
             raise UserError(
                 f"no run in '{runs}' has a checkpoint '{name}' yet: start one with `lmlight fit`, or pass a file's path"
@@ -144,7 +145,7 @@ def find(name: str | Path, runs: str | Path, prefer: Literal["best", "last"]) ->
         return found[0]
     path = Path(name).expanduser()
     if path.is_dir():
-        inside = [folder / f"{prefer}.ckpt" for folder in (path, path / "checkpoints")]
+        inside = [folder / f"{prefer}.ckpt" for folder in (path, path / FOLDER)]
         found = [file for file in inside if file.is_file()]
         if not found:
             raise UserError(f"folder '{path}' has no checkpoint '{prefer}.ckpt': pass a run's folder, or a file's path")
@@ -245,7 +246,7 @@ def _sha256(file: IO[bytes], length: int) -> str:
 def _around(path: Path) -> list[Path]:
     """Checkpoints beside `path`, then those of the runs beside its run, the newest first."""
     runs = path.absolute().parents[2] if len(path.absolute().parents) > 2 else path.parent
-    return _by_age(path.parent.glob("*.ckpt")) + _by_age(runs.glob("*/checkpoints/*.ckpt"))
+    return _by_age(path.parent.glob("*.ckpt")) + _by_age(runs.glob(f"*/{FOLDER}/*.ckpt"))
 
 
 def _by_age(paths: Any) -> list[Path]:

@@ -104,7 +104,7 @@ class LmlightCLI(LightningCLI):
                 )
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Sequence[str]) -> None:  # type: ignore[override]
-        # what is printed is the whole of it, so only once the checkpoint's settings are in
+        # first without --print_config: what that prints is to include the checkpoint's settings
         self.config = parser.parse_args([word for word in args if not word.startswith("--print_config")])
         name, config = self.config.subcommand, self.config[self.config.subcommand]
         init_from = config.get("init_from")

@@ -47,7 +47,7 @@ class Sampling:
             of earlier ones in turn; one with learned positions, which end there, begins anew with the later half.
         seed: of the random numbers.
         weights: how the matrices are read for each new token: `full`, as they are; `int8`, rounded, which on a CPU makes a
-            single text nearly twice as fast for a little quality (docs/generation.md). Prompts see the full ones.
+            single text nearly twice as fast, at no measured loss (docs/generation.md). Prompts see the full ones.
 
     Raises:
         UserError: a value out of its range.

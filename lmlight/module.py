@@ -265,8 +265,8 @@ class LanguageModel(LightningModule):
         Raises:
             UserError: see `generate`.
         """
-        sampling = replace(self.sampling, **changes)
-        streams = begin(self._tokenizer(), [prompt], sampling)[:1]
+        sampling = self._sampling_of_one(changes)
+        streams = begin(self._tokenizer(), [prompt], sampling)
         return (piece for _, piece in self._write(streams, sampling))
 
     @overload
@@ -280,25 +280,25 @@ class LanguageModel(LightningModule):
 
         Args:
             prompt: a text; a list of texts, of any lengths, each continued as if it were alone; or (B, T) ids. An empty
-                text starts from nothing: the first token is drawn as if a line had just ended.
+                text starts from nothing, see `TextStream`.
             changes: of `self.sampling` for this call: `temperature`, `top_k`, `seed` and so on.
 
         Returns:
             what `prompt` is, with its continuation; of a list, `samples` texts for each, one after the other.
 
         Raises:
-            UserError: a value out of range; a prompt with a character that the tokenizer does not know.
+            UserError: a value out of range; a prompt with a character that the tokenizer does not know; several
+                `samples` of a text that is not in a list.
         """
+        if isinstance(prompt, str):
+            return prompt + "".join(self.stream(prompt, **changes))
         sampling = replace(self.sampling, **changes)
         if isinstance(prompt, Tensor):
             with self._evaluating():
                 return generate(self._net(), prompt.to(self.device), sampling)
-        streams = begin(self._tokenizer(), [prompt] if isinstance(prompt, str) else prompt, sampling)
-        if isinstance(prompt, str):
-            streams = streams[:1]
+        streams = begin(self._tokenizer(), prompt, sampling)
         deque(self._write(streams, sampling), maxlen=0)
-        texts = [stream.prompt + stream.text for stream in streams]
-        return texts[0] if isinstance(prompt, str) else texts
+        return [stream.prompt + stream.text for stream in streams]
 
     def score(self, batch: Batch, metric: TextLoss) -> Tensor:
         """Adds a batch to a metric; (B, T) nats of each token, 0 where unscored."""
@@ -309,6 +309,11 @@ class LanguageModel(LightningModule):
         return losses
 
     # Details
+
+    def _sampling_of_one(self, changes: dict[str, Any]) -> Sampling:
+        if changes.get("samples", 1) != 1:
+            raise UserError(f"one text was asked for and {changes['samples']} samples of it: pass the prompt in a list")
+        return replace(self.sampling, **{**changes, "samples": 1})
 
     def _write(
         self, streams: list[TextStream], sampling: Sampling, logprobs: bool = False

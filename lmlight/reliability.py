@@ -45,16 +45,18 @@ class CheckpointFiles(CheckpointIO):
 class KeepCheckpoints(Checkpoint):
     """Keeps `checkpoints/best.ckpt` and `checkpoints/last.ckpt` in the run's folder.
 
-    The last one is written at each validation, at the end of the run, however it ends, and every so many steps on
-    request. After a signal the process ends with 128 + its number; a second one ends it at once.
+    The best is where `val/nats_per_char` was smallest. The last is written at each validation, at the end of the run,
+    however it ends, and on request every so many steps. After a signal the process ends with 128 + its number; a second
+    one ends it at once.
 
     Args:
-        monitor: the best is where this is smallest.
         every_n_steps: also save the last every so many steps; 0 does not.
     """
 
-    def __init__(self, monitor: str = "val/nats_per_char", every_n_steps: int = 0) -> None:
-        self.monitor, self.every_n_steps = monitor, every_n_steps
+    def __init__(self, every_n_steps: int = 0) -> None:
+        if every_n_steps < 0:
+            raise UserError(f"KeepCheckpoints.every_n_steps must be 0 or more, got {every_n_steps}")
+        self.every_n_steps = every_n_steps
         self.best_score: float | None = None
         self.best_model_path = ""
         self.last_model_path = ""
@@ -62,7 +64,7 @@ class KeepCheckpoints(Checkpoint):
         self._handlers: dict[int, Any] = {}
 
     def state_dict(self) -> dict[str, Any]:
-        return {"best_score": self.best_score, "best_model_path": self.best_model_path}
+        return {"best_score": self.best_score}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.best_score = state_dict["best_score"]
@@ -74,7 +76,7 @@ class KeepCheckpoints(Checkpoint):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         log_dir = trainer.log_dir or trainer.default_root_dir
-        self._folder = Path(trainer.strategy.broadcast(log_dir)) / "checkpoints"
+        self._folder = Path(trainer.strategy.broadcast(log_dir)) / checkpoints.FOLDER
         interval, accumulate = trainer.val_check_interval, trainer.accumulate_grad_batches
         if stage == TrainerFn.FITTING and isinstance(interval, int) and interval % accumulate:
             raise UserError(
@@ -119,7 +121,7 @@ class KeepCheckpoints(Checkpoint):
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.state.fn != TrainerFn.FITTING or trainer.sanity_checking:
             return
-        score = trainer.callback_metrics.get(self.monitor)
+        score = trainer.callback_metrics.get("val/nats_per_char")
         if score is not None and (self.best_score is None or score.item() < self.best_score):
             self.best_score, self.best_model_path = score.item(), str(self._path("best"))
             self._save(trainer, "best")

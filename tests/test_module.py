@@ -135,6 +135,8 @@ def test_generate_takes_texts_lists_and_ids(data):
     assert len(model.tokenizer.encode(model.generate("word " * 50, max_new_tokens=3))) > 50  # longer than a block
     with pytest.raises(UserError, match="temperature"):
         model.generate("MIRA:", temperature=-1)
+    with pytest.raises(UserError, match="in a list"):
+        model.generate("MIRA:", samples=2)
 
 
 def test_generate_leaves_the_mode_and_the_random_numbers_alone(data):

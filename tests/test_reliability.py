@@ -100,7 +100,7 @@ def scalars(folder):
 
 def differences(a, b, path=""):
     """Every place in which two checkpoints are not the same to the bit; the folder and the time of the run may differ."""
-    if path.endswith(("best_model_path", "seconds")):
+    if path.endswith("seconds"):
         return []
     if isinstance(a, dict) and isinstance(b, dict):
         missing = [f"{path}.{key}" for key in a.keys() ^ b.keys()]

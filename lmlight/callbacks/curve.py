@@ -113,7 +113,7 @@ class SettingsTable(Callback):
         assert isinstance(pl_module, LanguageModel) and pl_module.net is not None
         kept = pl_module.settings or {"model": {"net": pl_module.net.config}}
         found = {"seed": kept.get("seed_everything", pl_module.seed), **kept.get("data", {}), **kept["model"]}
-        settings: dict[str, Any] = {"weights": sum(p.numel() for p in pl_module.net.parameters())}
+        settings: dict[str, Any] = {"weights": pl_module.net.n_weights}
         settings |= {"max_steps": trainer.max_steps, "precision": str(trainer.precision), "seed": found["seed"]}
         settings |= _flat({name: value for name, value in found.items() if name not in self.LEFT_OUT})
         # not `logger.log_hyperparams`, which also writes a first value of each figure, and there is none yet

@@ -8,6 +8,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from lightning.fabric.loggers.tensorboard import TensorBoardLogger as FabricTensorBoardLogger
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.loggers import TensorBoardLogger
@@ -33,6 +34,10 @@ class RunLogger(TensorBoardLogger):
         if getattr(rank_zero_only, "rank", 0) != 0:
             return ""  # rank 0's is what counts
         return new_run(Path(self.root_dir)).name
+
+    def save(self) -> None:
+        """Without Lightning's `hparams.yaml`: the settings are in `config.yaml`."""
+        FabricTensorBoardLogger.save(self)
 
     def finalize(self, status: str) -> None:
         super().finalize(status)

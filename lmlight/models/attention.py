@@ -22,6 +22,9 @@ from lmlight.models.cache import KeyValueCache
 
 NORM_EPS = 1e-5
 ROPE_BASE = 10000.0
+# Up to so many keys a CPU is faster without the fused kernel, which cuts short sequences into products too small to be fast
+# (block 64, 4 heads of 32: a training step in 0.78 of the time); longer ones would need H T² numbers.
+FEW_KEYS = 256
 
 
 def drop(x: Tensor, dropout: float, training: bool) -> Tensor:
@@ -71,18 +74,15 @@ def attention_weights(q: Tensor, k: Tensor, causal: bool, visible: Tensor | None
 def attend(
     q: Tensor, k: Tensor, v: Tensor, causal: bool, visible: Tensor | None = None, dropout: float = 0.0
 ) -> Tensor:
-    """What each position gathers: (B, H, T, D) queries, (B, H_kv, S, D) keys and values to (B, H, T, D).
-
-    On a CPU short sequences take the four lines themselves: the fused kernel cuts them into products too small to be fast
-    (block 64, 4 heads of 32: a training step in 0.78 of the time), while long ones would need H T² numbers.
-    """
+    """What each position gathers: (B, H, T, D) queries, (B, H_kv, S, D) keys and values to (B, H, T, D)."""
     group = q.size(1) // k.size(1)
     if group > 1 and q.size(2) == 1:  # the heads of a group ask the same keys: as well as positions might
         return attend(q.reshape(q.size(0), k.size(1), group, -1), k, v, False, visible, dropout).view(q.shape)
     k, v = repeat_heads(k, group), repeat_heads(v, group)
     one_query = q.size(0) == 1 == q.size(2)  # of which the kernel makes the most
-    if q.device.type == "cpu" and k.size(-2) <= 256 and not one_query:
-        return drop(attention_weights(q, k, causal, visible), dropout, True) @ v
+    if q.device.type == "cpu" and k.size(-2) <= FEW_KEYS and not one_query:
+        weights = attention_weights(q, k, causal, visible)
+        return (F.dropout(weights, dropout) if dropout else weights) @ v
     return F.scaled_dot_product_attention(q, k, v, attn_mask=visible, dropout_p=dropout, is_causal=causal)
 
 

@@ -76,6 +76,11 @@ class Net(nn.Module, ABC):
         return Cache(rows)
 
     @property
+    def n_weights(self) -> int:
+        """How many numbers training sets; those that are used twice (`tie`) count once."""
+        return sum(parameter.numel() for parameter in self.parameters())
+
+    @property
     def slides(self) -> bool:
         """Whether `extend` goes on beyond `block_size` tokens, forgetting the oldest."""
         return True

@@ -5,7 +5,7 @@ Axes: B rows, T new positions, S slots, H_kv heads of keys and values, D channel
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor
@@ -45,6 +45,8 @@ class KeyValueCache(Cache):
         shape = (2 * n_layer, rows, heads, slots, head_size)
         self.buffers = torch.zeros(shape, dtype=like.dtype, device=like.device)
         self.slots, self.weights = slots, weights
+        self.positions: slice | Tensor = slice(0, 0)
+        self.causal, self.visible = False, cast("Tensor | None", None)
         self.step: OneToken | None = None  # made for the first token that is extended by, and kept with what it follows
         self.rotary = torch.empty(2, 0, head_size // 2)  # of positions beyond the net's own table, once there are any
 
@@ -58,7 +60,6 @@ class KeyValueCache(Cache):
         read = min(last + count, self.slots)
         self._seen = self.buffers.narrow(3, 0, read).unbind()  # keys and values, block by block: (B, H_kv, S, D)
         self.causal, self.visible = False, None
-        self.positions: slice | Tensor
         if first == last:
             self.positions = slice(first, first + count)
             slot = first % self.slots

@@ -75,8 +75,7 @@ class OneToken:
     def __call__(self, idx: Tensor, cache: KeyValueCache) -> Tensor:
         """(B, V) logits of what follows `idx` (B,), which the cache sees."""
         net = self.net
-        n_query = net.config["n_head"]
-        n_key = net.config["n_kv_head"] or n_query
+        n_query, n_key = net.config["n_head"], net.n_kv_head
         cache.place(1)
         x = F.embedding(idx, net.embedding.weight)  # (B, C)
         if net.positions is not None:

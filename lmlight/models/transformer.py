@@ -1,7 +1,9 @@
 """The decoder-only transformer, from small to whole: norm, MLP, block, net. Its attention is in `attention.py`.
 
-- Pre-norm residual blocks; attention through `scaled_dot_product_attention`.
+- Pre-norm residual blocks.
 - The options are those of stock architectures, so that a trained net can be exported: `GPT2` and `LLAMA` are presets.
+- The same arithmetic is written down four times, and tests hold all of it equal: `features`, for training; `attention_maps`,
+  which shows the weights; `decoding.OneToken`, for speed; `interchange.graph.CachedGraph`, for other engines.
 
 Axes: B rows, T positions, C = n_embd channels, D channels of a head, V vocabulary.
 
@@ -124,16 +126,11 @@ class Transformer(Net):
         n_hidden: int | None = None,
     ) -> None:
         super().__init__(init_arguments(locals()))
-        _check_sizes(
-            **{
-                k: self.config[k]
-                for k in ("n_layer", "n_head", "n_embd", "n_kv_head", "n_hidden", "dropout", "positions")
-            }
-        )
-        self.dropout = dropout
+        _check_sizes(n_layer, n_head, n_embd, n_kv_head, n_hidden, dropout, positions)
+        self.n_kv_head, self.head_size, self.dropout = n_kv_head or n_head, n_embd // n_head, dropout
         self.embedding = nn.Embedding(vocab_size, n_embd)
         self.positions = nn.Embedding(block_size, n_embd) if positions == "learned" else None
-        rotary = rotary_table(block_size, n_embd // n_head) if positions == "rotary" else None
+        rotary = rotary_table(block_size, self.head_size) if positions == "rotary" else None
         self.register_buffer("rotary", rotary, persistent=False)
         self.rotary: Tensor | None
         self.blocks = nn.ModuleList(
@@ -224,9 +221,8 @@ class Transformer(Net):
         return self.head(x)  # (B, V)
 
     def new_cache(self, rows: int, weights: Weights = "full") -> KeyValueCache:
-        heads: int = self.config["n_kv_head"] or self.config["n_head"]
-        head_size = self.config["n_embd"] // self.config["n_head"]
-        return KeyValueCache(rows, len(self.blocks), heads, self.block_size, head_size, self.head.weight, weights)
+        shape = rows, len(self.blocks), self.n_kv_head, self.block_size, self.head_size
+        return KeyValueCache(*shape, self.head.weight, weights)
 
     @property
     def slides(self) -> bool:
