@@ -106,6 +106,26 @@ def test_temperature_comes_before_top_p():
     assert filter_logits(logits, Sampling(temperature=100, top_p=0.5)).isfinite().sum() >= 2
 
 
+@pytest.mark.parametrize(
+    ("setting", "kept"),
+    [
+        ({"top_k": 2, "top_p": 0.5}, {0}),  # of the two, the first holds 0.57; of all, 0.4
+        (
+            {"top_p": 0.5, "min_p": 0.6},
+            {0, 1},
+        ),  # of all, the two hold 0.7; of those that min-p leaves, the first is enough
+        ({"temperature": 2.0, "top_p": 0.5, "min_p": 0.6}, {0, 1}),
+        ({"temperature": 0.5, "top_p": 0.5, "min_p": 0.6}, {0}),
+    ],
+    ids=str,
+)
+def test_filters_run_in_the_order_of_the_ecosystem(setting, kept):
+    """Temperature, top-k, top-p, min-p: each sees what the ones before have left, as a distribution."""
+    logits = torch.tensor([[0.4, 0.3, 0.2, 0.1]]).log()
+    finite = filter_logits(logits, Sampling(**setting)).isfinite()[0]
+    assert set(finite.nonzero().flatten().tolist()) == kept
+
+
 @settings(max_examples=40)
 @given(options=OPTIONS, double=st.booleans(), data=st.data())
 def test_cached_logits_are_the_uncached_ones(options, double, data):
