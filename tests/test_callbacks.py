@@ -26,6 +26,7 @@ from lmlight.callbacks import (
     TrainingSample,
     UpdateRatio,
 )
+from lmlight.data.tokens import Batch
 from lmlight.errors import UserError
 from lmlight.generation import printable
 
@@ -169,6 +170,30 @@ def test_throughput_leaves_validations_out_and_knows_what_was_waited_for(verse_f
     assert values(events, "throughput/waiting_for_data")[1] == pytest.approx(0.5, rel=1e-3)
     flops = 3 * tiny.net(400, 16).flops_per_token()
     assert values(events, "throughput/mfu")[1] == pytest.approx(second * flops * 1e-6 / (2 * 1024**3), rel=1e-3)
+
+
+def test_throughput_is_that_of_all_devices(monkeypatch):
+    clock, model, logged = Clock(), LanguageModel(), {}
+    monkeypatch.setattr("lmlight.callbacks.scalars.time", clock)
+    monkeypatch.setattr(model, "log_dict", logged.update)
+    model.net, model.step_loss = tiny.net(400, 16), torch.zeros(())
+    trainer = SimpleNamespace(
+        world_size=3,
+        global_step=2,
+        log_every_n_steps=2,
+        precision="32-true",
+        train_dataloader=None,
+        strategy=SimpleNamespace(root_device=torch.device("cpu")),
+        fit_loop=SimpleNamespace(epoch_loop=SimpleNamespace(_should_accumulate=lambda: False)),
+    )
+    throughput = Throughput()
+    throughput.on_train_start(trainer, model)
+    clock.now += 2
+    throughput.on_train_batch_end(trainer, model, None, Batch(*torch.full((3, 8, 16), 5)), 0)
+    assert logged["throughput/tokens_per_second"] == pytest.approx(3 * 8 * 16 / 2, rel=1e-3)
+    assert logged["throughput/characters_per_second"] == pytest.approx(5 * 3 * 8 * 16 / 2, rel=1e-3)
+    share = 8 * 16 / 2 * 3 * model.net.flops_per_token() * 1e-6 / (2 * 1024**3)
+    assert logged["throughput/mfu"] == pytest.approx(share, rel=1e-3), "of what all of them can"
 
 
 def test_the_gap_is_measured_the_same_way(watched):

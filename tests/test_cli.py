@@ -256,6 +256,17 @@ def test_the_same_seed_gives_the_same_run(verse_file, capsys):
     assert len(list(Path("runs").iterdir())) == 3
 
 
+def test_one_seed_is_everybody_s_also_one_that_is_drawn(verse_file, tmp_path):
+    for number, (given, many) in enumerate((("7", range(7, 8)), ("true", range(2, 2**32)))):
+        flags = [f"--seed_everything={given}", "--trainer.max_steps=1", f"--trainer.logger.save_dir={number}"]
+        assert main(["fit", f"--data.corpus={verse_file}", *TINY, *flags]) == 0
+        (path,) = tmp_path.glob(f"{number}/*/checkpoints/last.ckpt")
+        settings = checkpoint.read(path)[checkpoint.KEY]["settings"]
+        data, model = settings["data"], settings["model"]
+        (seed,) = {settings["seed_everything"], data["seed"], model["seed"], model["sampling"]["seed"]}
+        assert seed in many
+
+
 MISTAKES = {
     "no such corpus": (["fit", "--data.corpus=nope.txt"], "no corpus at 'nope.txt'"),
     "empty corpus": (["fit", "--data.corpus=empty.txt"], "is empty"),

@@ -408,6 +408,18 @@ def test_best_is_where_the_figure_is_smallest_and_last_is_always_the_latest(vers
     ]
 
 
+def test_the_best_of_a_run_is_the_one_that_lies_beside_it(tmp_path):
+    """A moved run's is found where it is now; another folder's is not ours to report."""
+    keeper = KeepCheckpoints()
+    keeper._folder = tmp_path
+    state = {"best_score": 1.0, "best_model_path": "elsewhere/best.ckpt"}
+    keeper.load_state_dict(state)
+    assert (keeper.best_score, keeper.best_model_path) == (None, "")
+    (tmp_path / "best.ckpt").touch()
+    keeper.load_state_dict(state)
+    assert (keeper.best_score, keeper.best_model_path) == (1.0, str(tmp_path / "best.ckpt"))
+
+
 @pytest.mark.parametrize("when", ["loss", "gradient"])
 def test_not_a_number_stops_at_its_step_and_is_never_saved(trained, tmp_path, capsys, monkeypatch, when):
     step = LanguageModel.training_step
