@@ -256,15 +256,20 @@ def test_the_same_seed_gives_the_same_run(verse_file, capsys):
     assert len(list(Path("runs").iterdir())) == 3
 
 
-def test_one_seed_is_everybody_s_also_one_that_is_drawn(verse_file, tmp_path):
-    for number, (given, many) in enumerate((("7", range(7, 8)), ("true", range(2, 2**32)))):
-        flags = [f"--seed_everything={given}", "--trainer.max_steps=1", f"--trainer.logger.save_dir={number}"]
-        assert main(["fit", f"--data.corpus={verse_file}", *TINY, *flags]) == 0
-        (path,) = tmp_path.glob(f"{number}/*/checkpoints/last.ckpt")
-        settings = checkpoint.read(path)[checkpoint.KEY]["settings"]
-        data, model = settings["data"], settings["model"]
-        (seed,) = {settings["seed_everything"], data["seed"], model["seed"], model["sampling"]["seed"]}
-        assert seed in many
+@pytest.mark.parametrize(("given", "expected"), [("7", {7}), ("true", range(2, 2**32))], ids=["given", "drawn"])
+def test_one_seed_is_everybody_s(verse_file, monkeypatch, given, expected):
+    seeds = []
+
+    def note(model):
+        data, kept = model.trainer.datamodule, model.settings["seed_everything"]
+        seeds.extend((model.seed, model.sampling.seed, data.seed, kept))
+
+    monkeypatch.setattr(LanguageModel, "on_train_start", note)
+    assert (
+        main(["fit", f"--data.corpus={verse_file}", *TINY, f"--seed_everything={given}", "--trainer.max_steps=1"]) == 0
+    )
+    assert len(seeds) == 4 and len(set(seeds)) == 1
+    assert type(seeds[3]) is int and seeds[3] in expected, "a resumed run takes it from there"
 
 
 MISTAKES = {
