@@ -5,7 +5,7 @@ import torch
 
 from lmlight.errors import UserError
 from lmlight.models import GPT2, Bigram, Transformer
-from lmlight.optim import Muon, Schedule, label_in_order, orthogonalise, parameter_groups
+from lmlight.optim import POLAR_EXPRESS, Muon, Schedule, label_in_order, orthogonalise, parameter_groups
 
 
 def test_groups_hold_every_parameter_once_and_matrices_alone_decay():
@@ -57,6 +57,10 @@ def test_orthogonalise_is_near_the_polar_factor(shape):
     inside = u.mT @ made @ v.mT
     diagonal = inside.diagonal(dim1=1, dim2=2)
     assert torch.allclose(inside, torch.diag_embed(diagonal), atol=1e-9)
+    expected = s / s.norm(dim=1, keepdim=True)
+    for a, b, c in POLAR_EXPRESS:
+        expected = a * expected + b * expected**3 + c * expected**5
+    torch.testing.assert_close(diagonal, expected, rtol=0, atol=1e-5)
     large = diagonal[s / s.norm(dim=1, keepdim=True) > 1 / 50]
     assert large.min() > 0.55 and large.max() < 1.2
     assert diagonal.min() > 0
