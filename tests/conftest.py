@@ -9,6 +9,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import atexit
 import random
 import shutil
+import signal
 import tempfile
 
 import pytest
@@ -17,6 +18,10 @@ from hypothesis import HealthCheck, settings
 from hypothesis.configuration import set_hypothesis_home_dir
 
 torch.set_num_threads(1)
+
+# A suite that a script starts in the background inherits Ctrl-C as ignored, and hands that on; tests send one.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Hypothesis writes what it finds in the sources while tests are collected: not into the checkout.
 HYPOTHESIS_HOME = tempfile.mkdtemp(prefix="lmlight-hypothesis-")
@@ -49,6 +54,13 @@ def _own_folder(tmp_path, monkeypatch):
     """Relative paths, and the cache, lie in the test's own temporary folder."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("LMLIGHT_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.fixture(autouse=True)
+def _own_precision():
+    """A `fit` that ends by an exception leaves products at the precision of training: not for the next test."""
+    yield
+    torch.set_float32_matmul_precision("highest")
 
 
 @pytest.fixture(scope="session")

@@ -1,9 +1,9 @@
 """The house keeps its order: imports run one way, and the light parts stay light."""
 
-import subprocess
-import sys
+import os
 from pathlib import Path
 
+import processes
 import pytest
 from importlinter import cli as importlinter
 
@@ -17,23 +17,31 @@ def test_imports_run_one_way(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("module", "absent"),
-    [
-        ("lmlight", "torch"),
-        ("lmlight.cache", "torch"),
-        ("lmlight.data.corpus", "torch"),
-        ("lmlight.data.tokenizer", "torch"),
-        ("lmlight.data.store", "torch"),
-        ("lmlight.generation", "lightning"),
-        ("lmlight.checkpoint", "lightning"),
-        ("lmlight.interchange.command", "lightning"),
-        ("lmlight.interchange.command", "safetensors"),
-        ("lmlight.interchange.command", "google.protobuf"),
-    ],
+    ("absent", "modules"),
+    {
+        "torch": [
+            "",
+            ".__main__",
+            ".cache",
+            ".curves",
+            ".data.corpus",
+            ".data.tokenizer",
+            ".data.store",
+            ".data.resegment",
+        ],
+        "lightning safetensors google.protobuf": [".generation", ".checkpoint", ".chat", ".interchange.command"],
+    }.items(),
 )
-def test_light_parts_do_not_wait_for_heavy_ones(module, absent):
-    code = f"import {module}, sys; sys.exit('{absent}' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+def test_light_parts_do_not_wait_for_heavy_ones(absent, modules):
+    code = """if True:
+        import importlib, sys
+        absent, *modules = sys.argv[1:]
+        for module in modules:
+            importlib.import_module("lmlight" + module)
+            found = set(absent.split()) & sys.modules.keys()
+            assert not found, (module, found)
+        """
+    processes.run_afresh(absent, *modules, code=code)
 
 
 def test_no_module_is_a_drawer_for_odds_and_ends():
@@ -43,8 +51,6 @@ def test_no_module_is_a_drawer_for_odds_and_ends():
 
 def test_threads_wait_without_spinning_for_long():
     code = "import lmlight, os; print(os.environ['GOMP_SPINCOUNT'])"
-    import os
-
     environment = {k: v for k, v in os.environ.items() if k not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
-    result = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
-    assert result.stdout.strip() == "1000"
+    out, _ = processes.run_afresh(code=code, env=environment)
+    assert out.strip() == "1000"

@@ -1,8 +1,6 @@
 """`lmlight cache` lists what there is and deletes nothing else."""
 
-import subprocess
-import sys
-
+import processes
 import pytest
 
 from lmlight import cache
@@ -63,6 +61,5 @@ def test_the_command_does_not_wait_for_torch(filled):
         "import sys; sys.argv = ['lmlight', 'cache']; from lmlight.__main__ import main; main(); "
         "sys.exit('torch' in sys.modules)"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.returncode == 0
-    assert "tokens/abc" in done.stdout
+    out, _ = processes.run_afresh(code=code)
+    assert "tokens/abc" in out

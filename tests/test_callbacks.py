@@ -2,16 +2,18 @@
 
 import csv
 import math
+from types import SimpleNamespace
 
 import lightning.pytorch as pl
 import numpy as np
 import pytest
+import tiny
 import torch
 import torch.nn.functional as F
 from lightning.pytorch import Callback
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from lmlight import Bigram, LanguageModel, TextDataModule, Transformer
+from lmlight import Bigram, LanguageModel, Transformer
 from lmlight.callbacks import (
     LearningCurve,
     Pictures,
@@ -24,7 +26,7 @@ from lmlight.callbacks import (
     TrainingSample,
     UpdateRatio,
 )
-from lmlight.data.tokenizer import TokenizerConfig
+from lmlight.data.tokens import Batch
 from lmlight.errors import UserError
 from lmlight.generation import printable
 
@@ -47,23 +49,19 @@ class Keep(Callback):
 
 
 def fit(verse_file, folder, callbacks, net, **options):
-    data = TextDataModule(str(verse_file), block_size=16, batch_size=8, tokenizer=TokenizerConfig(vocab_size=400))
+    data = tiny.data(verse_file)
     model = LanguageModel(net=net)
-    trainer = pl.Trainer(
-        max_steps=STEPS,
-        val_check_interval=VALIDATIONS[0],
-        check_val_every_n_epoch=None,
-        log_every_n_steps=2,
-        accelerator="cpu",
-        logger=RunLogger(str(folder)),
-        callbacks=callbacks,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        enable_checkpointing=False,
-        num_sanity_val_steps=0,
-        use_distributed_sampler=False,
-        **options,
-    )
+    settings = {
+        **tiny.QUIET,
+        "max_steps": STEPS,
+        "val_check_interval": VALIDATIONS[0],
+        "check_val_every_n_epoch": None,
+        "log_every_n_steps": 2,
+        "logger": RunLogger(str(folder)),
+        "callbacks": callbacks,
+        "enable_checkpointing": False,
+    }
+    trainer = pl.Trainer(**settings | options)
     trainer.fit(model, datamodule=data)
     return trainer, model, data
 
@@ -137,17 +135,65 @@ def test_throughput_counts_what_was_trained_on(watched):
     assert all(0.05 < gib < 24 for gib in values(events, "throughput/memory_gib"))
 
 
-def test_throughput_leaves_validations_out(verse_file, tmp_path):
-    class Slow(Callback):
-        def on_validation_end(self, trainer, model):
-            import time
+class Clock(Callback):
+    """Stands in for `time`: a batch takes a quarter of a second to gather, as much to train on, and a validation a day."""
 
-            time.sleep(1.0)
+    def __init__(self):
+        self.now = 0.0
 
-    fit(verse_file, tmp_path / "runs", [Throughput(), Slow()], Bigram)
+    def perf_counter(self):
+        self.now += 1e-6  # so that the matrix product that is measured takes time too
+        return self.now
+
+    def as_batch(self, batch):
+        self.now += 0.25
+        return batch
+
+    def on_train_batch_start(self, trainer, model, batch, batch_idx):
+        self.now += 0.25
+
+    def on_validation_end(self, trainer, model):
+        self.now += 86400
+
+
+def test_throughput_leaves_validations_out_and_knows_what_was_waited_for(verse_file, tmp_path, monkeypatch):
+    clock = Clock()
+    monkeypatch.setattr("lmlight.callbacks.scalars.time", clock)
+    monkeypatch.setattr("lmlight.data.datamodule.time", clock)
+    monkeypatch.setattr("lmlight.data.datamodule.as_batch", clock.as_batch)
+    fit(verse_file, tmp_path / "runs", [Throughput(), clock], tiny.net)
     (run,) = (tmp_path / "runs").iterdir()
-    speeds = values(EventAccumulator(str(run)).Reload(), "throughput/tokens_per_second")
-    assert min(speeds) > 2 * 8 * 16, "a validation would make it less than the tokens of two steps in a second"
+    events = EventAccumulator(str(run)).Reload()
+    first, second, third, fourth = values(events, "throughput/tokens_per_second")
+    assert second == fourth == pytest.approx(2 * 8 * 16, rel=1e-3), "two steps a second"
+    assert 2 * 8 * 16 <= third * 1.001 <= 3 * 8 * 16, "behind a validation"
+    assert values(events, "throughput/waiting_for_data")[1] == pytest.approx(0.5, rel=1e-3)
+    flops = 3 * tiny.net(400, 16).flops_per_token()
+    assert values(events, "throughput/mfu")[1] == pytest.approx(second * flops * 1e-6 / (2 * 1024**3), rel=1e-3)
+
+
+def test_throughput_is_that_of_all_devices(monkeypatch):
+    clock, model, logged = Clock(), LanguageModel(), {}
+    monkeypatch.setattr("lmlight.callbacks.scalars.time", clock)
+    monkeypatch.setattr(model, "log_dict", logged.update)
+    model.net, model.step_loss = tiny.net(400, 16), torch.zeros(())
+    trainer = SimpleNamespace(
+        world_size=3,
+        global_step=2,
+        log_every_n_steps=2,
+        precision="32-true",
+        train_dataloader=None,
+        strategy=SimpleNamespace(root_device=torch.device("cpu")),
+        fit_loop=SimpleNamespace(epoch_loop=SimpleNamespace(_should_accumulate=lambda: False)),
+    )
+    throughput = Throughput()
+    throughput.on_train_start(trainer, model)
+    clock.now += 2
+    throughput.on_train_batch_end(trainer, model, None, Batch(*torch.full((3, 8, 16), 5)), 0)
+    assert logged["throughput/tokens_per_second"] == pytest.approx(3 * 8 * 16 / 2, rel=1e-3)
+    assert logged["throughput/characters_per_second"] == pytest.approx(5 * 3 * 8 * 16 / 2, rel=1e-3)
+    share = 8 * 16 / 2 * 3 * model.net.flops_per_token() * 1e-6 / (2 * 1024**3)
+    assert logged["throughput/mfu"] == pytest.approx(share, rel=1e-3), "of what all of them can"
 
 
 def test_the_gap_is_measured_the_same_way(watched):
@@ -214,7 +260,7 @@ def test_pictures_hold_the_net_s_own_numbers(verse_file, tmp_path, drawn):
     def net(vocab_size, block_size):
         return Transformer(vocab_size, block_size, n_layer=2, n_head=4, n_embd=32, n_kv_head=2)
 
-    _, model, data = fit(verse_file, tmp_path / "runs", [Pictures(line="MIRA:\nto", share=0.0)], net)
+    _, model, data = fit(verse_file, tmp_path / "runs", [Pictures(line="MIRA:\nto", share=0.0)], net, max_steps=12)
     weights, labels = drawn["attention_map"][-1]
     assert weights.sum(1) == pytest.approx(np.ones(len(labels)), abs=1e-5)
     assert not np.triu(weights, 1).any()
@@ -231,8 +277,7 @@ def test_pictures_hold_the_net_s_own_numbers(verse_file, tmp_path, drawn):
     losses = F.cross_entropy(model.net(first.inputs[:1]).mT, first.targets[:1], reduction="none")[0]
     assert surprise[:16] == pytest.approx(losses.detach().numpy(), rel=1e-5)
     assert pieces[:16] == [model.tokenizer.piece(index) for index in first.targets[0].tolist()]
-    # drawn at the first validation, since nothing had been spent, and at the last
-    assert len(drawn["surprise"]) == 2
+    assert len(drawn["surprise"]) == 2, "at the first validation, for nothing had been spent, and at the last"
 
 
 def test_a_bigram_s_table_is_its_probabilities(verse_file, tmp_path, drawn):
@@ -283,6 +328,15 @@ def test_the_curve_is_a_table_a_picture_and_other_axes(watched):
     assert [event.value for event in by_characters] == pytest.approx(values(events, "val/nats_per_char"))
     assert [event.step for event in by_characters] == [round(data.characters_seen(step)) for step in VALIDATIONS]
     assert len(events.Scalars("by_seconds/train_sample_nats_per_char")) == 2
+
+
+def test_the_seconds_of_a_run_go_on_where_it_does(monkeypatch):
+    now = iter([50.0, 57.0])
+    monkeypatch.setattr("lmlight.callbacks.curve.time", SimpleNamespace(monotonic=lambda: next(now)))
+    curve = LearningCurve()
+    curve.load_state_dict({"rows": [], "seconds": 100.0})
+    curve.on_train_start(None, None)
+    assert curve.state_dict()["seconds"] == 107.0
 
 
 def test_characters_seen_are_those_of_the_windows(watched):

@@ -9,7 +9,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import processes
 import pytest
+import tiny
 import torch
 import yaml
 
@@ -18,18 +20,7 @@ from lmlight import LanguageModel, checkpoint
 from lmlight.cli import main
 from lmlight.generation import printable
 
-TINY = [
-    "--data.tokenizer.vocab_size=400",
-    "--data.block_size=16",
-    "--data.batch_size=8",
-    "--model.net.n_layer=1",
-    "--model.net.n_head=2",
-    "--model.net.n_embd=32",
-    "--trainer.max_steps=6",
-    "--trainer.val_check_interval=3",
-    "--trainer.log_every_n_steps=1",
-    "--trainer.accelerator=cpu",
-]
+TINY = [*tiny.FLAGS, "--trainer.max_steps=6", "--trainer.val_check_interval=3"]
 
 
 @pytest.fixture(scope="module")
@@ -37,19 +28,17 @@ def finished(tmp_path_factory, verse):
     """The folder of a finished run, what it printed, and the checkpoint's path."""
     folder = tmp_path_factory.mktemp("finished")
     (folder / "verse.txt").write_bytes(verse.encode())
-    command = [sys.executable, "-m", "lmlight", "fit", "--data.corpus=verse.txt", *TINY]
-    environment = {**os.environ, "LMLIGHT_CACHE": str(folder / "cache")}
-    result = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=100)
-    assert result.returncode == 0, result.stderr
+    env = processes.environment(LMLIGHT_CACHE=str(folder / "cache"))
+    printed = processes.run_afresh("fit", "--data.corpus=verse.txt", *TINY, cwd=folder, env=env)
     (best,) = folder.glob("runs/*/checkpoints/best.ckpt")
-    return folder, result, best
+    return folder, printed, best
 
 
 def test_fit_ends_by_saying_what_it_reached_and_what_to_type(finished):
-    folder, result, best = finished
-    assert "\r" not in result.stdout + result.stderr
-    assert "\x1b" not in result.stdout + result.stderr
-    lines = result.stdout.split("\n")
+    folder, (out, err), best = finished
+    assert "\r" not in out + err
+    assert "\x1b" not in out + err
+    lines = out.split("\n")
     validations = [line for line in lines if line.startswith("step ")]
     assert [line.split()[1] for line in validations] == ["3/6", "6/6"]
     assert all("val/nats_per_char" in line for line in validations)
@@ -58,8 +47,8 @@ def test_fit_ends_by_saying_what_it_reached_and_what_to_type(finished):
     figures = next(line for line in lines if "bits per character" in line).split()
     nats, bits = float(figures[0]), float(figures[4])
     assert bits == pytest.approx(nats / 0.693147, rel=1e-3)
-    assert f"val/nats_per_char {nats:.4f}" in result.stdout
-    assert "ROMEO:" in result.stdout
+    assert f"val/nats_per_char {nats:.4f}" in out
+    assert "ROMEO:" in out
     command = next(line for line in lines if "lmlight predict" in line).strip()
     done = subprocess.run(command, shell=True, cwd=folder, capture_output=True, text=True, timeout=100)
     assert done.stdout.startswith("ROMEO:"), done.stderr
@@ -159,12 +148,10 @@ def test_predict_reads_prompts_from_the_standard_input(finished, capsys, monkeyp
 def test_predict_over_two_processes_keeps_the_order_of_the_prompts(finished, tmp_path):
     _, _, best = finished
     (tmp_path / "prompts.txt").write_text("\n".join(f"{speaker}:" for speaker in "ABCDE"))
-    command = [sys.executable, "-m", "lmlight", "predict", f"--ckpt_path={best}", "--data.prompts=prompts.txt"]
-    command += ["--model.sampling.max_new_tokens=3", "--trainer.accelerator=cpu", "--data.prompt_batch_size=1"]
-    two = ["--trainer.devices=2", "--trainer.strategy=ddp"]
-    for more in (["--output=one.jsonl"], ["--output=two.jsonl", *two]):
-        done = subprocess.run([*command, *more], capture_output=True, text=True, timeout=100)
-        assert done.returncode == 0, done.stderr
+    command = ["predict", f"--ckpt_path={best}", "--data.prompts=prompts.txt", "--model.sampling.max_new_tokens=3"]
+    command += ["--trainer.accelerator=cpu", "--data.prompt_batch_size=1"]
+    assert main([*command, "--output=one.jsonl"]) == 0
+    processes.run_afresh(*command, "--output=two.jsonl", "--trainer.devices=2", "--trainer.strategy=ddp")
 
     def texts(name):
         lines = [json.loads(line) for line in Path(name).read_text().split("\n")[:-1]]
@@ -174,39 +161,32 @@ def test_predict_over_two_processes_keeps_the_order_of_the_prompts(finished, tmp
     assert [prompt for prompt, _, _ in texts("two.jsonl")] == ["A:", "B:", "C:", "D:", "E:"]
 
 
-def chat(arguments, typed, **options):
-    command = [sys.executable, "-m", "lmlight", "chat", *map(str, arguments)]
-    return subprocess.run(command, input=typed, capture_output=True, text=True, timeout=60, **options)
-
-
 def test_chat_streams_verse_and_takes_settings(finished):
     folder, _, best = finished
     typed = (
         '/max_new_tokens 5\nMIRA:\n/seed 1337\nMIRA:\n/temperature 0\n/temperature x\n/colour 1\n/stop ["a"]\n'
         "/weights int8\n/weights int4\nMIRA:\n/quit\n"
     )
-    done = chat([best], typed)
-    assert done.returncode == 0, done.stderr
-    first, again = (part.split("\n\n")[0] for part in done.stdout.split("MIRA:")[1:3])
+    out, err = processes.run_afresh("chat", best, typed=typed)
+    first, again = (part.split("\n\n")[0] for part in out.split("MIRA:")[1:3])
     text = LanguageModel.load_from_checkpoint(best).generate("MIRA:", max_new_tokens=5, seed=1337)
     assert first == again == printable(text.removeprefix("MIRA:"))
-    assert "a value of type float is wanted, got 'x'" in done.stdout
-    assert "there is no /colour" in done.stdout
-    assert "weights must be one of full, int8, got 'int4'" in done.stdout
-    assert "lightning" not in done.stderr
-    assert chat(["best"], "", cwd=folder).returncode == 0, "the newest run's best, and the end of the input ends it"
-    missing = chat(["nope.ckpt"], "")
-    assert missing.returncode == 2
-    assert missing.stderr.startswith("lmlight: error: no checkpoint at 'nope.ckpt'")
-    assert missing.stderr.count("\n") == 1
+    assert "a value of type float is wanted, got 'x'" in out
+    assert "there is no /colour" in out
+    assert "weights must be one of full, int8, got 'int4'" in out
+    assert err == ""
+    # the newest run's best; and the end of the input ends it
+    processes.run_afresh("chat", "best", typed="", cwd=folder)
+    _, err = processes.run_afresh("chat", "nope.ckpt", typed="", status=2)
+    assert err.startswith("lmlight: error: no checkpoint at 'nope.ckpt'")
+    assert err.count("\n") == 1
 
 
 @pytest.mark.skipif(os.name != "posix", reason="sends Ctrl-C as POSIX does")
 def test_ctrl_c_ends_the_verse_and_not_the_dialogue(finished):
     _, _, best = finished
-    command = [sys.executable, "-u", "-m", "lmlight", "chat", str(best)]
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    with subprocess.Popen(command, **pipes) as process:
+    env = processes.environment(PYTHONUNBUFFERED="1")
+    with processes.start("chat", best, stdin=subprocess.PIPE, env=env) as process:
         process.stdin.write("/max_new_tokens 1000000\nMIRA:\n")
         process.stdin.flush()
         seen = ""
@@ -219,18 +199,13 @@ def test_ctrl_c_ends_the_verse_and_not_the_dialogue(finished):
     assert rest.rstrip().endswith(">")
 
 
-def test_chat_does_not_wait_for_lightning():
-    code = "import sys, lmlight.__main__, lmlight.chat; sys.exit('lightning' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
-
-
 def test_validate_and_test_need_nothing_but_the_checkpoint(finished, capsys, monkeypatch):
-    folder, result, best = finished
+    folder, (printed, _), best = finished
     monkeypatch.chdir(folder)
     assert main(["validate", f"--ckpt_path={best}"]) == 0
     out = capsys.readouterr().out
     figures = {line.split()[0]: float(line.split()[1]) for line in out.strip().split("\n")}
-    assert f"{figures['val/nats_per_char']:.4f}" in result.stdout
+    assert f"{figures['val/nats_per_char']:.4f}" in printed
     assert main(["test", f"--ckpt_path={best}"]) == 0
     assert "test_sliding/nats_per_char" in capsys.readouterr().out
     assert len(list(folder.glob("runs/*"))) == 1
@@ -280,6 +255,22 @@ def test_the_same_seed_gives_the_same_run(verse_file, capsys):
     assert first == losses(1)
     assert first != losses(2)
     assert len(list(Path("runs").iterdir())) == 3
+
+
+@pytest.mark.parametrize(("given", "expected"), [("7", {7}), ("true", range(2, 2**32))], ids=["given", "drawn"])
+def test_one_seed_is_everybody_s(verse_file, monkeypatch, given, expected):
+    seeds = []
+
+    def note(model):
+        data, kept = model.trainer.datamodule, model.settings["seed_everything"]
+        seeds.extend((model.seed, model.sampling.seed, data.seed, kept))
+
+    monkeypatch.setattr(LanguageModel, "on_train_start", note)
+    assert (
+        main(["fit", f"--data.corpus={verse_file}", *TINY, f"--seed_everything={given}", "--trainer.max_steps=1"]) == 0
+    )
+    assert len(seeds) == 4 and len(set(seeds)) == 1
+    assert type(seeds[3]) is int and seeds[3] in expected, "a resumed run takes it from there"
 
 
 MISTAKES = {
@@ -377,11 +368,10 @@ def test_a_reader_that_has_had_enough_is_no_error(tmp_path):
     for number in range(3000):
         (tmp_path / "cache" / "corpora" / f"{number}.txt").parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "cache" / "corpora" / f"{number}.txt").touch()
-    command = [sys.executable, "-m", "lmlight", "cache"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+    with processes.start("cache") as process:
         process.stdout.read(10)
         process.stdout.close()
-        assert process.stderr.read() == b""
+        assert process.stderr.read() == ""
     assert process.returncode == 1
 
 

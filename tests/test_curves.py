@@ -51,11 +51,3 @@ def test_a_mistake_is_one_line(arguments, says, tmp_path, capsys):
     assert out == ""
     assert err.count("\n") == 1
     assert says in err
-
-
-def test_curves_does_not_wait_for_torch():
-    import subprocess
-    import sys
-
-    code = "import sys, lmlight.__main__, lmlight.curves; sys.exit('torch' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code]).returncode == 0

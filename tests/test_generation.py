@@ -100,10 +100,24 @@ def test_top_p_keeps_the_smallest_set_that_holds_the_mass():
         assert set(finite.nonzero().flatten().tolist()) == kept
 
 
-def test_temperature_comes_before_top_p():
-    logits = torch.tensor([[0.1, 0.5, 0.15, 0.25]]).log()
-    # hot enough to be nearly uniform: half the mass takes more than one token
-    assert filter_logits(logits, Sampling(temperature=100, top_p=0.5)).isfinite().sum() >= 2
+@pytest.mark.parametrize(
+    ("setting", "kept"),
+    [
+        ({"top_k": 2, "top_p": 0.5}, {0}),  # of the two, the first holds 0.57; of all, 0.4
+        (
+            {"top_p": 0.5, "min_p": 0.6},
+            {0, 1},
+        ),  # of all, the two hold 0.7; of those that min-p leaves, the first is enough
+        ({"temperature": 0.5, "top_p": 0.5}, {0}),  # squared, the first holds 0.53
+        ({"temperature": 0.5, "min_p": 0.6}, {0}),  # squared, the second is 0.56 times as likely
+    ],
+    ids=str,
+)
+def test_filters_run_in_the_order_of_the_ecosystem(setting, kept):
+    """Temperature, top-k, top-p, min-p: each sees what the ones before have left, as a distribution."""
+    logits = torch.tensor([[0.4, 0.3, 0.2, 0.1]]).log()
+    finite = filter_logits(logits, Sampling(**setting)).isfinite()[0]
+    assert set(finite.nonzero().flatten().tolist()) == kept
 
 
 @settings(max_examples=40)
@@ -227,10 +241,13 @@ def test_int8_weights_are_rounded_row_by_row(rows, bias):
     largest = linear.weight.abs().amax(1, keepdim=True)
     assert (largest.max() / largest.min()) > 1.01, "one step for the whole matrix would do as well"
     rounded = (linear.weight / largest * 127).round() * largest / 127
-    got, plain = product(linear, rows, "int8")(x), F.linear(x, rounded, linear.bias)
+    multiply = product(linear, rows, "int8")
+    got, plain = multiply(x), F.linear(x, rounded, linear.bias)
     assert got.dtype == x.dtype
     torch.testing.assert_close(got, plain, rtol=0, atol=0.02)  # inputs and sums are rounded to bfloat16
-    assert not torch.allclose(got, linear(x), rtol=0, atol=1e-4)
+    # one weight at a time: a step more or less of 127 is more than the rounding of a product
+    weight = torch.cat([multiply(x) for x in torch.eye(64).split(rows)]) - (linear.bias if bias else 0)
+    torch.testing.assert_close(weight.T, rounded, rtol=2**-7, atol=1e-6)
 
 
 def test_int8_weights_are_asked_for_by_the_sampling():

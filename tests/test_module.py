@@ -1,35 +1,29 @@
 """LanguageModel under Lightning's Trainer, from Python."""
 
+import csv
+import itertools
 import math
-import subprocess
-import sys
+from types import SimpleNamespace
 
 import lightning.pytorch as pl
+import processes
 import pytest
+import tiny
 import torch
 import torch.nn.functional as F
 
-from lmlight import Bigram, LanguageModel, TextDataModule, Transformer
-from lmlight.data.tokenizer import TokenizerConfig
+from lmlight import Bigram, LanguageModel, TextDataModule
 from lmlight.errors import UserError
 from lmlight.optim import Schedule
 
-QUIET = {
-    "logger": False,
-    "enable_progress_bar": False,
-    "enable_model_summary": False,
-    "accelerator": "cpu",
-    "num_sanity_val_steps": 0,
-}
-
 
 def small_net(vocab_size, block_size):
-    return Transformer(vocab_size, block_size, n_layer=1, n_head=2, n_embd=32, dropout=0.1)
+    return tiny.net(vocab_size, block_size, dropout=0.1)
 
 
 @pytest.fixture
 def data(verse_file):
-    return TextDataModule(str(verse_file), block_size=16, batch_size=8, tokenizer=TokenizerConfig(vocab_size=400))
+    return tiny.data(verse_file)
 
 
 def adamw(params):
@@ -39,7 +33,7 @@ def adamw(params):
 def trained(data, steps=5, net=small_net, optimizer=adamw, **options):
     pl.seed_everything(1, verbose=False)
     model = LanguageModel(net=net, optimizer=optimizer, schedule=Schedule("linear", 2))
-    trainer = pl.Trainer(max_steps=steps, enable_checkpointing=False, **QUIET, **options)
+    trainer = pl.Trainer(max_steps=steps, enable_checkpointing=False, **tiny.QUIET, **options)
     trainer.fit(model, datamodule=data)
     return trainer, model
 
@@ -76,13 +70,9 @@ def test_test_adds_a_sliding_window_over_the_same_characters(data, verse):
 
 def test_training_is_plain_adamw_on_the_batches(data):
     """The same steps without Lightning: same order of windows, schedule, groups and clipping."""
-
-    def net(vocab_size, block_size):
-        return Transformer(vocab_size, block_size, n_layer=1, n_head=2, n_embd=32)
-
-    _, model = trained(data, steps=4, net=net, gradient_clip_val=1.0)
+    _, model = trained(data, steps=4, net=tiny.net, gradient_clip_val=1.0)
     pl.seed_everything(1, verbose=False)
-    plain = net(model.tokenizer.vocab_size, 16)
+    plain = tiny.net(model.tokenizer.vocab_size, 16)
     matrices = [p for p in plain.parameters() if p.dim() == 2]
     vectors = [p for p in plain.parameters() if p.dim() < 2]
     optimizer = adamw([{"params": matrices}, {"params": vectors, "weight_decay": 0.0}])
@@ -98,12 +88,58 @@ def test_training_is_plain_adamw_on_the_batches(data):
         torch.testing.assert_close(a, b, msg=name)
 
 
+def test_accumulated_batches_make_the_same_steps_and_figures(data, tmp_path):
+    def logged(accumulate):
+        logger = pl.loggers.CSVLogger(tmp_path, name="", version=str(accumulate))
+        options = {**tiny.QUIET, "logger": logger, "log_every_n_steps": 1, "gradient_clip_val": 1e-3}
+        pl.seed_everything(1, verbose=False)
+        model = LanguageModel(net=tiny.net, optimizer=adamw, schedule=Schedule("linear", 2))
+        trainer = pl.Trainer(max_steps=3, enable_checkpointing=False, accumulate_grad_batches=accumulate, **options)
+        trainer.fit(model, datamodule=data)
+        with (tmp_path / str(accumulate) / "metrics.csv").open(newline="") as file:
+            rows = [row for row in csv.DictReader(file) if row["train/loss"]]
+        return [[float(row[name]) for name in ("step", "train/loss", "grad_norm")] for row in rows]
+
+    once = logged(1)
+    assert len(once) == 3
+    assert min(norm for _, _, norm in once) > 0.1, "as it was before clipping"
+    assert logged(4) == [pytest.approx(row, rel=1e-4) for row in once]
+
+
+def test_random_numbers_follow_from_seed_step_micro_batch_and_rank():
+    """Which is why a run goes on exactly: no generator's state is kept."""
+    drawn = {}
+    places = list(itertools.product((1, 2), (0, 1, 7), (0, 1), (0, 1)))
+    for seed, step, micro_batch, rank in [*places, *reversed(places)]:
+        model = LanguageModel(seed=seed)
+        model._trainer = SimpleNamespace(accumulate_grad_batches=2, global_step=step, global_rank=rank)
+        model.on_train_batch_start(None, 2 * step + micro_batch)
+        numbers = tuple(torch.rand(4).tolist())
+        assert drawn.setdefault((seed, step, micro_batch, rank), numbers) == numbers
+    assert len(set(drawn.values())) == len(places)
+
+
 @pytest.mark.parametrize("algorithm", ["norm", "value"])
 def test_a_fused_optimizer_clips_under_bf16_mixed(data, algorithm):
-    """Lightning itself refuses that."""
-    before = trained(data, steps=1, precision="bf16-mixed", gradient_clip_val=1e-12, gradient_clip_algorithm=algorithm)
-    assert before[0].precision == "bf16-mixed"
-    assert before[1].net.head.weight.isfinite().all()
+    """Lightning itself refuses that. Clipped to next to nothing, far below AdamW's eps, a step is the weight decay alone."""
+    trainer, model = trained(
+        data, steps=1, precision="bf16-mixed", gradient_clip_val=1e-14, gradient_clip_algorithm=algorithm
+    )
+    assert trainer.precision == "bf16-mixed"
+    pl.seed_everything(1, verbose=False)
+    before = small_net(model.tokenizer.vocab_size, 16).head.weight
+    torch.testing.assert_close(model.net.head.weight, before * (1 - 2e-3 / 3 * 0.1), rtol=0, atol=1e-7)
+
+
+def test_the_precision_of_products_is_that_of_training_only(data):
+    class Note(pl.Callback):
+        def on_train_batch_start(self, *args):
+            self.seen = torch.get_float32_matmul_precision()
+
+    before, note = torch.get_float32_matmul_precision(), Note()
+    trained(data, steps=1, callbacks=[note])
+    assert (before, note.seen) == ("highest", "medium")
+    assert torch.get_float32_matmul_precision() == before
 
 
 def test_clipping_by_norm_is_torch_s_own(data):
@@ -165,45 +201,23 @@ def test_a_checkpoint_alone_is_enough_in_a_fresh_process(data, tmp_path):
         "from lmlight import LanguageModel; m = LanguageModel.load_from_checkpoint('../x.ckpt'); "
         "print(repr(m.generate('MIRA:', max_new_tokens=10)), m.tokenizer.encode('MIRA:'), m.tokenizer.decode([70]))"
     )
-    result = subprocess.run(
-        [sys.executable, "-c", code], cwd=tmp_path / "elsewhere", capture_output=True, text=True, check=True
-    )
+    out, _ = processes.run_afresh(code=code, cwd=tmp_path / "elsewhere")
     expected = repr(model.generate("MIRA:", max_new_tokens=10)), model.tokenizer.encode("MIRA:")
-    assert result.stdout.strip() == f"{expected[0]} {expected[1]} {model.tokenizer.decode([70])}"
+    assert out.strip() == f"{expected[0]} {expected[1]} {model.tokenizer.decode([70])}"
 
 
 def test_a_checkpoint_of_another_net_is_named(data, tmp_path):
     trainer, model = trained(data)
     trainer.save_checkpoint(tmp_path / "x.ckpt")
     with pytest.raises(UserError, match="class Transformer in the checkpoint, Bigram here"):
-        pl.Trainer(**QUIET).validate(
+        pl.Trainer(**tiny.QUIET).validate(
             LanguageModel(net=Bigram), datamodule=data, ckpt_path=tmp_path / "x.ckpt", weights_only=True
         )
 
 
 def test_without_a_tokenizer_it_says_what_to_do():
     with pytest.raises(UserError, match="ckpt_path"):
-        pl.Trainer(**QUIET).predict(LanguageModel(), datamodule=TextDataModule(prompts=["a"]))
-
-
-def test_logged_names_are_those_of_the_design(data, tmp_path):
-    from lightning.pytorch.callbacks import LearningRateMonitor
-
-    logger = pl.loggers.CSVLogger(tmp_path)
-    pl.seed_everything(1, verbose=False)
-    options = {**QUIET, "logger": logger, "log_every_n_steps": 2, "val_check_interval": 2}
-    trainer = pl.Trainer(
-        max_steps=4,
-        check_val_every_n_epoch=None,
-        callbacks=[LearningRateMonitor()],
-        enable_checkpointing=False,
-        **options,
-    )
-    trainer.fit(LanguageModel(net=small_net), datamodule=data)
-    names = {name for row in logger.experiment.metrics for name in row} | set(trainer.logged_metrics)
-    header = set((tmp_path / "lightning_logs/version_0/metrics.csv").read_text().split("\n")[0].split(","))
-    assert {"train/loss", "grad_norm", "val/loss", "val/nats_per_char", "val/bpc", "val/perplexity"} <= names | header
-    assert any(name.startswith("lr-") for name in names | header)
+        pl.Trainer(**tiny.QUIET).predict(LanguageModel(), datamodule=TextDataModule(prompts=["a"]))
 
 
 @pytest.mark.slow  # compiling takes a minute
@@ -211,8 +225,8 @@ def test_logged_names_are_those_of_the_design(data, tmp_path):
 def test_a_compiled_net_learns_the_same_and_keeps_its_names(data):
     def weights(compile_net):
         pl.seed_everything(1, verbose=False)
-        model = LanguageModel(lambda v, b: Transformer(v, b, n_layer=1, n_head=2, n_embd=32), compile_net=compile_net)
-        pl.Trainer(max_steps=4, enable_checkpointing=False, **QUIET).fit(model, datamodule=data)
+        model = LanguageModel(net=tiny.net, compile_net=compile_net)
+        pl.Trainer(max_steps=4, enable_checkpointing=False, **tiny.QUIET).fit(model, datamodule=data)
         return model.net.state_dict()
 
     plain, compiled = weights(False), weights(True)

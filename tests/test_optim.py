@@ -5,7 +5,7 @@ import torch
 
 from lmlight.errors import UserError
 from lmlight.models import GPT2, Bigram, Transformer
-from lmlight.optim import Muon, Schedule, orthogonalise, parameter_groups
+from lmlight.optim import POLAR_EXPRESS, Muon, Schedule, label_in_order, orthogonalise, parameter_groups
 
 
 def test_groups_hold_every_parameter_once_and_matrices_alone_decay():
@@ -57,6 +57,10 @@ def test_orthogonalise_is_near_the_polar_factor(shape):
     inside = u.mT @ made @ v.mT
     diagonal = inside.diagonal(dim1=1, dim2=2)
     assert torch.allclose(inside, torch.diag_embed(diagonal), atol=1e-9)
+    expected = s / s.norm(dim=1, keepdim=True)
+    for a, b, c in POLAR_EXPRESS:
+        expected = a * expected + b * expected**3 + c * expected**5
+    torch.testing.assert_close(diagonal, expected, rtol=0, atol=1e-5)
     large = diagonal[s / s.norm(dim=1, keepdim=True) > 1 / 50]
     assert large.min() > 0.55 and large.max() < 1.2
     assert diagonal.min() > 0
@@ -107,6 +111,24 @@ def test_muon_without_named_groups_is_adamw():
     Muon([a], lr=1e-2, weight_decay=0.1).step()
     torch.optim.AdamW([b], lr=1e-2, weight_decay=0.1, betas=(0.9, 0.99)).step()
     assert torch.allclose(a, b)
+
+
+def test_states_labelled_by_the_place_in_the_model_load_as_before():
+    net = Transformer(11, 8, n_layer=2, n_head=2, n_embd=16)
+    for number, parameter in enumerate(net.parameters()):
+        parameter.grad = torch.full_like(parameter, number + 1.0)
+    optimizer, other = (Muon(parameter_groups(net), lr=0.0) for _ in range(2))
+    optimizer.step()
+    state = optimizer.state_dict()
+    label_in_order(state, optimizer, net.parameters())
+    labels = [label for group in state["param_groups"] for label in group["params"]]
+    assert sorted(labels) == list(range(len(labels))) != labels
+    for place, parameter in enumerate(net.parameters()):
+        assert state["state"][place] == optimizer.state[parameter]
+    other.load_state_dict(state)
+    for parameter in net.parameters():
+        for name, value in optimizer.state[parameter].items():
+            assert torch.equal(other.state[parameter][name], value)
 
 
 def test_warm_up_rises_linearly_then_each_shape_falls_to_its_end():

@@ -4,7 +4,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lmlight.data.sampler import BatchOrder, epoch_starts, random_starts, scored_windows, windows_per_epoch
+from lmlight.data.sampler import (
+    BatchOrder,
+    ScoringBatches,
+    epoch_starts,
+    random_starts,
+    scored_windows,
+    windows_per_epoch,
+)
 
 blocks = st.integers(1, 40)
 seeds = st.integers(0, 2**32)
@@ -111,6 +118,17 @@ def test_a_stride_of_half_a_block_gives_half_a_block_of_context(n_tokens, block)
 def test_only_the_last_window_is_shorter(n_tokens, block, data):
     lengths = [length for _, length, _ in scored_windows(n_tokens, block, data.draw(st.integers(1, block)))]
     assert set(lengths[:-1]) <= {block}
+
+
+@given(st.integers(0, 60), st.integers(0, 2), st.integers(1, 9), st.integers(1, 5))
+def test_every_window_is_scored_once_by_any_number_of_processes(full, shorter, batch_size, world_size):
+    windows = full + shorter
+    ranks = [ScoringBatches(full, windows, batch_size, rank, world_size) for rank in range(world_size)]
+    batches = [batch for rank in ranks for batch in rank]
+    assert {len(rank) for rank in ranks} == {len(list(rank)) for rank in ranks} == {-(-len(batches) // world_size)}
+    assert sorted(window for batch in batches for window in batch if window != windows) == list(range(windows))
+    assert all(len(batch) <= batch_size if max(batch) < full else len(batch) == 1 for batch in batches)
+    assert sum(batch == [windows] for batch in batches) < world_size, "no more that score nothing than it takes"
 
 
 # Batches

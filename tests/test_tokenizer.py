@@ -3,12 +3,10 @@
 import hashlib
 import itertools
 import math
-import os
-import subprocess
-import sys
 import warnings
 from collections import Counter
 
+import processes
 import pytest
 import sentencepiece as spm
 from hypothesis import example, given
@@ -234,16 +232,10 @@ assert "torch" not in sys.modules
 
 
 def test_training_and_sampling_repeat_in_a_fresh_process(unigram, verse, verse_file):
-    result = subprocess.run(
-        [sys.executable, "-c", IN_A_FRESH_PROCESS],
-        env={**os.environ, "PYTHONHASHSEED": "7"},
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
+    out, err = processes.run_afresh(code=IN_A_FRESH_PROCESS, env=processes.environment(PYTHONHASHSEED="7"))
     drawn = [SubwordSampler(unigram, verse, SubwordSampling(0.2, nbest)).draw(3, 5) for nbest in (-1, 4)]
-    assert result.stderr == ""
-    assert result.stdout.split() == [unigram.fingerprint, *(hashlib.sha256(ids.tobytes()).hexdigest() for ids in drawn)]
+    assert err == ""
+    assert out.split() == [unigram.fingerprint, *(hashlib.sha256(ids.tobytes()).hexdigest() for ids in drawn)]
 
 
 @pytest.mark.parametrize("kind", ["unigram", "bpe"])

@@ -1,13 +1,18 @@
 """Windows are what plain slicing gives, wherever the ids are."""
 
+from types import SimpleNamespace
+
 import numpy as np
+import pytest
 import torch
 from torch.utils.data import DataLoader
 
 from lmlight.data.corpus import Piece
-from lmlight.data.store import TokenStore
+from lmlight.data.resegment import ShardedEpoch
+from lmlight.data.sampler import epoch_starts
+from lmlight.data.store import Ids, TokenStore
 from lmlight.data.tokenizer import CharTokenizer
-from lmlight.data.tokens import UNSCORED, Windows, as_batch
+from lmlight.data.tokens import UNSCORED, ShardedWindows, Windows, as_batch
 
 ABC = CharTokenizer("abc\n")
 
@@ -24,6 +29,40 @@ def test_a_batch_is_what_plain_slicing_gives():
     assert batch.target_chars.tolist() == [[counts[i] for i in ids[s + 1 : s + 5]] for s in (3, 0, 8)]
     assert (batch.inputs.dtype, batch.targets.dtype) == (torch.int64, torch.int64)
     assert batch.target_chars.dtype == torch.int64
+
+
+class Rows:
+    """As much of a `ShardedEpoch` as a batch asks for."""
+
+    def rows(self, positions):
+        return IDS[STARTS[positions, None] + np.arange(5)]
+
+
+def test_a_batch_of_a_sharded_epoch_is_one_too():
+    for got, expected in zip(
+        ShardedWindows(Rows(), COUNTS).__getitems__([2, 0, 1]), Windows(IDS, STARTS, 4, COUNTS).__getitems__([2, 0, 1])
+    ):
+        assert got.dtype == expected.dtype
+        assert torch.equal(got, expected)
+
+
+@pytest.mark.parametrize("seed", [0, 3])
+@pytest.mark.parametrize("epoch", [0, 2])
+def test_a_sharded_epoch_sees_each_shard_s_windows_in_an_order_of_its_own(seed, epoch):
+    parts = [np.arange(100 * shard, 100 * shard + n) for shard, n in enumerate((60, 90, 4, 45, 60))]
+    segments = SimpleNamespace(
+        ids=Ids(parts, list(map(len, parts)), np.int64), get=lambda epoch, shard, next_shards: parts[shard]
+    )
+    sharded = ShardedEpoch(segments, 5, seed, epoch)
+    rows = np.concatenate([sharded.rows(at) for at in np.array_split(np.arange(len(sharded)), 9)])
+    assert (np.diff(rows) == 1).all()
+    seen = {}  # shards in the order in which they are met, each with where its windows start
+    for start in rows[:, 0].tolist():
+        seen.setdefault(start // 100, []).append(start % 100)
+    assert len(rows) == sum(map(len, seen.values()))
+    assert list(seen) == [s for s in np.random.default_rng((seed, epoch)).permutation(5).tolist() if s != 2]
+    assert seen == {shard: epoch_starts(len(parts[shard]), 5, seed, epoch, shard).tolist() for shard in seen}
+    assert seen[0] != seen[4], "as long, and yet in another order"
 
 
 def test_one_window_is_a_batch_of_one():
