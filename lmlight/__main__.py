@@ -3,8 +3,10 @@
 import importlib
 import os
 import sys
+from collections.abc import Callable, Sequence
 
 import lmlight
+from lmlight.errors import UserError, say
 
 LIGHT = {
     "cache": ("lmlight.cache", "main"),
@@ -15,20 +17,32 @@ LIGHT = {
 }
 
 
-def main() -> int:
-    """Runs the command that was typed; the exit status."""
-    command = sys.argv[1] if len(sys.argv) > 1 else ""
+def main(args: Sequence[str] | None = None) -> int:
+    """Runs a command.
+
+    Args:
+        args: the words after `lmlight`; None takes them from the process.
+
+    Returns:
+        the exit status: 0, or 2 for a user's mistake, which is said in one line on stderr.
+    """
+    args = sys.argv[1:] if args is None else list(args)
+    command = args[0] if args else ""
     if command in ("chat", "predict") and lmlight.bounds_spinning:
         # Between the short products of a token the threads do better to wait awake: 3.0 ms a token in place of 3.6 to 6.
         os.environ["GOMP_SPINCOUNT"] = "10000"
     try:
-        if command in LIGHT:
-            module, function = LIGHT[command]
-            status: int = getattr(importlib.import_module(module), function)(sys.argv[2:])
-            return status
-        from lmlight import cli
+        if command not in LIGHT:
+            from lmlight import cli
 
-        return cli.main()
+            return cli.main(args)
+        module, name = LIGHT[command]
+        run: Callable[[Sequence[str]], None] = getattr(importlib.import_module(module), name)
+        run(args[1:])
+        return 0
+    except UserError as error:
+        say(error)
+        return 2
     except BrokenPipeError:  # whoever read our output, such as `head`, has had enough
         # or the interpreter says so once more as it ends
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -22,7 +22,7 @@ from pathlib import Path
 
 import pooch
 
-from lmlight.errors import UserError, say
+from lmlight.errors import UserError
 
 # The only folders that are ever listed or cleared: whoever points LMLIGHT_CACHE at their home loses nothing else.
 KINDS = ("corpora", "downloads", "tokens", "peers")
@@ -111,8 +111,12 @@ def clear(entry: Entry) -> None:
         raise UserError(f"'{entry.path}' cannot be deleted ({error.strerror}): check its permissions") from None
 
 
-def main(args: Sequence[str]) -> int:
-    """Runs `lmlight cache`; the exit status: 0, or 2 for a user's mistake, which is said in one line on stderr."""
+def main(args: Sequence[str]) -> None:
+    """Runs `lmlight cache`.
+
+    Raises:
+        UserError: an unknown name; something cannot be deleted.
+    """
     parser = argparse.ArgumentParser(
         "lmlight cache",
         description="Lists what lmlight keeps: fetched texts and their tokens. All of it can be made again.",
@@ -124,24 +128,19 @@ def main(args: Sequence[str]) -> int:
     options = parser.parse_args(args)
     folder = cache_dir(options.cache)
     found = entries(folder)
-    try:
-        if options.clear is not None:
-            known = {entry.name: entry for entry in found}
-            if missing := [name for name in options.clear if name not in known]:
-                raise UserError(f"nothing in the cache is called '{missing[0]}': `lmlight cache` lists what there is")
-            chosen = [known[name] for name in options.clear] if options.clear else found
-            for entry in chosen:
-                clear(entry)
-            print(f"Deleted {len(chosen)} of {len(found)} entries, {_size(sum(e.size for e in chosen))}, in {folder}")
-            return 0
-    except UserError as error:
-        say(error)
-        return 2
-    for entry in found:
-        day = time.strftime("%Y-%m-%d", time.localtime(entry.used))
-        print(f"{_size(entry.size):>9}  {day}  {entry.name:<32} {entry.about}".rstrip())
-    print(f"{_size(sum(entry.size for entry in found)):>9}  in all, in {folder}")
-    return 0
+    if options.clear is None:
+        for entry in found:
+            day = time.strftime("%Y-%m-%d", time.localtime(entry.used))
+            print(f"{_size(entry.size):>9}  {day}  {entry.name:<32} {entry.about}".rstrip())
+        print(f"{_size(sum(entry.size for entry in found)):>9}  in all, in {folder}")
+        return
+    known = {entry.name: entry for entry in found}
+    if missing := [name for name in options.clear if name not in known]:
+        raise UserError(f"nothing in the cache is called '{missing[0]}': `lmlight cache` lists what there is")
+    chosen = [known[name] for name in options.clear] if options.clear else found
+    for entry in chosen:
+        clear(entry)
+    print(f"Deleted {len(chosen)} of {len(found)} entries, {_size(sum(e.size for e in chosen))}, in {folder}")
 
 
 def _size(size: float) -> str:

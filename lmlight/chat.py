@@ -12,7 +12,7 @@ from typing import Any, Literal, get_origin, get_type_hints
 import torch
 
 from lmlight import checkpoint as checkpoints
-from lmlight.errors import UserError, say
+from lmlight.errors import UserError
 from lmlight.generation import Sampling, begin, printable, write
 
 with contextlib.suppress(ImportError):  # not on Windows
@@ -23,14 +23,11 @@ Ctrl-C stops the text, Ctrl-D or /quit ends. Settings:
 """
 
 
-def main(args: Sequence[str]) -> int:
+def main(args: Sequence[str]) -> None:
     """Runs the dialogue.
 
-    Args:
-        args: the words after `lmlight chat`.
-
-    Returns:
-        the exit status: 0, or 2 for a user's mistake, which is said in one line on stderr.
+    Raises:
+        UserError: no such checkpoint, or no such device.
     """
     parser = argparse.ArgumentParser("lmlight chat", description="The model continues what you type.")
     parser.add_argument(
@@ -39,15 +36,13 @@ def main(args: Sequence[str]) -> int:
     parser.add_argument("--runs", default="runs", help="where `best` and `last` are looked for")
     parser.add_argument("--device", help="such as cuda or mps; a GPU is used where there is one")
     options = parser.parse_args(args)
+    content = checkpoints.read(checkpoints.find(options.checkpoint, options.runs, "best"))
+    device = options.device or (torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu")
+    net, tokenizer = checkpoints.net_of(content).eval(), checkpoints.tokenizer_of(content)
     try:
-        content = checkpoints.read(checkpoints.find(options.checkpoint, options.runs, "best"))
-        device = options.device or (
-            torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
-        )
-        net, tokenizer = checkpoints.net_of(content).eval().to(device), checkpoints.tokenizer_of(content)
-    except (UserError, RuntimeError) as error:
-        say(error)
-        return 2
+        net.to(device)
+    except RuntimeError as error:
+        raise UserError(f"device '{device}' cannot be used ({str(error).splitlines()[0]}): pass another") from None
     kept = content[checkpoints.KEY]["settings"].get("model", {}).get("sampling", {})
     sampling = Sampling(**{**kept, "samples": 1})
     print(f"{net.n_weights:,} weights on {device}. /help tells what can be typed.")
@@ -56,12 +51,12 @@ def main(args: Sequence[str]) -> int:
             line = input("> ")
         except EOFError:
             print()
-            return 0
+            return
         except KeyboardInterrupt:  # of a line half typed
             print()
             continue
         if line.strip() in ("/quit", "/exit"):
-            return 0
+            return
         if line.startswith("/"):
             sampling = _command(line, sampling)
             continue

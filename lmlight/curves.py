@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from lmlight import files
-from lmlight.errors import UserError, say
+from lmlight.errors import UserError
 
 TABLE, PICTURE = "metrics.csv", "curve.png"
 
@@ -44,8 +44,12 @@ def read(run: Path) -> list[dict[str, float | None]]:
     return rows
 
 
-def main(args: Sequence[str]) -> int:
-    """Runs `lmlight curves`; the exit status: 0, or 2 for a user's mistake, which is said in one line on stderr."""
+def main(args: Sequence[str]) -> None:
+    """Runs `lmlight curves`.
+
+    Raises:
+        UserError: see `read`; the picture cannot be written.
+    """
     parser = argparse.ArgumentParser(
         "lmlight curves", description="Draws the validation losses of runs in one picture."
     )
@@ -53,20 +57,15 @@ def main(args: Sequence[str]) -> int:
     parser.add_argument("--x", choices=("step", "characters", "seconds"), default="step", help="the horizontal axis")
     parser.add_argument("--output", type=Path, default=Path("curves.png"), help="the picture: .png, .svg or .pdf")
     options = parser.parse_args(args)
-    try:
-        runs = {run.name: read(run) for run in options.runs}
-        from lmlight import pictures
+    runs = {run.name: read(run) for run in options.runs}
+    from lmlight import pictures
 
-        try:
-            pictures.learning_curves(runs, options.x).savefig(options.output)
-        except (OSError, ValueError) as error:
-            reason = getattr(error, "strerror", None) or str(error)
-            raise UserError(f"'{options.output}' cannot be written ({reason}): pass another --output") from None
-    except UserError as error:
-        say(error)
-        return 2
+    try:
+        pictures.learning_curves(runs, options.x).savefig(options.output)
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise UserError(f"'{options.output}' cannot be written ({reason}): pass another --output") from None
     for name, rows in runs.items():
         best = min(row["val/nats_per_char"] or float("inf") for row in rows)
         print(f"{name}: best {best:.4f} nats per character, {len(rows)} validations")
     print(f"Picture: {options.output}")
-    return 0

@@ -3,6 +3,7 @@
 import pytest
 
 from lmlight import curves
+from lmlight.__main__ import main
 
 ROWS = [{"step": 1.0, "val/nats_per_char": 2.5}, {"step": 2.0, "val/nats_per_char": 2.0, "gap/nats_per_char": 0.5}]
 
@@ -19,7 +20,7 @@ def test_curves_draws_runs_in_one_picture(tmp_path, capsys):
     for name in ("one", "two"):
         (tmp_path / name).mkdir()
         curves.write(ROWS, tmp_path / name)
-    assert curves.main(["one", "two", "--output=both.png"]) == 0
+    assert main(["curves", "one", "two", "--output=both.png"]) == 0
     out = capsys.readouterr().out
     assert "one: best 2.0000 nats per character, 2 validations" in out
     assert (tmp_path / "both.png").read_bytes().startswith(b"\x89PNG")
@@ -46,7 +47,7 @@ def test_a_mistake_is_one_line(arguments, says, tmp_path, capsys):
         (tmp_path / name).mkdir()
         if table is not None:
             (tmp_path / name / "metrics.csv").write_text(table)
-    assert curves.main(arguments) == 2
+    assert main(["curves", *arguments]) == 2
     out, err = capsys.readouterr()
     assert out == ""
     assert err.count("\n") == 1

@@ -15,9 +15,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from lmlight import cache, chat, curves
-from lmlight.__main__ import LIGHT
-from lmlight.cli import TRAINER_DEFAULTS, LmlightCLI, main
+from lmlight.__main__ import LIGHT, main
+from lmlight.cli import TRAINER_DEFAULTS, LmlightCLI
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -115,14 +114,14 @@ def lmlight(arguments, monkeypatch):
     command, *rest = arguments
     if command == "chat":
         monkeypatch.setattr("sys.stdin", io.StringIO("/max_new_tokens 4\nMIRA:\n/quit\n"))
-        return chat.main(rest)
+        return main(arguments)
     if command == "cache":
-        return cache.main(rest)
+        return main(arguments)
     if command in ("export", "import"):
         print(f"{command}: test_hf.py and test_hf_import.py run it, for it needs an extra")
         return 0
     if command == "curves":
-        return curves.main([path for word in rest for path in expanded(word)])
+        return main(["curves", *(path for word in rest for path in expanded(word))])
     more = list(SHORT[command])
     if command == "fit" and "--ckpt_path" in rest:
         more.append("--trainer.max_steps=3")  # there must be something left to do

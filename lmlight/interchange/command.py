@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from lmlight import checkpoint as checkpoints
-from lmlight.errors import UserError, say
 from lmlight.interchange import gguf_file, hf, hf_import, onnx_file, pt2
 from lmlight.interchange.model import Model
 from lmlight.interchange.publish import whole_file, whole_folder
@@ -20,8 +19,12 @@ FORMATS = {
 }
 
 
-def export(args: Sequence[str]) -> int:
-    """Runs `lmlight export`; the exit status: 0, or 2 for a user's mistake, which is said in one line on stderr."""
+def export(args: Sequence[str]) -> None:
+    """Runs `lmlight export`.
+
+    Raises:
+        UserError: no such checkpoint; a model that the format cannot hold; the target is there, or cannot be written.
+    """
     parser = argparse.ArgumentParser("lmlight export", description="Writes a trained model for another engine.")
     formats = parser.add_subparsers(dest="format", required=True, metavar="FORMAT")
     for name, (target, what) in FORMATS.items():
@@ -37,29 +40,28 @@ def export(args: Sequence[str]) -> int:
                 "--licence", default="unknown", help="of the weights, for the model card: mit, cc0-1.0, ..."
             )
     options = parser.parse_args(args)
-    try:
-        source = checkpoints.find(options.checkpoint, options.runs, "best")
-        if options.format == "hf":
-            with whole_folder(options.target, options.force, hf.FILES.__contains__) as folder:
-                hf.write(Model.read(source), folder, options.licence)
-        else:
-            with whole_file(options.target, options.force) as file:
-                model = Model.read(source)
-                if options.format == "gguf":
-                    gguf_file.write(model, file, options.precision)
-                elif options.format == "onnx":
-                    onnx_file.write(model, file)
-                else:
-                    pt2.write(model, file)
-    except UserError as error:
-        say(error)
-        return 2
+    source = checkpoints.find(options.checkpoint, options.runs, "best")
+    if options.format == "hf":
+        with whole_folder(options.target, options.force, hf.FILES.__contains__) as folder:
+            hf.write(Model.read(source), folder, options.licence)
+    else:
+        with whole_file(options.target, options.force) as file:
+            model = Model.read(source)
+            if options.format == "gguf":
+                gguf_file.write(model, file, options.precision)
+            elif options.format == "onnx":
+                onnx_file.write(model, file)
+            else:
+                pt2.write(model, file)
     print(f"Wrote {options.target}")
-    return 0
 
 
-def import_(args: Sequence[str]) -> int:
-    """Runs `lmlight import`; the exit status: 0, or 2 for a user's mistake, which is said in one line on stderr."""
+def import_(args: Sequence[str]) -> None:
+    """Runs `lmlight import`.
+
+    Raises:
+        UserError: the folder holds no such model; the checkpoint is there, or cannot be written.
+    """
     parser = argparse.ArgumentParser("lmlight import", description="Makes a checkpoint of a model from elsewhere.")
     formats = parser.add_subparsers(dest="format", required=True, metavar="FORMAT")
     what = "a small Llama-shaped folder of Hugging Face's, with a SentencePiece tokenizer"
@@ -68,17 +70,12 @@ def import_(args: Sequence[str]) -> int:
     one.add_argument("checkpoint", type=Path, help="the .ckpt file to write")
     one.add_argument("--force", action="store_true", help="replace what is there")
     options = parser.parse_args(args)
-    try:
-        with whole_file(options.checkpoint, options.force) as file:
-            model, notes = hf_import.read(options.source)
-            checkpoints.write(model.content(), file)
-    except UserError as error:
-        say(error)
-        return 2
+    with whole_file(options.checkpoint, options.force) as file:
+        model, notes = hf_import.read(options.source)
+        checkpoints.write(model.content(), file)
     for note in notes:
         print(f"Note: {note}")
     weights = sum(parameter.numel() for parameter in model.net.parameters())
     print(
         f"Wrote {options.checkpoint}: {weights:,} weights. Finetune with `lmlight fit --init_from {options.checkpoint}`"
     )
-    return 0

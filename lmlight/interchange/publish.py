@@ -1,7 +1,4 @@
-"""A file or a folder that appears whole, or not at all, and never over another without leave.
-
-It is written beside, under a hidden name, and renamed when all of it is there.
-"""
+"""A file or a folder that a user names: it appears whole or not at all, and never over another without leave."""
 
 from __future__ import annotations
 
@@ -10,6 +7,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from lmlight import files
 from lmlight.errors import UserError
 
 
@@ -25,9 +23,8 @@ def whole_file(path: Path, force: bool) -> Iterator[Path]:
         raise UserError(f"'{path}' is a folder: pass the path of a file")
     if path.exists() and not force:
         raise UserError(f"'{path}' is there already: pass another path, or --force to replace it")
-    with _beside(path, lambda beside: beside.unlink(missing_ok=True)) as beside:
+    with _writing(path), files.whole(path) as beside:
         yield beside
-        beside.replace(path)
 
 
 @contextlib.contextmanager
@@ -50,29 +47,29 @@ def whole_folder(path: Path, force: bool, ours: Callable[[str], bool]) -> Iterat
         raise UserError(f"folder '{path}' is not empty: pass another, or --force to replace it")
     if foreign := [name for name in inside if not ours(name)]:
         raise UserError(f"folder '{path}' holds '{foreign[0]}', which no export wrote: pass another folder")
-    with _beside(path, lambda beside: shutil.rmtree(beside, ignore_errors=True)) as beside:
-        shutil.rmtree(beside, ignore_errors=True)  # what a kill has left
-        beside.mkdir()
-        yield beside
-        if path.exists():
-            before = path.with_name(f".{path.name}.before")
-            path.rename(before)
-            beside.rename(path)
-            shutil.rmtree(before)
-        else:
-            beside.rename(path)
+    beside = path.with_name(f".{path.name}.part")
+    with _writing(path):
+        try:
+            shutil.rmtree(beside, ignore_errors=True)  # what a kill has left
+            beside.mkdir()
+            yield beside
+            if path.exists():
+                before = path.with_name(f".{path.name}.before")
+                path.rename(before)
+                beside.rename(path)
+                shutil.rmtree(before)
+            else:
+                beside.rename(path)
+        finally:  # Ctrl-C too leaves nothing behind
+            shutil.rmtree(beside, ignore_errors=True)
 
 
 @contextlib.contextmanager
-def _beside(path: Path, remove: Callable[[Path], None]) -> Iterator[Path]:
-    beside = path.with_name(f".{path.name}.part")
+def _writing(path: Path) -> Iterator[None]:
+    """Makes the folder that `path` lies in, and one line of what goes wrong while it is written."""
     try:
-        beside.parent.mkdir(parents=True, exist_ok=True)
-        yield beside
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield
     except OSError as error:
-        remove(beside)
         reason = error.strerror or str(error)
         raise UserError(f"'{path}' cannot be written ({reason}): pass another path, or free some space") from None
-    except BaseException:  # Ctrl-C too leaves nothing behind
-        remove(beside)
-        raise
