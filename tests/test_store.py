@@ -150,6 +150,7 @@ def test_a_write_that_fails_leaves_nothing_behind(tmp_path, tokenizer, error):
 
 def test_the_index_can_be_read_without_lmlight(folder):
     assert json.loads((folder / "index.json").read_text()) == {
+        "layout": stores.LAYOUT,
         "fingerprint": "print",
         "dtype": "uint16",
         "splits": {"train": {"chars": 30, "tokens": [30]}, "val": {"chars": 3, "tokens": [3]}},

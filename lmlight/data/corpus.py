@@ -212,6 +212,28 @@ def load(source: str, reading: Reading = Reading(), cache: str | None = None) ->
     return Corpus(source, tuple(files), reading, sha256, has_documents)
 
 
+def find_store(source: str, cache: str | None = None) -> Path | None:
+    """The folder of a token store, finished or not, if `source` names one; copied to the cache if it lies elsewhere.
+
+    Raises:
+        UserError: it cannot be fetched.
+    """
+    if source in NAMED:
+        return None
+    if "://" in source:
+        named_as_text = _is_text(urlsplit(source).path) or glob.has_magic(source)
+        folder = None if named_as_text else _download(source, cache_dir(cache) / "downloads")[0].parent
+    else:
+        folder = Path(source).expanduser()
+    return folder if folder and _is_store(path.name for path in folder.glob("*")) else None
+
+
+def _is_store(names: Iterable[str]) -> bool:
+    """Whether files of these names are a token store's: an index or shards beside a tokenizer."""
+    there = set(names)
+    return "tokenizer" in there and any(name == "index.json" or name.endswith(".npy") for name in there)
+
+
 def train_chars(chars: int, val_fraction: float) -> int:
     """How many characters, from the first on, are for training: nanoGPT's split, `int(0.9 * n)` with 0.1."""
     return int((1 - val_fraction) * chars)
@@ -393,8 +415,11 @@ def _decoded(file: BinaryIO, reading: Reading, name: str) -> Iterator[str]:
     offset = 0
     while True:
         block = file.read(PIECE)
-        if not offset and b"\0" in block[:8192]:
-            raise UserError(f"corpus '{name}' looks binary (a NUL byte near its start): pass UTF-8 text")
+        # A stray NUL is a character like others. UTF-16, archives and programs have many more, though much of them is UTF-8.
+        if not offset and (nuls := block[:8192].count(0)) > len(block[:8192]) / 100:
+            raise UserError(
+                f"corpus '{name}' looks binary ({nuls:,} of its first {len(block[:8192]):,} bytes are NUL): pass UTF-8 text"
+            )
         held = len(decoder.getstate()[0])  # bytes of a character that goes on in this block
         try:
             text = decoder.decode(block, final=not block)
@@ -502,7 +527,11 @@ def _download(url: str, folder: Path) -> list[Path]:
         if glob.has_magic(path):
             places = sorted(place for place in system.glob(path) if not system.isdir(place))
         elif not _is_text(urlsplit(path).path) and system.isdir(path):
-            places = sorted(place for place in system.find(path) if _is_text(place))
+            files = [place for place in system.ls(path, detail=False) if not system.isdir(place)]
+            if _is_store(PurePosixPath(place).name for place in files):
+                places = sorted(files)
+            else:
+                places = sorted(place for place in system.find(path) if _is_text(place))
         else:
             places = [path]
         infos = [system.info(place) for place in places]
@@ -534,9 +563,11 @@ def _download(url: str, folder: Path) -> list[Path]:
             with tempfile.TemporaryDirectory(prefix=".", dir=folder, ignore_cleanup_errors=True) as beside:
                 inside = Path(beside) / "files"
                 inside.mkdir()
-                for number, place in enumerate(places):
-                    name = PurePosixPath(urlsplit(place).path).name or "text.txt"
-                    system.get_file(place, str(inside / (f"{number:06d}-{name}" if len(places) > 1 else name)))
+                names = [PurePosixPath(urlsplit(place).path).name or "text.txt" for place in places]
+                if len(names) > 1 and not _is_store(names):
+                    names = [f"{number:06d}-{name}" for number, name in enumerate(names)]
+                for place, name in zip(places, names):
+                    system.get_file(place, str(inside / name))
                 inside.rename(target)
         except Exception as error:
             if not target.exists():  # else another process was first
