@@ -390,6 +390,15 @@ def test_a_folder_or_pattern_elsewhere_is_read_through_fsspec(tmp_path):
     assert "cannot be fetched" in error_of("nosuchthing://a/b.txt")
 
 
+@pytest.mark.parametrize(
+    ("address", "driver"), [("s3://bucket/a.txt", "s3fs"), ("hf://datasets/a/b/c.txt", "huggingface_hub")]
+)
+def test_an_address_without_its_driver_says_what_to_install(address, driver, monkeypatch):
+    monkeypatch.setitem(sys.modules, driver, None)
+    message = error_of(address)
+    assert driver in message and "install that" in message
+
+
 # A named corpus: fakes of the two places where it may be
 
 

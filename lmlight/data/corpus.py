@@ -577,7 +577,8 @@ def _download(url: str, folder: Path) -> list[Path]:
 
 def _not_fetched(url: str, error: Exception) -> UserError:
     reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-    return UserError(f"corpus '{url}' cannot be fetched ({reason}): check the address, or pass a file")
+    remedy = "install that" if isinstance(error, ImportError) else "check the address"
+    return UserError(f"corpus '{url}' cannot be fetched ({reason}): {remedy}, or pass a file")
 
 
 def fetch(name: str, cache: str | None = None) -> Path:

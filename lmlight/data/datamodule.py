@@ -24,6 +24,7 @@ from lightning.pytorch import LightningDataModule
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
 
 from lmlight.cache import cache_dir
 from lmlight.data import corpus as corpora
@@ -44,6 +45,8 @@ from lmlight.errors import UserError
 
 # From so many characters on, what does not fit is made to fit; a shorter text is refused unless its settings suit it.
 FEWEST_CHARS = 1000
+# A tokenizer takes a second or more to learn from so many.
+NOTICED_CHARS = 1_000_000
 
 
 class TextDataModule(LightningDataModule):
@@ -352,7 +355,14 @@ class TextDataModule(LightningDataModule):
         tokenizer = self._given or TokenStore.tokenizer_of(folder)  # of a preparation that was interrupted
         if tokenizer is None:
             pieces = (piece.text for piece in main.pieces(0, cut))
-            tokenizer = self.tokenizer_config.train(pieces, cut, end_of_text=main.has_documents)
+            # a line while one waits, without a bar: SentencePiece does not say how far it is
+            with tqdm(
+                desc="training the tokenizer",
+                bar_format="{desc} ...",
+                leave=False,
+                disable=None if cut > NOTICED_CHARS else True,
+            ):
+                tokenizer = self.tokenizer_config.train(pieces, cut, end_of_text=main.has_documents)
         if main.has_documents and tokenizer.end_of_text is None:
             rank_zero_warn(
                 "this tokenizer has no token for the end of a document: documents follow each other without a mark"
