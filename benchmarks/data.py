@@ -206,7 +206,7 @@ def resegment(path: Path, cache: str, shards: int) -> None:
     """Segments shards of a text afresh, in this process and in as many as there are cores."""
     from lmlight import TextDataModule
     from lmlight.data import store
-    from lmlight.data.tokenizer import SubwordSampling
+    from lmlight.data.subwords import SubwordSampling
 
     data = TextDataModule(str(path), cache=cache)
     data.prepare_data()
@@ -232,7 +232,8 @@ def resegment(path: Path, cache: str, shards: int) -> None:
 
 def peers(path: Path, megabytes: int, rounds: int) -> None:
     from lmlight.data import store
-    from lmlight.data.corpus import Corpus, Reading
+    from lmlight.data.corpus import Corpus
+    from lmlight.data.reading import Reading
     from lmlight.data.tokenizer import SentencePieceTokenizer, TokenizerConfig
 
     cores = store._cores()

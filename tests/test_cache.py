@@ -6,7 +6,7 @@ import sys
 import pytest
 
 from lmlight import cache
-from lmlight.data.corpus import Piece
+from lmlight.data.reading import Piece
 from lmlight.data.store import TokenStore
 from lmlight.data.tokenizer import CharTokenizer
 

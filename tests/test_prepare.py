@@ -13,6 +13,7 @@ import pytest
 
 from lmlight.cli import main
 from lmlight.data import corpus as corpora
+from lmlight.data import reading
 from lmlight.data import store as stores
 from lmlight.data.datamodule import TextDataModule
 from lmlight.data.store import TokenStore
@@ -26,8 +27,8 @@ FLAGS = ["--data.corpus=verse.txt", "--data.tokenizer.vocab_size=400", "--data.b
 JOB = """
 import sys
 from lmlight.cli import main
-from lmlight.data import corpus, store
-store.SHARD_CHARS, corpus.PIECE, corpus.MAX_LINE = 1000, 500, 200
+from lmlight.data import reading, store
+store.SHARD_CHARS, reading.PIECE, reading.MAX_LINE = 1000, 500, 200
 sys.exit(main(["prepare", *sys.argv[1:]]))
 """
 
@@ -35,8 +36,8 @@ sys.exit(main(["prepare", *sys.argv[1:]]))
 @pytest.fixture
 def small_shards(monkeypatch):
     monkeypatch.setattr(stores, "SHARD_CHARS", 1000)
-    monkeypatch.setattr(corpora, "PIECE", 500)
-    monkeypatch.setattr(corpora, "MAX_LINE", 200)
+    monkeypatch.setattr(reading, "PIECE", 500)
+    monkeypatch.setattr(reading, "MAX_LINE", 200)
 
 
 def contents(folder):
@@ -286,7 +287,7 @@ def test_a_store_that_fails_deletes_only_what_it_has_made(verse, tmp_path):
     before = {path: path.read_bytes() for path in mine.rglob("*") if path.is_file()}
     tokenizer = TokenizerConfig("char").train("abc")
     with pytest.raises(UserError, match="not among the"):
-        TokenStore.write(mine, "print", {"train": [corpora.Piece("abcabc")], "val": [corpora.Piece("d")]}, tokenizer)
+        TokenStore.write(mine, "print", {"train": [reading.Piece("abcabc")], "val": [reading.Piece("d")]}, tokenizer)
     assert {path: path.read_bytes() for path in mine.rglob("*") if path.is_file()} == before
 
 
@@ -304,7 +305,7 @@ def test_a_cache_among_other_files_loses_none_of_them(verse, cache, tmp_path):
 
 def test_the_first_tokenizer_there_is_everyones(tmp_path, verse):
     """Training may round otherwise on another kind of machine, and one store has one tokenizer."""
-    texts = {"train": [corpora.Piece(verse)], "val": [corpora.Piece(verse[:100])]}
+    texts = {"train": [reading.Piece(verse)], "val": [reading.Piece(verse[:100])]}
     first, second = (TokenizerConfig("unigram", size).train(verse) for size in (400, 390))
     assert not TokenStore.write(tmp_path / "store", "print", texts, first, part=(0, 2))
     assert TokenStore.write(tmp_path / "store", "print", texts, second, part=(1, 2))

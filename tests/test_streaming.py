@@ -9,11 +9,11 @@ import pytest
 import torch
 
 from lmlight.cli import main
-from lmlight.data import corpus as corpora
+from lmlight.data import reading, streaming
 from lmlight.data import store as stores
-from lmlight.data import streaming
 from lmlight.data.datamodule import TextDataModule
-from lmlight.data.tokenizer import SubwordSampling, TokenizerConfig
+from lmlight.data.subwords import SubwordSampling
+from lmlight.data.tokenizer import TokenizerConfig
 from lmlight.errors import UserError
 
 pytest.importorskip("litdata", reason="needs the extra `streaming`")
@@ -29,8 +29,8 @@ def made(tmp_path_factory, verse):
     with pytest.MonkeyPatch.context() as patch:
         for module, name, size in (
             (stores, "SHARD_CHARS", 1000),
-            (corpora, "PIECE", 500),
-            (corpora, "MAX_LINE", 200),
+            (reading, "PIECE", 500),
+            (reading, "MAX_LINE", 200),
             (streaming, "CHUNK_BYTES", 1500),
         ):
             patch.setattr(module, name, size)

@@ -4,7 +4,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
-from lmlight.data.corpus import Piece
+from lmlight.data.reading import Piece
 from lmlight.data.store import TokenStore
 from lmlight.data.tokenizer import CharTokenizer
 from lmlight.data.tokens import UNSCORED, Windows, as_batch

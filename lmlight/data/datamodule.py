@@ -29,6 +29,7 @@ from tqdm import tqdm
 from lmlight.cache import cache_dir
 from lmlight.data import corpus as corpora
 from lmlight.data import streaming
+from lmlight.data.reading import Reading
 from lmlight.data.resegment import Resegmenter, ShardedEpoch, windows_in_shards
 from lmlight.data.sampler import (
     BatchOrder,
@@ -39,7 +40,8 @@ from lmlight.data.sampler import (
     windows_per_epoch,
 )
 from lmlight.data.store import LAYOUT, Ids, TokenStore, decode
-from lmlight.data.tokenizer import SubwordSampler, SubwordSampling, Tokenizer, TokenizerConfig
+from lmlight.data.subwords import SubwordSampler, SubwordSampling
+from lmlight.data.tokenizer import Tokenizer, TokenizerConfig
 from lmlight.data.tokens import Batch, ShardedWindows, Windows, as_batch
 from lmlight.errors import UserError
 
@@ -122,7 +124,7 @@ class TextDataModule(LightningDataModule):
         self.corpus, self.block_size, self.batch_size = corpus, block_size, batch_size
         self.val_fraction, self.tokenizer_config = val_fraction, tokenizer
         self.val_corpus, self.test_corpus = val_corpus, test_corpus
-        self.reading, self.cache = corpora.Reading(field, separator, errors), cache
+        self.reading, self.cache = Reading(field, separator, errors), cache
         self.subword_sampling, self.windows, self.prompts = subword_sampling, windows, prompts
         self.prompt_batch_size, self.num_workers, self.seed = prompt_batch_size, num_workers, seed
         self._mistake = ""

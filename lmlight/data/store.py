@@ -37,7 +37,7 @@ import numpy as np
 import numpy.typing as npt
 from tqdm import tqdm
 
-from lmlight.data.corpus import Piece
+from lmlight.data.reading import Piece
 from lmlight.data.tokenizer import Tokenizer, from_bytes
 from lmlight.errors import UserError
 
@@ -52,7 +52,7 @@ BATCH_CHARS = 2**18
 MOST_OPEN = 128
 # Bytes of a large store that may be mapped into the process before all of it is let go. A window that is read maps up to
 # 64 kB around it.
-MOST_MAPPED, MAPPED_BY_A_WINDOW = 2**28, 2**16
+MOST_MAPPED, MAPPED_BY_A_WINDOW = 2**27, 2**16
 
 
 class Ids:
@@ -72,6 +72,7 @@ class Ids:
         self.parts, self.dtype = list(parts), np.dtype(dtype)
         self._ends = np.cumsum(lengths, dtype=np.int64)
         self._open: OrderedDict[int, npt.NDArray[np.integer]] = OrderedDict()
+        self._offsets: dict[int, int] = {}  # where the ids begin in each file
         self._mapped = 0
 
     def __len__(self) -> int:
@@ -139,7 +140,11 @@ class Ids:
         if number not in self._open:
             if len(self._open) >= MOST_OPEN:
                 self._open.popitem(last=False)
-            self._open[number] = np.asarray(np.load(part, mmap_mode="r"))
+            # np.load would take five times as long, and a batch from all over a large text maps a dozen shards afresh
+            if number not in self._offsets:
+                self._offsets[number] = np.load(part, mmap_mode="r").offset
+            shape = (int(self.lengths[number]),)
+            self._open[number] = np.asarray(np.memmap(part, self.dtype, "r", self._offsets[number], shape))
         self._open.move_to_end(number)
         return self._open[number]
 
