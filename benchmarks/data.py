@@ -20,7 +20,7 @@ import tempfile
 import threading
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import redirect_stdout, suppress
 from functools import lru_cache, partial
 from pathlib import Path
@@ -296,10 +296,10 @@ def peers(path: Path, megabytes: int, rounds: int) -> None:
         print(f"  {name:<60}{len(text) / 1e6 / took:8.1f} MB/s", flush=True)
 
 
-def litgpt_tokenize(filename: str, folder: str) -> Any:
+def litgpt_tokenize(filename: str, folder: str) -> Iterator[Any]:
     """litgpt's own function, in whichever process its preparation runs it."""
     text_files, tokenizer = _litgpt(folder)
-    return text_files.tokenize(filename, tokenizer)
+    yield from text_files.tokenize(filename, tokenizer)
 
 
 @lru_cache

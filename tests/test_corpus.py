@@ -23,6 +23,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lmlight.data import corpus, fetching, reading
+from lmlight.data.reading import Reading
 from lmlight.errors import UserError
 
 CONTENT = "A tiny corpus,\r\nof two lines — mostly.\n".encode()
@@ -127,7 +128,7 @@ DOCUMENTS = [
 
 
 def pieces_of(source, **reading):
-    return [tuple(piece) for piece in corpus.load(str(source), reading.Reading(**reading)).pieces()]
+    return [tuple(piece) for piece in corpus.load(str(source), Reading(**reading)).pieces()]
 
 
 def ended(*documents):
@@ -166,7 +167,7 @@ def test_each_line_of_json_lines_is_a_document(tmp_path):
     (tmp_path / "stories.jsonl.gz").write_bytes(gzip.compress((tmp_path / "stories.jsonl").read_bytes()))
     for name in ("stories.jsonl", "stories.jsonl.gz"):
         assert pieces_of(name, field="story") == ended(*DOCUMENTS)
-    assert corpus.load("stories.jsonl", reading.Reading("story")).has_documents
+    assert corpus.load("stories.jsonl", Reading("story")).has_documents
     with pytest.raises(UserError, match=r"no field 'text' in line 1 \(there is id, story\): pass --data\.field"):
         pieces_of("stories.jsonl")
 
@@ -258,7 +259,7 @@ def test_a_separator_keeps_documents_apart(tmp_path, documents, piece):
     (tmp_path / "stories.txt").write_text(text)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(reading, "PIECE", piece)
-        pieces = list(corpus.load("stories.txt", reading.Reading(separator=separator)).pieces()) if text else []
+        pieces = list(corpus.load("stories.txt", Reading(separator=separator)).pieces()) if text else []
     found, document = [], ""
     for part, ends in pieces:
         document += part
@@ -271,7 +272,7 @@ def test_a_separator_keeps_documents_apart(tmp_path, documents, piece):
 
 def test_a_separator_that_is_empty_is_refused():
     with pytest.raises(UserError, match="separator"):
-        reading.Reading(separator="")
+        Reading(separator="")
 
 
 def first_mistake(data):
@@ -288,7 +289,7 @@ def test_errors_are_replaced_as_python_replaces_them(tmp_path, data, piece):
     (tmp_path / "broken.txt").write_bytes(data)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(reading, "PIECE", 8192 + piece)
-        assert corpus.load("broken.txt", reading.Reading(errors="replace")).text == data.decode("utf-8", "replace")
+        assert corpus.load("broken.txt", Reading(errors="replace")).text == data.decode("utf-8", "replace")
         first = first_mistake(data)
         if first is None:
             assert corpus.load("broken.txt").text == data.decode()
@@ -344,7 +345,7 @@ def test_stretches_are_short_and_cut_before_a_space_where_there_is_one(line, lon
 
 def test_the_hash_is_of_all_that_the_text_depends_on(tmp_path):
     def sha(source="a", **reading):
-        return corpus.load(source, reading.Reading(**reading)).sha256
+        return corpus.load(source, Reading(**reading)).sha256
 
     (tmp_path / "a").mkdir()
     (tmp_path / "a/1.txt").write_bytes(b"one")

@@ -1,6 +1,7 @@
 """TextDataModule: what is trained on, what is scored, and what is prepared once."""
 
 import json
+import mmap
 import re
 from types import SimpleNamespace
 
@@ -586,7 +587,7 @@ def test_predicting_needs_no_text():
 
 
 def test_ids_are_read_from_disk_not_held_in_memory(verse_file):
-    assert isinstance(ready(verse_file)._train_ids._part(0).base, np.memmap)
+    assert isinstance(ready(verse_file)._train_ids._part(0).base.obj, mmap.mmap)
 
 
 def test_used_twice_it_prepares_once(verse_file, tmp_path):
