@@ -3,19 +3,26 @@
 python benchmarks/data.py make text.txt --megabytes 2000     # a text that nobody wrote, the same for the same seed
 python benchmarks/data.py prepare text.txt                   # stage by stage, with the peak of resident memory
 python benchmarks/data.py train small.txt text.txt           # milliseconds a step on each, alternating
+python benchmarks/data.py read text.txt                      # windows from all over it, with the memory as it goes on
+python benchmarks/data.py resegment text.txt                 # sampled segmentations, shard by shard
 python benchmarks/data.py peers text.txt --megabytes 50      # encoding alone, against others with the same vocabulary
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib
+import io
+import json
 import shutil
+import statistics
 import tempfile
 import threading
 import time
 import warnings
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import redirect_stdout, suppress
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -155,16 +162,78 @@ def train(paths: list[Path], cache: str, steps: int, rounds: int) -> None:
                 trainer.fit(LanguageModel(), datamodule=TextDataModule(str(path), cache=cache))
             seconds[path].append(clock.seconds)
             print(f"  {path.name:<20}{1e3 * clock.seconds:8.1f} ms a step, {peak.own / 1e6:,.0f} MB more", flush=True)
-    best = min(seconds[paths[0]])
-    for path in paths:
+    for name, of in {"best": min, "median": statistics.median}.items():
+        for path in paths:
+            figure = of(seconds[path])
+            print(
+                f"{path.name:<20} {name:<7}{1e3 * figure:8.1f} ms a step, {figure / of(seconds[paths[0]]):.3f} of the first"
+            )
+    ratios = [other / first for first, other in zip(seconds[paths[0]], seconds[paths[-1]])]
+    print(
+        f"{paths[-1].name} to {paths[0].name}, round by round: median {statistics.median(ratios):.3f}, {sorted(ratios)}"
+    )
+
+
+def read(path: Path, cache: str, batches: int) -> None:
+    """Reads windows in an epoch's order, which is all over the text, and prints what is resident meanwhile."""
+    from lmlight import TextDataModule
+
+    data = TextDataModule(str(path), cache=cache)
+    data.prepare_data()
+    data.setup("fit")
+    process, began = psutil.Process(), time.perf_counter()
+    ids = data._train_ids
+    loader = data.train_dataloader()
+    pages = len(ids) * ids.dtype.itemsize / 4096
+    windows = batches * data.batch_size
+    print(
+        f"{len(ids):,} tokens in {len(ids.parts)} shards, {pages:,.0f} pages; "
+        f"{windows:,} windows of {len(loader) * data.batch_size:,}"
+    )
+    for number, _ in enumerate(loader):
+        if number % (batches // 10) == 0:
+            memory = process.memory_info()
+            print(
+                f"  {number:9,} batches{time.perf_counter() - began:8.1f} s   resident {memory.rss / 1e6:6,.0f} MB, "
+                f"of it files mapped {memory.shared / 1e6:6,.0f} MB",
+                flush=True,
+            )
+        if number == batches:
+            break
+
+
+def resegment(path: Path, cache: str, shards: int) -> None:
+    """Segments shards of a text afresh, in this process and in as many as there are cores."""
+    from lmlight import TextDataModule
+    from lmlight.data import store
+    from lmlight.data.subwords import SubwordSampling
+
+    data = TextDataModule(str(path), cache=cache)
+    data.prepare_data()
+    data.setup("fit")
+    counts = data.tokenizer.char_counts
+    for workers in (0, store._cores()):
+        data = TextDataModule(str(path), cache=cache, subword_sampling=SubwordSampling(), num_workers=workers)
+        with Peak() as peak:
+            data.prepare_data()
+            data.setup("fit")
+            began, characters = time.perf_counter(), 0
+            for shard in range(shards):
+                ids = data._resegmenter.get(0, shard, list(range(shard + 1, shards)))
+                characters += int(counts[ids].sum())
+            seconds = time.perf_counter() - began
+            data.teardown("fit")
         print(
-            f"{path.name:<20} best {1e3 * min(seconds[path]):8.1f} ms a step, {min(seconds[path]) / best:.3f} of the first"
+            f"  {shards} shards, {workers} processes beside training's: {characters / 1e6 / seconds:6.2f} M characters "
+            f"a second, {peak.own / 1e6:,.0f} MB more, {peak.all / 1e6:,.0f} MB in all",
+            flush=True,
         )
 
 
 def peers(path: Path, megabytes: int, rounds: int) -> None:
     from lmlight.data import store
-    from lmlight.data.corpus import Corpus, Reading
+    from lmlight.data.corpus import Corpus
+    from lmlight.data.reading import Reading
     from lmlight.data.tokenizer import SentencePieceTokenizer, TokenizerConfig
 
     cores = store._cores()
@@ -185,16 +254,36 @@ def peers(path: Path, megabytes: int, rounds: int) -> None:
         "SentencePiece's batch encoder, 1 thread": lambda: processor.encode(lines),
         f"SentencePiece's batch encoder, {cores} threads": lambda: processor.encode(lines, num_threads=cores),
     }
-    try:
-        from tokenizers import Tokenizer, decoders, models, normalizers
+    from tokenizers import Tokenizer
 
-        scores = [(piece, processor.get_score(index)) for index, piece in enumerate(tokenizer.pieces)]
-        other = Tokenizer(models.Unigram(scores, unk_id=processor.unk_id(), byte_fallback=True))
-        other.normalizer = normalizers.Replace(" ", "▁")
-        other.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
-        ways["Hugging Face tokenizers, unigram, all cores"] = lambda: other.encode_batch_fast(lines)
-    except ImportError:
-        print("tokenizers is not there: pip install tokenizers")
+    from lmlight.interchange.hf_tokenizer import tokenizer_json
+
+    exported = json.dumps(tokenizer_json(tokenizer))
+    other = Tokenizer.from_str(exported)
+    ways["Hugging Face tokenizers, unigram, all cores"] = lambda: other.encode_batch_fast(lines)
+    work = Path(tempfile.mkdtemp(prefix="lmlight-benchmark-"))
+    (work / "tokenizer.json").write_text(exported, "utf-8")
+    files = []
+    for number, piece in enumerate(pieces):  # a megabyte or so each, as it takes a file as a whole
+        files.append(str(work / f"{number}.txt"))
+        Path(files[-1]).write_text(piece.text, "utf-8", newline="")
+
+    def litgpt() -> None:
+        import litdata
+
+        with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings(), redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            litdata.optimize(
+                partial(litgpt_tokenize, folder=str(work)), files, folder + "/train", num_workers=cores,
+                chunk_bytes="50MB", item_loader=litdata.TokensLoader(), verbose=False,
+            )  # fmt: skip
+
+    ways[f"litgpt's TextFiles, the same tokenizer.json, {cores} workers"] = litgpt
+    same = different = 0
+    for mine, theirs in zip(processor.encode(lines), other.encode_batch_fast(lines)):
+        same += len(mine) * (mine == theirs.ids)
+        different += len(mine) * (mine != theirs.ids)
+    print(f"Hugging Face's ids: {different / (same + different):.2e} of all are in lines that differ from ours")
     print(f"{len(text) / 1e6:,.0f} MB of {path.name}, vocabulary {tokenizer.vocab_size:,}")
     best = dict.fromkeys(ways, float("inf"))
     for _ in range(rounds):
@@ -202,8 +291,24 @@ def peers(path: Path, megabytes: int, rounds: int) -> None:
             began = time.perf_counter()
             way()
             best[name] = min(best[name], time.perf_counter() - began)
+    shutil.rmtree(work)
     for name, took in best.items():
-        print(f"  {name:<52}{len(text) / 1e6 / took:8.1f} MB/s", flush=True)
+        print(f"  {name:<60}{len(text) / 1e6 / took:8.1f} MB/s", flush=True)
+
+
+def litgpt_tokenize(filename: str, folder: str) -> Iterator[Any]:
+    """litgpt's own function, in whichever process its preparation runs it."""
+    text_files, tokenizer = _litgpt(folder)
+    yield from text_files.tokenize(filename, tokenizer)
+
+
+@lru_cache
+def _litgpt(folder: str) -> tuple[Any, Any]:
+    import peers
+
+    peers._without_init("litgpt", peers.fetched(peers.LITGPT) / "litgpt")
+    tokenizers = importlib.import_module("litgpt.tokenizer")
+    return importlib.import_module("litgpt.data.text_files"), tokenizers.Tokenizer(folder)
 
 
 def main() -> None:
@@ -218,12 +323,18 @@ def main() -> None:
     training = commands.add_parser("train", help="measure training on texts of several sizes")
     training.add_argument("paths", type=Path, nargs="+")
     training.add_argument("--steps", type=int, default=60)
-    training.add_argument("--rounds", type=int, default=3)
+    training.add_argument("--rounds", type=int, default=5)
+    reading = commands.add_parser("read", help="measure memory while windows are read from all over a text")
+    reading.add_argument("path", type=Path)
+    reading.add_argument("--batches", type=int, default=200_000)
+    segmenting = commands.add_parser("resegment", help="measure sampled segmentations")
+    segmenting.add_argument("path", type=Path)
+    segmenting.add_argument("--shards", type=int, default=4)
     peering = commands.add_parser("peers", help="compare encoding")
     peering.add_argument("path", type=Path)
     peering.add_argument("--megabytes", type=int, default=50)
     peering.add_argument("--rounds", type=int, default=3)
-    for command in (preparing, training):
+    for command in (preparing, training, reading, segmenting):
         command.add_argument("--cache", help="where the tokens go; else into a folder that is deleted")
     options = parser.parse_args()
     if options.command == "make":
@@ -235,6 +346,10 @@ def main() -> None:
         try:
             if options.command == "prepare":
                 prepare(options.path, cache)
+            elif options.command == "read":
+                read(options.path, cache, options.batches)
+            elif options.command == "resegment":
+                resegment(options.path, cache, options.shards)
             else:
                 train(options.paths, cache, options.steps, options.rounds)
         finally:

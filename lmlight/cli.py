@@ -1,4 +1,4 @@
-"""The command line: `lmlight fit | validate | test | predict`, on Lightning's CLI.
+"""The command line: `lmlight fit | prepare | validate | test | predict`, on Lightning's CLI.
 
 - A checkpoint's settings are read as the first `--config` file, so later files and flags win over them.
 - The tokenizer goes from a checkpoint to the data and the model here, and nowhere else.
@@ -12,12 +12,13 @@ import json
 import logging
 import math
 import os
+import re
 import shutil
 import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, Literal, NoReturn
 
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -29,6 +30,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from lmlight import __version__, callbacks
 from lmlight import checkpoint as checkpoints
 from lmlight.callbacks import RunLogger, RunProgress, WritePredictions
+from lmlight.data import streaming
 from lmlight.data.datamodule import TextDataModule
 from lmlight.errors import UserError, say
 from lmlight.generation import printable
@@ -59,6 +61,53 @@ class OneLineParser(LightningArgumentParser):
         raise UserError(f"{message}; see `{self.prog.replace(' [options]', '')} --help`")
 
 
+class PreparingTrainer(Trainer):
+    """Lightning's, with one more method, which becomes a subcommand: so it reads the very settings that `fit` reads."""
+
+    def prepare(
+        self,
+        model: LanguageModel,
+        datamodule: TextDataModule,
+        part: str | None = None,
+        to: str | None = None,
+        format: Literal["store", "litdata"] = "store",
+    ) -> None:
+        """Prepares a text, so that training on it begins at once: trains the tokenizer and encodes, as fit would.
+
+        Args:
+            model: not used.
+            datamodule: whose text is prepared.
+            part: `3/16` encodes only this job's share, the fourth of sixteen, for they count from 0; null does all of it.
+                The last one that is done puts them together.
+            to: a folder for a copy of the result, which `--data.corpus` takes in place of the text; null leaves it in the
+                cache.
+            format: of that copy: `store` to be read from a disk, `litdata` to be streamed while training.
+        """
+        share = _part(part)
+        if format == "litdata" and to is None:
+            raise UserError("--format litdata writes a folder of its own: pass --to FOLDER")
+        store = datamodule.prepare(share)
+        if store is None:
+            print(f"Part {part} is done; others are not: with the last one the text is prepared")
+            return
+        if to is not None:
+            target = Path(to).expanduser()
+            store = streaming.write(store, target) if format == "litdata" else store.copy(target)
+        tokens = ", ".join(f"{name} {store.tokens[name]:,}" for name in store.tokens)
+        print(f"Prepared: {os.path.relpath(store.folder)} (tokens: {tokens}; {store.tokenizer.vocab_size:,} pieces)")
+        print(f"  {_command()} fit --data.corpus {os.path.relpath(store.folder)}")
+
+
+def _part(part: str | None) -> tuple[int, int]:
+    """`3/16` as numbers; all of it where it is None."""
+    if part is None:
+        return 0, 1
+    found = re.fullmatch(r"(\d+)/(\d+)", part)
+    if not found or not int(found[1]) < int(found[2]):
+        raise UserError(f"--part must be such as 0/16 to 15/16, got '{part}'")
+    return int(found[1]), int(found[2])
+
+
 class LmlightCLI(LightningCLI):
     """Lightning's CLI with lmlight's defaults, checkpoints that bring their settings, and a summary at the end of fit."""
 
@@ -67,7 +116,9 @@ class LmlightCLI(LightningCLI):
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
         ours = {"weights_only", "verbose", "return_predictions"}  # see _prepare_subcommand_kwargs
-        return {name: skip | ours for name, skip in LightningCLI.subcommands().items()}
+        theirs = LightningCLI.subcommands()
+        fit = {"fit": theirs.pop("fit"), "prepare": {"model", "datamodule"}}
+        return {name: skip | ours for name, skip in (fit | theirs).items()}
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         for target in ("data.seed", "model.seed", "model.sampling.seed"):
@@ -78,7 +129,7 @@ class LmlightCLI(LightningCLI):
 
     def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
         parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
-        if subcommand == "fit":
+        if subcommand in ("fit", "prepare"):
             parser.add_argument(
                 "--init_from",
                 type=str | None,
@@ -107,17 +158,17 @@ class LmlightCLI(LightningCLI):
         # first without --print_config: what that prints is to include the checkpoint's settings
         self.config = parser.parse_args([word for word in args if not word.startswith("--print_config")])
         name, config = self.config.subcommand, self.config[self.config.subcommand]
-        init_from = config.get("init_from")
-        if config.ckpt_path is None and init_from is None:
+        init_from, ckpt_path = config.get("init_from"), config.get("ckpt_path")
+        if ckpt_path is None and init_from is None:
             self.config = parser.parse_args(args)
-            if name != "fit":
+            if name not in ("fit", "prepare"):
                 raise UserError(f"{name} needs a model: --ckpt_path best, or runs/.../checkpoints/best.ckpt")
             return
-        if config.ckpt_path is not None and init_from is not None:
+        if ckpt_path is not None and init_from is not None:
             raise UserError("--ckpt_path goes on with a run and --init_from begins a new one: pass one of them")
 
         resuming = name == "fit" and init_from is None
-        path = checkpoints.find(config.ckpt_path or init_from, _runs_folder(config), "last" if resuming else "best")
+        path = checkpoints.find(ckpt_path or init_from, _runs_folder(config), "last" if resuming else "best")
         self.checkpoint = checkpoints.read(path)
         if resuming and "optimizer_states" not in self.checkpoint:
             raise UserError(f"checkpoint '{path}' was imported and holds no run to go on with: pass it as --init_from")
@@ -161,6 +212,10 @@ class LmlightCLI(LightningCLI):
         self.model.settings = {section: dump[section] for section in ("seed_everything", "model", "data")}
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        if self.subcommand == "prepare":  # nothing is trained, whatever machine the settings are for
+            return self.trainer_class(
+                accelerator="cpu", devices=1, logger=False, enable_checkpointing=False, enable_progress_bar=False
+            )
         trainer_config = {**self._get(self.config_init, "trainer", default={}), **kwargs}
         plugins = trainer_config["plugins"] or []
         trainer_config["plugins"] = [*(plugins if isinstance(plugins, list) else [plugins]), CheckpointFiles()]
@@ -184,7 +239,7 @@ class LmlightCLI(LightningCLI):
         return self._instantiate_trainer(trainer_config, ours)
 
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
-        ours: dict[str, Any] = {"weights_only": True}
+        ours: dict[str, Any] = {} if subcommand == "prepare" else {"weights_only": True}
         if subcommand in ("validate", "test"):
             ours["verbose"] = False  # the figures are printed by after_validate and after_test
         if subcommand == "predict":
@@ -301,6 +356,7 @@ def main(args: Sequence[str] | None = None) -> int:
         LmlightCLI(
             LanguageModel,
             TextDataModule,
+            trainer_class=PreparingTrainer,
             args=list(sys.argv[1:] if args is None else args),
             trainer_defaults=TRAINER_DEFAULTS,
             seed_everything_default=1337,

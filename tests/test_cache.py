@@ -5,7 +5,7 @@ import pytest
 
 from lmlight import cache
 from lmlight.__main__ import main
-from lmlight.data.corpus import Piece
+from lmlight.data.reading import Piece
 from lmlight.data.store import TokenStore
 from lmlight.data.tokenizer import CharTokenizer
 

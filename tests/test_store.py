@@ -2,12 +2,14 @@
 
 import errno
 import json
+import mmap
 import os
 import pickle
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,7 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lmlight.data import store as stores
-from lmlight.data.corpus import Piece
+from lmlight.data.reading import Piece
 from lmlight.data.store import Ids, TokenStore
 from lmlight.data.tokenizer import CharTokenizer, TokenizerConfig
 from lmlight.errors import UserError
@@ -48,7 +50,7 @@ def test_a_store_gives_back_ids_characters_and_tokenizer(tmp_path, verse, kind):
     assert store.chars == {split: len(text) for split, text in texts.items()}
     assert store.tokenizer.fingerprint == tokenizer.fingerprint
     assert {ids.dtype for ids in store.ids.values()} == {np.dtype(np.uint16)}
-    assert all(isinstance(ids._part(0).base, np.memmap) for ids in store.ids.values())
+    assert all(isinstance(ids._part(0).base.obj, mmap.mmap) for ids in store.ids.values())
 
 
 @pytest.mark.parametrize(("vocab_size", "dtype"), [(2**16, np.uint16), (2**16 + 1, np.uint32)])
@@ -150,6 +152,7 @@ def test_a_write_that_fails_leaves_nothing_behind(tmp_path, tokenizer, error):
 
 def test_the_index_can_be_read_without_lmlight(folder):
     assert json.loads((folder / "index.json").read_text()) == {
+        "layout": stores.LAYOUT,
         "fingerprint": "print",
         "dtype": "uint16",
         "splits": {"train": {"chars": 30, "tokens": [30]}, "val": {"chars": 3, "tokens": [3]}},
@@ -221,7 +224,7 @@ KILLED = """
 import sys, time
 from pathlib import Path
 from lmlight.data import store
-from lmlight.data.corpus import Piece
+from lmlight.data.reading import Piece
 from lmlight.data.tokenizer import CharTokenizer
 store.SHARD_CHARS = 1000
 def pieces():
@@ -296,3 +299,37 @@ def test_another_process_is_told_where_the_ids_are_and_not_what(tmp_path):
     ids = Ids([tmp_path / "large.npy"], [100_000], np.uint16)
     assert ids[5:9].tolist() == [0] * 4
     assert len(pickle.dumps(ids)) < 2000
+
+
+def resident(folder):
+    """Bytes of the files in a folder that are mapped into this process and in memory."""
+    size, here = 0, False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        if not line.split(maxsplit=1)[0].endswith(":"):
+            here = str(folder) in line
+        elif here and line.startswith("Rss:"):
+            size += 1024 * int(line.split()[1])
+    return size
+
+
+@pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="asks Linux which pages are mapped")
+@pytest.mark.parametrize("most", [2**20, 2**30])
+def test_pages_that_have_been_read_are_let_go(tmp_path, monkeypatch, most):
+    """Of 16 MB, read to the end and all over, no more stays mapped than may; all of it, where that is allowed."""
+    monkeypatch.setattr(stores, "MOST_MAPPED", most)
+    files = [tmp_path / f"{number}.npy" for number in range(8)]
+    for file in files:
+        np.save(file, np.ones(2**20, np.uint16))
+    ids = Ids(files, [2**20] * 8, np.uint16)
+    starts = np.random.default_rng(0).permutation(np.arange(0, len(ids) - 64, 2**11))
+    peak = 0
+    for begin in range(0, len(starts), 32):
+        ids[starts[begin : begin + 32, None] + np.arange(64)]
+        peak = max(peak, resident(tmp_path))
+    for begin in range(0, len(ids), 2**17):
+        ids[begin : begin + 2**17]
+        peak = max(peak, resident(tmp_path))
+    if most == 2**20:
+        assert 0 < peak <= 2**20 + 32 * stores.MAPPED_BY_A_WINDOW
+    else:
+        assert peak > 15 * 2**20

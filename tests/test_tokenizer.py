@@ -12,7 +12,8 @@ import sentencepiece as spm
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from lmlight.data.tokenizer import CharTokenizer, SubwordSampler, SubwordSampling, TokenizerConfig, from_bytes
+from lmlight.data.subwords import SubwordSampler, SubwordSampling
+from lmlight.data.tokenizer import CharTokenizer, TokenizerConfig, from_bytes
 from lmlight.errors import UserError
 
 SPACE = "\u2581"
@@ -220,7 +221,8 @@ def test_training_twice_gives_the_same_bytes(kind, verse):
 
 IN_A_FRESH_PROCESS = """
 import hashlib, sys
-from lmlight.data.tokenizer import SubwordSampler, SubwordSampling, TokenizerConfig
+from lmlight.data.subwords import SubwordSampler, SubwordSampling
+from lmlight.data.tokenizer import TokenizerConfig
 text = open("verse.txt", encoding="utf-8", newline="").read()
 tokenizer = TokenizerConfig("unigram", 400).train(text)
 print(tokenizer.fingerprint)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from lmlight.data.corpus import Piece
+from lmlight.data.reading import Piece
 from lmlight.data.resegment import ShardedEpoch
 from lmlight.data.sampler import epoch_starts
 from lmlight.data.store import Ids, TokenStore

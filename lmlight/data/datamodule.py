@@ -24,9 +24,12 @@ from lightning.pytorch import LightningDataModule
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
 
 from lmlight.cache import cache_dir
 from lmlight.data import corpus as corpora
+from lmlight.data import streaming
+from lmlight.data.reading import Reading
 from lmlight.data.resegment import Resegmenter, ShardedEpoch, windows_in_shards
 from lmlight.data.sampler import (
     BatchOrder,
@@ -36,15 +39,16 @@ from lmlight.data.sampler import (
     scored_windows,
     windows_per_epoch,
 )
-from lmlight.data.store import Ids, TokenStore, decode
-from lmlight.data.tokenizer import SubwordSampler, SubwordSampling, Tokenizer, TokenizerConfig
+from lmlight.data.store import LAYOUT, Ids, TokenStore, decode
+from lmlight.data.subwords import SubwordSampler, SubwordSampling
+from lmlight.data.tokenizer import Tokenizer, TokenizerConfig
 from lmlight.data.tokens import Batch, ShardedWindows, Windows, as_batch
 from lmlight.errors import UserError
 
-# Of a token store: raised when the same text and settings would give other files.
-LAYOUT = 3
 # From so many characters on, what does not fit is made to fit; a shorter text is refused unless its settings suit it.
 FEWEST_CHARS = 1000
+# A tokenizer takes a second or more to learn from so many.
+NOTICED_CHARS = 1_000_000
 
 
 class TextDataModule(LightningDataModule):
@@ -56,7 +60,8 @@ class TextDataModule(LightningDataModule):
     Args:
         corpus: the text: the name of a corpus (`tinyshakespeare`), a file, a folder, a pattern (`books/**/*.txt`), or an
             address that fsspec opens (`https://`, `s3://`, `hf://`). Files are UTF-8 text, `.jsonl` or `.parquet`, packed
-            as `.gz`, `.bz2`, `.xz` or `.zst` if they are called so.
+            as `.gz`, `.bz2`, `.xz` or `.zst` if they are called so. Or a text that `lmlight prepare` has prepared: the
+            folder, or a copy of it at such an address.
         block_size: tokens in a window, which is also the longest context that the net sees; fewer where a text of 1,000
             characters or more has not so many.
         batch_size: windows in one optimizer step, over all devices and accumulated batches together.
@@ -119,11 +124,13 @@ class TextDataModule(LightningDataModule):
         self.corpus, self.block_size, self.batch_size = corpus, block_size, batch_size
         self.val_fraction, self.tokenizer_config = val_fraction, tokenizer
         self.val_corpus, self.test_corpus = val_corpus, test_corpus
-        self.reading, self.cache = corpora.Reading(field, separator, errors), cache
+        self.reading, self.cache = Reading(field, separator, errors), cache
         self.subword_sampling, self.windows, self.prompts = subword_sampling, windows, prompts
         self.prompt_batch_size, self.num_workers, self.seed = prompt_batch_size, num_workers, seed
         self._mistake = ""
-        self._place: tuple[str, str] | None = None  # of the prepared store: its folder and fingerprint
+        # of the prepared store: its folder and fingerprint, which one that the user names has no need of
+        self._place: tuple[str, str | None] | None = None
+        self._streamed: int | None = None  # tokens of a training text that is streamed
         self._given: Tokenizer | None = None
         self._sampler: SubwordSampler | None = None
         self._resegmenter: Resegmenter | None = None
@@ -150,7 +157,7 @@ class TextDataModule(LightningDataModule):
         if self._predicting():
             return
         try:
-            self._prepare()
+            self.prepare()
         except UserError as error:
             if self.trainer is None or self.trainer.world_size == 1:
                 raise
@@ -160,14 +167,15 @@ class TextDataModule(LightningDataModule):
         """Opens the prepared tokens."""
         if self._predicting():
             return
-        place = self._place
         if self.trainer is not None:
-            mistake, place = self.trainer.strategy.broadcast((self._mistake, place))
+            mistake, self._place = self.trainer.strategy.broadcast((self._mistake, self._place))
             if mistake:
                 raise UserError(mistake)
+        place = self._place
         assert place is not None, "prepare_data comes before setup"
         store = TokenStore(Path(place[0]), place[1])
-        self._trained = tokenizer = store.tokenizer
+        self._trained, self._streamed = store.tokenizer, store.streamed
+        tokenizer = store.tokenizer
         self._fit_to(store)
         self._train_ids, self._train_chars = store.ids["train"], store.chars["train"]
         self._train_counts = self._char_counts(self._train_ids, self._train_chars)
@@ -196,8 +204,20 @@ class TextDataModule(LightningDataModule):
         if self._resegmenter is not None:
             self._resegmenter.close()
 
-    def train_dataloader(self) -> TrainLoader:
+    def train_dataloader(self) -> TrainLoader | streaming.StreamedLoader:
         self._check_batch_size()
+        if self._streamed:
+            assert self._place is not None
+            _, world_size, accumulate = self._share()
+            return streaming.StreamedLoader(
+                self.corpus if "://" in self.corpus else self._place[0],
+                self.block_size,
+                self.batch_size // (world_size * accumulate),
+                accumulate,
+                self._train_counts,
+                self.seed,
+                self.num_workers,
+            )
         n_windows = self._windows_per_epoch()
         if self.subword_sampling and self.trainer is not None and self.trainer.state.fn == TrainerFn.FITTING:
             seen = self.trainer.max_steps * self.batch_size
@@ -249,19 +269,69 @@ class TextDataModule(LightningDataModule):
         share = cast("Dataset[list[str]]", batches[rank::world_size])  # a list will do
         return DataLoader(share, batch_size=None)
 
-    # What they are made of
+    def prepare(self, part: tuple[int, int] = (0, 1)) -> TokenStore | None:
+        """What `prepare_data` does, or one of n jobs' share of it.
 
-    def _prepare(self) -> None:
+        Args:
+            part: (k, n): of the shards that are to be encoded, each n-th from the k-th on.
+
+        Returns:
+            the whole store; None as long as other parts of it are missing.
+
+        Raises:
+            UserError: see `prepare_data`.
+        """
         if self.trainer is not None and self.trainer.state.fn == TrainerFn.FITTING:
             self._check_batch_size()
-        main = self._load(self.corpus)
-        val = self._load(self.val_corpus) if self.val_corpus else None
-        test = self._load(self.test_corpus) if self.test_corpus else None
-        folder, fingerprint = self._store_key(main, val, test)
-        if not TokenStore.finished(folder):
-            self._write_store(folder, fingerprint, main, val, test)
+        fingerprint = None
+        folder = corpora.find_store(self.corpus, self.cache)
+        if folder is None:
+            main = self._load(self.corpus)
+            val = self._load(self.val_corpus) if self.val_corpus else None
+            test = self._load(self.test_corpus) if self.test_corpus else None
+            folder, fingerprint = self._store_key(main, val, test)
+            if not self._write_store(folder, fingerprint, main, val, test, part):
+                return None
+        store = TokenStore(folder, fingerprint)
+        if fingerprint is None:
+            self._check_settings(store)
         self._place = str(folder), fingerprint
-        self._fit_to(TokenStore(folder, fingerprint))
+        self._fit_to(store)
+        return store
+
+    # What they are made of
+
+    def _settings(self) -> dict[str, Any]:
+        """Those that the tokens depend on, the text apart."""
+        return {
+            "val_fraction": self.val_fraction,
+            "val_corpus": self.val_corpus,
+            "test_corpus": self.test_corpus,
+            **asdict(self.reading),
+            **{f"tokenizer.{name}": value for name, value in asdict(self.tokenizer_config).items()},
+        }
+
+    def _check_settings(self, store: TokenStore) -> None:
+        """Refuses flags that ask for other tokens than a store has that the user has named."""
+        made_with, defaults = store.about["settings"], TextDataModule()._settings()
+        for name, value in self._settings().items():
+            if value != defaults[name] and value != made_with[name]:
+                raise UserError(
+                    f"the tokens in '{self.corpus}' were made with data.{name} {json.dumps(made_with[name])}, not "
+                    f"{json.dumps(value)}: leave that out, or prepare the text again"
+                )
+        if store.streamed:
+            streaming.litdata()
+            if self.subword_sampling or self.windows != "epoch":
+                raise UserError(
+                    f"the tokens in '{self.corpus}' are streamed in litdata's order: data.subword_sampling and "
+                    "data.windows random need a store that is not"
+                )
+        if self._given and self._given.fingerprint != store.tokenizer.fingerprint:
+            raise UserError(
+                f"the tokens in '{self.corpus}' are of another tokenizer than the checkpoint's: pass the text itself, or "
+                "what `lmlight prepare --init_from` makes of it"
+            )
 
     def _load(self, source: str) -> corpora.Corpus:
         return corpora.load(source, self.reading, self.cache)
@@ -273,7 +343,10 @@ class TextDataModule(LightningDataModule):
         main: corpora.Corpus,
         val: corpora.Corpus | None,
         test: corpora.Corpus | None,
-    ) -> None:
+        part: tuple[int, int],
+    ) -> bool:
+        if TokenStore.finished(folder):
+            return True
         chars, _ = main.size
         cut = chars if val else corpora.train_chars(chars, self.val_fraction)
         if not 0 < cut <= chars - (val is None):
@@ -284,15 +357,22 @@ class TextDataModule(LightningDataModule):
         tokenizer = self._given or TokenStore.tokenizer_of(folder)  # of a preparation that was interrupted
         if tokenizer is None:
             pieces = (piece.text for piece in main.pieces(0, cut))
-            tokenizer = self.tokenizer_config.train(pieces, cut, end_of_text=main.has_documents)
+            # a line while one waits, without a bar: SentencePiece does not say how far it is
+            with tqdm(
+                desc="training the tokenizer",
+                bar_format="{desc} ...",
+                leave=False,
+                disable=None if cut > NOTICED_CHARS else True,
+            ):
+                tokenizer = self.tokenizer_config.train(pieces, cut, end_of_text=main.has_documents)
         if main.has_documents and tokenizer.end_of_text is None:
             rank_zero_warn(
                 "this tokenizer has no token for the end of a document: documents follow each other without a mark"
             )
-        about = {"corpus": self.corpus, "vocab_size": tokenizer.vocab_size}
+        about = {"corpus": self.corpus, "vocab_size": tokenizer.vocab_size, "settings": self._settings()}
         try:
             size = sum(corpus.size[1] for corpus in (main, val, test) if corpus)
-            TokenStore.write(folder, fingerprint, texts, tokenizer, about, size)
+            return TokenStore.write(folder, fingerprint, texts, tokenizer, about, size, part=part)
         except OSError as error:
             raise UserError(
                 f"cache folder '{folder.parent}' cannot be written ({error.strerror}): free some space, or pass another, "
@@ -377,6 +457,8 @@ class TextDataModule(LightningDataModule):
         return counts * (chars / (occurrences @ counts))
 
     def _windows_per_epoch(self) -> int:
+        if self._streamed:
+            return self._streamed // (self.block_size + 1)  # and some fewer, where chunks end
         if self._resegmenter:
             return int(windows_in_shards(self._train_ids, self.block_size).sum())
         return windows_per_epoch(len(self._train_ids), self.block_size)

@@ -16,7 +16,8 @@ import numpy.typing as npt
 
 from lmlight.data.sampler import epoch_starts, windows_per_epoch
 from lmlight.data.store import Ids, decode, nameless_main, pool
-from lmlight.data.tokenizer import SubwordSampler, SubwordSampling, Tokenizer, from_bytes
+from lmlight.data.subwords import SubwordSampler, SubwordSampling
+from lmlight.data.tokenizer import Tokenizer, from_bytes
 
 
 class Resegmenter:

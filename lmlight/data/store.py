@@ -3,7 +3,9 @@
 - A `TokenStore` is a folder: the tokenizer, the ids of each split as shards (`train-00000.npy`, uint16 where the
   vocabulary allows, else uint32), and an index, which is written last. Without it a store is half done: it is never read,
   and the next preparation goes on where it stopped, shard by shard.
-- Shards are cut from the text alone, so the same ones come out of any number of processes.
+- Shards are cut from the text alone, so the same ones come out of any number of processes, and of any number of jobs that
+  each write a part of them.
+- A finished store is plain files that name no place: it may be copied anywhere.
 - `Ids` reads the shards as one stream. They are memory-mapped; what has been read is let go from time to time, so that
   a long run over a large text does not seem to fill the memory.
 
@@ -13,8 +15,10 @@ Free of torch.
 from __future__ import annotations
 
 import json
+import mmap
 import multiprocessing
 import os
+import re
 import shutil
 import signal
 import sys
@@ -24,19 +28,23 @@ import types
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from itertools import chain, count
 from multiprocessing.connection import wait
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 from tqdm import tqdm
 
-from lmlight.data.corpus import Piece
+from lmlight.data.reading import Piece
 from lmlight.data.tokenizer import Tokenizer, from_bytes
 from lmlight.errors import UserError
 
+# Raised when the same text and settings would give other files.
+LAYOUT = 4
+INDEX, TOKENIZER = "index.json", "tokenizer"
 # Characters in a shard: about a second's work, which is what an interruption costs.
 SHARD_CHARS = 2**23
 # What is on its way as Python's objects needs some 40 bytes a token, so so many characters are encoded at a time.
@@ -45,7 +53,7 @@ BATCH_CHARS = 2**18
 MOST_OPEN = 128
 # Bytes of a large store that may be mapped into the process before all of it is let go. A window that is read maps up to
 # 64 kB around it.
-MOST_MAPPED, MAPPED_BY_A_WINDOW = 2**28, 2**16
+MOST_MAPPED, MAPPED_BY_A_WINDOW = 2**27, 2**16
 
 
 class Ids:
@@ -65,6 +73,7 @@ class Ids:
         self.parts, self.dtype = list(parts), np.dtype(dtype)
         self._ends = np.cumsum(lengths, dtype=np.int64)
         self._open: OrderedDict[int, npt.NDArray[np.integer]] = OrderedDict()
+        self._offsets: dict[int, int] = {}  # where the ids begin in each file
         self._mapped = 0
 
     def __len__(self) -> int:
@@ -132,7 +141,13 @@ class Ids:
         if number not in self._open:
             if len(self._open) >= MOST_OPEN:
                 self._open.popitem(last=False)
-            self._open[number] = np.asarray(np.load(part, mmap_mode="r"))
+            # A batch from all over a large text maps a dozen shards afresh, and numpy's own ways take longer than all else.
+            if number not in self._offsets:
+                self._offsets[number] = np.load(part, mmap_mode="r").offset
+            with part.open("rb") as file:
+                mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            length = int(self._ends[number]) - self._begin(number)
+            self._open[number] = np.frombuffer(mapped, self.dtype, length, self._offsets[number])
         self._open.move_to_end(number)
         return self._open[number]
 
@@ -151,24 +166,35 @@ class TokenStore:
     """The encoded splits of a corpus, memory-mapped.
 
     Attributes:
+        folder: where it is.
         ids: of each split.
         chars: the number of characters in each split's text.
         tokenizer: what encoded them.
+        about: what it was made of: see `write`.
+        streamed: where the training text lies in chunks to be streamed, how many tokens it has; `ids` then has its end.
 
     Args:
-        folder: where `write` put it.
-        fingerprint: names all that the ids depend on (text, split, tokenizer).
+        folder: where `write` put it, or a copy of that.
+        fingerprint: names all that the ids depend on (text, split, tokenizer); None takes whatever store is there.
 
     Raises:
-        UserError: the folder holds another store, a damaged one, or one that is not finished.
+        UserError: the folder holds another store, a damaged one, one that is not finished, or another version's.
     """
 
-    def __init__(self, folder: Path, fingerprint: str) -> None:
+    def __init__(self, folder: Path, fingerprint: str | None = None) -> None:
+        self.folder = folder
+        remedy = "delete that folder" if fingerprint else "copy it again, or prepare the text again"
+        if not TokenStore.finished(folder):
+            raise UserError(f"the tokens in '{folder}' are not finished (there is no {INDEX}): {remedy}")
         try:
-            index = json.loads((folder / "index.json").read_text("utf-8"))
-            if index["fingerprint"] != fingerprint:
-                raise UserError(f"the tokens in '{folder}' are of another text or tokenizer: delete that folder")
-            self.tokenizer = from_bytes((folder / "tokenizer").read_bytes())
+            index = json.loads((folder / INDEX).read_text("utf-8"))
+            if index["layout"] != LAYOUT:
+                raise UserError(f"the tokens in '{folder}' are another version's of lmlight: prepare the text again")
+            if fingerprint and index["fingerprint"] != fingerprint:
+                raise UserError(f"the tokens in '{folder}' are of another text or tokenizer: {remedy}")
+            self.tokenizer = from_bytes((folder / TOKENIZER).read_bytes())
+            self.about: dict[str, Any] = index["about"]
+            self.streamed: int | None = index.get("streamed")
             self.ids: dict[str, Ids] = {}
             self.chars: dict[str, int] = {}
             for split, content in index["splits"].items():
@@ -181,18 +207,36 @@ class TokenStore:
         except (OSError, EOFError, KeyError, TypeError, AttributeError, ValueError) as error:
             if isinstance(error, UserError):
                 raise
-            raise UserError(f"the tokens in '{folder}' are damaged ({error}): delete that folder") from None
+            raise UserError(f"the tokens in '{folder}' are damaged ({error}): {remedy}") from None
+
+    @property
+    def tokens(self) -> dict[str, int]:
+        """How many tokens each split has."""
+        tokens = {split: len(ids) for split, ids in self.ids.items()}
+        return tokens if self.streamed is None else {**tokens, "train": self.streamed}
+
+    def copy(self, target: Path) -> TokenStore:
+        """A copy in a folder that is not there yet.
+
+        Raises:
+            UserError: it cannot be written, or is there.
+        """
+        with new_folder(target) as folder:
+            for file in self.folder.iterdir():
+                if file.is_file() and not file.name.startswith("."):
+                    shutil.copyfile(file, folder / file.name)
+        return TokenStore(target)
 
     @staticmethod
     def finished(folder: Path) -> bool:
         """Whether there is a whole store in a folder."""
-        return (folder / "index.json").exists()
+        return (folder / INDEX).exists()
 
     @staticmethod
     def tokenizer_of(folder: Path) -> Tokenizer | None:
         """The tokenizer of a store that may be half done."""
         try:
-            return from_bytes((folder / "tokenizer").read_bytes())
+            return from_bytes((folder / TOKENIZER).read_bytes())
         except (OSError, ValueError):
             return None
 
@@ -205,7 +249,8 @@ class TokenStore:
         about: Mapping[str, Any] = {},
         size: int = 0,
         processes: int | None = None,
-    ) -> None:
+        part: tuple[int, int] = (0, 1),
+    ) -> bool:
         """Writes a store, or what is missing of it; where another process was first, its store stays.
 
         A shard is written beside its place, flushed and renamed, so what is there is whole. Several processes may write
@@ -215,21 +260,30 @@ class TokenStore:
             folder: where it is to appear.
             fingerprint: what `TokenStore(folder, fingerprint)` will ask for.
             texts: name of each split to its text.
-            tokenizer: encodes them.
-            about: what a person would want to know of it.
+            tokenizer: encodes them, unless another process has put its own there first.
+            about: what a person, or `TextDataModule`, would want to know of it; plain values.
             size: of all texts, in bytes, for the progress bar; 0 shows none.
             processes: that encode, if there is more than one shard; None is one for each core.
+            part: (k, n) writes each n-th shard, from the k-th on: the share of one of n jobs. All read all of the text.
+
+        Returns:
+            whether the store is whole; else shards of other parts are missing.
 
         Raises:
-            UserError: see `Tokenizer.encode`; nothing is left behind.
+            UserError: see `Tokenizer.encode`; nothing is left behind, but for what other parts may still need.
             OSError: the disk is full, or the folder cannot be written; the shards that are finished stay.
         """
         if TokenStore.finished(folder):
-            return
+            return True
         folder.mkdir(parents=True, exist_ok=True)
-        dtype = "uint16" if tokenizer.vocab_size <= 2**16 else "uint32"
         try:
-            _publish(folder / "tokenizer", tokenizer.to_bytes())
+            published = _publish(folder / TOKENIZER, tokenizer.to_bytes())
+            if published != tokenizer.to_bytes():  # training rounds otherwise on another kind of machine
+                try:
+                    tokenizer = from_bytes(published)
+                except ValueError as error:
+                    raise UserError(f"the tokens in '{folder}' are damaged ({error}): start again") from None
+            dtype = "uint16" if tokenizer.vocab_size <= 2**16 else "uint32"
             encoder = _Encoder(tokenizer, dtype, processes or _cores())
             bar = tqdm(
                 total=size,
@@ -237,57 +291,99 @@ class TokenStore:
                 unit="B",
                 unit_scale=True,
                 delay=2,
+                smoothing=0,  # shards come in bursts, as many as there are processes: only their mean tells the time left
                 disable=None if size else True,
                 leave=False,
             )
+            numbers = count()
             with encoder, bar:
-                splits = {split: _write_split(folder, split, pieces, encoder, bar) for split, pieces in texts.items()}
-            index = {"fingerprint": fingerprint, "dtype": dtype, "splits": splits, "about": about}
-            _publish(folder / "index.json", json.dumps(index, indent=1).encode())
+                shards = {
+                    split: _write_split(folder, split, pieces, encoder, bar, lambda: next(numbers) % part[1] == part[0])
+                    for split, pieces in texts.items()
+                }
+            splits: dict[str, dict[str, Any]] = {
+                split: {"chars": sum(chars for _, chars in those), "tokens": [_tokens_in(path) for path, _ in those]}
+                for split, those in shards.items()
+            }
+            if any(tokens is None for split in splits.values() for tokens in split["tokens"]):
+                return False
+            index = {
+                "layout": LAYOUT, "fingerprint": fingerprint, "dtype": dtype, "splits": splits, "about": about,
+            }  # fmt: skip
+            _publish(folder / INDEX, json.dumps(index, indent=1).encode())
+            return True
         except (UserError, AssertionError):  # there is no going on with it
-            if not TokenStore.finished(folder):
-                shutil.rmtree(folder, ignore_errors=True)
+            if part[1] == 1 and not TokenStore.finished(folder):
+                _discard(folder)
             raise
 
 
-class Shard(NamedTuple):
-    """What was written."""
+@contextmanager
+def new_folder(target: Path) -> Iterator[Path]:
+    """A folder to fill, which takes its place at the end, whole; if anything fails, not at all.
 
-    tokens: int
-    chars: int
-    size: int  # in bytes, of the text
+    Raises:
+        UserError: something is at its place, or it cannot be written.
+    """
+    beside = target.with_name(f".{target.name}-{os.getpid()}")
+    try:
+        if target.exists():
+            raise UserError(f"'{target}' is there already: pass a folder that is not")
+        beside.mkdir(parents=True)
+        try:
+            yield beside
+            beside.rename(target)
+        finally:
+            shutil.rmtree(beside, ignore_errors=True)
+    except OSError as error:
+        raise UserError(f"folder '{target}' cannot be written ({error.strerror}): pass another") from None
 
 
 def _name(split: str, number: int) -> str:
     return f"{split}-{number:05d}.npy"
 
 
-def _write_split(folder: Path, split: str, pieces: Iterable[Piece], encoder: _Encoder, bar: Any) -> dict[str, Any]:
-    """Writes the shards of a split; what the index says of them."""
-    shards: list[Shard] = []
-    pending: deque[Future[Shard]] = deque()
+def _discard(folder: Path) -> None:
+    """Deletes an unfinished store: what `write` has made, and the folder only if nothing else is in it."""
+    with suppress(OSError):
+        for file in list(folder.iterdir()):
+            if re.fullmatch(rf"{TOKENIZER}|\w+-\d{{5,}}\.npy|\.({TOKENIZER}|\w+-\d{{5,}}\.npy)-\w+", file.name):
+                file.unlink(missing_ok=True)
+        folder.rmdir()
+
+
+def _write_split(
+    folder: Path, split: str, pieces: Iterable[Piece], encoder: _Encoder, bar: Any, ours: Callable[[], bool]
+) -> list[tuple[Path, int]]:
+    """Writes those shards of a split that are ours and not there; the place and the characters of all of them."""
+    shards: list[tuple[Path, int]] = []
+    pending: deque[tuple[Future[None], int]] = deque()
 
     def collect(most: int) -> None:
         while len(pending) > most:
-            shards.append(pending.popleft().result())
-            bar.update(shards[-1].size)
+            future, size = pending.popleft()
+            future.result()
+            bar.update(size)
 
-    for number, batch in enumerate(batches(pieces, SHARD_CHARS)):
+    for number, batch in enumerate(chain(batches(pieces, SHARD_CHARS), [[]])):
+        if number and not batch:  # a split without text has one shard without tokens
+            break
         path = folder / _name(split, number)
-        tokens = _tokens_in(path)
-        if tokens is None:
-            pending.append(encoder.submit(path, batch))
-            collect(most=2 * encoder.processes)
-        else:
+        chars, size = _measure(batch)
+        shards.append((path, chars))
+        if not ours():
+            bar.total = (bar.total or 0) - size
+        elif path.exists():
             collect(most=0)
-            shards.append(Shard(tokens, *_measure(batch)))
-            if not bar.disable:
-                bar.initial += shards[-1].size  # what was done before does not count as speed
-            bar.update(shards[-1].size)
-    if not shards and not pending:
-        pending.append(encoder.submit(folder / _name(split, 0), []))
+            if not bar.disable:  # what was done before counts neither as speed nor as time
+                bar.initial += size
+                bar.n += size
+                bar.unpause()
+        else:
+            pending.append((encoder.submit(path, batch), size))
+            collect(most=2 * encoder.processes)
     collect(most=0)
-    return {"chars": sum(shard.chars for shard in shards), "tokens": [shard.tokens for shard in shards]}
+    return shards
 
 
 def _measure(pieces: Sequence[Piece]) -> tuple[int, int]:
@@ -332,11 +428,9 @@ def decode(tokenizer: Tokenizer, ids: npt.NDArray[np.integer]) -> Iterator[Piece
             yield Piece(tokenizer.decode(document.tolist()), document[-1] == tokenizer.end_of_text)
 
 
-def _write_shard(tokenizer: Tokenizer, dtype: str, path: Path, pieces: Sequence[Piece]) -> Shard:
-    ids = encode(tokenizer, pieces, dtype)
+def _write_shard(tokenizer: Tokenizer, dtype: str, path: Path, pieces: Sequence[Piece]) -> None:
     with _beside(path) as file:
-        np.save(file, ids)
-    return Shard(len(ids), *_measure(pieces))
+        np.save(file, encode(tokenizer, pieces, dtype))
 
 
 def _tokens_in(path: Path) -> int | None:
@@ -347,15 +441,20 @@ def _tokens_in(path: Path) -> int | None:
         return None
 
 
-def _publish(path: Path, content: bytes) -> None:
+def _publish(path: Path, content: bytes) -> bytes:
+    """Puts a file in its place, unless one is there; what is there then. Of several processes the first wins."""
     if not path.exists():
-        with _beside(path) as file:
+        with _beside(path, os.link) as file:
             file.write(content)
+    return path.read_bytes()
 
 
 @contextmanager
-def _beside(path: Path) -> Iterator[Any]:
-    """A file that takes its place at the end, whole and on the disk; if anything fails, not at all."""
+def _beside(path: Path, move: Callable[[str, Path], object] = os.replace) -> Iterator[Any]:
+    """A file that takes its place at the end, whole and on the disk; if anything fails, not at all.
+
+    `move` takes it there: `os.link` does not replace what is there already; where there are no links, it is replaced.
+    """
     handle, beside = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
     try:
         with os.fdopen(handle, "wb") as file:
@@ -363,10 +462,12 @@ def _beside(path: Path) -> Iterator[Any]:
             file.flush()
             os.fsync(file.fileno())
         try:
-            Path(beside).replace(path)
-        except PermissionError:  # Windows, while another process reads what it has put there
-            if not path.exists():
-                raise
+            move(beside, path)
+        except FileExistsError:
+            pass
+        except OSError:
+            if not path.exists():  # else it is Windows, and another process reads what it has put there
+                Path(beside).replace(path)
     finally:
         Path(beside).unlink(missing_ok=True)
 
@@ -389,10 +490,11 @@ class _Encoder:
         if self._pool is not None:
             self._pool.shutdown(wait=True, cancel_futures=True)
 
-    def submit(self, path: Path, pieces: list[Piece]) -> Future[Shard]:
+    def submit(self, path: Path, pieces: list[Piece]) -> Future[None]:
         if self.processes == 1 or sum(len(piece.text) for piece in pieces) < SHARD_CHARS:
-            future: Future[Shard] = Future()
-            future.set_result(_write_shard(self._tokenizer, self._dtype, path, pieces))
+            future: Future[None] = Future()
+            _write_shard(self._tokenizer, self._dtype, path, pieces)
+            future.set_result(None)
             return future
         if self._pool is None:
             self._pool = pool(self.processes, _begin, self._tokenizer.to_bytes(), self._dtype)
@@ -433,9 +535,9 @@ def _begin(tokenizer: bytes, dtype: str) -> None:
     _here = from_bytes(tokenizer), dtype
 
 
-def _write_shard_here(path: Path, pieces: list[Piece]) -> Shard:
+def _write_shard_here(path: Path, pieces: list[Piece]) -> None:
     assert _here is not None
-    return _write_shard(*_here, path, pieces)
+    _write_shard(*_here, path, pieces)
 
 
 def _cores() -> int:
