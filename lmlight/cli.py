@@ -13,6 +13,7 @@ import logging
 import math
 import os
 import re
+import shlex
 import shutil
 import sys
 import warnings
@@ -263,8 +264,10 @@ class LmlightCLI(LightningCLI):
         final = self.trainer.callback_metrics.get("val/nats_per_char")
         if final is not None:
             print(f"  {final:.4f} nats per character at the last validation")
-        print(f"\n{printable(model.generate('ROMEO:', max_new_tokens=150))}\n")
-        print(f"Next:\n  {_command()} predict --ckpt_path {path} --data.prompts '[\"ROMEO:\"]'")
+        opening = self.datamodule.opening
+        print(f"\n{printable(model.generate(opening, max_new_tokens=150))}\n")
+        prompts = shlex.quote(json.dumps([opening], ensure_ascii=False))
+        print(f"Next:\n  {_command()} predict --ckpt_path {path} --data.prompts {prompts}")
         if isinstance(self.trainer.logger, RunLogger):
             tensorboard = Path(_command()).with_name("tensorboard")  # where lmlight is
             print(f"  {tensorboard} --logdir {os.path.relpath(self.trainer.logger.root_dir)}")

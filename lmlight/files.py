@@ -1,8 +1,13 @@
-"""A file that appears whole, or not at all."""
+"""A file or a folder that appears whole, or not at all.
+
+It is written beside its place, under a hidden name, flushed to the disk, and renamed: a kill or a full disk at any moment
+leaves what was there before.
+"""
 
 from __future__ import annotations
 
 import os
+import shutil
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -11,15 +16,12 @@ from pathlib import Path
 
 @contextmanager
 def whole(path: Path, shared: bool = False) -> Iterator[Path]:
-    """Where to write what becomes `path`, on the disk, once the block ends without an exception.
-
-    It is a hidden file beside `path`, which is flushed and then renamed: a kill or a full disk at any moment leaves what was
-    there before.
+    """Where to write what becomes the file `path` once the block ends without an exception.
 
     Args:
-        path: replaced if it is there; its folder is.
-        shared: several processes may write it at a time, all of them the same. Each has a file of its own beside it, which
-            a kill leaves behind; else there is one name, and the next writing takes what a kill has left.
+        path: replaced if it is there, unless it is shared; its folder is.
+        shared: several processes may write it at a time, and the first wins. Each has a file of its own beside it, which a
+            kill leaves behind; else there is one name, and the next writing takes what a kill has left.
 
     Raises:
         OSError: it cannot be written; nothing is left beside it.
@@ -29,15 +31,45 @@ def whole(path: Path, shared: bool = False) -> Iterator[Path]:
         yield beside
         with beside.open("r+b") as file:
             os.fsync(file.fileno())
-        try:
+        if shared:
+            _appear(beside, path)
+        else:
             beside.replace(path)
-        except PermissionError:  # Windows, while another process reads what it has put there
-            if not (shared and path.exists()):
-                raise
         _flush_folder(path.parent)
     finally:
         with suppress(OSError):
             beside.unlink(missing_ok=True)
+
+
+def _appear(beside: Path, path: Path) -> None:
+    """Puts a file in its place unless one is there, which a link does in one step."""
+    try:
+        os.link(beside, path)
+    except FileExistsError:
+        pass
+    except OSError:  # no links on this disk
+        if not path.exists():
+            beside.replace(path)
+
+
+@contextmanager
+def whole_folder(path: Path) -> Iterator[Path]:
+    """A folder to fill, which becomes `path`, in place of what is there, once the block ends without an exception.
+
+    Raises:
+        OSError: it cannot be written; nothing is left beside it.
+    """
+    beside, before = path.with_name(f".{path.name}.part"), path.with_name(f".{path.name}.before")
+    try:
+        shutil.rmtree(beside, ignore_errors=True)  # what a kill has left
+        beside.mkdir()
+        yield beside
+        if path.exists():
+            path.rename(before)
+        beside.rename(path)
+        shutil.rmtree(before, ignore_errors=True)
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
 
 
 def _flush_folder(folder: Path) -> None:

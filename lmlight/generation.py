@@ -245,9 +245,7 @@ class TextStream:
     def __init__(self, tokenizer: Tokenizer, prompt: str, sampling: Sampling, seed: int) -> None:
         self.prompt, self.seed = prompt, seed
         self._end_of_text = tokenizer.end_of_text
-        # a lossy tokenizer has no newline: the notebook's token 0
-        nothing = tokenizer.encode("\n") or [0] if self._end_of_text is None else [self._end_of_text]
-        self.ids = tokenizer.encode(prompt) or nothing
+        self.ids = tokenizer.encode(prompt) or tokenizer.start
         self.text = ""
         self.tokens: list[int] = []
         self.logprobs: list[float] = []

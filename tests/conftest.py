@@ -78,6 +78,12 @@ def verse():
     return "\n".join(speeches)
 
 
+@pytest.fixture(scope="session")
+def opening(verse):
+    """How samples of it begin: with the first whole line of its validation part."""
+    return next(line for line in verse[int(0.9 * len(verse)) :].split("\n")[1:] if line)
+
+
 @pytest.fixture
 def verse_file(tmp_path, verse):
     path = tmp_path / "verse.txt"

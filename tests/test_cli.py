@@ -34,7 +34,7 @@ def finished(tmp_path_factory, verse):
     return folder, printed, best
 
 
-def test_fit_ends_by_saying_what_it_reached_and_what_to_type(finished):
+def test_fit_ends_by_saying_what_it_reached_and_what_to_type(finished, opening):
     folder, (out, err), best = finished
     assert "\r" not in out + err
     assert "\x1b" not in out + err
@@ -48,10 +48,10 @@ def test_fit_ends_by_saying_what_it_reached_and_what_to_type(finished):
     nats, bits = float(figures[0]), float(figures[4])
     assert bits == pytest.approx(nats / 0.693147, rel=1e-3)
     assert f"val/nats_per_char {nats:.4f}" in out
-    assert "ROMEO:" in out
+    assert f"\n{opening}" in out
     command = next(line for line in lines if "lmlight predict" in line).strip()
     done = subprocess.run(command, shell=True, cwd=folder, capture_output=True, text=True, timeout=100)
-    assert done.stdout.startswith("ROMEO:"), done.stderr
+    assert done.stdout.startswith(opening), done.stderr
     tensorboard = lines[lines.index(next(line for line in lines if line.strip() == command)) + 1].strip()
     assert tensorboard == f"{Path(sys.executable).with_name('tensorboard')} --logdir runs"
 

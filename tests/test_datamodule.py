@@ -660,3 +660,40 @@ def test_a_run_that_reads_less_than_all_is_told_that_sampling_is_pointless(verse
     data.trainer = SimpleNamespace(**vars(share(fn=TrainerFn.FITTING)), max_steps=2)
     with pytest.warns(UserWarning, match=r"sees \d+% of the training text"):
         data.train_dataloader()
+
+
+def test_a_position_in_another_text_is_refused(verse):
+    loader = ready_on(verse).train_dataloader()
+    next(iter(loader))
+    state = loader.state_dict()
+    ready_on(verse).train_dataloader().load_state_dict(state)
+    with pytest.raises(UserError, match="not the one that this run has read"):
+        ready_on(verse.replace("river", "rivet", 1)).train_dataloader().load_state_dict(state)
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_ranks_take_prompts_in_turn_and_miss_none(world_size):
+    data = TextDataModule("absent.txt", prompts=list("abcdefg"), prompt_batch_size=2)
+    ranks = []
+    for rank in range(world_size):
+        data.trainer = share(rank, world_size)
+        ranks.append(list(data.predict_dataloader()))
+    assert len(set(map(len, ranks))) == 1
+    assert [prompt for turn in zip(*ranks) for batch in turn for prompt in batch] == list("abcdefg")
+
+
+@pytest.mark.parametrize("world_size", [2, 3, 5])
+def test_ranks_score_every_character_once(verse, verse_file, world_size):
+    data, total = ready(verse_file, batch_size=4), 0
+    for rank in range(world_size):
+        data.trainer = share(rank, world_size)
+        total += characters(data.val_dataloader())
+    assert total == len(parts(verse)[1])
+
+
+def test_a_sample_begins_with_a_line_of_the_validation_text(verse, verse_file):
+    assert ready(verse_file).opening in parts(verse)[1].split("\n")[1:]
+    for text in ("ab" * 1000, "x\n" * 1000, "\n" * 2000, "文字" * 1000):  # nothing that could be called a line
+        for kind in ("unigram", "char"):
+            data = ready_on(text, tokenizer=TokenizerConfig(kind, 400), block_size=8)
+            assert data.tokenizer.decode(data.tokenizer.encode(data.opening)) == data.opening

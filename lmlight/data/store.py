@@ -14,6 +14,7 @@ Free of torch.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import mmap
 import multiprocessing
@@ -22,7 +23,6 @@ import re
 import shutil
 import signal
 import sys
-import tempfile
 import threading
 import types
 from collections import OrderedDict, deque
@@ -38,6 +38,7 @@ import numpy as np
 import numpy.typing as npt
 from tqdm import tqdm
 
+from lmlight import files
 from lmlight.data.reading import Piece
 from lmlight.data.tokenizer import Tokenizer, from_bytes
 from lmlight.errors import UserError
@@ -75,6 +76,7 @@ class Ids:
         self._open: OrderedDict[int, npt.NDArray[np.integer]] = OrderedDict()
         self._offsets: dict[int, int] = {}  # where the ids begin in each file
         self._mapped = 0
+        self._fingerprint: str | None = None
 
     def __len__(self) -> int:
         return int(self._ends[-1])
@@ -108,6 +110,17 @@ class Ids:
                 total += np.bincount(part[start : start + BATCH_CHARS], minlength=vocab_size)
             self._let_go(part.nbytes)
         return total
+
+    def fingerprint(self) -> str:
+        """The SHA-256 of all ids; computed once."""
+        if self._fingerprint is None:
+            digest = hashlib.sha256()
+            for number in range(len(self.parts)):
+                part = self._part(number)
+                digest.update(np.ascontiguousarray(part).data)
+                self._let_go(part.nbytes)
+            self._fingerprint = digest.hexdigest()
+        return self._fingerprint
 
     def shard(self, number: int) -> npt.NDArray[np.integer]:
         """The ids of one part, in memory."""
@@ -198,11 +211,11 @@ class TokenStore:
             self.ids: dict[str, Ids] = {}
             self.chars: dict[str, int] = {}
             for split, content in index["splits"].items():
-                files = [folder / _name(split, number) for number in range(len(content["tokens"]))]
-                for file, tokens in zip(files, content["tokens"]):
+                shards = [folder / _name(split, number) for number in range(len(content["tokens"]))]
+                for file, tokens in zip(shards, content["tokens"]):
                     if _tokens_in(file) != tokens:
                         raise ValueError(f"{file.name} has not its {tokens:,} tokens")
-                self.ids[split] = Ids(files, content["tokens"], index["dtype"])
+                self.ids[split] = Ids(shards, content["tokens"], index["dtype"])
                 self.chars[split] = content["chars"]
         except (OSError, EOFError, KeyError, TypeError, AttributeError, ValueError) as error:
             if isinstance(error, UserError):
@@ -325,16 +338,12 @@ def new_folder(target: Path) -> Iterator[Path]:
     Raises:
         UserError: something is at its place, or it cannot be written.
     """
-    beside = target.with_name(f".{target.name}-{os.getpid()}")
+    if target.exists():
+        raise UserError(f"'{target}' is there already: pass a folder that is not")
     try:
-        if target.exists():
-            raise UserError(f"'{target}' is there already: pass a folder that is not")
-        beside.mkdir(parents=True)
-        try:
-            yield beside
-            beside.rename(target)
-        finally:
-            shutil.rmtree(beside, ignore_errors=True)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with files.whole_folder(target) as folder:
+            yield folder
     except OSError as error:
         raise UserError(f"folder '{target}' cannot be written ({error.strerror}): pass another") from None
 
@@ -429,7 +438,7 @@ def decode(tokenizer: Tokenizer, ids: npt.NDArray[np.integer]) -> Iterator[Piece
 
 
 def _write_shard(tokenizer: Tokenizer, dtype: str, path: Path, pieces: Sequence[Piece]) -> None:
-    with _beside(path) as file:
+    with files.whole(path, shared=True) as beside, beside.open("wb") as file:
         np.save(file, encode(tokenizer, pieces, dtype))
 
 
@@ -444,32 +453,9 @@ def _tokens_in(path: Path) -> int | None:
 def _publish(path: Path, content: bytes) -> bytes:
     """Puts a file in its place, unless one is there; what is there then. Of several processes the first wins."""
     if not path.exists():
-        with _beside(path, os.link) as file:
-            file.write(content)
+        with files.whole(path, shared=True) as beside:
+            beside.write_bytes(content)
     return path.read_bytes()
-
-
-@contextmanager
-def _beside(path: Path, move: Callable[[str, Path], object] = os.replace) -> Iterator[Any]:
-    """A file that takes its place at the end, whole and on the disk; if anything fails, not at all.
-
-    `move` takes it there: `os.link` does not replace what is there already; where there are no links, it is replaced.
-    """
-    handle, beside = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        try:
-            move(beside, path)
-        except FileExistsError:
-            pass
-        except OSError:
-            if not path.exists():  # else it is Windows, and another process reads what it has put there
-                Path(beside).replace(path)
-    finally:
-        Path(beside).unlink(missing_ok=True)
 
 
 # Encoding in several processes: SentencePiece's own threads gain nothing from Python, for turning ids into Python's

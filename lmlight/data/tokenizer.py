@@ -95,6 +95,16 @@ class Tokenizer(ABC):
         return b""
 
     @property
+    def start(self) -> list[int]:
+        """What a text without a prompt follows: a document's end where there are documents; else a line's, if known."""
+        if self.end_of_text is not None:
+            return [self.end_of_text]
+        try:
+            return self.encode("\n") or [0]  # a lossy tokenizer has no newline: the notebook's token 0
+        except UserError:  # nor has a character vocabulary of a text without one
+            return [0]
+
+    @property
     def fingerprint(self) -> str:
         """The SHA-256 of `to_bytes()`: equal for equal tokenizers only."""
         return hashlib.sha256(self.to_bytes()).hexdigest()

@@ -1,4 +1,4 @@
-"""Windows of token ids as batches.
+"""Windows of token ids as batches, and the loader of those that are trained on.
 
 - Windows are gathered a batch at a time, from wherever the ids are.
 - A batch carries the characters that each target stands for, so the loss needs no tokenizer and figures of different
@@ -9,17 +9,20 @@ Axes: B windows, T positions. Free of lightning.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset
 
 from lmlight.data.resegment import ShardedEpoch
+from lmlight.data.sampler import BatchOrder
 from lmlight.data.store import Ids
+from lmlight.errors import UserError
 
 # The target of a position that is context only; `torch.nn.functional.cross_entropy` passes over it.
 UNSCORED = -100
@@ -107,3 +110,72 @@ class ShardedWindows(Dataset[Batch]):
 def as_batch(batch: Any) -> Batch:
     """Collates nothing: `Windows` gives whole batches. (A function with a name, so that workers can be spawned.)"""
     return batch
+
+
+class TrainLoader:
+    """The training batches, epoch after epoch, from wherever a run was interrupted.
+
+    Args:
+        windows: gives the windows of an epoch, in the order in which they are to be seen.
+        order: cuts that order into this process's batches.
+        num_workers: of the DataLoader that gathers them.
+        fingerprint: gives that of the text, which a position in it goes with.
+
+    Attributes:
+        waited: seconds that training has spent waiting for batches.
+    """
+
+    def __init__(
+        self,
+        windows: Callable[[int], Dataset[Batch]],
+        order: BatchOrder,
+        num_workers: int,
+        fingerprint: Callable[[], str],
+    ) -> None:
+        self._windows, self._order, self._num_workers, self._fingerprint = windows, order, num_workers, fingerprint
+        self._epoch, self._seen = -1, 0  # micro-batches of the epoch that have been handed out
+        self._resuming = False
+        self.waited = 0.0
+
+    def state_dict(self) -> dict[str, Any]:
+        """The epoch, and the position in it in windows over all ranks: it means the same to any number of processes."""
+        seen = self._seen * self._order.windows_per_micro_batch
+        return {"epoch": self._epoch, "windows": seen, "text": self._fingerprint()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Goes on from there at the next `iter`.
+
+        Raises:
+            UserError: the position is one in another text.
+        """
+        if state_dict.get("text", self._fingerprint()) != self._fingerprint():
+            raise UserError(
+                "the training text is not the one that this run has read so far: go on with that one, or begin anew from "
+                "its weights, --init_from in place of --ckpt_path"
+            )
+        self._epoch = state_dict["epoch"]
+        self._seen = state_dict["windows"] // self._order.windows_per_micro_batch
+        self._resuming = self._seen < len(self._order)
+
+    def __len__(self) -> int:
+        return len(self._order)
+
+    def __iter__(self) -> Iterator[Batch]:
+        # A generator, so begun at the first batch: Lightning calls `iter` once before it hands over the state. Epochs are
+        # counted here: Lightning's count falls behind when a resumed run is resumed again from the end of an epoch.
+        if not self._resuming:
+            self._epoch, self._seen = self._epoch + 1, 0
+        self._resuming = False
+        began = time.perf_counter()
+        batches = DataLoader(
+            self._windows(self._epoch),
+            batch_sampler=self._order.batches(self._seen),
+            collate_fn=as_batch,
+            num_workers=self._num_workers,
+            generator=torch.Generator(),
+        )
+        for batch in batches:
+            self._seen += 1  # what has been handed out, not what workers have fetched ahead
+            self.waited += time.perf_counter() - began
+            yield batch
+            began = time.perf_counter()

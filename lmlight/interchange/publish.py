@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -47,21 +46,8 @@ def whole_folder(path: Path, force: bool, ours: Callable[[str], bool]) -> Iterat
         raise UserError(f"folder '{path}' is not empty: pass another, or --force to replace it")
     if foreign := [name for name in inside if not ours(name)]:
         raise UserError(f"folder '{path}' holds '{foreign[0]}', which no export wrote: pass another folder")
-    beside = path.with_name(f".{path.name}.part")
-    with _writing(path):
-        try:
-            shutil.rmtree(beside, ignore_errors=True)  # what a kill has left
-            beside.mkdir()
-            yield beside
-            if path.exists():
-                before = path.with_name(f".{path.name}.before")
-                path.rename(before)
-                beside.rename(path)
-                shutil.rmtree(before)
-            else:
-                beside.rename(path)
-        finally:  # Ctrl-C too leaves nothing behind
-            shutil.rmtree(beside, ignore_errors=True)
+    with _writing(path), files.whole_folder(path) as beside:
+        yield beside
 
 
 @contextlib.contextmanager
