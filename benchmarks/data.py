@@ -263,6 +263,8 @@ def peers(path: Path, megabytes: int, rounds: int) -> None:
     ways["Hugging Face tokenizers, unigram, all cores"] = lambda: other.encode_batch_fast(lines)
     work = Path(tempfile.mkdtemp(prefix="lmlight-benchmark-"))
     (work / "tokenizer.json").write_text(exported, "utf-8")
+    # it puts a token before each file, and asks for its number
+    (work / "generation_config.json").write_text(json.dumps({"bos_token_id": processor.unk_id()}))
     files = []
     for number, piece in enumerate(pieces):  # a megabyte or so each, as it takes a file as a whole
         files.append(str(work / f"{number}.txt"))
