@@ -6,7 +6,7 @@ import urllib.request
 
 import pytest
 import torch
-from test_hf import HOSTILE, LAYERNORM, make, save
+from exporting import HOSTILE, LAYERNORM, in_small, make, save, shipped
 
 from lmlight.data.tokenizer import TokenizerConfig
 from lmlight.generation import Sampling, generate
@@ -76,10 +76,23 @@ def nats(ids, rows):
 
 @pytest.mark.parametrize("name", ONE_OF_EACH)
 def test_one_of_each_architecture_says_the_same(name, tokenizers, tmp_path, verse):
-    tokenizer = tokenizers["unigram"]
-    net = make(tokenizer, ONE_OF_EACH[name], BLOCK)
+    says_the_same(make(tokenizers["unigram"], ONE_OF_EACH[name], BLOCK), tokenizers["unigram"], verse, tmp_path)
+
+
+@pytest.mark.parametrize("name", shipped("Transformer"))
+def test_every_shipped_transformer_exports(name, tmp_path, verse):
+    says_the_same(*in_small(name, verse, BLOCK), verse, tmp_path)
+
+
+@pytest.mark.parametrize("name", shipped("Bigram"))
+def test_shipped_tables_say_why_they_do_not(name, tmp_path, verse, capsys):
+    assert command.export(["gguf", save(tmp_path / "x.ckpt", *in_small(name, verse)), "x.gguf"]) == 2
+    assert "a Bigram has no stock architecture" in capsys.readouterr().err
+
+
+def says_the_same(net, tokenizer, text, tmp_path):
     assert command.export(["gguf", save(tmp_path / "x.ckpt", net, tokenizer), "x.gguf"]) == 0
-    engine, ids = Engine(tmp_path / "x.gguf"), tokenizer.encode(verse)[:24]
+    engine, ids = Engine(tmp_path / "x.gguf"), tokenizer.encode(text)[:24]
     written = generate(net, torch.tensor([ids]), Sampling(max_new_tokens=BLOCK - len(ids), temperature=0))[0].tolist()
     theirs = ids + engine.greedy(ids, BLOCK - len(ids))
     with torch.no_grad():

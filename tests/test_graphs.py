@@ -6,7 +6,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from test_hf import make, save
+from exporting import in_small, make, save, shipped
 
 from lmlight import checkpoint
 from lmlight.data.tokenizer import TokenizerConfig
@@ -76,9 +76,18 @@ def is_free_of_us(path):
 @pytest.mark.filterwarnings("ignore:vocab_size")
 @pytest.mark.parametrize("name", [*NETS, "bigram"])
 def test_onnxruntime_gives_the_same_logits_whole_and_in_steps(name, tokenizer, tmp_path, capfd):
+    runs_in_onnxruntime(build(name, tokenizer), tokenizer, tmp_path, capfd)
+
+
+@pytest.mark.filterwarnings("ignore:vocab_size")
+@pytest.mark.parametrize("name", [*shipped("Transformer"), *shipped("Bigram")])
+def test_every_shipped_net_runs_in_onnxruntime(name, tmp_path, verse, capfd):
+    runs_in_onnxruntime(*in_small(name, verse, BLOCK), tmp_path, capfd)
+
+
+def runs_in_onnxruntime(net, tokenizer, tmp_path, capfd):
     pytest.importorskip("onnxscript", reason="needs the extra `engines`")
     onnxruntime = pytest.importorskip("onnxruntime", reason="needs the extra `engines`")
-    net = build(name, tokenizer)
     path = save(tmp_path / "x.ckpt", net, tokenizer)
     assert command.export(["onnx", path, "x.onnx"]) == 0
     assert capfd.readouterr() == ("Wrote x.onnx\n", "")

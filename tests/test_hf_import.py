@@ -6,7 +6,7 @@ import json
 import pytest
 import sentencepiece as spm
 import torch
-from test_hf import ONE_OF_EACH, make, save
+from exporting import ONE_OF_EACH, make, save
 
 from lmlight import checkpoint, cli
 from lmlight.data.tokenizer import TokenizerConfig
