@@ -58,10 +58,17 @@ class Model:
         }
 
     @property
-    def newline(self) -> int | None:
-        """The id that an empty text is taken to follow, as `generation.TextStream` does."""
+    def start(self) -> int | None:
+        """The id that an empty text is taken to follow, as `generation.TextStream` does: a document's end, or a line's."""
+        if self.end is not None:
+            return self.end
         ids = self.tokenizer.encode("\n") if self.tokenizer.lossless and self._knows("\n") else []
         return ids[0] if len(ids) == 1 else None
+
+    @property
+    def end(self) -> int | None:
+        """The id that ends a document; None if the tokenizer knows of no documents."""
+        return self.tokenizer.end_of_text
 
     def _knows(self, text: str) -> bool:
         try:
