@@ -1,17 +1,20 @@
 """Nets as graphs for torch alone and for onnxruntime: the same logits at any size, and nothing of this machine in them."""
 
+import json
 import subprocess
 import sys
 
 import numpy as np
 import pytest
 import torch
-from exporting import in_small, make, save, shipped
+from exporting import documented, in_small, make, save, shipped
 
 from lmlight import checkpoint
-from lmlight.data.tokenizer import TokenizerConfig
+from lmlight.data.tokenizer import CharTokenizer, TokenizerConfig
 from lmlight.generation import Sampling, generate
 from lmlight.interchange import command
+from lmlight.interchange.graph import labels
+from lmlight.interchange.model import Model
 from lmlight.models import GPT2, LLAMA, Bigram, Transformer
 
 BLOCK = 16
@@ -120,6 +123,43 @@ def runs_in_onnxruntime(net, tokenizer, tmp_path, capfd):
         for token in written[0, 5:]:
             assert logits[0, -1].argmax() == token
             logits, past = run(token.view(1, 1), past[..., -(BLOCK - 1) :, :])
+
+
+@pytest.mark.filterwarnings("ignore:vocab_size")
+@pytest.mark.parametrize(
+    ("word", "module", "words"),
+    [
+        ("onnxruntime", "onnxruntime", ["onnx", "verse.onnx"]),
+        ("torch.export", "torch", ["torch", "verse.pt2"]),
+    ],
+)
+def test_what_the_page_tells_to_type_runs(word, module, words, tokenizer, tmp_path, capsys):
+    pytest.importorskip(module, reason="needs the extra `engines`")
+    net = build("default", tokenizer)
+    assert command.export([words[0], save(tmp_path / "x.ckpt", net, tokenizer), words[1]]) == 0
+    capsys.readouterr()
+    names = {}
+    exec(documented(word), names)
+    if word == "onnxruntime":
+        sampling = Sampling(max_new_tokens=100, temperature=0)
+        written = generate(net, torch.tensor([tokenizer.encode("ROMEO:")]), sampling)
+        assert capsys.readouterr().out == tokenizer.decode(written[0].tolist()) + "\n"
+    else:
+        assert names["logits"].shape == (1, 3, tokenizer.vocab_size)
+
+
+def test_what_travels_along(tokenizer):
+    about = labels(Model(Bigram(9, BLOCK), CharTokenizer("ab\n", end_of_text=True), {}, {}, 0))
+    assert {name: json.loads(value) for name, value in about.items() if name != "tokenizer.json"} == {
+        "vocab_size": 9,
+        "block_size": BLOCK,
+        "start": 3,
+        "end": 3,
+        "slides": True,
+    }
+    assert json.loads(about["tokenizer.json"])["added_tokens"] == [], "no text gives the end of a document"
+    about = labels(Model(build("gpt2", tokenizer), tokenizer, {}, {}, 0))
+    assert [json.loads(about[name]) for name in ("start", "end", "slides")] == [*tokenizer.encode("\n"), None, False]
 
 
 def test_a_failed_export_leaves_nothing(tokenizer, tmp_path, monkeypatch, capsys):

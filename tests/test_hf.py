@@ -6,7 +6,7 @@ import random
 
 import pytest
 import torch
-from exporting import BLOCK, HOSTILE, ONE_OF_EACH, SIZES, in_small, make, save, shipped
+from exporting import BLOCK, HOSTILE, ONE_OF_EACH, SIZES, documented, in_small, make, save, shipped
 
 from lmlight.data import corpus
 from lmlight.data.tokenizer import TokenizerConfig
@@ -161,6 +161,28 @@ def test_the_pipeline_runs(tokenizers, tmp_path, capsys):
     assert len(written["generated_text"]) > 20
     begun = pipe.model.generate(max_new_tokens=3)  # of nothing: as ours, after a line's end
     assert tokenizers["unigram"].decode(begun[0].tolist()).startswith("\n")
+
+
+def test_what_the_page_tells_to_type_runs(tokenizers, tmp_path, capsys):
+    net = make(tokenizers["unigram"], {})
+    command.export(["hf", save(tmp_path / "x.ckpt", net, tokenizers["unigram"]), "verse-model"])
+    capsys.readouterr()
+    exec(documented("pipeline("), {})
+    assert capsys.readouterr().out.startswith("ROMEO:")
+
+
+@pytest.mark.parametrize("kind", ["unigram", "bpe", "char"])
+def test_the_end_of_a_document_ends_a_text_there_too(kind, verse, tmp_path):
+    ours = TokenizerConfig(kind, 500).train(verse + "<|endoftext|>", end_of_text=True)
+    end = ours.end_of_text
+    command.export(["hf", save(tmp_path / "x.ckpt", make(ours, {}), ours), "out"])
+    config = transformers.GenerationConfig.from_pretrained("out")
+    assert (config.bos_token_id, config.eos_token_id) == (end, end)
+    theirs, text = transformers.AutoTokenizer.from_pretrained("out"), "MIRA:<|endoftext|>\n"
+    assert len(theirs) == ours.vocab_size
+    assert theirs(text)["input_ids"] == ours.encode(text), "its name in a text stays text"
+    assert end not in ours.encode(text)
+    assert theirs.decode([*ours.encode("MIRA:"), end], skip_special_tokens=True) == "MIRA:"
 
 
 def test_the_card_says_what_it_is(tokenizers, tmp_path):

@@ -28,17 +28,16 @@ async function load(name, bytes) {
 async function show() {
   const mine = ++wanted;
   const began = performance.now();
-  let [count, shown] = [0, began];
+  let shown = began;
   stop.disabled = false;
   written.textContent = "";
   prompted.textContent = prompt.value;
   try {
-    for await (const text of model.write(prompt.value, tokens.valueAsNumber, temperature.valueAsNumber, seed.valueAsNumber)) {
+    for await (const ids of model.write(prompt.value, tokens.valueAsNumber, temperature.valueAsNumber, seed.valueAsNumber)) {
       if (mine !== wanted) return;
-      count += 1;
-      written.textContent = text;
+      written.textContent = model.decode(ids);
       const now = performance.now();
-      say(`${count} tokens, ${Math.round((1000 * count) / (now - began))} a second`);
+      say(`${ids.length} tokens, ${Math.round((1000 * ids.length) / (now - began))} a second`);
       if (now - shown > 30) {
         await new Promise((next) => setTimeout(next)); // the page is drawn, and clicks are heard
         shown = performance.now();

@@ -53,8 +53,8 @@ export class Model {
   }
 
   /**
-   * Continues a prompt; yields what has been written so far, without the prompt, after each token. A character that is
-   * half written is U+FFFD until its other bytes come.
+   * Continues a prompt; yields after each token the ids written so far. Decoded, a character that is half written is
+   * U+FFFD until its other bytes come.
    *
    * @param {string} prompt - What is continued. An empty one begins a document, or a line.
    * @param {number} maxNewTokens - Tokens added to it.
@@ -83,7 +83,7 @@ export class Model {
       [past, fresh] = [present, [id]];
       ids.push(id);
       written.push(id);
-      yield this.decode(written);
+      yield written;
     }
   }
 
