@@ -143,7 +143,8 @@ def test_what_the_page_tells_to_type_runs(word, module, words, tokenizer, tmp_pa
     if word == "onnxruntime":
         sampling = Sampling(max_new_tokens=100, temperature=0)
         written = generate(net, torch.tensor([tokenizer.encode("ROMEO:")]), sampling)
-        assert capsys.readouterr().out == tokenizer.decode(written[0].tolist()) + "\n"
+        assert names["ids"] == written[0].tolist()
+        assert capsys.readouterr().out.startswith("ROMEO:")
     else:
         assert names["logits"].shape == (1, 3, tokenizer.vocab_size)
 
