@@ -177,3 +177,18 @@ def test_a_failed_export_leaves_nothing(tokenizer, tmp_path, monkeypatch, capsys
     assert command.export(["torch", path, "x.ckpt"]) == 2
     assert "--force" in capsys.readouterr().err
     assert checkpoint.is_intact(tmp_path / "x.ckpt")
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no limits on a process's files")
+def test_a_disk_that_fills_up_is_one_line(tokenizer, tmp_path):
+    save(tmp_path / "x.ckpt", build("bigram", tokenizer), tokenizer)
+    code = """if True:
+        import resource, sys
+        resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
+        from lmlight.interchange import command
+        sys.exit(command.export(["torch", "x.ckpt", "x.pt2"]))
+        """
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=100)
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
+    assert "x.pt2' cannot be written (File too large)" in done.stderr
+    assert [entry.name for entry in tmp_path.iterdir()] == ["x.ckpt"]
