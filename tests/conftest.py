@@ -1,4 +1,4 @@
-"""What every test has: one quiet thread, a folder of its own, and a small play that nobody wrote."""
+"""What every test has: one quiet thread, a folder of its own, a small play that nobody wrote; and a browser for some."""
 
 import os
 
@@ -89,3 +89,22 @@ def verse_file(tmp_path, verse):
     path = tmp_path / "verse.txt"
     path.write_bytes(verse.encode())
     return path
+
+
+@pytest.fixture(scope="session")
+def browser():
+    """Chromium without a window, which the tests marked `browser` look through."""
+    from selenium import webdriver
+    from selenium.webdriver.chrome.service import Service
+
+    options = webdriver.ChromeOptions()
+    options.binary_location = shutil.which("chromium") or shutil.which("google-chrome") or ""
+    for flag in ("headless=new", "no-sandbox", "disable-gpu", "no-first-run", "window-size=1400,1100"):
+        options.add_argument(f"--{flag}")
+    # nothing but the page that is asked for is to be fetched
+    for flag in ("disable-background-networking", "disable-component-update", "disable-sync", "disable-quic"):
+        options.add_argument(f"--{flag}")
+    options.add_argument("--enable-unsafe-swiftshader")  # the Projector draws in three dimensions, without a GPU
+    driver = webdriver.Chrome(options=options, service=Service(shutil.which("chromedriver")))
+    yield driver
+    driver.quit()

@@ -6,11 +6,11 @@ import urllib.request
 
 import pytest
 import torch
-from test_hf import HOSTILE, LAYERNORM, make, save
+from exporting import HOSTILE, LAYERNORM, in_small, make, save, shipped
 
+from lmlight.__main__ import main
 from lmlight.data.tokenizer import TokenizerConfig
 from lmlight.generation import Sampling, generate
-from lmlight.interchange import command
 from lmlight.models import GPT2, LLAMA, Bigram
 
 xllamacpp = pytest.importorskip("xllamacpp", reason="needs the extra `engines`")
@@ -76,10 +76,23 @@ def nats(ids, rows):
 
 @pytest.mark.parametrize("name", ONE_OF_EACH)
 def test_one_of_each_architecture_says_the_same(name, tokenizers, tmp_path, verse):
-    tokenizer = tokenizers["unigram"]
-    net = make(tokenizer, ONE_OF_EACH[name], BLOCK)
-    assert command.export(["gguf", save(tmp_path / "x.ckpt", net, tokenizer), "x.gguf"]) == 0
-    engine, ids = Engine(tmp_path / "x.gguf"), tokenizer.encode(verse)[:24]
+    says_the_same(make(tokenizers["unigram"], ONE_OF_EACH[name], BLOCK), tokenizers["unigram"], verse, tmp_path)
+
+
+@pytest.mark.parametrize("name", shipped("Transformer"))
+def test_every_shipped_transformer_exports(name, tmp_path, verse):
+    says_the_same(*in_small(name, verse, BLOCK), verse, tmp_path)
+
+
+@pytest.mark.parametrize("name", shipped("Bigram"))
+def test_shipped_tables_say_why_they_do_not(name, tmp_path, verse, capsys):
+    assert main(["export", "gguf", save(tmp_path / "x.ckpt", *in_small(name, verse)), "x.gguf"]) == 2
+    assert "a Bigram has no stock architecture" in capsys.readouterr().err
+
+
+def says_the_same(net, tokenizer, text, tmp_path):
+    assert main(["export", "gguf", save(tmp_path / "x.ckpt", net, tokenizer), "x.gguf"]) == 0
+    engine, ids = Engine(tmp_path / "x.gguf"), tokenizer.encode(text)[:24]
     written = generate(net, torch.tensor([ids]), Sampling(max_new_tokens=BLOCK - len(ids), temperature=0))[0].tolist()
     theirs = ids + engine.greedy(ids, BLOCK - len(ids))
     with torch.no_grad():
@@ -100,8 +113,8 @@ def test_less_precise_files_are_smaller_and_nearly_as_good(precision, tolerance,
     tokenizer = tokenizers["unigram"]
     net = make(tokenizer, {}, BLOCK)
     path = save(tmp_path / "x.ckpt", net, tokenizer)
-    assert command.export(["gguf", path, "full.gguf"]) == 0
-    assert command.export(["gguf", path, "x.gguf", "--precision", precision]) == 0
+    assert main(["export", "gguf", path, "full.gguf"]) == 0
+    assert main(["export", "gguf", path, "x.gguf", "--precision", precision]) == 0
     assert (tmp_path / "x.gguf").stat().st_size < (tmp_path / "full.gguf").stat().st_size * 0.7
     engine, ids = Engine(tmp_path / "x.gguf"), tokenizer.encode(verse)[:24]
     with torch.no_grad():
@@ -113,7 +126,7 @@ def test_less_precise_files_are_smaller_and_nearly_as_good(precision, tolerance,
 @pytest.mark.parametrize("kind", ["unigram", "bpe"])
 def test_ids_are_the_same(kind, tokenizers, tmp_path, verse):
     ours = tokenizers[kind]
-    command.export(["gguf", save(tmp_path / "x.ckpt", make(ours, {}, BLOCK), ours), "x.gguf"])
+    assert main(["export", "gguf", save(tmp_path / "x.ckpt", make(ours, {}, BLOCK), ours), "x.gguf"]) == 0
     engine = Engine(tmp_path / "x.gguf")
     for text in (verse, *HOSTILE):
         # ▁ is a space there; a unigram has no bytes there, so what was not seen in training is <unk>
@@ -131,6 +144,6 @@ def test_what_llama_cpp_does_not_have_is_named(tokenizers, tmp_path, capsys):
         ("this net has mlp relu2, and gelu would fit", make(unigram, {**GPT2, "mlp": "relu2"}), unigram),
         ("a Bigram has no stock architecture", Bigram(unigram.vocab_size, 8), unigram),
     ):
-        assert command.export(["gguf", save(tmp_path / "x.ckpt", net, tokenizer), "x.gguf"]) == 2
+        assert main(["export", "gguf", save(tmp_path / "x.ckpt", net, tokenizer), "x.gguf"]) == 2
         assert says in capsys.readouterr().err
         assert [entry.name for entry in tmp_path.iterdir()] == ["x.ckpt"]

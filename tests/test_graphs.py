@@ -1,17 +1,20 @@
 """Nets as graphs for torch alone and for onnxruntime: the same logits at any size, and nothing of this machine in them."""
 
+import json
 import subprocess
 import sys
 
 import numpy as np
 import pytest
 import torch
-from test_hf import make, save
+from exporting import documented, in_small, make, save, shipped
 
 from lmlight import checkpoint
-from lmlight.data.tokenizer import TokenizerConfig
+from lmlight.__main__ import main
+from lmlight.data.tokenizer import CharTokenizer, TokenizerConfig
 from lmlight.generation import Sampling, generate
-from lmlight.interchange import command
+from lmlight.interchange.graph import labels
+from lmlight.interchange.model import Model
 from lmlight.models import GPT2, LLAMA, Bigram, Transformer
 
 BLOCK = 16
@@ -46,7 +49,7 @@ def build(name, tokenizer, block_size=BLOCK):
 @pytest.mark.parametrize("name", ["default", "none-has-it", "bigram"])
 def test_torch_alone_gives_the_same_logits(name, tokenizer, tmp_path):
     net = build(name, tokenizer, 300)  # positions: beyond 256 our attention takes another path
-    assert command.export(["torch", save(tmp_path / "x.ckpt", net, tokenizer), "x.pt2"]) == 0
+    assert main(["export", "torch", save(tmp_path / "x.ckpt", net, tokenizer), "x.pt2"]) == 0
     code = """if True:
         import sys
         sys.modules["lmlight"] = None  # importing it is an error
@@ -76,11 +79,20 @@ def is_free_of_us(path):
 @pytest.mark.filterwarnings("ignore:vocab_size")
 @pytest.mark.parametrize("name", [*NETS, "bigram"])
 def test_onnxruntime_gives_the_same_logits_whole_and_in_steps(name, tokenizer, tmp_path, capfd):
+    runs_in_onnxruntime(build(name, tokenizer), tokenizer, tmp_path, capfd)
+
+
+@pytest.mark.filterwarnings("ignore:vocab_size")
+@pytest.mark.parametrize("name", [*shipped("Transformer"), *shipped("Bigram")])
+def test_every_shipped_net_runs_in_onnxruntime(name, tmp_path, verse, capfd):
+    runs_in_onnxruntime(*in_small(name, verse, BLOCK), tmp_path, capfd)
+
+
+def runs_in_onnxruntime(net, tokenizer, tmp_path, capfd):
     pytest.importorskip("onnxscript", reason="needs the extra `engines`")
     onnxruntime = pytest.importorskip("onnxruntime", reason="needs the extra `engines`")
-    net = build(name, tokenizer)
     path = save(tmp_path / "x.ckpt", net, tokenizer)
-    assert command.export(["onnx", path, "x.onnx"]) == 0
+    assert main(["export", "onnx", path, "x.onnx"]) == 0
     assert capfd.readouterr() == ("Wrote x.onnx\n", "")
     assert {entry.name for entry in tmp_path.iterdir()} == {"x.ckpt", "x.onnx"}, "weights included"
     assert is_free_of_us(tmp_path / "x.onnx")
@@ -113,17 +125,70 @@ def test_onnxruntime_gives_the_same_logits_whole_and_in_steps(name, tokenizer, t
             logits, past = run(token.view(1, 1), past[..., -(BLOCK - 1) :, :])
 
 
+@pytest.mark.filterwarnings("ignore:vocab_size")
+@pytest.mark.parametrize(
+    ("word", "module", "words"),
+    [
+        ("onnxruntime", "onnxruntime", ["onnx", "verse.onnx"]),
+        ("torch.export", "torch", ["torch", "verse.pt2"]),
+    ],
+)
+def test_what_the_page_tells_to_type_runs(word, module, words, tokenizer, tmp_path, capsys):
+    pytest.importorskip(module, reason="needs the extra `engines`")
+    net = build("default", tokenizer)
+    assert main(["export", words[0], save(tmp_path / "x.ckpt", net, tokenizer), words[1]]) == 0
+    capsys.readouterr()
+    names = {}
+    exec(documented(word), names)
+    if word == "onnxruntime":
+        sampling = Sampling(max_new_tokens=100, temperature=0)
+        written = generate(net, torch.tensor([tokenizer.encode("ROMEO:")]), sampling)
+        assert names["ids"] == written[0].tolist()
+        assert capsys.readouterr().out.startswith("ROMEO:")
+    else:
+        assert names["logits"].shape == (1, 3, tokenizer.vocab_size)
+
+
+def test_what_travels_along(tokenizer):
+    about = labels(Model(Bigram(9, BLOCK), CharTokenizer("ab\n", end_of_text=True), {}, {}, 0))
+    assert {name: json.loads(value) for name, value in about.items() if name != "tokenizer.json"} == {
+        "vocab_size": 9,
+        "block_size": BLOCK,
+        "start": 3,
+        "end": 3,
+        "slides": True,
+    }
+    assert json.loads(about["tokenizer.json"])["added_tokens"] == [], "no text gives the end of a document"
+    about = labels(Model(build("gpt2", tokenizer), tokenizer, {}, {}, 0))
+    assert [json.loads(about[name]) for name in ("start", "end", "slides")] == [*tokenizer.encode("\n"), None, False]
+
+
 def test_a_failed_export_leaves_nothing(tokenizer, tmp_path, monkeypatch, capsys):
     path = save(tmp_path / "x.ckpt", build("bigram", tokenizer), tokenizer)
     monkeypatch.setitem(sys.modules, "onnxscript", None)
-    assert command.export(["onnx", path, "x.onnx"]) == 2
+    assert main(["export", "onnx", path, "x.onnx"]) == 2
     assert "pip install 'lmlight[onnx]'" in capsys.readouterr().err
     monkeypatch.setattr(
         torch.export, "save", lambda *args, **kwargs: exec("raise OSError(28, 'No space left on device')")
     )
-    assert command.export(["torch", path, "x.pt2"]) == 2
+    assert main(["export", "torch", path, "x.pt2"]) == 2
     assert "'" + str(tmp_path / "x.pt2") + "' cannot be written (No space left on device)" in capsys.readouterr().err
     assert [entry.name for entry in tmp_path.iterdir()] == ["x.ckpt"]
-    assert command.export(["torch", path, "x.ckpt"]) == 2
+    assert main(["export", "torch", path, "x.ckpt"]) == 2
     assert "--force" in capsys.readouterr().err
     assert checkpoint.is_intact(tmp_path / "x.ckpt")
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no limits on a process's files")
+def test_a_disk_that_fills_up_is_one_line(tokenizer, tmp_path):
+    save(tmp_path / "x.ckpt", build("bigram", tokenizer), tokenizer)
+    code = """if True:
+        import resource, sys
+        resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
+        from lmlight.__main__ import main
+        sys.exit(main(["export", "torch", "x.ckpt", "x.pt2"]))
+        """
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=100)
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
+    assert "x.pt2' cannot be written (File too large)" in done.stderr
+    assert [entry.name for entry in tmp_path.iterdir()] == ["x.ckpt"]

@@ -3,67 +3,23 @@
 import itertools
 import json
 import random
-from pathlib import Path
 
 import pytest
 import torch
-import yaml
+from exporting import BLOCK, HOSTILE, ONE_OF_EACH, SIZES, documented, in_small, make, save, shipped
 
-from lmlight import checkpoint
+from lmlight.__main__ import main
 from lmlight.data import corpus
 from lmlight.data.tokenizer import TokenizerConfig
 from lmlight.errors import UserError
 from lmlight.generation import Sampling, generate
-from lmlight.interchange import command, hf
+from lmlight.interchange import hf
 from lmlight.interchange.architectures import Misfit, architecture_of, stock
 from lmlight.interchange.model import Model
-from lmlight.models import GPT2, LLAMA, Bigram, Transformer
+from lmlight.models import Bigram
 
 transformers = pytest.importorskip("transformers", reason="needs the extra `engines`")
 pytestmark = pytest.mark.filterwarnings("ignore:vocab_size")
-
-CONFIGS = Path(__file__).parents[1] / "configs"
-BLOCK = 32
-SIZES = {"n_layer": 2, "n_head": 4, "n_embd": 32}
-LAYERNORM = {"norm": "layernorm", "qk_norm": False}
-ONE_OF_EACH = {
-    "qwen3": {},
-    "mistral": LLAMA,
-    "llama": {**LLAMA, "bias": True, "n_kv_head": 2},
-    "arcee": {"qk_norm": False, "mlp": "gelu", "tie": True},
-    "starcoder2": {**LAYERNORM, "mlp": "relu2"},
-    "stablelm": {**LAYERNORM, "mlp": "swiglu"},
-    "gpt2": GPT2,
-}
-HOSTILE = [
-    "",
-    "\n",
-    "\n\n\n a\n",
-    "  leading and  double  spaces ",
-    "<s></s><unk><pad><0x41><0xE2>",
-    "\u2581\u2581 a\u2581b \u2581",
-    "日本語 🙂 é n\u0303 \u200b\ufeff\ufffd",
-    "\t\r\n\x00\x01\x7f\x85\u2028",
-    "~@#{}[]^|\\`",
-    " " * 30,
-    "a" * 100 + "o" * 101,
-]
-
-
-def make(tokenizer, options, block_size=BLOCK):
-    torch.manual_seed(0)
-    net = Transformer(tokenizer.vocab_size, block_size, **{**SIZES, **options}).eval()
-    for name, parameter in net.named_parameters():  # away from the initial zeros and ones, where much goes unnoticed
-        parameter.data.add_(torch.randn_like(parameter) * (0.3 if "norm" in name or "bias" in name else 0.1))
-    return net
-
-
-def save(path, net, tokenizer, **more):
-    settings = {"data": {"corpus": "somewhere/verse.txt"}, "model": {"sampling": {"temperature": 0.8}}}
-    state = {f"net.{k}": v for k, v in net.state_dict().items()}
-    content = {"state_dict": state, checkpoint.KEY: checkpoint.describe(net, tokenizer, settings), **more}
-    checkpoint.write(content, path)
-    return str(path)
 
 
 @pytest.fixture(scope="module")
@@ -80,12 +36,18 @@ def _offline(monkeypatch):
 def test_one_of_each_architecture_opens_as_stock(architecture, options, tokenizers, tmp_path, verse):
     tokenizer = tokenizers["unigram"]
     net = make(tokenizer, options)
-    assert command.export(["hf", save(tmp_path / "x.ckpt", net, tokenizer), "out"]) == 0
+    assert architecture_of(net) == architecture
+    opens_as_stock(net, tokenizer, verse, tmp_path)
+
+
+def opens_as_stock(net, tokenizer, text, tmp_path):
+    assert main(["export", "hf", save(tmp_path / "x.ckpt", net, tokenizer), "out"]) == 0
     theirs, loading = transformers.AutoModelForCausalLM.from_pretrained("out", output_loading_info=True)
     assert not any(loading.values()), "each weight has its place, and each place its weight"
-    assert theirs.config.model_type == architecture
+    assert theirs.config.model_type == architecture_of(net)
     assert type(theirs).__module__.startswith("transformers.")
-    idx = torch.tensor(tokenizer.encode(verse)[: 4 * BLOCK]).view(4, BLOCK)
+    assert transformers.AutoTokenizer.from_pretrained("out")(text)["input_ids"] == tokenizer.encode(text)
+    idx = torch.tensor(tokenizer.encode(text)[: 4 * BLOCK]).view(4, BLOCK)
     with torch.no_grad():
         torch.testing.assert_close(theirs(idx).logits, net(idx), atol=1e-4, rtol=0)
     written = generate(net, idx[:1, :7], Sampling(max_new_tokens=BLOCK - 7, temperature=0))
@@ -95,7 +57,7 @@ def test_one_of_each_architecture_opens_as_stock(architecture, options, tokenize
 @pytest.mark.parametrize("architecture", ["qwen3", "mistral", "starcoder2"])
 def test_beyond_the_block_a_window_slides_as_ours(architecture, tokenizers, tmp_path):
     net = make(tokenizers["unigram"], ONE_OF_EACH[architecture])
-    command.export(["hf", save(tmp_path / "x.ckpt", net, tokenizers["unigram"]), "out"])
+    assert main(["export", "hf", save(tmp_path / "x.ckpt", net, tokenizers["unigram"]), "out"]) == 0
     theirs = transformers.AutoModelForCausalLM.from_pretrained("out")
     prompt = torch.arange(270, 280)[None]
     written = generate(net, prompt, Sampling(max_new_tokens=200, temperature=0))
@@ -136,13 +98,18 @@ def test_every_combination_exports_exactly_or_says_what_would(tokenizers):
     assert exported == 60, "of 192"
 
 
-@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.name)
-def test_every_shipped_transformer_exports(path):
-    net = yaml.safe_load(path.read_text()).get("model", {}).get("net", {"class_path": "Transformer"})
-    if net["class_path"] == "Transformer":
-        with torch.device("meta"):
-            made = Transformer(vocab_size=64, block_size=8, **net.get("init_args", {}))
-        assert architecture_of(made) in ("qwen3", "gpt2")
+@pytest.mark.filterwarnings("ignore:vocab_size")
+@pytest.mark.parametrize("name", shipped("Transformer"))
+def test_every_shipped_transformer_exports(name, tmp_path, verse):
+    net, tokenizer = in_small(name, verse)
+    opens_as_stock(net, tokenizer, verse, tmp_path)
+
+
+@pytest.mark.parametrize("name", shipped("Bigram"))
+def test_shipped_tables_say_why_they_do_not(name, tmp_path, verse, capsys):
+    net, tokenizer = in_small(name, verse)
+    assert main(["export", "hf", save(tmp_path / "x.ckpt", net, tokenizer), "out"]) == 2
+    assert "a Bigram has no stock architecture" in capsys.readouterr().err
 
 
 def test_following_the_advice_ends_at_a_net_that_exports():
@@ -158,7 +125,7 @@ def test_following_the_advice_ends_at_a_net_that_exports():
 @pytest.mark.parametrize("kind", ["unigram", "bpe", "char"])
 def test_ids_are_the_same_for_any_text(kind, tokenizers, tmp_path, verse):
     ours = tokenizers[kind]
-    command.export(["hf", save(tmp_path / "x.ckpt", make(ours, {}), ours), "out"])
+    assert main(["export", "hf", save(tmp_path / "x.ckpt", make(ours, {}), ours), "out"]) == 0
     theirs = transformers.AutoTokenizer.from_pretrained("out")
     assert len(theirs) == ours.vocab_size
     draw = random.Random(0)
@@ -182,19 +149,41 @@ def test_ids_are_the_same_for_all_of_shakespeare(tmp_path):
     text = corpus.load("tinyshakespeare").text
     for config in (TokenizerConfig(), TokenizerConfig("bpe"), TokenizerConfig("char")):
         ours = config.train(text[: len(text) * 9 // 10])
-        command.export(["hf", save(tmp_path / "x.ckpt", make(ours, {}), ours), "out", "--force"])
+        assert main(["export", "hf", save(tmp_path / "x.ckpt", make(ours, {}), ours), "out", "--force"]) == 0
         assert transformers.AutoTokenizer.from_pretrained("out")(text)["input_ids"] == ours.encode(text)
 
 
 def test_the_pipeline_runs(tokenizers, tmp_path, capsys):
     net = make(tokenizers["unigram"], {})
-    command.export(["hf", save(tmp_path / "x.ckpt", net, tokenizers["unigram"]), "out"])
+    assert main(["export", "hf", save(tmp_path / "x.ckpt", net, tokenizers["unigram"]), "out"]) == 0
     pipe = transformers.pipeline("text-generation", "out")
     (written,) = pipe("MIRA:\n  ", max_new_tokens=50)
     assert written["generated_text"].startswith("MIRA:\n  ")
     assert len(written["generated_text"]) > 20
     begun = pipe.model.generate(max_new_tokens=3)  # of nothing: as ours, after a line's end
     assert tokenizers["unigram"].decode(begun[0].tolist()).startswith("\n")
+
+
+def test_what_the_page_tells_to_type_runs(tokenizers, tmp_path, capsys):
+    net = make(tokenizers["unigram"], {})
+    assert main(["export", "hf", save(tmp_path / "x.ckpt", net, tokenizers["unigram"]), "verse-model"]) == 0
+    capsys.readouterr()
+    exec(documented("pipeline("), {})
+    assert capsys.readouterr().out.startswith("ROMEO:")
+
+
+@pytest.mark.parametrize("kind", ["unigram", "bpe", "char"])
+def test_the_end_of_a_document_ends_a_text_there_too(kind, verse, tmp_path):
+    ours = TokenizerConfig(kind, 500).train(verse + "<|endoftext|>", end_of_text=True)
+    end = ours.end_of_text
+    assert main(["export", "hf", save(tmp_path / "x.ckpt", make(ours, {}), ours), "out"]) == 0
+    config = transformers.GenerationConfig.from_pretrained("out")
+    assert (config.bos_token_id, config.eos_token_id) == (end, end)
+    theirs, text = transformers.AutoTokenizer.from_pretrained("out"), "MIRA:<|endoftext|>\n"
+    assert len(theirs) == ours.vocab_size
+    assert theirs(text)["input_ids"] == ours.encode(text), "its name in a text stays text"
+    assert end not in ours.encode(text)
+    assert theirs.decode([*ours.encode("MIRA:"), end], skip_special_tokens=True) == "MIRA:"
 
 
 def test_the_card_says_what_it_is(tokenizers, tmp_path):
@@ -206,7 +195,7 @@ def test_the_card_says_what_it_is(tokenizers, tmp_path):
         global_step=9,
         callbacks={"LearningCurve": {"rows": rows}},
     )
-    assert command.export(["hf", path, "out", "--licence", "cc0-1.0"]) == 0
+    assert main(["export", "hf", path, "out", "--licence", "cc0-1.0"]) == 0
     card = (tmp_path / "out" / "README.md").read_text()
     for part in ("license: cc0-1.0", "| nats per character | 1.5000 |", "at step 9:", "model of verse.txt", "qwen3"):
         assert part in card
@@ -227,7 +216,7 @@ def test_what_cannot_be_exported_says_why_and_leaves_nothing(tokenizers, tmp_pat
         "no checkpoint at": "nowhere.ckpt",
     }
     for says, path in cases.items():
-        assert command.export(["hf", path, "out"]) == 2
+        assert main(["export", "hf", path, "out"]) == 2
         out, err = capsys.readouterr()
         assert out == ""
         assert err.count("\n") == 1
@@ -238,15 +227,15 @@ def test_what_cannot_be_exported_says_why_and_leaves_nothing(tokenizers, tmp_pat
 def test_nothing_is_overwritten_without_leave(tokenizers, tmp_path, capsys):
     path = save(tmp_path / "x.ckpt", make(tokenizers["char"], {}), tokenizers["char"])
     (tmp_path / "out").mkdir()
-    assert command.export(["hf", path, "out"]) == 0, "an empty folder is nothing"
-    assert command.export(["hf", path, "out"]) == 2
+    assert main(["export", "hf", path, "out"]) == 0, "an empty folder is nothing"
+    assert main(["export", "hf", path, "out"]) == 2
     assert "--force" in capsys.readouterr().err
-    assert command.export(["hf", path, "out", "--force"]) == 0
+    assert main(["export", "hf", path, "out", "--force"]) == 0
     (tmp_path / "out" / "thesis.tex").write_text("years of work")
-    assert command.export(["hf", path, "out", "--force"]) == 2
+    assert main(["export", "hf", path, "out", "--force"]) == 2
     assert "holds 'thesis.tex', which no export wrote" in capsys.readouterr().err
     assert (tmp_path / "out" / "thesis.tex").exists()
-    assert command.export(["hf", path, "x.ckpt", "--force"]) == 2
+    assert main(["export", "hf", path, "x.ckpt", "--force"]) == 2
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["out", "x.ckpt"]
 
 
@@ -254,6 +243,6 @@ def test_a_missing_package_is_named_with_its_extra(tokenizers, tmp_path, monkeyp
     path = save(tmp_path / "x.ckpt", make(tokenizers["char"], {}), tokenizers["char"])
     monkeypatch.setitem(__import__("sys").modules, "safetensors.torch", None)
     monkeypatch.setitem(__import__("sys").modules, "safetensors", None)
-    assert command.export(["hf", path, "out"]) == 2
+    assert main(["export", "hf", path, "out"]) == 2
     assert "pip install 'lmlight[hf]'" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()

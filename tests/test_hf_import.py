@@ -6,12 +6,12 @@ import json
 import pytest
 import sentencepiece as spm
 import torch
-from test_hf import ONE_OF_EACH, make, save
+from exporting import ONE_OF_EACH, make, save
 
 from lmlight import checkpoint, cli
+from lmlight.__main__ import main
 from lmlight.data.tokenizer import TokenizerConfig
 from lmlight.generation import Sampling, generate
-from lmlight.interchange import command
 from lmlight.interchange.model import Model
 
 transformers = pytest.importorskip("transformers", reason="needs the extra `engines`")
@@ -66,9 +66,9 @@ def foreign(tmp_path, foreign_tokenizer):
 def test_export_import_export_gives_the_same_bytes(architecture, tmp_path, verse):
     tokenizer = TokenizerConfig("unigram", 400).train(verse)
     net = make(tokenizer, ONE_OF_EACH[architecture])
-    assert command.export(["hf", save(tmp_path / "a.ckpt", net, tokenizer), "a"]) == 0
-    assert command.import_(["hf", "a", "b.ckpt"]) == 0
-    assert command.export(["hf", "b.ckpt", "b"]) == 0
+    assert main(["export", "hf", save(tmp_path / "a.ckpt", net, tokenizer), "a"]) == 0
+    assert main(["import", "hf", "a", "b.ckpt"]) == 0
+    assert main(["export", "hf", "b.ckpt", "b"]) == 0
     for name in ("model.safetensors", "tokenizer.json", "tokenizer.model", "config.json", "tokenizer_config.json"):
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes(), name
     again = Model.read(tmp_path / "b.ckpt")
@@ -89,7 +89,7 @@ def test_export_import_export_gives_the_same_bytes(architecture, tmp_path, verse
 )
 def test_a_foreign_net_says_the_same(kind, options, foreign, tmp_path):
     theirs = foreign(kind, **options)
-    assert command.import_(["hf", "theirs", "ours.ckpt"]) == 0
+    assert main(["import", "hf", "theirs", "ours.ckpt"]) == 0
     ours = Model.read(tmp_path / "ours.ckpt").net
     assert ours.block_size == options.get("sliding_window", 32)
     idx = torch.randint(440, (2, ours.block_size))
@@ -98,14 +98,14 @@ def test_a_foreign_net_says_the_same(kind, options, foreign, tmp_path):
         # and so does the path of one token, and what is exported again
         cached = generate(ours, idx[:, :4], Sampling(max_new_tokens=8, temperature=0))
         assert cached[0, 4] == ours(idx[:1, :4])[0, -1].argmax()
-        assert command.export(["hf", "ours.ckpt", "again"]) == 0
+        assert main(["export", "hf", "ours.ckpt", "again"]) == 0
         again = transformers.AutoModelForCausalLM.from_pretrained("again")
         torch.testing.assert_close(ours(idx), again(idx).logits, atol=1e-4, rtol=0)
 
 
 def test_a_foreign_tokenizer_becomes_lossless_with_the_same_pieces(foreign, tmp_path, foreign_tokenizer, capsys):
     foreign()
-    assert command.import_(["hf", "theirs", "ours.ckpt"]) == 0
+    assert main(["import", "hf", "theirs", "ours.ckpt"]) == 0
     out = capsys.readouterr().out
     assert "no longer puts a space before a text" in out
     assert "8 of 448 tokens are not in tokenizer.model" in out
@@ -120,7 +120,7 @@ def test_a_foreign_tokenizer_becomes_lossless_with_the_same_pieces(foreign, tmp_
 
 def test_an_imported_net_is_one_to_go_on_with(foreign, tmp_path, verse_file, capsys):
     foreign()
-    assert command.import_(["hf", "theirs", "ours.ckpt"]) == 0
+    assert main(["import", "hf", "theirs", "ours.ckpt"]) == 0
     prompts = ["--data.prompts=[MIRA]", "--model.sampling.max_new_tokens=5"]
     assert cli.main(["predict", "--ckpt_path=ours.ckpt", *prompts]) == 0
     few = ["--trainer.max_steps=2", "--trainer.val_check_interval=2", f"--data.corpus={verse_file}"]
@@ -143,7 +143,7 @@ def test_what_cannot_be_read_is_named(foreign, tmp_path, capsys):
     config = (theirs / "config.json").read_text()
 
     def refused(says):
-        assert command.import_(["hf", "theirs", "x.ckpt"]) == 2
+        assert main(["import", "hf", "theirs", "x.ckpt"]) == 2
         out, err = capsys.readouterr()
         assert out == ""
         assert err.count("\n") == 1
@@ -192,8 +192,8 @@ def test_what_cannot_be_read_is_named(foreign, tmp_path, capsys):
 def test_a_checkpoint_is_not_overwritten_without_leave(foreign, tmp_path, capsys):
     foreign()
     (tmp_path / "x.ckpt").write_text("precious")
-    assert command.import_(["hf", "theirs", "x.ckpt"]) == 2
+    assert main(["import", "hf", "theirs", "x.ckpt"]) == 2
     assert "--force" in capsys.readouterr().err
     assert (tmp_path / "x.ckpt").read_text() == "precious"
-    assert command.import_(["hf", "theirs", "x.ckpt", "--force"]) == 0
+    assert main(["import", "hf", "theirs", "x.ckpt", "--force"]) == 0
     assert Model.read(tmp_path / "x.ckpt").step == 0

@@ -3,7 +3,6 @@
 Needs `pip install -e '.[test,browser]'` and Chromium with its driver (Debian: `apt-get install chromium chromium-driver`).
 """
 
-import shutil
 import time
 
 import pytest
@@ -29,24 +28,6 @@ function walk(node) {
 walk(document.body);
 return words.join('\\n');
 """
-
-
-@pytest.fixture(scope="module")
-def browser():
-    from selenium import webdriver
-    from selenium.webdriver.chrome.service import Service
-
-    options = webdriver.ChromeOptions()
-    options.binary_location = shutil.which("chromium") or shutil.which("google-chrome") or ""
-    for flag in ("headless=new", "no-sandbox", "disable-gpu", "no-first-run", "window-size=1400,1100"):
-        options.add_argument(f"--{flag}")
-    # nothing but the page that is asked for is to be fetched
-    for flag in ("disable-background-networking", "disable-component-update", "disable-sync", "disable-quic"):
-        options.add_argument(f"--{flag}")
-    options.add_argument("--enable-unsafe-swiftshader")  # the Projector draws in three dimensions, without a GPU
-    driver = webdriver.Chrome(options=options, service=Service(shutil.which("chromedriver")))
-    yield driver
-    driver.quit()
 
 
 @pytest.fixture(scope="module")

@@ -75,7 +75,5 @@ def import_(args: Sequence[str]) -> None:
         checkpoints.write(model.content(), file)
     for note in notes:
         print(f"Note: {note}")
-    weights = sum(parameter.numel() for parameter in model.net.parameters())
-    print(
-        f"Wrote {options.checkpoint}: {weights:,} weights. Finetune with `lmlight fit --init_from {options.checkpoint}`"
-    )
+    print(f"Wrote {options.checkpoint}: {model.net.n_weights:,} weights.")
+    print(f"Finetune with `lmlight fit --init_from {options.checkpoint}`")

@@ -159,8 +159,8 @@ def _tokenizer(model: Model) -> dict[str, Any]:
         "token_scores": scores,
         "token_types": types,
         "unk_token_id": unknown,
-        "bos_token_id": unknown if model.newline is None else model.newline,
-        "eos_token_id": unknown,  # texts do not end, and the stock id is an innocent token's
+        "bos_token_id": unknown if model.start is None else model.start,
+        "eos_token_id": unknown if model.end is None else model.end,  # the stock id is an innocent token's
         "pad_token_id": unknown,
         "add_bos_token": False,
         "add_eos_token": False,

@@ -87,13 +87,21 @@ class CachedGraph(nn.Module):
 
 
 def labels(model: Model) -> dict[str, str]:
-    """What travels beside a graph, as JSON: `vocab_size`, `block_size`, `newline` (the id that an empty text follows, or
-    null), and `tokenizer.json`, which Hugging Face's `tokenizers` runs, where the tokenizer is lossless."""
+    """What travels beside a graph, as JSON.
+
+    - `vocab_size`, `block_size`.
+    - `start`: the id that an empty text follows, or null; `end`: the id at which a text ends, or null.
+    - `slides`: whether the oldest of the past may be left out beyond the block; else positions end there.
+    - `tokenizer.json`, which Hugging Face's `tokenizers` runs, where the tokenizer is lossless.
+    """
     found: dict[str, Any] = {
         "vocab_size": model.net.vocab_size,
         "block_size": model.net.block_size,
-        "newline": model.newline,
+        "start": model.start,
+        "end": model.end,
+        "slides": model.net.slides,
     }
     with contextlib.suppress(UserError):  # lossy: no other engine repeats it
-        found["tokenizer.json"] = tokenizer_json(model.tokenizer)
+        # no special tokens, which the library would find in a text that has their names
+        found["tokenizer.json"] = {**tokenizer_json(model.tokenizer), "added_tokens": []}
     return {name: json.dumps(value, ensure_ascii=False) for name, value in found.items()}

@@ -86,8 +86,8 @@ def config_json(model: Model) -> dict[str, Any]:
         "torch_dtype": dtype,
         "dtype": dtype,
         "tie_word_embeddings": ours["tie"],
-        "bos_token_id": model.newline,
-        "eos_token_id": None,  # no text of ours ends; the stock values would stop at an innocent token
+        "bos_token_id": model.start,
+        "eos_token_id": model.end,  # written also where texts do not end: the stock value is an innocent token's
         "pad_token_id": None,
         "initializer_range": 0.02,
         "use_cache": True,
@@ -221,7 +221,7 @@ def _gpt2(net: Net, state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _generation_config(model: Model) -> dict[str, Any]:
-    """The run's own settings of sampling; `generate()` of nothing begins, as ours, after a newline."""
+    """The run's own settings of sampling; `generate()` of nothing begins, as ours, after a line's or a document's end."""
     sampling = model.settings.get("model", {}).get("sampling", {})
     temperature = sampling.get("temperature", 1.0)
     greedy = {"do_sample": False} if temperature == 0 else {"do_sample": True, "temperature": temperature}
@@ -230,8 +230,8 @@ def _generation_config(model: Model) -> dict[str, Any]:
         if sampling.get("min_p"):
             greedy["min_p"] = sampling["min_p"]
     return {
-        "bos_token_id": model.newline,
-        "eos_token_id": None,
+        "bos_token_id": model.start,
+        "eos_token_id": model.end,
         "pad_token_id": None,
         "max_new_tokens": sampling.get("max_new_tokens", 200),
         "repetition_penalty": sampling.get("repetition_penalty", 1.0),
@@ -279,7 +279,7 @@ tags:
 
 # A small language model of {corpus}
 
-{sum(p.numel() for p in net.parameters()):,} weights, trained with lmlight {lmlight.__version__} \
+{net.n_weights:,} weights, trained with lmlight {lmlight.__version__} \
 and exported as `{architecture_of(net)}`.
 
 ```python

@@ -4,15 +4,17 @@ Written by hand, because what converts `.model` files changes the ids of double 
 
 - Pieces are written with spaces in place of SentencePiece's ▁, so that nothing is normalised, and a literal ▁ is a
   character like any other that no piece covers: three bytes, as with us.
-- No token is special. What must never come out of a text (`<s>`, `<0x41>`) scores less than its characters, one by one;
-  for this each ASCII character has an entry: one that the training text lacks takes the place of its byte.
+- The end of a document is the one special token, which who decodes may leave out; `split_special_tokens` in the tokenizer's
+  config keeps transformers from finding it in a text. No other is special: what must never come out of a text (`<s>`,
+  `<0x41>`) scores less than its characters, one by one; for this each ASCII character has an entry: one that the training
+  text lacks takes the place of its byte.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-from lmlight.data.tokenizer import CharTokenizer, SentencePieceTokenizer, Tokenizer
+from lmlight.data.tokenizer import END_OF_TEXT, CharTokenizer, SentencePieceTokenizer, Tokenizer
 from lmlight.errors import UserError
 from lmlight.interchange.vocabulary import UNKNOWN_PENALTY, Vocabulary
 
@@ -41,13 +43,20 @@ def tokenizer_json(tokenizer: Tokenizer) -> dict[str, Any]:
         "version": "1.0",
         "truncation": None,
         "padding": None,
-        "added_tokens": [],
+        "added_tokens": _end_of_text(tokenizer),
         "normalizer": None,
         "pre_tokenizer": None,
         "post_processor": None,
         "decoder": {"type": "Sequence", "decoders": decoders},
         "model": model,
     }
+
+
+def _end_of_text(tokenizer: Tokenizer) -> list[dict[str, Any]]:
+    if tokenizer.end_of_text is None:
+        return []
+    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+    return [{"id": tokenizer.end_of_text, "content": END_OF_TEXT, **flags}]
 
 
 def _unigram(vocabulary: Vocabulary) -> dict[str, Any]:

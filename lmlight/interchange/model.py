@@ -58,16 +58,15 @@ class Model:
         }
 
     @property
-    def newline(self) -> int | None:
-        """The id that an empty text is taken to follow, as `generation.TextStream` does."""
-        ids = self.tokenizer.encode("\n") if self.tokenizer.lossless and self._knows("\n") else []
+    def start(self) -> int | None:
+        """The id that an empty text is taken to follow, as `generation.TextStream` does: a document's end, or a line's."""
+        ids = self.tokenizer.start
         return ids[0] if len(ids) == 1 else None
 
-    def _knows(self, text: str) -> bool:
-        try:
-            return bool(self.tokenizer.encode(text))
-        except UserError:  # a character vocabulary without it
-            return False
+    @property
+    def end(self) -> int | None:
+        """The id that ends a document; None if the tokenizer knows of no documents."""
+        return self.tokenizer.end_of_text
 
 
 def need(extra: str, *modules: str) -> list[ModuleType]:

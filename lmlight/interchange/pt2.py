@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 
 import torch
@@ -24,5 +25,6 @@ def write(model: Model, path: Path) -> None:
         program = torch.export.export(Graph(net).eval(), (example,), dynamic_shapes=dynamic, strict=False)
     for node in program.graph.nodes:  # where on this machine our code lies
         node.meta.pop("stack_trace", None)
-    with path.open("wb") as file:  # whose name need not end in .pt2 yet
-        torch.export.save(program, file, extra_files=labels(model))
+    archive = io.BytesIO()  # on a disk that fills up, what writes archives to files ends the interpreter
+    torch.export.save(program, archive, extra_files=labels(model))
+    path.write_bytes(archive.getvalue())

@@ -1,0 +1,322 @@
+"""The same model in each engine: how large its file is, and how fast one text is written.
+
+    python benchmarks/engines.py --ckpt_path FILE [--rounds 5] [--perplexity] [--json FILE]
+
+A checkpoint is exported to each format, and a prompt continued greedily to the end of the block in each engine (llama.cpp
+goes no further), in alternating rounds of one process, with the same number of threads. Medians are given, and whether the
+tokens are lmlight's. With `--perplexity` both score the validation part of tiny Shakespeare in windows that do not
+overlap, one token shorter than the block, which llama.cpp's server does not fill. The page for browsers is driven where it
+is installed (docs/export.md). Needs `pip install -e '.[engines,browser]'`. Prints Markdown tables.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import functools
+import gc
+import http.client
+import http.server
+import importlib.metadata
+import io
+import json
+import math
+import os
+import platform
+import shutil
+import statistics
+import tempfile
+import threading
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # as `lmlight predict` has it
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import numpy as np
+import onnxruntime
+import torch
+import torch.nn.functional as F
+import transformers
+import xllamacpp
+
+from lmlight import Sampling
+from lmlight.data import corpus
+from lmlight.generation import continue_ids
+from lmlight.interchange import command
+from lmlight.interchange.model import Model
+from lmlight.models.base import Weights
+
+PROMPT = "ROMEO:\nWhat say you"
+ROOT = Path(__file__).parents[1]
+PAGE = ROOT / "examples" / "browser"
+
+Write = Callable[[list[int], int], list[int]]
+"""Continues ids by so many, greedily; the new ones."""
+Run = Callable[[list[int], int], tuple[float, list[int]]]
+"""The same with the seconds it took."""
+
+
+def ours(model: Model, weights: Weights) -> Write:
+    def write(prompt: list[int], new: int) -> list[int]:
+        sampling = Sampling(max_new_tokens=new, temperature=0, weights=weights)
+        return [step.ids[0] for step in continue_ids(model.net, [prompt], sampling, [0])]
+
+    return write
+
+
+def transformers_(folder: Path) -> Write:
+    net = transformers.AutoModelForCausalLM.from_pretrained(folder)
+
+    @torch.inference_mode()
+    def write(prompt: list[int], new: int) -> list[int]:
+        idx = torch.tensor([prompt])
+        options: dict[str, Any] = dict(max_new_tokens=new, do_sample=False, pad_token_id=0)
+        made = net.generate(idx, attention_mask=torch.ones_like(idx), **options)
+        return made[0, len(prompt) :].tolist()
+
+    return write
+
+
+def torch_export(file: Path) -> Write:
+    """It has no cached step: each token is a pass over all that there is."""
+    net = torch.export.load(file).module()
+
+    @torch.inference_mode()
+    def write(prompt: list[int], new: int) -> list[int]:
+        ids = list(prompt)
+        for _ in range(new):
+            ids.append(int(net(torch.tensor([ids]))[0, -1].argmax()))
+        return ids[len(prompt) :]
+
+    return write
+
+
+def onnxruntime_(file: Path, threads: int) -> Write:
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    session = onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
+    n_layer, two, _, heads, _, head_size = session.get_inputs()[1].shape
+
+    def write(prompt: list[int], new: int) -> list[int]:
+        past, fresh, made = np.zeros((n_layer, two, 1, heads, 0, head_size), np.float32), prompt, list[int]()
+        for _ in range(new):
+            logits, past = session.run(None, {"ids": np.array([fresh]), "past": past})
+            fresh = [int(logits[0, -1].argmax())]
+            made += fresh
+        return made
+
+    return write
+
+
+class LlamaCpp:
+    """llama.cpp's server; with `plain`, its cache is float32 and its fused attention off, as our own net counts."""
+
+    def __init__(self, file: Path, context: int, threads: int, plain: bool = False) -> None:
+        params = xllamacpp.CommonParams()
+        params.model.path = str(file)
+        params.n_ctx, params.n_parallel, params.n_gpu_layers = context, 1, 0
+        params.warmup = params.fit_params = False
+        params.verbosity = 0
+        params.cpuparams.n_threads = params.cpuparams_batch.n_threads = threads
+        if plain:
+            params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
+            params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
+        self.server = xllamacpp.Server(params)
+        self.connection = http.client.HTTPConnection(urlsplit(self.server.listening_address).netloc, timeout=600)
+
+    def ask(self, route: str, **body: Any) -> Any:
+        self.connection.request("POST", route, json.dumps(body), {"Content-Type": "application/json"})
+        answer = json.load(self.connection.getresponse())
+        if isinstance(answer, dict) and "error" in answer:
+            raise RuntimeError(answer["error"]["message"])
+        return answer
+
+    def __call__(self, prompt: list[int], new: int) -> list[int]:
+        settings = {"temperature": 0, "return_tokens": True, "cache_prompt": False}
+        return self.ask("/completion", prompt=prompt, n_predict=new, **settings)["tokens"]
+
+    def nats(self, before: list[int], token: int) -> float:
+        """What a token costs behind others: it is made to be written, and its probability given is that of before."""
+        settings = {"n_predict": 1, "temperature": 0, "n_probs": 1, "logit_bias": [[token, 1000.0]]}
+        said = self.ask("/completion", prompt=before, cache_prompt=True, **settings)
+        (one,) = said["completion_probabilities"]
+        assert one["id"] == token
+        return -one["logprob"]
+
+
+@contextlib.contextmanager
+def page(file: Path) -> Iterator[Run]:
+    """examples/browser in Chromium without a window, timed by itself; on one thread, as from any server of plain files."""
+    from selenium import webdriver
+    from selenium.webdriver.chrome.service import Service
+
+    options = webdriver.ChromeOptions()
+    options.binary_location = shutil.which("chromium") or ""
+    for flag in ("headless=new", "no-sandbox", "disable-gpu", "disable-background-networking", "disable-sync"):
+        options.add_argument(f"--{flag}")
+    for name in ("index.html", "page.js", "verse.js", "node_modules"):
+        (file.parent / name).symlink_to(PAGE / name)
+
+    class Quiet(http.server.SimpleHTTPRequestHandler):
+        def log_message(self, *_: Any) -> None:
+            pass
+
+    driver = webdriver.Chrome(options=options, service=Service(shutil.which("chromedriver")))
+    handler = functools.partial(Quiet, directory=file.parent)
+    try:
+        with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+            threading.Thread(target=server.serve_forever, daemon=True).start()
+            driver.get(f"http://127.0.0.1:{server.server_port}/index.html?model=none")
+            code = """const [name, prompt, count, done] = arguments;
+                import(new URL("verse.js", location)).then(async ({ Model }) => {
+                  globalThis.model ??= await Model.open(new Uint8Array(await (await fetch(name)).arrayBuffer()));
+                  const began = performance.now();
+                  let written;
+                  for await (const ids of model.write(prompt, count, 0, 0)) written = ids;
+                  return [(performance.now() - began) / 1000, written];
+                }).then(done);"""
+            yield lambda prompt, new: driver.execute_async_script(code, file.name, PROMPT, new)
+            server.shutdown()
+    finally:
+        driver.quit()
+
+
+def timed(write: Write) -> Run:
+    def run(prompt: list[int], new: int) -> tuple[float, list[int]]:
+        began = time.perf_counter()
+        ids = write(prompt, new)
+        return time.perf_counter() - began, ids
+
+    return run
+
+
+def size(path: Path) -> int:
+    """Bytes of a file, or of all files in a folder."""
+    return sum(file.stat().st_size for file in ([path] if path.is_file() else path.iterdir()))
+
+
+def export(checkpoint: Path, folder: Path) -> dict[str, Path]:
+    """The checkpoint in each format, by what it is called in the table."""
+    paths = {"checkpoint": checkpoint}
+    for name, words in {
+        "hf": ["hf"],
+        "onnx": ["onnx"],
+        "torch": ["torch"],
+        **{f"gguf {kind}": ["gguf", "--precision", kind] for kind in ("f32", "f16", "q8_0")},
+    }.items():
+        target = folder / {"hf": "hf", "torch": "verse.pt2"}.get(name, "verse-" + name.replace(" ", "."))
+        with contextlib.redirect_stdout(io.StringIO()):
+            command.export([*words, str(checkpoint), str(target)])
+        paths[name] = target
+    return paths
+
+
+def speeds(model: Model, paths: dict[str, Path], rounds: int, repeats: int) -> dict[str, Any]:
+    """Prints the table of sizes and speeds."""
+    threads, block = torch.get_num_threads(), model.net.block_size
+    prompt = model.tokenizer.encode(PROMPT)
+    new = block - len(prompt)
+    with contextlib.ExitStack() as stack:
+        llama = {
+            kind: LlamaCpp(paths[f"gguf {kind}"], block, threads, kind == "f32") for kind in ("f32", "f16", "q8_0")
+        }
+        engines: dict[str, tuple[str, Run]] = {
+            "lmlight": ("checkpoint", timed(ours(model, "full"))),
+            "lmlight, weights int8": ("checkpoint", timed(ours(model, "int8"))),
+            "transformers": ("hf", timed(transformers_(paths["hf"]))),
+            **{f"llama.cpp {kind}": (f"gguf {kind}", timed(engine)) for kind, engine in llama.items()},
+            "onnxruntime": ("onnx", timed(onnxruntime_(paths["onnx"], threads))),
+            "torch.export, without a cache": ("torch", timed(torch_export(paths["torch"]))),
+        }
+        if (PAGE / "node_modules").is_dir() and shutil.which("chromedriver"):
+            engines["the page in Chromium, 1 thread"] = ("onnx", stack.enter_context(page(paths["onnx"])))
+        seconds: dict[str, list[float]] = {name: [] for name in engines}
+        written: dict[str, list[int]] = {}
+        for number in range(rounds + 1):
+            for name, (_, run) in engines.items():
+                for _ in range(repeats):
+                    took, written[name] = run(prompt, new)
+                    if number:  # the first round warms up
+                        seconds[name].append(took)
+    print(f"| {new} tokens after {len(prompt)}, greedy | file, MB | ms a token | tokens/s | the same tokens |")
+    print("|---|---|---|---|---|")
+    results = {}
+    for name, (file, _) in engines.items():
+        one, megabytes = statistics.median(seconds[name]) / new, size(paths[file]) / 1e6
+        same = next((at for at, pair in enumerate(zip(written[name], written["lmlight"])) if len({*pair}) > 1), new)
+        cells = [
+            f"{megabytes:.2f}",
+            f"{1e3 * one:.2f}",
+            f"{1 / one:,.0f}",
+            "all" if same == new else f"the first {same}",
+        ]
+        print("|", " | ".join([name, *cells]), "|", flush=True)
+        results[name] = {"megabytes": megabytes, "seconds": one, "same": same}
+    return results
+
+
+@torch.inference_mode()
+def perplexity(model: Model, paths: dict[str, Path], windows: int | None) -> dict[str, Any]:
+    """Prints the table of ids and perplexities over the validation text."""
+    _, text = corpus.split(corpus.load("tinyshakespeare").text, 0.1)
+    ids, block = model.tokenizer.encode(text), model.net.block_size - 1  # the server wants room behind the prompt
+    starts = range(0, len(ids) - 1, block)[:windows]
+    ours = 0.0
+    for start in starts:
+        row = torch.tensor(ids[start : start + block + 1])
+        ours += F.cross_entropy(model.net(row[None, :-1])[0], row[1:], reduction="sum").item()
+    count = min(len(ids) - 1, len(starts) * block)
+    results: dict[str, Any] = {"tokens": count, "lmlight": math.exp(ours / count)}
+    print(f"\n| {count:,} tokens of the validation text | ids of all of it | perplexity | off by |\n|---|---|---|---|")
+    print(f"| lmlight | | {results['lmlight']:.4f} | |", flush=True)
+    for kind in ("f32", "f16", "q8_0"):
+        engine = LlamaCpp(paths[f"gguf {kind}"], model.net.block_size, torch.get_num_threads(), plain=kind == "f32")
+        theirs = engine.ask("/tokenize", content=text, add_special=False, parse_special=False)["tokens"]
+        nats = 0.0
+        for start in starts:
+            row = ids[start : start + block + 1]
+            nats += sum(engine.nats(row[:at], row[at]) for at in range(1, len(row)))
+        value = math.exp(nats / count)
+        same, off = "identical" if theirs == ids else "different", value / results["lmlight"] - 1
+        print(f"| llama.cpp {kind} | {same} | {value:.4f} | {off:+.4%} |", flush=True)
+        results[f"llama.cpp {kind}"] = {"ids": same, "perplexity": value}
+    return results
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--ckpt_path", type=Path, required=True, help="a transformer of tiny Shakespeare, unigram pieces"
+    )
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--repeats", type=int, default=10, help="texts of each engine in a round")
+    parser.add_argument("--perplexity", action="store_true")
+    parser.add_argument("--windows", type=int, help="of the validation text, the first so many; all by default")
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    gc.disable()  # as benchmarks/generation.py
+    warnings.simplefilter("ignore")
+    transformers.logging.set_verbosity_error()
+    packages = ("lmlight", "torch", "transformers", "xllamacpp", "onnxruntime")
+    versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in packages)
+    if (PAGE / "node_modules").is_dir():
+        web = json.loads((PAGE / "node_modules" / "onnxruntime-web" / "package.json").read_text("utf-8"))
+        versions += f", onnxruntime-web {web['version']}"
+    print(f"{platform.machine()}, {torch.get_num_threads()} threads, {versions}\n")
+    model = Model.read(options.ckpt_path)
+    with tempfile.TemporaryDirectory() as folder:
+        paths = export(options.ckpt_path, Path(folder))
+        results: dict[str, Any] = {"speeds": speeds(model, paths, options.rounds, options.repeats)}
+        if options.perplexity:
+            results["perplexity"] = perplexity(model, paths, options.windows)
+    if options.json:
+        options.json.write_text(json.dumps(results, indent=1), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,89 @@
+"""What the tests of exports share: small nets and checkpoints of them, hostile texts, the shipped configs in small, and
+what docs/export.md tells its reader to type. Needs no extra."""
+
+import re
+from pathlib import Path
+
+import torch
+import yaml
+
+from lmlight import checkpoint
+from lmlight.data.tokenizer import TokenizerConfig
+from lmlight.models import GPT2, LLAMA, NETS, Transformer
+
+ROOT = Path(__file__).parents[1]
+BLOCK = 32
+SIZES = {"n_layer": 2, "n_head": 4, "n_embd": 32}
+LAYERNORM = {"norm": "layernorm", "qk_norm": False}
+ONE_OF_EACH = {  # by the architecture that transformers has for it
+    "qwen3": {},
+    "mistral": LLAMA,
+    "llama": {**LLAMA, "bias": True, "n_kv_head": 2},
+    "arcee": {"qk_norm": False, "mlp": "gelu", "tie": True},
+    "starcoder2": {**LAYERNORM, "mlp": "relu2"},
+    "stablelm": {**LAYERNORM, "mlp": "swiglu"},
+    "gpt2": GPT2,
+}
+HOSTILE = [
+    "",
+    "\n",
+    "\n\n\n a\n",
+    "  leading and  double  spaces ",
+    "<s></s><unk><pad><0x41><0xE2><|endoftext|>",
+    "\u2581\u2581 a\u2581b \u2581",
+    "日本語 🙂 é n\u0303 \u200b\ufeff\ufffd",
+    "\t\r\n\x00\x01\x7f\x85\u2028",
+    "~@#{}[]^|\\`",
+    " " * 30,
+    "a" * 100 + "o" * 101,
+]
+
+
+def make(tokenizer, options, block_size=BLOCK):
+    return stirred(Transformer, tokenizer.vocab_size, block_size, **{**SIZES, **options})
+
+
+def stirred(kind, *sizes, **options):
+    """A net whose weights are moved away from their initial zeros and ones, where much goes unnoticed."""
+    torch.manual_seed(0)
+    net = kind(*sizes, **options)
+    for name, parameter in net.named_parameters():
+        parameter.data.add_(torch.randn_like(parameter) * (0.3 if "norm" in name or "bias" in name else 0.1))
+    return net.eval()
+
+
+def save(path, net, tokenizer, **more):
+    settings = {"data": {"corpus": "somewhere/verse.txt"}, "model": {"sampling": {"temperature": 0.8}}}
+    state = {f"net.{k}": v for k, v in net.state_dict().items()}
+    content = {"state_dict": state, checkpoint.KEY: checkpoint.describe(net, tokenizer, settings), **more}
+    checkpoint.write(content, path)
+    return str(path)
+
+
+def shipped(kind):
+    """The configs that come with lmlight, by name, whose net is of this class; they need not name it."""
+    default = {"class_path": "Transformer"}
+    return [
+        path.name
+        for path in sorted((ROOT / "configs").glob("*.yaml"))
+        if yaml.safe_load(path.read_text("utf-8")).get("model", {}).get("net", default)["class_path"] == kind
+    ]
+
+
+def in_small(name, text, block_size=BLOCK):
+    """A shipped config's net and tokenizer: its own options, but few and narrow layers, and a small vocabulary of a text."""
+    config = yaml.safe_load((ROOT / "configs" / name).read_text("utf-8"))
+    tokenizer = TokenizerConfig(**{**config.get("data", {}).get("tokenizer", {}), "vocab_size": 400}).train(text)
+    net = config.get("model", {}).get("net", {"class_path": "Transformer"})
+    options = dict(net.get("init_args", {}))
+    if net["class_path"] == "Transformer":
+        options |= {"n_layer": 2, "n_embd": 8 * options.get("n_head", 4)}
+    return stirred(NETS[net["class_path"]], tokenizer.vocab_size, block_size, **options), tokenizer
+
+
+def documented(word):
+    """The first block of Python in docs/export.md that has this word."""
+    page = (ROOT / "docs" / "export.md").read_text("utf-8")
+    return next(
+        block for block in re.findall(r"^```python\n(.*?)^```$", page, re.MULTILINE | re.DOTALL) if word in block
+    )

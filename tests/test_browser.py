@@ -1,0 +1,209 @@
+"""The page of examples/browser in a real browser, from a server that knows nothing but files: `pytest -m browser`.
+
+Needs `pip install -e '.[test,engines,browser]'`, `npm install --prefix examples/browser` and Chromium with its driver.
+"""
+
+import functools
+import http.server
+import random
+import re
+import threading
+import time
+
+import pytest
+from exporting import HOSTILE, ROOT, make, save
+
+from lmlight.__main__ import main
+from lmlight.data.tokenizer import CharTokenizer, TokenizerConfig
+from lmlight.errors import UserError
+from lmlight.generation import Sampling, begin, write
+from lmlight.models import GPT2, Bigram
+
+pytest.importorskip("onnxscript", reason="needs the extra `onnx`")
+pytestmark = [pytest.mark.browser, pytest.mark.filterwarnings("ignore:vocab_size")]
+
+PAGE = ROOT / "examples" / "browser"
+BLOCK = 16
+KINDS = ("unigram", "bpe", "char")
+
+
+class Quiet(http.server.SimpleHTTPRequestHandler):
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture(scope="module")
+def tokenizers(verse):
+    return {kind: TokenizerConfig(kind, 400).train(verse) for kind in KINDS}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """The page's folder, with room for models."""
+    if not (PAGE / "node_modules" / "onnxruntime-web").is_dir():
+        pytest.skip("needs onnxruntime-web: npm install --prefix examples/browser")
+    folder = tmp_path_factory.mktemp("page")
+    for path in PAGE.iterdir():
+        if path.suffix != ".onnx":
+            (folder / path.name).symlink_to(path)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def site(folder):
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Quiet, directory=folder)) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+def export(folder, name, net, tokenizer):
+    path = save(folder / f"{name}.ckpt", net.eval(), tokenizer)
+    assert main(["export", "onnx", path, str(folder / f"{name}.onnx"), "--force"]) == 0
+
+
+def status(browser, *beginnings, seconds=30):
+    """What the page says once it is one of these."""
+    end = time.monotonic() + seconds
+    while not (said := browser.execute_script("return document.getElementById('status').textContent")).startswith(
+        beginnings
+    ):
+        assert time.monotonic() < end, f"still: {said}"
+        time.sleep(0.02)
+    return said
+
+
+def opened(browser, site, name):
+    browser.get(f"{site}/index.html?model={name}.onnx")
+    assert status(browser, f"{name}.onnx is open", f"{name}.onnx:") == f"{name}.onnx is open."
+
+
+def written(browser, **fields):
+    """Fills in the page's fields, presses its button, and gives what it writes behind the prompt."""
+    for name, value in fields.items():
+        browser.execute_script("document.getElementById(arguments[0]).value = arguments[1]", name, value)
+    browser.execute_script("document.getElementById('status').textContent = 'Writing'")
+    browser.find_element("id", "write").click()
+    assert status(browser, "Done", "the model does not").startswith("Done: ")
+    shown = browser.execute_script("return document.getElementById('verse').textContent")
+    assert shown.startswith(fields["prompt"])
+    return shown.removeprefix(fields["prompt"])
+
+
+def from_module(browser, body, *arguments):
+    """What a function's body returns that has verse.js as `verse` and the arguments as `given`."""
+    code = f"""const [given, done] = [[...arguments].slice(0, -1), arguments[arguments.length - 1]];
+        import(new URL("verse.js", location)).then(async (verse) => {{ {body} }})
+        .then(done, (error) => done("Error: " + error.message));"""
+    return browser.execute_async_script(code, *arguments)
+
+
+NETS = {
+    "rotary": ("unigram", {}),
+    "learned": ("bpe", GPT2),
+    "grouped": ("char", {"n_kv_head": 2}),
+    "table": ("unigram", None),
+}
+
+
+@pytest.mark.parametrize("name", NETS)
+def test_greedy_text_is_ours_and_goes_on_beyond_the_block(name, tokenizers, folder, site, browser):
+    kind, options = NETS[name]
+    tokenizer = tokenizers[kind]
+    net = Bigram(tokenizer.vocab_size, BLOCK) if options is None else make(tokenizer, options, BLOCK)
+    export(folder, name, net, tokenizer)
+    opened(browser, site, name)
+    sampling = Sampling(max_new_tokens=4 * BLOCK, temperature=0)
+    for prompt in ("MIRA:\n  river", "", "a much longer prompt than the block of this small net has room for, by far "):
+        (stream,) = begin(tokenizer, [prompt], sampling)
+        ours = "".join(piece for _, piece in write(net, [stream], sampling))
+        theirs = written(browser, prompt=prompt, temperature=0, tokens=4 * BLOCK)
+        # how many U+FFFD stand for bytes that are no character is each decoder's own affair
+        assert re.sub("\ufffd+", "\ufffd", theirs) == re.sub("\ufffd+", "\ufffd", ours)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_ids_are_ours_for_any_text(kind, tokenizers, verse, folder, site, browser):
+    tokenizer = tokenizers[kind]
+    export(folder, kind, Bigram(tokenizer.vocab_size, BLOCK), tokenizer)
+    browser.get(f"{site}/index.html?model=none")
+    draw = random.Random(0)
+    alphabet = "etaoin shrdlu\n ,.<>s/unk0x41\u2581é日🙂~ST"
+    texts = [verse, *HOSTILE, *("".join(draw.choices(alphabet, k=draw.randrange(60))) for _ in range(200))]
+    found = from_module(
+        browser,
+        """const file = await (await fetch(given[0])).arrayBuffer();
+        const model = await verse.Model.open(new Uint8Array(file));
+        return given[1].map((text) => {
+          try { const ids = model.encode(text); return [ids, model.decode(ids)]; } catch (error) { return error.message; }
+        });""",
+        f"{kind}.onnx",
+        texts,
+    )
+    refused = 0
+    for text, theirs in zip(texts, found, strict=True):
+        try:
+            assert theirs == [tokenizer.encode(text), text]
+        except UserError:
+            refused += 1
+            assert theirs.startswith("the model does not know")
+    assert (refused > 100) == (kind == "char")
+
+
+def test_seeds_repeat_and_temperature_is_heard(tokenizers, folder, site, browser):
+    export(folder, "sampled", make(tokenizers["unigram"], {}, BLOCK), tokenizers["unigram"])
+    opened(browser, site, "sampled")
+    one, again, other, colder = (
+        written(browser, prompt="MIRA:", tokens=20, seed=seed, temperature=temperature)
+        for seed, temperature in ((1, 1), (1, 1), (2, 1), (1, 0.01))
+    )
+    assert one == again
+    assert len({one, other, colder}) == 3
+    counts = from_module(
+        browser,
+        """const random = verse.randomNumbers(7), counts = [0, 0, 0, 0];
+        for (let n = 0; n < 20000; n++) counts[verse.sample(new Float32Array([0, 2, -99, 1]), 2, random)]++;
+        return counts;""",
+    )
+    weights = [1, 2.718282, 0, 1.648721]  # exp(logit / 2)
+    assert counts[2] == 0
+    assert [n / 20000 for n in counts] == pytest.approx([w / sum(weights) for w in weights], abs=0.015)
+
+
+def test_a_text_ends_where_a_document_does(folder, site, browser):
+    tokenizer = CharTokenizer("abc", end_of_text=True)
+    net = Bigram(tokenizer.vocab_size, BLOCK)
+    net.table.weight.data.zero_()
+    for index, follows in ((3, 0), (0, 1), (1, 2), (2, 3)):
+        net.table.weight.data[index, follows] = 9.0
+    export(folder, "document", net, tokenizer)
+    opened(browser, site, "document")
+    assert written(browser, prompt="", temperature=0, tokens=50) == "abc"
+
+
+def test_what_cannot_be_opened_is_said(tokenizers, verse, folder, site, browser):
+    browser.get(f"{site}/index.html?model=nowhere.onnx")
+    status(browser, "There is no nowhere.onnx beside this page: choose a file")
+    (folder / "text.onnx").write_text(verse)
+    browser.find_element("id", "file").send_keys(str(folder / "text.onnx"))
+    status(browser, "text.onnx: this is no file of lmlight export onnx")
+    lossy = TokenizerConfig("unigram", 200, lossless=False).train(verse)
+    export(folder, "lossy", Bigram(lossy.vocab_size, BLOCK), lossy)
+    browser.find_element("id", "file").send_keys(str(folder / "lossy.onnx"))
+    status(browser, "lossy.onnx: this model's tokenizer is lossy")
+    assert not browser.find_element("id", "write").is_enabled()
+    char = tokenizers["char"]
+    export(folder, "file", Bigram(char.vocab_size, BLOCK), char)
+    browser.find_element("id", "file").send_keys(str(folder / "file.onnx"))
+    status(browser, "file.onnx is open")
+    browser.execute_script("document.getElementById('prompt').value = '日'")
+    browser.find_element("id", "write").click()
+    status(browser, "the model does not know '日'")
+
+
+def test_nothing_is_fetched_from_elsewhere(tokenizers, folder, site, browser):
+    export(folder, "here", Bigram(tokenizers["char"].vocab_size, BLOCK), tokenizers["char"])
+    opened(browser, site, "here")
+    names = browser.execute_script("return performance.getEntriesByType('resource').map((entry) => entry.name)")
+    assert len(names) >= 4
+    assert all(name.startswith(site) for name in names), names
