@@ -5,7 +5,7 @@ import pytest
 
 from lmlight import cache
 from lmlight.__main__ import main
-from lmlight.data.reading import Piece
+from lmlight.data.reading import Passage
 from lmlight.data.store import TokenStore
 from lmlight.data.tokenizer import CharTokenizer
 
@@ -17,7 +17,7 @@ def filled(tmp_path, monkeypatch):
     TokenStore.write(
         folder / "tokens" / "abc",
         "print",
-        {"train": [Piece("abc" * 1000)]},
+        {"train": [Passage("abc" * 1000)]},
         CharTokenizer("abc"),
         {"corpus": "my.txt", "vocab_size": 3},
     )

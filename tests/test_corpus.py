@@ -128,7 +128,7 @@ DOCUMENTS = [
 
 
 def pieces_of(source, **reading):
-    return [tuple(piece) for piece in corpus.load(str(source), Reading(**reading)).pieces()]
+    return [tuple(piece) for piece in corpus.load(str(source), Reading(**reading)).passages()]
 
 
 def ended(*documents):
@@ -258,8 +258,8 @@ def test_a_separator_keeps_documents_apart(tmp_path, documents, piece):
     text = separator.join(documents)
     (tmp_path / "stories.txt").write_text(text)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(reading, "PIECE", piece)
-        pieces = list(corpus.load("stories.txt", Reading(separator=separator)).pieces()) if text else []
+        patch.setattr(reading, "PASSAGE", piece)
+        pieces = list(corpus.load("stories.txt", Reading(separator=separator)).passages()) if text else []
     found, document = [], ""
     for part, ends in pieces:
         document += part
@@ -288,7 +288,7 @@ def test_errors_are_replaced_as_python_replaces_them(tmp_path, data, piece):
     data = b"long enough not to look empty or binary" * 300 + data
     (tmp_path / "broken.txt").write_bytes(data)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(reading, "PIECE", 8192 + piece)
+        patch.setattr(reading, "PASSAGE", 8192 + piece)
         assert corpus.load("broken.txt", Reading(errors="replace")).text == data.decode("utf-8", "replace")
         first = first_mistake(data)
         if first is None:
@@ -307,12 +307,12 @@ def test_errors_are_replaced_as_python_replaces_them(tmp_path, data, piece):
 def test_pieces_are_the_text_and_are_cut_where_a_tokenizer_cuts(documents, piece, longest, ends, data):
     """Tokenizing piece by piece is tokenizing the whole: no piece ends inside a stretch, whatever the part of the text."""
     whole = "".join(documents)
-    read = [reading.Piece(text, ends) for text in documents if text]
+    read = [reading.Passage(text, ends) for text in documents if text]
     start, stop = sorted((data.draw(st.integers(0, len(whole))), data.draw(st.integers(0, len(whole)))))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(reading, "PIECE", longest + piece)
+        patch.setattr(reading, "PASSAGE", longest + piece)
         patch.setattr(reading, "MAX_LINE", longest)
-        found = list(reading.cut_between_lines(reading.slice_pieces(read, start, stop)))
+        found = list(reading.cut_between_lines(reading.slice_passages(read, start, stop)))
         assert "".join(text for text, _ in found) == whole[start:stop]
 
         def stretches(text):

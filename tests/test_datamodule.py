@@ -609,7 +609,7 @@ def test_scoring_asks_nothing_of_the_batch_size(verse_file):
 @pytest.fixture
 def small_shards(monkeypatch):
     monkeypatch.setattr(store, "SHARD_CHARS", 1000)
-    monkeypatch.setattr(reading, "PIECE", 500)
+    monkeypatch.setattr(reading, "PASSAGE", 500)
     monkeypatch.setattr(reading, "MAX_LINE", 200)
 
 

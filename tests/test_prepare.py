@@ -28,7 +28,7 @@ JOB = """
 import sys
 from lmlight.cli import main
 from lmlight.data import reading, store
-store.SHARD_CHARS, reading.PIECE, reading.MAX_LINE = 1000, 500, 200
+store.SHARD_CHARS, reading.PASSAGE, reading.MAX_LINE = 1000, 500, 200
 sys.exit(main(["prepare", *sys.argv[1:]]))
 """
 
@@ -36,7 +36,7 @@ sys.exit(main(["prepare", *sys.argv[1:]]))
 @pytest.fixture
 def small_shards(monkeypatch):
     monkeypatch.setattr(stores, "SHARD_CHARS", 1000)
-    monkeypatch.setattr(reading, "PIECE", 500)
+    monkeypatch.setattr(reading, "PASSAGE", 500)
     monkeypatch.setattr(reading, "MAX_LINE", 200)
 
 
@@ -287,7 +287,9 @@ def test_a_store_that_fails_deletes_only_what_it_has_made(verse, tmp_path):
     before = {path: path.read_bytes() for path in mine.rglob("*") if path.is_file()}
     tokenizer = TokenizerConfig("char").train("abc")
     with pytest.raises(UserError, match="not among the"):
-        TokenStore.write(mine, "print", {"train": [reading.Piece("abcabc")], "val": [reading.Piece("d")]}, tokenizer)
+        TokenStore.write(
+            mine, "print", {"train": [reading.Passage("abcabc")], "val": [reading.Passage("d")]}, tokenizer
+        )
     assert {path: path.read_bytes() for path in mine.rglob("*") if path.is_file()} == before
 
 
@@ -305,7 +307,7 @@ def test_a_cache_among_other_files_loses_none_of_them(verse, cache, tmp_path):
 
 def test_the_first_tokenizer_there_is_everyones(tmp_path, verse):
     """Training may round otherwise on another kind of machine, and one store has one tokenizer."""
-    texts = {"train": [reading.Piece(verse)], "val": [reading.Piece(verse[:100])]}
+    texts = {"train": [reading.Passage(verse)], "val": [reading.Passage(verse[:100])]}
     first, second = (TokenizerConfig("unigram", size).train(verse) for size in (400, 390))
     assert not TokenStore.write(tmp_path / "store", "print", texts, first, part=(0, 2))
     assert TokenStore.write(tmp_path / "store", "print", texts, second, part=(1, 2))

@@ -17,13 +17,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lmlight.data import store as stores
-from lmlight.data.reading import Piece
+from lmlight.data.reading import Passage
 from lmlight.data.store import Ids, TokenStore
 from lmlight.data.tokenizer import CharTokenizer, TokenizerConfig
 from lmlight.errors import UserError
 
 ABC = CharTokenizer("abc\n")
-TEXTS = {"train": [Piece("abcabc\ncab" * 3)], "val": [Piece("cab")]}
+TEXTS = {"train": [Passage("abcabc\ncab" * 3)], "val": [Passage("cab")]}
 
 
 @pytest.fixture
@@ -41,7 +41,7 @@ def folder(tmp_path):
 def test_a_store_gives_back_ids_characters_and_tokenizer(tmp_path, verse, kind):
     tokenizer = TokenizerConfig(kind, 400).train(verse)
     texts = {"train": verse[:4000], "val": verse[4000:]}
-    pieces = {split: [Piece(text)] for split, text in texts.items()}
+    pieces = {split: [Passage(text)] for split, text in texts.items()}
     TokenStore.write(tmp_path / "deep" / "down" / "store", "print", pieces, tokenizer)
     store = TokenStore(tmp_path / "deep" / "down" / "store", "print")
     assert {split: ids[:].tolist() for split, ids in store.ids.items()} == {
@@ -56,7 +56,9 @@ def test_a_store_gives_back_ids_characters_and_tokenizer(tmp_path, verse, kind):
 @pytest.mark.parametrize(("vocab_size", "dtype"), [(2**16, np.uint16), (2**16 + 1, np.uint32)])
 def test_the_largest_id_fits_its_type(tmp_path, vocab_size, dtype):
     tokenizer = CharTokenizer(chr(0x10000 + index) for index in range(vocab_size))
-    TokenStore.write(tmp_path / "store", "print", {"train": [Piece(tokenizer.decode([0, vocab_size - 1]))]}, tokenizer)
+    TokenStore.write(
+        tmp_path / "store", "print", {"train": [Passage(tokenizer.decode([0, vocab_size - 1]))]}, tokenizer
+    )
     ids = TokenStore(tmp_path / "store", "print").ids["train"]
     assert ids[:].tolist() == [0, vocab_size - 1]
     assert ids.dtype == dtype
@@ -126,7 +128,7 @@ def test_a_store_that_is_not_there_is_refused(tmp_path):
 
 def test_where_another_was_first_its_store_stays(folder):
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
-    TokenStore.write(folder, "other", {"train": [Piece("a")]}, CharTokenizer("a"))
+    TokenStore.write(folder, "other", {"train": [Passage("a")]}, CharTokenizer("a"))
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
     assert [path.name for path in folder.parent.iterdir()] == ["store"]
 
@@ -171,7 +173,7 @@ def small_shards(monkeypatch):
 
 
 def pieces_of(text):
-    return [Piece(line + "\n") for line in text.split("\n")[:-1]]
+    return [Passage(line + "\n") for line in text.split("\n")[:-1]]
 
 
 def contents(folder):
@@ -224,12 +226,12 @@ KILLED = """
 import sys, time
 from pathlib import Path
 from lmlight.data import store
-from lmlight.data.reading import Piece
+from lmlight.data.reading import Passage
 from lmlight.data.tokenizer import CharTokenizer
 store.SHARD_CHARS = 1000
 def pieces():
     for number in range(20):
-        yield Piece("abcd" * 250)
+        yield Passage("abcd" * 250)
         time.sleep(0.2)
 store.TokenStore.write(Path("store"), "print", {"train": pieces()}, CharTokenizer("abcd"), processes=2)
 """
@@ -254,7 +256,7 @@ def test_a_killed_preparation_leaves_whole_shards_and_no_processes(tmp_path, sma
     assert 3 <= len(whole) < 20
     assert all(np.load(path).tolist() == [0, 1, 2, 3] * 250 for path in whole)
     before = {path: path.stat().st_mtime_ns for path in whole}
-    TokenStore.write(folder, "print", {"train": [Piece("abcd" * 250)] * 20}, CharTokenizer("abcd"), processes=1)
+    TokenStore.write(folder, "print", {"train": [Passage("abcd" * 250)] * 20}, CharTokenizer("abcd"), processes=1)
     assert {path: path.stat().st_mtime_ns for path in whole} == before
     assert len(TokenStore(folder, "print").ids["train"]) == 20_000
 

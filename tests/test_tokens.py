@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from lmlight.data.reading import Piece
+from lmlight.data.reading import Passage
 from lmlight.data.resegment import ShardedEpoch
 from lmlight.data.sampler import epoch_starts
 from lmlight.data.store import Ids, TokenStore
@@ -101,7 +101,7 @@ def test_counts_that_are_no_whole_numbers_stay_so():
 
 
 def test_loader_processes_change_nothing(tmp_path):
-    TokenStore.write(tmp_path, "print", {"train": [Piece("abcabc\ncab" * 3)]}, ABC)
+    TokenStore.write(tmp_path, "print", {"train": [Passage("abcabc\ncab" * 3)]}, ABC)
     ids = TokenStore(tmp_path, "print").ids["train"]  # memory-mapped: opened again in each process
     windows = Windows(ids, np.arange(0, 24, 4), 4, ABC.char_counts)
     batches = [[5, 0], [1, 4], [3, 2]]

@@ -1,6 +1,6 @@
 """Which text: a named corpus, a file, a folder, a pattern, or an address.
 
-- Its files are found (`fetching` brings those that lie elsewhere), hashed, and read in pieces (`reading`).
+- Its files are found (`fetching` brings those that lie elsewhere), hashed, and read in passages (`reading`).
 - It is split by characters, before any tokenizer sees it.
 
 Free of torch.
@@ -21,15 +21,15 @@ from urllib.parse import urlsplit
 from lmlight.cache import cache_dir
 from lmlight.data.fetching import NAMED, download, fetch, is_store
 from lmlight.data.reading import (
-    PIECE,
+    PASSAGE,
     RECORD_SUFFIXES,
-    Piece,
+    Passage,
     Reading,
     cut_between_lines,
     is_text,
     kind_of,
     read_file,
-    slice_pieces,
+    slice_passages,
     suffixes,
     unreadable,
 )
@@ -54,23 +54,23 @@ class Corpus:
     sha256: str
     has_documents: bool
 
-    def pieces(self, start: int = 0, stop: int | None = None) -> Iterator[Piece]:
-        """The characters from `start` up to `stop`, in pieces of about a megabyte.
+    def passages(self, start: int = 0, stop: int | None = None) -> Iterator[Passage]:
+        """The characters from `start` up to `stop`, in passages of about a megabyte.
 
-        Pieces are cut behind a newline, or inside a line that is longer than `MAX_LINE` where `stretches` cuts it too, so
+        Passages are cut behind a newline, or inside a line that is longer than `MAX_LINE` where `stretches` cuts it too, so
         that tokenizing them one by one is tokenizing the whole.
 
         Raises:
             UserError: a file cannot be read; is binary or otherwise not UTF-8; has no such field.
         """
-        return cut_between_lines(slice_pieces(self._read(), start, stop))
+        return cut_between_lines(slice_passages(self._read(), start, stop))
 
     @cached_property
     def size(self) -> tuple[int, int]:
         """Its characters, and their bytes in UTF-8. Reads all of it, once.
 
         Raises:
-            UserError: see `pieces`; there is no text.
+            UserError: see `passages`; there is no text.
         """
         chars = utf8 = 0
         for text, _ in self._read():
@@ -83,16 +83,16 @@ class Corpus:
     @property
     def text(self) -> str:
         """All of it in memory; ends of documents do not show."""
-        return "".join(piece.text for piece in self._read())
+        return "".join(passage.text for passage in self._read())
 
-    def _read(self) -> Iterator[Piece]:
-        """Pieces as the files have them; an empty document has no end."""
+    def _read(self) -> Iterator[Passage]:
+        """Passages as the files have them; an empty document has no end."""
         begun = False
         for path in self.files:
             for text, ends in read_file(path, self.reading, self.has_documents, self.source):
                 begun = begun or bool(text)
                 if begun and (text or ends):
-                    yield Piece(text, ends)
+                    yield Passage(text, ends)
                 begun = begun and not ends
 
 
@@ -202,7 +202,7 @@ def _sha256(path: Path) -> tuple[str, int]:
     """A file's hash and size."""
     digest, size = hashlib.sha256(), 0
     with path.open("rb") as file:
-        while block := file.read(PIECE):
+        while block := file.read(PASSAGE):
             digest.update(block)
             size += len(block)
     return digest.hexdigest(), size

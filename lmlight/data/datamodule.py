@@ -151,7 +151,7 @@ class TextDataModule(LightningDataModule):
         """Fetches the corpus, trains the tokenizer and encodes the text, unless the cache has it all.
 
         Raises:
-            UserError: see `corpus.load`, `Corpus.pieces` and `TokenizerConfig.train`; the text is too short; the batch
+            UserError: see `corpus.load`, `Corpus.passages` and `TokenizerConfig.train`; the text is too short; the batch
                 cannot be divided among the devices; the cache is not writable, or the disk is full.
         """
         if self._predicting():
@@ -363,12 +363,12 @@ class TextDataModule(LightningDataModule):
         cut = chars if val else corpora.train_chars(chars, self.val_fraction)
         if not 0 < cut <= chars - (val is None):
             self._too_short("training" if not cut else "validation", 0, chars)
-        texts = {"train": main.pieces(0, cut), "val": val.pieces() if val else main.pieces(cut)}
+        texts = {"train": main.passages(0, cut), "val": val.passages() if val else main.passages(cut)}
         if test:
-            texts["test"] = test.pieces()
+            texts["test"] = test.passages()
         tokenizer = self._given or TokenStore.tokenizer_of(folder)  # of a preparation that was interrupted
         if tokenizer is None:
-            pieces = (piece.text for piece in main.pieces(0, cut))
+            passages = (passage.text for passage in main.passages(0, cut))
             # a line while one waits, without a bar: SentencePiece does not say how far it is
             with tqdm(
                 desc="training the tokenizer",
@@ -376,7 +376,7 @@ class TextDataModule(LightningDataModule):
                 leave=False,
                 disable=None if cut > NOTICED_CHARS else True,
             ):
-                tokenizer = self.tokenizer_config.train(pieces, cut, end_of_text=main.has_documents)
+                tokenizer = self.tokenizer_config.train(passages, cut, end_of_text=main.has_documents)
         if main.has_documents and tokenizer.end_of_text is None:
             rank_zero_warn(
                 "this tokenizer has no token for the end of a document: documents follow each other without a mark"

@@ -1,7 +1,7 @@
-"""Files to text: what a text file, a `.jsonl` or a `.parquet` gives, in pieces.
+"""Files to text: what a text file, a `.jsonl` or a `.parquet` gives, in passages.
 
 - Text is read as it is: no newline is translated, no mark dropped, so offsets and figures are exact.
-- It is read in pieces, never as a whole, and cut between lines, so that a text may be larger than memory.
+- It is read in passages, never as a whole, and cut between lines, so that a text may be larger than memory.
 - *Documents* are the lines of `.jsonl`, the rows of `.parquet`, several files, or what a separator keeps apart. A single
   text file is one text without an end.
 
@@ -28,7 +28,7 @@ from typing import Any, BinaryIO, Literal, NamedTuple
 from lmlight.errors import UserError
 
 # Bytes read, and characters handed on, at a time.
-PIECE = 2**20
+PASSAGE = 2**20
 
 # A line longer than this is tokenized in stretches, cut before a space where there is one. Pieces of a vocabulary do not
 # cross a space, so a cut there changes nothing; and no line, however long, needs more memory than this.
@@ -44,7 +44,7 @@ PACKED: dict[str, Callable[[Path], Any]] = {
 }
 
 
-class Piece(NamedTuple):
+class Passage(NamedTuple):
     """Some text of a corpus.
 
     Attributes:
@@ -93,32 +93,32 @@ def _end_of_stretch(line: str, start: int) -> int:
     return start + MAX_LINE if space == -1 else space
 
 
-def slice_pieces(pieces: Iterable[Piece], start: int, stop: int | None) -> Iterator[Piece]:
+def slice_passages(passages: Iterable[Passage], start: int, stop: int | None) -> Iterator[Passage]:
     position = 0
-    for text, ends in pieces:
+    for text, ends in passages:
         first, position = position, position + len(text)
         if stop is not None and first >= stop and text:
             return
         if position > start:
             kept = text[max(0, start - first) : None if stop is None else stop - first]
-            yield Piece(kept, ends and (stop is None or position <= stop))  # an end goes with what it ends
+            yield Passage(kept, ends and (stop is None or position <= stop))  # an end goes with what it ends
 
 
-def cut_between_lines(pieces: Iterable[Piece]) -> Iterator[Piece]:
+def cut_between_lines(passages: Iterable[Passage]) -> Iterator[Passage]:
     held = ""
-    for text, ends in pieces:
+    for text, ends in passages:
         held += text
         if ends:
-            yield Piece(held, True)
+            yield Passage(held, True)
             held = ""
-        elif len(held) >= PIECE:
+        elif len(held) >= PASSAGE:
             end = held.rfind("\n") + 1
-            while not end or len(held) - end >= PIECE:  # inside a line longer than that
+            while not end or len(held) - end >= PASSAGE:  # inside a line longer than that
                 end = _end_of_stretch(held, end)
-            yield Piece(held[:end])
+            yield Passage(held[:end])
             held = held[end:]
     if held:
-        yield Piece(held)
+        yield Passage(held)
 
 
 def kind_of(path: Path) -> tuple[str, str]:
@@ -146,7 +146,7 @@ def unreadable(source: object, error: BaseException) -> UserError:
     return UserError(f"corpus '{source}' cannot be read ({reason}): check the file and its permissions")
 
 
-def read_file(path: Path, reading: Reading, has_documents: bool, source: str) -> Iterator[Piece]:
+def read_file(path: Path, reading: Reading, has_documents: bool, source: str) -> Iterator[Passage]:
     name = source if str(path) == str(Path(source).expanduser()) else f"{source}: {path.name}"
     kind, packed = kind_of(path)
     try:
@@ -158,9 +158,9 @@ def read_file(path: Path, reading: Reading, has_documents: bool, source: str) ->
                 yield from _jsonl(file, reading, name)
             else:
                 chunks = _decoded(file, reading, name)
-                yield from _separated(chunks, reading.separator) if reading.separator else map(Piece, chunks)
+                yield from _separated(chunks, reading.separator) if reading.separator else map(Passage, chunks)
                 if has_documents:
-                    yield Piece("", True)
+                    yield Passage("", True)
     except (EOFError, zlib.error, lzma.LZMAError, gzip.BadGzipFile) as error:
         raise UserError(f"corpus '{name}' is damaged or cut ({error}): unpack or fetch it again") from None
     except OSError as error:
@@ -190,7 +190,7 @@ def _decoded(file: BinaryIO, reading: Reading, name: str) -> Iterator[str]:
     decoder = codecs.getincrementaldecoder("utf-8")(reading.errors)
     offset = 0
     while True:
-        block = file.read(PIECE)
+        block = file.read(PASSAGE)
         # A stray NUL is a character like others. UTF-16, archives and programs have many more, though much of them is UTF-8.
         if not offset and (nuls := block[:8192].count(0)) > len(block[:8192]) / 100:
             raise UserError(
@@ -215,19 +215,19 @@ def _not_utf8(name: str, byte: int, where: str) -> UserError:
     )
 
 
-def _separated(chunks: Iterable[str], separator: str) -> Iterator[Piece]:
+def _separated(chunks: Iterable[str], separator: str) -> Iterator[Passage]:
     held = ""
     for chunk in chunks:
         *whole, held = (held + chunk).split(separator)
-        yield from (Piece(text, True) for text in whole)
+        yield from (Passage(text, True) for text in whole)
         safe = len(held) - len(separator) + 1  # from here on it may be the beginning of a separator
         if safe > 0:
-            yield Piece(held[:safe])
+            yield Passage(held[:safe])
             held = held[safe:]
-    yield Piece(held, True)
+    yield Passage(held, True)
 
 
-def _jsonl(file: BinaryIO, reading: Reading, name: str) -> Iterator[Piece]:
+def _jsonl(file: BinaryIO, reading: Reading, name: str) -> Iterator[Passage]:
     for number, line in enumerate(file, start=1):
         where = f"line {number:,}"
         try:
@@ -249,7 +249,7 @@ def _no_field(name: str, field: str, where: str, there: str) -> UserError:
     return UserError(f"corpus '{name}' has no field '{field}' in {where} (there is {there}): pass --data.field")
 
 
-def _record(text: Any, reading: Reading, name: str, where: str) -> Iterator[Piece]:
+def _record(text: Any, reading: Reading, name: str, where: str) -> Iterator[Passage]:
     """A record's text as a document; nothing where it is null."""
     if text is None:
         return
@@ -265,10 +265,10 @@ def _record(text: Any, reading: Reading, name: str, where: str) -> Iterator[Piec
                 "on with U+FFFD in such places"
             )
         text = re.sub("[\ud800-\udfff]", "\ufffd", text)
-    yield Piece(text, True)
+    yield Passage(text, True)
 
 
-def _parquet(path: Path, packed: str, reading: Reading, name: str) -> Iterator[Piece]:
+def _parquet(path: Path, packed: str, reading: Reading, name: str) -> Iterator[Passage]:
     try:
         from pyarrow import ArrowException, parquet
     except ImportError:

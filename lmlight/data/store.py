@@ -39,7 +39,7 @@ import numpy.typing as npt
 from tqdm import tqdm
 
 from lmlight import files
-from lmlight.data.reading import Piece
+from lmlight.data.reading import Passage
 from lmlight.data.tokenizer import Tokenizer, from_bytes
 from lmlight.errors import UserError
 
@@ -257,7 +257,7 @@ class TokenStore:
     def write(
         folder: Path,
         fingerprint: str,
-        texts: Mapping[str, Iterable[Piece]],
+        texts: Mapping[str, Iterable[Passage]],
         tokenizer: Tokenizer,
         about: Mapping[str, Any] = {},
         size: int = 0,
@@ -311,8 +311,10 @@ class TokenStore:
             numbers = count()
             with encoder, bar:
                 shards = {
-                    split: _write_split(folder, split, pieces, encoder, bar, lambda: next(numbers) % part[1] == part[0])
-                    for split, pieces in texts.items()
+                    split: _write_split(
+                        folder, split, passages, encoder, bar, lambda: next(numbers) % part[1] == part[0]
+                    )
+                    for split, passages in texts.items()
                 }
             splits: dict[str, dict[str, Any]] = {
                 split: {"chars": sum(chars for _, chars in those), "tokens": [_tokens_in(path) for path, _ in those]}
@@ -362,7 +364,7 @@ def _discard(folder: Path) -> None:
 
 
 def _write_split(
-    folder: Path, split: str, pieces: Iterable[Piece], encoder: _Encoder, bar: Any, ours: Callable[[], bool]
+    folder: Path, split: str, passages: Iterable[Passage], encoder: _Encoder, bar: Any, ours: Callable[[], bool]
 ) -> list[tuple[Path, int]]:
     """Writes those shards of a split that are ours and not there; the place and the characters of all of them."""
     shards: list[tuple[Path, int]] = []
@@ -374,7 +376,7 @@ def _write_split(
             future.result()
             bar.update(size)
 
-    for number, batch in enumerate(chain(batches(pieces, SHARD_CHARS), [[]])):
+    for number, batch in enumerate(chain(batches(passages, SHARD_CHARS), [[]])):
         if number and not batch:  # a split without text has one shard without tokens
             break
         path = folder / _name(split, number)
@@ -395,17 +397,17 @@ def _write_split(
     return shards
 
 
-def _measure(pieces: Sequence[Piece]) -> tuple[int, int]:
+def _measure(passages: Sequence[Passage]) -> tuple[int, int]:
     """Characters, and their bytes in UTF-8."""
-    return sum(len(text) for text, _ in pieces), sum(len(text.encode()) for text, _ in pieces)
+    return sum(len(text) for text, _ in passages), sum(len(text.encode()) for text, _ in passages)
 
 
-def batches(pieces: Iterable[Piece], chars: int) -> Iterator[list[Piece]]:
-    """Pieces, by so many characters or a little more."""
-    batch, size = list[Piece](), 0
-    for piece in pieces:
-        batch.append(piece)
-        size += len(piece.text)
+def batches(passages: Iterable[Passage], chars: int) -> Iterator[list[Passage]]:
+    """Passages, by so many characters or a little more."""
+    batch, size = list[Passage](), 0
+    for passage in passages:
+        batch.append(passage)
+        size += len(passage.text)
         if size >= chars:
             yield batch
             batch, size = [], 0
@@ -413,33 +415,33 @@ def batches(pieces: Iterable[Piece], chars: int) -> Iterator[list[Piece]]:
         yield batch
 
 
-def encode(tokenizer: Tokenizer, pieces: Iterable[Piece], dtype: npt.DTypeLike) -> npt.NDArray[np.integer]:
-    """The ids of pieces of text.
+def encode(tokenizer: Tokenizer, passages: Iterable[Passage], dtype: npt.DTypeLike) -> npt.NDArray[np.integer]:
+    """The ids of passages of text.
 
     Raises:
         UserError: see `Tokenizer.encode`.
     """
     done = [np.empty(0, dtype)]
-    for batch in batches(pieces, BATCH_CHARS):
-        ids = tokenizer.encode_pieces(batch)
+    for batch in batches(passages, BATCH_CHARS):
+        ids = tokenizer.encode_passages(batch)
         done.append(np.array(ids, dtype=dtype))
         if tokenizer.lossless:  # counted everywhere; decoded, which takes half as long as encoding, in a sample
-            assert tokenizer.char_counts[done[-1]].sum() == sum(len(piece.text) for piece in batch)
-            assert len(done) > 2 or tokenizer.decode(ids) == "".join(piece.text for piece in batch)
+            assert tokenizer.char_counts[done[-1]].sum() == sum(len(passage.text) for passage in batch)
+            assert len(done) > 2 or tokenizer.decode(ids) == "".join(passage.text for passage in batch)
     return np.concatenate(done)
 
 
-def decode(tokenizer: Tokenizer, ids: npt.NDArray[np.integer]) -> Iterator[Piece]:
-    """The pieces of text that ids were made from, one for each document."""
+def decode(tokenizer: Tokenizer, ids: npt.NDArray[np.integer]) -> Iterator[Passage]:
+    """The passages of text that ids were made from, one for each document."""
     ends = ids == (-1 if tokenizer.end_of_text is None else tokenizer.end_of_text)
     for document in np.split(ids, np.flatnonzero(ends) + 1):
         if len(document):
-            yield Piece(tokenizer.decode(document.tolist()), document[-1] == tokenizer.end_of_text)
+            yield Passage(tokenizer.decode(document.tolist()), document[-1] == tokenizer.end_of_text)
 
 
-def _write_shard(tokenizer: Tokenizer, dtype: str, path: Path, pieces: Sequence[Piece]) -> None:
+def _write_shard(tokenizer: Tokenizer, dtype: str, path: Path, passages: Sequence[Passage]) -> None:
     with files.whole(path, shared=True) as beside, beside.open("wb") as file:
-        np.save(file, encode(tokenizer, pieces, dtype))
+        np.save(file, encode(tokenizer, passages, dtype))
 
 
 def _tokens_in(path: Path) -> int | None:
@@ -476,16 +478,16 @@ class _Encoder:
         if self._pool is not None:
             self._pool.shutdown(wait=True, cancel_futures=True)
 
-    def submit(self, path: Path, pieces: list[Piece]) -> Future[None]:
-        if self.processes == 1 or sum(len(piece.text) for piece in pieces) < SHARD_CHARS:
+    def submit(self, path: Path, passages: list[Passage]) -> Future[None]:
+        if self.processes == 1 or sum(len(passage.text) for passage in passages) < SHARD_CHARS:
             future: Future[None] = Future()
-            _write_shard(self._tokenizer, self._dtype, path, pieces)
+            _write_shard(self._tokenizer, self._dtype, path, passages)
             future.set_result(None)
             return future
         if self._pool is None:
             self._pool = pool(self.processes, _begin, self._tokenizer.to_bytes(), self._dtype)
         with nameless_main():
-            return self._pool.submit(_write_shard_here, path, pieces)
+            return self._pool.submit(_write_shard_here, path, passages)
 
 
 def pool(processes: int, initializer: Callable[..., object], *arguments: object) -> ProcessPoolExecutor:
@@ -521,9 +523,9 @@ def _begin(tokenizer: bytes, dtype: str) -> None:
     _here = from_bytes(tokenizer), dtype
 
 
-def _write_shard_here(path: Path, pieces: list[Piece]) -> None:
+def _write_shard_here(path: Path, passages: list[Passage]) -> None:
     assert _here is not None
-    _write_shard(*_here, path, pieces)
+    _write_shard(*_here, path, passages)
 
 
 def _cores() -> int:

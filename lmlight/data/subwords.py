@@ -17,8 +17,8 @@ from itertools import accumulate
 import numpy as np
 import numpy.typing as npt
 
-from lmlight.data.reading import Piece
-from lmlight.data.tokenizer import END_OF_TEXT, SPACE, SentencePieceTokenizer, Tokenizer, split_pieces
+from lmlight.data.reading import Passage
+from lmlight.data.tokenizer import END_OF_TEXT, SPACE, SentencePieceTokenizer, Tokenizer, split_passages
 from lmlight.errors import UserError
 
 
@@ -61,7 +61,7 @@ class SubwordSampler:
 
     Args:
         tokenizer: must be a unigram model, for BPE's merges have no scores.
-        text: what to segment: a text, or the pieces of a corpus.
+        text: what to segment: a text, or the passages of a corpus.
         sampling: how to draw.
 
     Raises:
@@ -73,7 +73,7 @@ class SubwordSampler:
     # n-best lists of unbroken stretches (Chinese, a URL) grow without bound: longer ones are cut before listing.
     MAX_NBEST_CHARS = 64
 
-    def __init__(self, tokenizer: Tokenizer, text: str | Iterable[Piece], sampling: SubwordSampling) -> None:
+    def __init__(self, tokenizer: Tokenizer, text: str | Iterable[Passage], sampling: SubwordSampling) -> None:
         if not isinstance(tokenizer, SentencePieceTokenizer) or not _is_unigram(tokenizer):
             raise UserError(
                 "subword_sampling draws by a unigram model's scores, which bpe and char tokenizers do not have: "
@@ -91,8 +91,8 @@ class SubwordSampler:
         self._unknown_score = min(score for _, score in self._scores.values()) - 10  # SentencePiece's kUnkPenalty
 
         numbers: dict[str, int] = {}
-        pieces = [Piece(text)] if isinstance(text, str) else text
-        self._text: list[int] = [numbers.setdefault(word, len(numbers)) for word in self._words(pieces)]
+        passages = [Passage(text)] if isinstance(text, str) else text
+        self._text: list[int] = [numbers.setdefault(word, len(numbers)) for word in self._words(passages)]
         self._choices = self._lattice if sampling.nbest_size == -1 else self._nbest
         self._words_choices = [self._choices(word) for word in numbers]
         self._known: dict[str, list[Choices]] = {}
@@ -101,16 +101,16 @@ class SubwordSampler:
         """The ids of one segmentation of the text, a pure function of (`seed`, `epoch`)."""
         return self._draw((self._words_choices[word] for word in self._text), f"subword {seed} {epoch}")
 
-    def segment(self, pieces: Iterable[Piece], seed: int, epoch: int, shard: int) -> npt.NDArray[np.int64]:
+    def segment(self, passages: Iterable[Passage], seed: int, epoch: int, shard: int) -> npt.NDArray[np.int64]:
         """The same for a part of a text that is too large to be worked out beforehand: in bounded memory, and slower.
 
         Args:
-            pieces: of that part.
+            passages: of that part.
             seed: of the run.
             epoch: counted from 0.
             shard: the part's number; the segmentation is a pure function of the three and the text.
         """
-        words = self._words(pieces)
+        words = self._words(passages)
         return self._draw(map(self._known_choices, words), f"subword {seed} {epoch} {shard}")
 
     def _known_choices(self, word: str) -> list[Choices]:
@@ -137,9 +137,9 @@ class SubwordSampler:
                 ids += piece
         return np.array(ids, dtype=np.int64)
 
-    def _words(self, pieces: Iterable[Piece]) -> Iterator[str]:
+    def _words(self, passages: Iterable[Passage]) -> Iterator[str]:
         """The text as SentencePiece sees it, cut where no piece can cross: before each space, around each newline."""
-        for line, end in zip(*split_pieces(pieces, self.tokenizer.lossless)):
+        for line, end in zip(*split_passages(passages, self.tokenizer.lossless)):
             normal = line.replace(" ", SPACE) if self.tokenizer.lossless else self._processor.normalize(line)
             yield from re.findall(f"{SPACE}?[^{SPACE}]+|{SPACE}", normal)
             if end and (self.tokenizer.lossless or end == END_OF_TEXT):

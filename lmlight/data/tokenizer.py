@@ -29,7 +29,7 @@ import numpy as np
 import numpy.typing as npt
 import sentencepiece as spm
 
-from lmlight.data.reading import MAX_LINE, Piece, stretches
+from lmlight.data.reading import MAX_LINE, Passage, stretches
 from lmlight.errors import UserError
 
 # What the end of a document is called in a vocabulary: the name that GPT-2 gave it.
@@ -69,14 +69,14 @@ class Tokenizer(ABC):
             UserError: a character that the vocabulary has no id for (the character vocabulary only).
         """
 
-    def encode_pieces(self, pieces: Iterable[Piece]) -> list[int]:
-        """The ids of a corpus's pieces, with `end_of_text`, if there is such an id, behind each document.
+    def encode_passages(self, passages: Iterable[Passage]) -> list[int]:
+        """The ids of a corpus's passages, with `end_of_text`, if there is such an id, behind each document.
 
         Raises:
             UserError: see `encode`.
         """
         end = [] if self.end_of_text is None else [self.end_of_text]
-        return [index for text, ends in pieces for index in (self.encode(text) + end if ends else self.encode(text))]
+        return [index for text, ends in passages for index in (self.encode(text) + end if ends else self.encode(text))]
 
     @abstractmethod
     def decode(self, ids: Iterable[int]) -> str:
@@ -183,22 +183,22 @@ class TokenizerConfig:
         """A tokenizer of this kind for a text.
 
         Args:
-            text: a text, or its pieces.
-            chars: how many characters the pieces have together; None learns from all of them.
+            text: a text, or its passages.
+            chars: how many characters the passages have together; None learns from all of them.
             end_of_text: give the vocabulary an id for the end of a document.
 
         Raises:
             UserError: `vocab_size` is too small for the characters in the text, or there is no text to learn from.
         """
-        pieces = [text] if isinstance(text, str) else text
+        passages = [text] if isinstance(text, str) else text
         if self.kind == "char":
             characters = set[str]()
-            for piece in pieces:
-                characters.update(piece)
+            for passage in passages:
+                characters.update(passage)
             return CharTokenizer(sorted(characters), end_of_text)
         if chars is not None and chars > self.sample_chars:
-            pieces = _sample(pieces, self.sample_chars / chars)
-        return SentencePieceTokenizer(_train_sentencepiece(pieces, self, end_of_text))
+            passages = _sample(passages, self.sample_chars / chars)
+        return SentencePieceTokenizer(_train_sentencepiece(passages, self, end_of_text))
 
 
 def from_bytes(data: bytes) -> Tokenizer:
@@ -284,10 +284,10 @@ class SentencePieceTokenizer(Tokenizer):
             self.char_counts[end] = 0
 
     def encode(self, text: str) -> list[int]:
-        return self.encode_pieces([Piece(text)])
+        return self.encode_passages([Passage(text)])
 
-    def encode_pieces(self, pieces: Iterable[Piece]) -> list[int]:
-        lines, ends = split_pieces(pieces, self.lossless)
+    def encode_passages(self, passages: Iterable[Passage]) -> list[int]:
+        lines, ends = split_passages(passages, self.lossless)
         encoded = self._processor.encode(lines)
         ids_of = {end: self._end_ids(end) for end in set(ends)}
         return list(chain.from_iterable(chain(ids, ids_of[end]) for ids, end in zip(encoded, ends)))
@@ -313,14 +313,14 @@ class SentencePieceTokenizer(Tokenizer):
         return [self._processor.piece_to_id(f"<0x{byte:02X}>") for byte in text.encode()]
 
 
-def split_pieces(pieces: Iterable[Piece], lossless: bool) -> tuple[list[str], list[str]]:
+def split_passages(passages: Iterable[Passage], lossless: bool) -> tuple[list[str], list[str]]:
     """What SentencePiece may see, line by line, and what comes behind each: a newline, nothing, a literal "▁",
     `END_OF_TEXT` for the end of a document.
 
     A literal "▁" would come back as a space, so `encode` writes it as bytes. Long lines are cut into stretches.
     """
     lines, ends = list[str](), list[str]()
-    for text, ends_document in pieces:
+    for text, ends_document in passages:
         whole = text.split("\n")
         if SPACE not in text and max(map(len, whole)) <= MAX_LINE:
             lines += whole
@@ -343,20 +343,20 @@ def _starts_character(byte_piece: str) -> int:
     return int(int(byte_piece[3:5], 16) & 0xC0 != 0x80)
 
 
-def _sample(pieces: Iterable[str], share: float) -> Iterator[str]:
+def _sample(passages: Iterable[str], share: float) -> Iterator[str]:
     """Lines, each with the same probability; of lines that are very long, stretches."""
     draw = np.random.default_rng(0)
-    for text in pieces:
+    for text in passages:
         lines = [stretch for line in text.split("\n") for stretch in stretches(line)]
         yield "\n".join(compress(lines, draw.random(len(lines)) < share))
 
 
-def _train_sentencepiece(pieces: Iterable[str], config: TokenizerConfig, end_of_text: bool) -> bytes:
+def _train_sentencepiece(passages: Iterable[str], config: TokenizerConfig, end_of_text: bool) -> bytes:
     # what SentencePiece uses as marks of its own: it would pass over lines that have them
     apart = re.compile(f"[\n{SPACE}{UNKNOWN}]" if config.lossless else f"[\n{UNKNOWN}]")
     lines = [
         line[start : start + MAX_LINE_CHARS]
-        for text in pieces
+        for text in passages
         for line in apart.split(text)
         for start in range(0, len(line), MAX_LINE_CHARS)
     ]
