@@ -336,7 +336,7 @@ def new_folder(target: Path) -> Iterator[Path]:
         finally:
             shutil.rmtree(beside, ignore_errors=True)
     except OSError as error:
-        raise UserError(f"folder '{target}' cannot be written ({error.strerror}): pass another") from None
+        raise UserError(f"folder '{target}' cannot be written ({error.strerror or error}): pass another") from None
 
 
 def _name(split: str, number: int) -> str:
