@@ -1,12 +1,13 @@
 """The same model in each engine: how large its file is, and how fast one text is written.
 
-    python benchmarks/engines.py --ckpt_path FILE [--rounds 5] [--perplexity] [--json FILE]
+    python benchmarks/engines.py --ckpt_path FILE [--threads 2 1] [--rounds 5] [--perplexity] [--json FILE]
 
 A checkpoint is exported to each format, and a prompt continued greedily to the end of the block in each engine (llama.cpp
-goes no further), in alternating rounds of one process, with the same number of threads. Medians are given, and whether the
-tokens are lmlight's. With `--perplexity` both score the validation part of tiny Shakespeare in windows that do not
-overlap, one token shorter than the block, which llama.cpp's server does not fill. The page for browsers is driven where it
-is installed (docs/export.md). Needs `pip install -e '.[engines,browser]'`. Prints Markdown tables.
+goes no further), in alternating rounds, each engine in a process of its own: in one process, the threads of one spin where
+another's are wanted. Medians are given, and whether the tokens are lmlight's. With `--perplexity` llama.cpp encodes all of
+tiny Shakespeare, and both score its validation part in windows that do not overlap, one token shorter than the block, which
+llama.cpp's server does not fill. The page for browsers is driven where it is installed (docs/export.md).
+Needs `pip install -e '.[engines,browser]'`. Prints Markdown tables.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import importlib.metadata
 import io
 import json
 import math
+import multiprocessing
 import os
 import platform
 import shutil
@@ -30,6 +32,7 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -116,10 +119,10 @@ def onnxruntime_(file: Path, threads: int) -> Write:
 class LlamaCpp:
     """llama.cpp's server; with `plain`, its cache is float32 and its fused attention off, as our own net counts."""
 
-    def __init__(self, file: Path, context: int, threads: int, plain: bool = False) -> None:
+    def __init__(self, file: Path, threads: int, plain: bool = False) -> None:
         params = xllamacpp.CommonParams()
         params.model.path = str(file)
-        params.n_ctx, params.n_parallel, params.n_gpu_layers = context, 1, 0
+        params.n_parallel, params.n_gpu_layers = 1, 0  # the context is the file's: the block
         params.warmup = params.fit_params = False
         params.verbosity = 0
         params.cpuparams.n_threads = params.cpuparams_batch.n_threads = threads
@@ -137,6 +140,7 @@ class LlamaCpp:
         return answer
 
     def __call__(self, prompt: list[int], new: int) -> list[int]:
+        self.connection.close()  # while others had their turn, the server has given it up
         settings = {"temperature": 0, "return_tokens": True, "cache_prompt": False}
         return self.ask("/completion", prompt=prompt, n_predict=new, **settings)["tokens"]
 
@@ -216,54 +220,80 @@ def export(checkpoint: Path, folder: Path) -> dict[str, Path]:
     return paths
 
 
-def speeds(model: Model, paths: dict[str, Path], rounds: int, repeats: int) -> dict[str, Any]:
+ENGINES: dict[str, tuple[str, Callable[[Path, int], Write]]] = {
+    "lmlight": ("checkpoint", lambda file, _: ours(Model.read(file), "full")),
+    "lmlight, weights int8": ("checkpoint", lambda file, _: ours(Model.read(file), "int8")),
+    "transformers": ("hf", lambda file, _: transformers_(file)),
+    "llama.cpp f32": ("gguf f32", lambda file, threads: LlamaCpp(file, threads, plain=True)),
+    "llama.cpp f16": ("gguf f16", LlamaCpp),
+    "llama.cpp q8_0": ("gguf q8_0", LlamaCpp),
+    "onnxruntime": ("onnx", onnxruntime_),
+    "torch.export, without a cache": ("torch", lambda file, _: torch_export(file)),
+}
+"""What each runs, and how it is made of that file and a number of threads."""
+BROWSER = "the page in Chromium"
+
+
+def work(name: str, file: Path, threads: int, orders: Connection) -> None:
+    """One engine in a process of its own, where no other's threads spin: for each order, some seconds and what it wrote."""
+    torch.set_num_threads(threads)
+    warnings.simplefilter("ignore")
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    gc.disable()  # as benchmarks/generation.py
+    with page(file) if name == BROWSER else contextlib.nullcontext() as browser:
+        run = browser or timed(ENGINES[name][1](file, threads))
+        while order := orders.recv():
+            prompt, new, repeats = order
+            ids = run(prompt, new)[1]  # untimed: what it needs has been out of use
+            orders.send(([run(prompt, new)[0] for _ in range(repeats)], ids))
+
+
+def speeds(model: Model, paths: dict[str, Path], threads: list[int], rounds: int, repeats: int) -> dict[str, Any]:
     """Prints the table of sizes and speeds."""
-    threads, block = torch.get_num_threads(), model.net.block_size
     prompt = model.tokenizer.encode(PROMPT)
-    new = block - len(prompt)
-    with contextlib.ExitStack() as stack:
-        llama = {
-            kind: LlamaCpp(paths[f"gguf {kind}"], block, threads, kind == "f32") for kind in ("f32", "f16", "q8_0")
-        }
-        engines: dict[str, tuple[str, Run]] = {
-            "lmlight": ("checkpoint", timed(ours(model, "full"))),
-            "lmlight, weights int8": ("checkpoint", timed(ours(model, "int8"))),
-            "transformers": ("hf", timed(transformers_(paths["hf"]))),
-            **{f"llama.cpp {kind}": (f"gguf {kind}", timed(engine)) for kind, engine in llama.items()},
-            "onnxruntime": ("onnx", timed(onnxruntime_(paths["onnx"], threads))),
-            "torch.export, without a cache": ("torch", timed(torch_export(paths["torch"]))),
-        }
-        if (PAGE / "node_modules").is_dir() and shutil.which("chromedriver"):
-            engines["the page in Chromium, 1 thread"] = ("onnx", stack.enter_context(page(paths["onnx"])))
-        seconds: dict[str, list[float]] = {name: [] for name in engines}
-        written: dict[str, list[int]] = {}
-        for number in range(rounds + 1):
-            for name, (_, run) in engines.items():
-                for _ in range(repeats):
-                    took, written[name] = run(prompt, new)
-                    if number:  # the first round warms up
-                        seconds[name].append(took)
-    print(f"| {new} tokens after {len(prompt)}, greedy | file, MB | ms a token | tokens/s | the same tokens |")
-    print("|---|---|---|---|---|")
+    new = model.net.block_size - len(prompt)
+    files = {name: paths[kind] for name, (kind, _) in ENGINES.items()}
+    jobs = [(name, count) for name in files for count in threads]
+    if (PAGE / "node_modules").is_dir() and shutil.which("chromedriver"):
+        files[BROWSER] = paths["onnx"]
+        jobs.append((BROWSER, 1))  # threads need a server that sends certain headers
+    spawn, orders = multiprocessing.get_context("spawn"), dict[tuple[str, int], Any]()
+    for name, count in jobs:
+        orders[name, count], theirs = spawn.Pipe()
+        spawn.Process(target=work, args=(name, files[name], count, theirs), daemon=True).start()
+        orders[name, count].send((prompt, new, 1))
+        orders[name, count].recv()
+    seconds: dict[tuple[str, int], list[float]] = {job: [] for job in jobs}
+    written: dict[tuple[str, int], list[int]] = {}
+    for _ in range(rounds):
+        for job in jobs:
+            orders[job].send((prompt, new, repeats))
+            times, written[job] = orders[job].recv()
+            seconds[job] += times
+    for job in jobs:
+        orders[job].send(None)
+    heads = [f"ms a token, {count} thread{'s' * (count > 1)}" for count in threads]
+    print(f"| {new} tokens after {len(prompt)}, greedy | file, MB |", " | ".join(heads), "| the same tokens |")
+    print("|---|---|" + "---|" * len(heads) + "---|")
     results = {}
-    for name, (file, _) in engines.items():
-        one, megabytes = statistics.median(seconds[name]) / new, size(paths[file]) / 1e6
-        same = next((at for at, pair in enumerate(zip(written[name], written["lmlight"])) if len({*pair}) > 1), new)
-        cells = [
-            f"{megabytes:.2f}",
-            f"{1e3 * one:.2f}",
-            f"{1 / one:,.0f}",
-            "all" if same == new else f"the first {same}",
-        ]
+    for name, file in files.items():
+        medians = {count: statistics.median(seconds[name, count]) / new for count in threads if (name, count) in jobs}
+        ids = next(written[job] for job in jobs if job[0] == name)
+        expected = written[jobs[0]]
+        same = next((at for at, pair in enumerate(zip(ids, expected)) if len({*pair}) > 1), new)
+        times = [f"{1e3 * medians[count]:.2f}" if count in medians else "" for count in threads]
+        cells = [f"{size(file) / 1e6:.2f}", *times, "all" if same == new else f"the first {same}"]
         print("|", " | ".join([name, *cells]), "|", flush=True)
-        results[name] = {"megabytes": megabytes, "seconds": one, "same": same}
+        results[name] = {"bytes": size(file), "seconds": medians, "same": same}
     return results
 
 
 @torch.inference_mode()
 def perplexity(model: Model, paths: dict[str, Path], windows: int | None) -> dict[str, Any]:
     """Prints the table of ids and perplexities over the validation text."""
-    _, text = corpus.split(corpus.load("tinyshakespeare").text, 0.1)
+    whole = corpus.load("tinyshakespeare").text
+    _, text = corpus.split(whole, 0.1)
     ids, block = model.tokenizer.encode(text), model.net.block_size - 1  # the server wants room behind the prompt
     starts = range(0, len(ids) - 1, block)[:windows]
     ours = 0.0
@@ -272,17 +302,22 @@ def perplexity(model: Model, paths: dict[str, Path], windows: int | None) -> dic
         ours += F.cross_entropy(model.net(row[None, :-1])[0], row[1:], reduction="sum").item()
     count = min(len(ids) - 1, len(starts) * block)
     results: dict[str, Any] = {"tokens": count, "lmlight": math.exp(ours / count)}
-    print(f"\n| {count:,} tokens of the validation text | ids of all of it | perplexity | off by |\n|---|---|---|---|")
+    print(
+        f"\n| {count:,} tokens of the validation text | ids of all the text | perplexity | off by |\n|---|---|---|---|"
+    )
     print(f"| lmlight | | {results['lmlight']:.4f} | |", flush=True)
     for kind in ("f32", "f16", "q8_0"):
-        engine = LlamaCpp(paths[f"gguf {kind}"], model.net.block_size, torch.get_num_threads(), plain=kind == "f32")
-        theirs = engine.ask("/tokenize", content=text, add_special=False, parse_special=False)["tokens"]
+        engine = LlamaCpp(paths[f"gguf {kind}"], torch.get_num_threads(), plain=kind == "f32")
+        theirs = engine.ask("/tokenize", content=whole, add_special=False, parse_special=False)["tokens"]
         nats = 0.0
         for start in starts:
             row = ids[start : start + block + 1]
             nats += sum(engine.nats(row[:at], row[at]) for at in range(1, len(row)))
         value = math.exp(nats / count)
-        same, off = "identical" if theirs == ids else "different", value / results["lmlight"] - 1
+        same, off = (
+            "identical" if theirs == model.tokenizer.encode(whole) else "different",
+            value / results["lmlight"] - 1,
+        )
         print(f"| llama.cpp {kind} | {same} | {value:.4f} | {off:+.4%} |", flush=True)
         results[f"llama.cpp {kind}"] = {"ids": same, "perplexity": value}
     return results
@@ -293,25 +328,24 @@ def main() -> None:
     parser.add_argument(
         "--ckpt_path", type=Path, required=True, help="a transformer of tiny Shakespeare, unigram pieces"
     )
+    parser.add_argument("--threads", type=int, nargs="+", default=[2, 1])
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--repeats", type=int, default=10, help="texts of each engine in a round")
     parser.add_argument("--perplexity", action="store_true")
     parser.add_argument("--windows", type=int, help="of the validation text, the first so many; all by default")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
-    gc.disable()  # as benchmarks/generation.py
     warnings.simplefilter("ignore")
-    transformers.logging.set_verbosity_error()
     packages = ("lmlight", "torch", "transformers", "xllamacpp", "onnxruntime")
     versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in packages)
     if (PAGE / "node_modules").is_dir():
         web = json.loads((PAGE / "node_modules" / "onnxruntime-web" / "package.json").read_text("utf-8"))
         versions += f", onnxruntime-web {web['version']}"
-    print(f"{platform.machine()}, {torch.get_num_threads()} threads, {versions}\n")
+    print(f"{platform.machine()}, {os.cpu_count()} cores, {versions}\n")
     model = Model.read(options.ckpt_path)
     with tempfile.TemporaryDirectory() as folder:
         paths = export(options.ckpt_path, Path(folder))
-        results: dict[str, Any] = {"speeds": speeds(model, paths, options.rounds, options.repeats)}
+        results: dict[str, Any] = {"speeds": speeds(model, paths, options.threads, options.rounds, options.repeats)}
         if options.perplexity:
             results["perplexity"] = perplexity(model, paths, options.windows)
     if options.json:

@@ -380,6 +380,8 @@ def main(args: Sequence[str] | None = None) -> int:
         if getattr(rank_zero_only, "rank", 0) == 0:
             say(error)
         return 2
+    except KeyboardInterrupt:  # while `prepare` is at work; Lightning ends what it runs by itself
+        return 130
     except SystemExit as end:
         if isinstance(end.__context__, KeyboardInterrupt):
             return 130  # Lightning ends with 1

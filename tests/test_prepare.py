@@ -142,6 +142,22 @@ def test_prepare_reads_the_config_of_a_run_on_a_larger_machine(verse_file):
     assert TokenStore(folder).tokenizer.vocab_size == 400
 
 
+def test_ctrl_c_leaves_what_is_done_and_no_traceback(verse_file, small_shards, monkeypatch, capsys):
+    save, saved = np.save, []
+
+    def interrupted(file, ids):
+        if len(saved) == 2:
+            raise KeyboardInterrupt
+        saved.append(save(file, ids))
+
+    monkeypatch.setattr(stores, "_cores", lambda: 1)
+    monkeypatch.setattr(np, "save", interrupted)
+    assert main(["prepare", *FLAGS]) == 130
+    assert "Traceback" not in capsys.readouterr().err
+    (folder,) = Path("cache/tokens").iterdir()
+    assert sorted(contents(folder)) == ["tokenizer", "train-00000.npy", "train-00001.npy"]
+
+
 @pytest.mark.parametrize(
     ("flags", "said"),
     [

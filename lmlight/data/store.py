@@ -347,7 +347,7 @@ def new_folder(target: Path) -> Iterator[Path]:
         with files.whole_folder(target) as folder:
             yield folder
     except OSError as error:
-        raise UserError(f"folder '{target}' cannot be written ({error.strerror}): pass another") from None
+        raise UserError(f"folder '{target}' cannot be written ({error.strerror or error}): pass another") from None
 
 
 def _name(split: str, number: int) -> str:
