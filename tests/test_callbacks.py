@@ -159,8 +159,8 @@ class Clock(Callback):
 def test_throughput_leaves_validations_out_and_knows_what_was_waited_for(verse_file, tmp_path, monkeypatch):
     clock = Clock()
     monkeypatch.setattr("lmlight.callbacks.scalars.time", clock)
-    monkeypatch.setattr("lmlight.data.datamodule.time", clock)
-    monkeypatch.setattr("lmlight.data.datamodule.as_batch", clock.as_batch)
+    monkeypatch.setattr("lmlight.data.tokens.time", clock)
+    monkeypatch.setattr("lmlight.data.tokens.as_batch", clock.as_batch)
     fit(verse_file, tmp_path / "runs", [Throughput(), clock], tiny.net)
     (run,) = (tmp_path / "runs").iterdir()
     events = EventAccumulator(str(run)).Reload()
@@ -176,7 +176,7 @@ def test_throughput_is_that_of_all_devices(monkeypatch):
     clock, model, logged = Clock(), LanguageModel(), {}
     monkeypatch.setattr("lmlight.callbacks.scalars.time", clock)
     monkeypatch.setattr(model, "log_dict", logged.update)
-    model.net, model.step_loss = tiny.net(400, 16), torch.zeros(())
+    model.net, model.step_loss, model.step_is_logged = tiny.net(400, 16), torch.zeros(()), True
     trainer = SimpleNamespace(
         world_size=3,
         global_step=2,

@@ -693,7 +693,7 @@ def test_ranks_score_every_character_once(verse, verse_file, world_size):
 
 def test_a_sample_begins_with_a_line_of_the_validation_text(verse, verse_file):
     assert ready(verse_file).opening in parts(verse)[1].split("\n")[1:]
-    for text in ("ab" * 1000, "x\n" * 1000, "\n" * 2000, "文字" * 1000):  # nothing that could be called a line
+    for text in ("ab" * 1000, "x\n" * 1000, "x" + "\n" * 2000, "文字" * 1000):  # nothing that could be called a line
         for kind in ("unigram", "char"):
             data = ready_on(text, tokenizer=TokenizerConfig(kind, 400), block_size=8)
             assert data.tokenizer.decode(data.tokenizer.encode(data.opening)) == data.opening

@@ -131,7 +131,8 @@ def test_a_killed_run_goes_on_to_the_bit(place, straight, step, workers):
 
 
 def epochs(content):
-    return content["loops"]["fit_loop"]["state_dict"]["combined_loader"]
+    states = content["loops"]["fit_loop"]["state_dict"]["combined_loader"]
+    return [(state["epoch"], state["windows"]) for state in states]
 
 
 def test_the_end_of_an_epoch_is_no_place_to_stumble(place):
@@ -158,7 +159,7 @@ def test_a_signal_at_the_end_of_an_epoch_waits_for_the_next_step(place, straight
     act = "os.kill(os.getpid(), signal.SIGTERM)"
     run(folder, "fit", *HARD, code=ACT_AT_STEP.format(step=12, act=act), status=143)
     assert last(folder)["global_step"] == 14
-    assert epochs(last(folder)) == [{"epoch": 1, "windows": 8}]
+    assert epochs(last(folder)) == [(1, 8)]
     run(folder, "fit", *HARD, "--ckpt_path=last")
     assert differences(last(straight), last(folder)) == []
     assert scalars(folder) == scalars(straight)
@@ -386,12 +387,14 @@ def test_best_is_where_the_figure_is_smallest_and_last_is_always_the_latest(vers
         saved.append((path.stem, content["global_step"], content["callbacks"]["KeepCheckpoints"]["best_score"]))
 
     monkeypatch.setattr(checkpoint, "write", note)
-    monkeypatch.setattr(LanguageModel, "on_validation_epoch_end", lambda self: self.log("figure", next(scores)))
+    monkeypatch.setattr(
+        LanguageModel, "on_validation_epoch_end", lambda self: self.log("val/nats_per_char", next(scores))
+    )
     trainer = pl.Trainer(
         max_steps=9,
         val_check_interval=3,
         check_val_every_n_epoch=None,
-        callbacks=[KeepCheckpoints("figure", every_n_steps=2)],
+        callbacks=[KeepCheckpoints(every_n_steps=2)],
         plugins=[CheckpointFiles()],
         **tiny.QUIET,
     )

