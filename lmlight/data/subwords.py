@@ -68,8 +68,8 @@ class SubwordSampler:
         UserError: the tokenizer has no scores to sample by.
     """
 
-    # Words whose segmentations `segment` remembers, the first that it meets: kilobytes each.
-    MOST_KNOWN = 50_000
+    # Words whose segmentations `segment` remembers, the first that it meets: some 10 kB each.
+    MOST_KNOWN = 15_000
     # n-best lists of unbroken stretches (Chinese, a URL) grow without bound: longer ones are cut before listing.
     MAX_NBEST_CHARS = 64
 
