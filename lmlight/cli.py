@@ -51,6 +51,7 @@ TRAINER_DEFAULTS: dict[str, Any] = {
     "logger": {"class_path": "lmlight.callbacks.RunLogger"},
     "default_root_dir": "runs",
 }
+CKPT_PATH = "A checkpoint: its file, its run's folder, or `best` or `last`, those of the newest run that has one."
 # Classes that a checkpoint's settings may name; anything else would be imported, that is, run, on its word alone.
 TRUSTED_CLASSES = ("lmlight.", "torch.optim.")
 
@@ -130,6 +131,9 @@ class LmlightCLI(LightningCLI):
 
     def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
         parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
+        for action in parser._actions:
+            if action.dest == "ckpt_path":  # Lightning's own words are of what it does without us
+                action.help = CKPT_PATH + (" Its run goes on where it was written." if subcommand == "fit" else "")
         if subcommand in ("fit", "prepare"):
             parser.add_argument(
                 "--init_from",

@@ -40,7 +40,8 @@ class LanguageModel(LightningModule):
     The net is made when the sizes that depend on the data are known: from the trainer's datamodule, or from a checkpoint.
 
     Args:
-        net: what is trained; every size but the vocabulary's and the block's, which the data decides.
+        net: what is trained; every size but the vocabulary's and the block's, which the data decides. As an attribute, None
+            until it is made.
         optimizer: of the weights; its weight decay is applied to matrices only.
         schedule: the learning rate over the run.
         sampling: how `predict` and `generate` sample, where a call does not say otherwise.
@@ -52,7 +53,6 @@ class LanguageModel(LightningModule):
 
     Attributes:
         tokenizer: encodes prompts and decodes what comes; None until known.
-        net: the net; None until made.
         settings: plain values that travel in the checkpoint; the command line keeps its own here.
         init_from: what `checkpoint.read` gave: the net begins with its weights instead of random ones (finetuning).
         on_text: called by `predict_step` with a stream and its next piece of text.

@@ -1,8 +1,10 @@
 """The command line, as a user types it."""
 
+import inspect
 import io
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -15,9 +17,11 @@ import torch
 import yaml
 
 import lmlight
-from lmlight import LanguageModel, checkpoint
+from lmlight import LanguageModel, Sampling, TextDataModule, Transformer, checkpoint
 from lmlight.cli import main
+from lmlight.data.tokenizer import TokenizerConfig
 from lmlight.generation import printable
+from lmlight.optim import Muon, Schedule
 
 TINY = [*tiny.FLAGS, "--trainer.max_steps=6", "--trainer.val_check_interval=3"]
 
@@ -403,3 +407,15 @@ def test_how_often_checkpoints_are_kept_can_be_set(verse_file, tmp_path, monkeyp
 def test_lightnings_profiler_prints_what_it_found(verse_file):
     printed = processes.run("fit", f"--data.corpus={verse_file}", *TINY, "--trainer.profiler=simple")
     assert "FIT Profiler Report" in "".join(printed)
+
+
+def test_the_help_of_a_flag_is_that_of_its_argument():
+    """Of a name that is also an attribute's, the parser would show the attribute's text."""
+    for kind in (LanguageModel, TextDataModule, Transformer, Muon, Schedule, Sampling, TokenizerConfig):
+        sections = re.split(r"\n\s*(Args|Attributes|Raises):\n", kind.__doc__)
+        names = {
+            title: set(re.findall(r"^        (\w+):", text, re.MULTILINE))
+            for title, text in zip(sections[1::2], sections[2::2])
+        }
+        assert names["Args"] == set(inspect.signature(kind).parameters)
+        assert not names["Args"] & names.get("Attributes", set())
