@@ -1,34 +1,28 @@
 """TextDataModule: corpus, tokenizer, tokens and sampler, tied together for Lightning.
 
-`prepare_data` (one process) leaves a token store in the cache under a key made of the corpus's hash and every setting
-that the tokens depend on, so a changed setting never meets a stale cache; `setup` (every process) opens it.
+`prepare_data` (one process) leaves a token store in the cache (`preparing.py`); `setup` (every process) opens it.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Literal, cast
 
 import numpy as np
 import numpy.typing as npt
-import sentencepiece
 import torch
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 from torch.utils.data import DataLoader, Dataset
-from tqdm import tqdm
 
-from lmlight.cache import cache_dir
-from lmlight.data import corpus as corpora
 from lmlight.data import streaming
 from lmlight.data.fetching import NAMED
+from lmlight.data.preparing import Text
 from lmlight.data.reading import Reading
 from lmlight.data.resegment import Resegmenter, ShardedEpoch, windows_in_shards
 from lmlight.data.sampler import (
@@ -39,7 +33,7 @@ from lmlight.data.sampler import (
     scored_windows,
     windows_per_epoch,
 )
-from lmlight.data.store import LAYOUT, Ids, TokenStore, decode
+from lmlight.data.store import Ids, TokenStore, decode
 from lmlight.data.subwords import SubwordSampler, SubwordSampling
 from lmlight.data.tokenizer import Tokenizer, TokenizerConfig
 from lmlight.data.tokens import Batch, ShardedWindows, TrainLoader, Windows, as_batch
@@ -47,8 +41,6 @@ from lmlight.errors import UserError
 
 # From so many characters on, what does not fit is made to fit; a shorter text is refused unless its settings suit it.
 FEWEST_CHARS = 1000
-# A tokenizer takes a second or more to learn from so many.
-NOTICED_CHARS = 1_000_000
 
 
 class TextDataModule(LightningDataModule):
@@ -122,9 +114,8 @@ class TextDataModule(LightningDataModule):
                 "set --data.tokenizer.kind unigram, or --data.subword_sampling null"
             )
         self.corpus, self.block_size, self.batch_size = corpus, block_size, batch_size
-        self.val_fraction, self.tokenizer_config = val_fraction, tokenizer
-        self.val_corpus, self.test_corpus = val_corpus, test_corpus
-        self.reading, self.cache = Reading(field, separator, errors), cache
+        reading = Reading(field, separator, errors)
+        self._text = Text(corpus, val_fraction, val_corpus, test_corpus, reading, tokenizer, cache)
         self.subword_sampling, self.windows, self.prompts = subword_sampling, windows, prompts
         self.prompt_batch_size, self.num_workers, self.seed = prompt_batch_size, num_workers, seed
         self._mistake = ""
@@ -295,38 +286,21 @@ class TextDataModule(LightningDataModule):
         """
         if self.trainer is not None and self.trainer.state.fn == TrainerFn.FITTING:
             self._check_batch_size()
-        fingerprint = None
-        folder = corpora.find_store(self.corpus, self.cache)
-        if folder is None:
-            main = self._load(self.corpus)
-            val = self._load(self.val_corpus) if self.val_corpus else None
-            test = self._load(self.test_corpus) if self.test_corpus else None
-            folder, fingerprint = self._store_key(main, val, test)
-            if not self._write_store(folder, fingerprint, main, val, test, part):
-                return None
-        store = TokenStore(folder, fingerprint)
+        store, fingerprint = self._text.store(self._given, part)
+        if store is None:
+            return None
         if fingerprint is None:
             self._check_settings(store)
-        self._place = str(folder), fingerprint
+        self._place = str(store.folder), fingerprint
         self._fit_to(store)
         return store
 
     # What they are made of
 
-    def _settings(self) -> dict[str, Any]:
-        """Those that the tokens depend on, the text apart."""
-        return {
-            "val_fraction": self.val_fraction,
-            "val_corpus": self.val_corpus,
-            "test_corpus": self.test_corpus,
-            **asdict(self.reading),
-            **{f"tokenizer.{name}": value for name, value in asdict(self.tokenizer_config).items()},
-        }
-
     def _check_settings(self, store: TokenStore) -> None:
         """Refuses flags that ask for other tokens than a store has that the user has named."""
-        made_with, defaults = store.about["settings"], TextDataModule()._settings()
-        for name, value in self._settings().items():
+        made_with, defaults = store.about["settings"], TextDataModule()._text.settings()
+        for name, value in self._text.settings().items():
             if value != defaults[name] and value != made_with[name]:
                 raise UserError(
                     f"the tokens in '{self.corpus}' were made with data.{name} {json.dumps(made_with[name])}, not "
@@ -345,52 +319,6 @@ class TextDataModule(LightningDataModule):
                 "what `lmlight prepare --init_from` makes of it"
             )
 
-    def _load(self, source: str) -> corpora.Corpus:
-        return corpora.load(source, self.reading, self.cache)
-
-    def _write_store(
-        self,
-        folder: Path,
-        fingerprint: str,
-        main: corpora.Corpus,
-        val: corpora.Corpus | None,
-        test: corpora.Corpus | None,
-        part: tuple[int, int],
-    ) -> bool:
-        if TokenStore.finished(folder):
-            return True
-        chars, _ = main.size
-        cut = chars if val else corpora.train_chars(chars, self.val_fraction)
-        if not 0 < cut <= chars - (val is None):
-            self._too_short("training" if not cut else "validation", 0, chars)
-        texts = {"train": main.passages(0, cut), "val": val.passages() if val else main.passages(cut)}
-        if test:
-            texts["test"] = test.passages()
-        tokenizer = self._given or TokenStore.tokenizer_of(folder)  # of a preparation that was interrupted
-        if tokenizer is None:
-            passages = (passage.text for passage in main.passages(0, cut))
-            # a line while one waits, without a bar: SentencePiece does not say how far it is
-            with tqdm(
-                desc="training the tokenizer",
-                bar_format="{desc} ...",
-                leave=False,
-                disable=None if cut > NOTICED_CHARS else True,
-            ):
-                tokenizer = self.tokenizer_config.train(passages, cut, end_of_text=main.has_documents)
-        if main.has_documents and tokenizer.end_of_text is None:
-            rank_zero_warn(
-                "this tokenizer has no token for the end of a document: documents follow each other without a mark"
-            )
-        about = {"corpus": self.corpus, "vocab_size": tokenizer.vocab_size, "settings": self._settings()}
-        try:
-            size = sum(corpus.size[1] for corpus in (main, val, test) if corpus)
-            return TokenStore.write(folder, fingerprint, texts, tokenizer, about, size, part=part)
-        except OSError as error:
-            raise UserError(
-                f"cache folder '{folder.parent}' cannot be written ({error.strerror}): free some space, or pass another, "
-                "--data.cache FOLDER, or set LMLIGHT_CACHE"
-            ) from None
-
     def _predicting(self) -> bool:
         return self.trainer is not None and self.trainer.state.fn == TrainerFn.PREDICTING
 
@@ -407,25 +335,6 @@ class TextDataModule(LightningDataModule):
                 f"data.batch_size {self.batch_size} is the whole step's: it must be a multiple of {world_size} "
                 f"processes × {accumulate} accumulated batches"
             )
-
-    def _store_key(
-        self, main: corpora.Corpus, val: corpora.Corpus | None, test: corpora.Corpus | None
-    ) -> tuple[Path, str]:
-        """Where the token store is, and the fingerprint of all that its content depends on."""
-        tokenizer = (
-            {"fingerprint": self._given.fingerprint}
-            if self._given
-            else {"config": asdict(self.tokenizer_config), "sentencepiece": sentencepiece.__version__}
-        )
-        depends_on = {
-            "layout": LAYOUT,
-            "corpus": main.sha256,
-            "val": val.sha256 if val else self.val_fraction,
-            "test": test and test.sha256,
-            "tokenizer": tokenizer,
-        }
-        fingerprint = hashlib.sha256(json.dumps(depends_on, sort_keys=True).encode()).hexdigest()
-        return cache_dir(self.cache) / "tokens" / fingerprint[:16], fingerprint
 
     def _fit_to(self, store: TokenStore) -> None:
         """Lowers `block_size` to what the training text has room for, and says so.
@@ -451,11 +360,15 @@ class TextDataModule(LightningDataModule):
                 )
 
     def _too_short(self, name: str, tokens: int, chars: int, split_chars: int = 0) -> None:
-        share = 1.0 if self.val_corpus else self.val_fraction if name == "validation" else 1 - self.val_fraction
+        text = self._text
+        source = {"validation": text.val_corpus, "test": text.test_corpus}.get(name) or self.corpus
+        share = 1.0
+        if source == self.corpus and not text.val_corpus:
+            share = 1 - text.val_fraction if name == "training" else text.val_fraction
         per_token = max(1.0, split_chars / max(1, tokens))
         minimum = math.ceil((self.block_size + 1) * per_token / share)
         raise UserError(
-            f"the {name} part of '{self.corpus}' has {tokens:,} tokens, fewer than one block of {self.block_size}: pass a "
+            f"the {name} part of '{source}' has {tokens:,} tokens, fewer than one block of {self.block_size}: pass a "
             f"text of at least some {minimum:,} characters (this one has {chars:,}), or lower --data.block_size"
         )
 
