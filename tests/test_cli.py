@@ -412,9 +412,9 @@ def test_lightnings_profiler_prints_what_it_found(verse_file):
 def test_the_help_of_a_flag_is_that_of_its_argument():
     """Of a name that is also an attribute's, the parser would show the attribute's text."""
     for kind in (LanguageModel, TextDataModule, Transformer, Muon, Schedule, Sampling, TokenizerConfig):
-        sections = re.split(r"\n\s*(Args|Attributes|Raises):\n", kind.__doc__)
+        sections = re.split(r"\n(Args|Attributes|Raises):\n", inspect.getdoc(kind))
         names = {
-            title: set(re.findall(r"^        (\w+):", text, re.MULTILINE))
+            title: set(re.findall(r"^    (\w+):", text, re.MULTILINE))
             for title, text in zip(sections[1::2], sections[2::2])
         }
         assert names["Args"] == set(inspect.signature(kind).parameters)
