@@ -23,7 +23,7 @@ from lmlight.interchange import hf
 from lmlight.interchange.architectures import architecture_of
 from lmlight.interchange.model import Model, need
 from lmlight.interchange.vocabulary import KINDS, Vocabulary
-from lmlight.models import Net
+from lmlight.models import Net, Transformer
 from lmlight.models.attention import NORM_EPS, ROPE_BASE
 
 Precision = Literal["f32", "f16", "q8_0"]
@@ -71,23 +71,23 @@ def write(model: Model, path: Path, precision: Precision = "f32") -> None:
     (gguf,) = need("gguf", "gguf")
     architecture, net = _architecture(model.net), model.net
     tokenizer = _tokenizer(model)
+    assert isinstance(net, Transformer), "which a stock architecture is"
     ours = net.config
     writer = gguf.GGUFWriter(path, architecture)
     writer.add_name(f"lmlight {Path(str(model.settings.get('data', {}).get('corpus', 'model'))).stem}")
     writer.add_context_length(net.block_size)
     writer.add_embedding_length(ours["n_embd"])
     writer.add_block_count(ours["n_layer"])
-    writer.add_feed_forward_length(net.state_dict()["blocks.0.mlp.down.weight"].size(1))
+    writer.add_feed_forward_length(net.n_hidden)
     writer.add_head_count(ours["n_head"])
-    writer.add_head_count_kv(ours["n_kv_head"] or ours["n_head"])
+    writer.add_head_count_kv(net.n_kv_head)
     writer.add_vocab_size(net.vocab_size)
     (writer.add_layer_norm_rms_eps if ours["norm"] == "rmsnorm" else writer.add_layer_norm_eps)(NORM_EPS)
     if ours["positions"] == "rotary":
-        head_size = ours["n_embd"] // ours["n_head"]
         writer.add_rope_freq_base(ROPE_BASE)
-        writer.add_rope_dimension_count(head_size)
-        writer.add_key_length(head_size)
-        writer.add_value_length(head_size)
+        writer.add_rope_dimension_count(net.head_size)
+        writer.add_key_length(net.head_size)
+        writer.add_value_length(net.head_size)
     if architecture == "stablelm":
         writer.add_parallel_residual(False)
     kinds = {"f32": "ALL_F32", "f16": "MOSTLY_F16", "q8_0": "MOSTLY_Q8_0"}
@@ -169,7 +169,7 @@ def _tokenizer(model: Model) -> dict[str, Any]:
     }
 
 
-def _arrays(net: Net, architecture: str) -> dict[str, npt.NDArray[np.float32]]:
+def _arrays(net: Transformer, architecture: str) -> dict[str, npt.NDArray[np.float32]]:
     ours, tensors = net.config, hf.tensors(net.float())
     if ours["tie"]:  # not every architecture there falls back on the embedding
         tensors["lm_head.weight"] = net.state_dict()["head.weight"]
@@ -181,7 +181,7 @@ def _arrays(net: Net, architecture: str) -> dict[str, npt.NDArray[np.float32]]:
         if architecture == "gpt2" and number and value.ndim == 2:
             value = value.mT
         if architecture in ("llama", "arcee") and part in ("self_attn.q_proj", "self_attn.k_proj"):
-            value = _neighbours(value, ours["n_embd"] // ours["n_head"])
+            value = _neighbours(value, net.head_size)
         if architecture == "qwen3" and ours["mlp"] == "relu2" and part.startswith("mlp."):
             value = value * SHARP if part == "mlp.gate_proj" else value / ROOT
         target = f"blk.{number}.{NAMES[part]}" if number else NAMES[part]

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import math
 from typing import Any, cast
 
 import torch
@@ -18,7 +17,7 @@ from lmlight.errors import UserError
 from lmlight.interchange.hf_tokenizer import tokenizer_json
 from lmlight.interchange.model import Model
 from lmlight.models import Net, Transformer
-from lmlight.models.attention import repeat_heads, rotate
+from lmlight.models.attention import attention_weights, repeat_heads, rotate
 from lmlight.models.transformer import Block
 
 
@@ -45,8 +44,7 @@ class CachedGraph(nn.Module):
     def __init__(self, net: Transformer) -> None:
         super().__init__()
         self.net = net
-        kv_heads = net.config["n_kv_head"] or net.config["n_head"]
-        self.shape = (net.config["n_layer"], 2, kv_heads, net.config["n_embd"] // net.config["n_head"])
+        self.shape = (net.config["n_layer"], 2, net.n_kv_head, net.head_size)
 
     def no_past(self, rows: int, positions: int = 0) -> Tensor:
         """(L, 2, B, H_kv, P, D) of zeros: what comes before the first token has P 0."""
@@ -78,8 +76,7 @@ class CachedGraph(nn.Module):
             if net.rotary is not None:
                 q, k = rotate(q, net.rotary[:, new]), rotate(k, net.rotary[:, places])
             group = q.size(1) // k.size(1)
-            scores = q @ repeat_heads(k, group).mT / math.sqrt(q.size(-1))  # (B, H, T, S)
-            weights = scores.masked_fill(~visible, -math.inf).softmax(-1)
+            weights = attention_weights(q, repeat_heads(k, group), False, visible)  # (B, H, T, S)
             y = weights @ repeat_heads(v, group)
             x = x + block.attention.output(y.transpose(1, 2).flatten(2))
             x = x + block.mlp(block.mlp_norm(x))

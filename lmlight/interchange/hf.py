@@ -19,7 +19,7 @@ from lmlight.data.tokenizer import SentencePieceTokenizer, Tokenizer
 from lmlight.interchange.architectures import WINDOWED, architecture_of
 from lmlight.interchange.hf_tokenizer import tokenizer_json
 from lmlight.interchange.model import Model, need
-from lmlight.models import Net
+from lmlight.models import Net, Transformer
 from lmlight.models.attention import NORM_EPS, ROPE_BASE
 
 CLASSES = {
@@ -74,8 +74,9 @@ def config_json(model: Model) -> dict[str, Any]:
     Raises:
         UserError: the net has no stock architecture.
     """
-    net = model.net
-    ours, architecture = net.config, architecture_of(net)
+    architecture, net = architecture_of(model.net), model.net
+    assert isinstance(net, Transformer), "which a stock architecture is"
+    ours = net.config
     dtype = str(next(net.parameters()).dtype).removeprefix("torch.")
     activation = {"swiglu": "silu", "gelu": "gelu_pytorch_tanh", "relu2": "relu2"}[ours["mlp"]]
     config: dict[str, Any] = {
@@ -100,7 +101,7 @@ def config_json(model: Model) -> dict[str, Any]:
             "n_embd": ours["n_embd"],
             "n_layer": ours["n_layer"],
             "n_head": ours["n_head"],
-            "n_inner": _hidden(net),
+            "n_inner": net.n_hidden,
             "activation_function": activation,
             "layer_norm_epsilon": NORM_EPS,
             "attn_pdrop": ours["dropout"],
@@ -110,11 +111,11 @@ def config_json(model: Model) -> dict[str, Any]:
     config |= {
         "max_position_embeddings": net.block_size,
         "hidden_size": ours["n_embd"],
-        "intermediate_size": _hidden(net),
+        "intermediate_size": net.n_hidden,
         "num_hidden_layers": ours["n_layer"],
         "num_attention_heads": ours["n_head"],
-        "num_key_value_heads": ours["n_kv_head"] or ours["n_head"],
-        "head_dim": ours["n_embd"] // ours["n_head"],
+        "num_key_value_heads": net.n_kv_head,
+        "head_dim": net.head_size,
         "hidden_act": activation,
         "rms_norm_eps": NORM_EPS,
         "rope_theta": ROPE_BASE,
@@ -145,22 +146,18 @@ def tensors(net: Net) -> dict[str, Tensor]:
     Raises:
         UserError: the net has no stock architecture.
     """
-    architecture, state = architecture_of(net), {name: value.detach() for name, value in net.state_dict().items()}
+    architecture = architecture_of(net)
+    assert isinstance(net, Transformer), "which a stock architecture is"
+    state = {name: value.detach() for name, value in net.state_dict().items()}
     if net.config["tie"]:
         del state["head.weight"]
     named = _gpt2(net, state) if architecture == "gpt2" else _llama_like(net, state, architecture)
     return {name: value.clone(memory_format=torch.contiguous_format) for name, value in named.items()}
 
 
-def _hidden(net: Net) -> int:
-    size: int = net.state_dict()["blocks.0.mlp.down.weight"].size(1)
-    return size
-
-
-def _llama_like(net: Net, state: dict[str, Tensor], architecture: str) -> dict[str, Tensor]:
+def _llama_like(net: Transformer, state: dict[str, Tensor], architecture: str) -> dict[str, Tensor]:
     ours = net.config
-    head_size, kv_heads = ours["n_embd"] // ours["n_head"], ours["n_kv_head"] or ours["n_head"]
-    shares = [ours["n_embd"], kv_heads * head_size, kv_heads * head_size]
+    shares = [ours["n_embd"], net.n_kv_head * net.head_size, net.n_kv_head * net.head_size]
     ungated = ("c_fc", "c_proj") if architecture == "starcoder2" else ("up_proj", "down_proj")
     names = {
         "attention_norm": "input_layernorm",

@@ -23,6 +23,7 @@ from lmlight.interchange.model import Model, need
 from lmlight.interchange.vocabulary import parse
 from lmlight.models import Transformer
 from lmlight.models.attention import NORM_EPS, ROPE_BASE
+from lmlight.models.transformer import usual_hidden
 
 READS = ("llama", "mistral", "qwen3", "arcee")
 ACTIVATIONS = {"relu2": "relu2", "gelu_pytorch_tanh": "gelu", "gelu_new": "gelu"}
@@ -172,7 +173,7 @@ def _options(config: dict[str, Any], tensors: dict[str, Tensor]) -> dict[str, An
     }
     if options["n_kv_head"] == heads:
         options["n_kv_head"] = None
-    if options["n_hidden"] == (8 * round(width / 3) if mlp == "swiglu" else 4 * width):
+    if mlp is not None and options["n_hidden"] == usual_hidden(mlp, width):
         options["n_hidden"] = None
     return options
 
@@ -228,9 +229,7 @@ def _twin(gate: str, tensors: dict[str, Tensor]) -> bool:
 
 def _rescale(net: Transformer, state: dict[str, Tensor], by: float) -> None:
     """Makes what every norm sees `by` times larger, and the rest as it was."""
-    query_key = (net.config["n_head"] + (net.config["n_kv_head"] or net.config["n_head"])) * (
-        net.config["n_embd"] // net.config["n_head"]
-    )
+    query_key = (net.config["n_head"] + net.n_kv_head) * net.head_size
     for name in state:
         if name == "embedding.weight" or ".attention.output." in name or ".mlp.down." in name:
             state[name] = state[name] * by

@@ -41,6 +41,14 @@ def make_norm(name: NormName, size: int, bias: bool) -> nn.Module:
     return nn.RMSNorm(size, eps=NORM_EPS) if name == "rmsnorm" else nn.LayerNorm(size, eps=NORM_EPS, bias=bias)
 
 
+def usual_hidden(kind: str, n_embd: int) -> int:
+    """How wide an MLP's hidden layer is where nothing else is said.
+
+    The gate is a third matrix: 8/3 in place of 4 keeps the number of weights, in eights for the hardware's sake.
+    """
+    return 8 * round(n_embd / 3) if kind == "swiglu" else 4 * n_embd
+
+
 class MLP(nn.Module):
     """What each position does with what it has gathered; the hidden layer is 4 C wide, or 8/3 C with a gate."""
 
@@ -54,8 +62,7 @@ class MLP(nn.Module):
     ) -> None:
         super().__init__()
         self.kind, self.dropout = kind, dropout
-        # the gate is a third matrix: 8/3 in place of 4 keeps the number of weights, in eights for the hardware's sake
-        self.hidden = hidden or (8 * round(n_embd / 3) if kind == "swiglu" else 4 * n_embd)
+        self.hidden = hidden or usual_hidden(kind, n_embd)
         self.up = nn.Linear(n_embd, 2 * self.hidden if kind == "swiglu" else self.hidden, bias=bias)
         self.down = nn.Linear(self.hidden, n_embd, bias=bias)
 
@@ -128,6 +135,7 @@ class Transformer(Net):
         super().__init__(init_arguments(locals()))
         _check_sizes(n_layer, n_head, n_embd, n_kv_head, n_hidden, dropout, positions)
         self.n_kv_head, self.head_size, self.dropout = n_kv_head or n_head, n_embd // n_head, dropout
+        self.n_hidden = n_hidden or usual_hidden(mlp, n_embd)
         self.embedding = nn.Embedding(vocab_size, n_embd)
         self.positions = nn.Embedding(block_size, n_embd) if positions == "learned" else None
         rotary = rotary_table(block_size, self.head_size) if positions == "rotary" else None
