@@ -53,7 +53,7 @@ def test_a_path_may_be_relative_or_begin_with_the_home_folder(tmp_path, monkeypa
 
 def error_of(source):
     with pytest.raises(UserError) as caught:
-        corpus.load(str(source)).text  # noqa: B018
+        corpus.load(str(source)).text  # noqa: B018  (read for what it raises)
     message = str(caught.value)
     assert "\n" not in message
     assert str(source) in message

@@ -401,7 +401,7 @@ class TextDataModule(LightningDataModule):
             len(ids), self.block_size, self.seed, epoch
         )
         # every epoch has as many windows, however long its segmentation is
-        starts = np.resize(starts, windows_per_epoch(len(self._train_ids), self.block_size))
+        starts = np.resize(starts, self._windows_per_epoch())
         return Windows(ids, starts, self.block_size, counts)
 
     def _whole_loader(self, ids: Ids, char_counts: npt.NDArray[np.number], stride: int) -> DataLoader[Batch]:

@@ -22,7 +22,7 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path, PurePath, PurePosixPath
 from typing import Any, BinaryIO, Literal, NamedTuple
 
 from lmlight.errors import UserError
@@ -121,20 +121,22 @@ def cut_between_lines(passages: Iterable[Passage]) -> Iterator[Passage]:
         yield Passage(held)
 
 
+def _suffixes(path: PurePath) -> tuple[str, str]:
+    """A file's last suffix, that of its packing apart, and that of its packing; empty where there is none."""
+    found = [suffix.lower() for suffix in path.suffixes]
+    packed = found.pop() if found and found[-1] in PACKED else ""
+    return (found[-1] if found else ""), packed
+
+
 def kind_of(path: Path) -> tuple[str, str]:
     """The suffix that tells what a file holds, and the one that tells how it is packed, if it is."""
-    suffixes = [suffix.lower() for suffix in path.suffixes]
-    packed = suffixes.pop() if suffixes and suffixes[-1] in PACKED else ""
-    return (suffixes[-1] if suffixes and suffixes[-1] in RECORD_SUFFIXES else ".txt"), packed
+    suffix, packed = _suffixes(path)
+    return (suffix if suffix in RECORD_SUFFIXES else ".txt"), packed
 
 
 def is_text(name: str) -> bool:
     """Whether a file in a folder is one to read; one that the user names is read whatever it is called."""
-    path = PurePosixPath(name)
-    suffixes = [suffix.lower() for suffix in path.suffixes]
-    if suffixes and suffixes[-1] in PACKED:
-        suffixes.pop()
-    return bool(suffixes) and suffixes[-1] in TEXT_SUFFIXES + RECORD_SUFFIXES
+    return _suffixes(PurePosixPath(name))[0] in TEXT_SUFFIXES + RECORD_SUFFIXES
 
 
 def suffixes() -> str:

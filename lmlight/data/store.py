@@ -211,7 +211,7 @@ class TokenStore:
             self.ids: dict[str, Ids] = {}
             self.chars: dict[str, int] = {}
             for split, content in index["splits"].items():
-                shards = [folder / _name(split, number) for number in range(len(content["tokens"]))]
+                shards = [folder / shard_name(split, number) for number in range(len(content["tokens"]))]
                 for file, tokens in zip(shards, content["tokens"]):
                     if _tokens_in(file) != tokens:
                         raise ValueError(f"{file.name} has not its {tokens:,} tokens")
@@ -322,9 +322,7 @@ class TokenStore:
             }
             if any(tokens is None for split in splits.values() for tokens in split["tokens"]):
                 return False
-            index = {
-                "layout": LAYOUT, "fingerprint": fingerprint, "dtype": dtype, "splits": splits, "about": about,
-            }  # fmt: skip
+            index = {"layout": LAYOUT, "fingerprint": fingerprint, "dtype": dtype, "splits": splits, "about": about}
             _publish(folder / INDEX, json.dumps(index, indent=1).encode())
             return True
         except (UserError, AssertionError):  # there is no going on with it
@@ -350,7 +348,7 @@ def new_folder(target: Path) -> Iterator[Path]:
         raise UserError(f"folder '{target}' cannot be written ({error.strerror or error}): pass another") from None
 
 
-def _name(split: str, number: int) -> str:
+def shard_name(split: str, number: int) -> str:
     return f"{split}-{number:05d}.npy"
 
 
@@ -379,7 +377,7 @@ def _write_split(
     for number, batch in enumerate(chain(batches(passages, SHARD_CHARS), [[]])):
         if number and not batch:  # a split without text has one shard without tokens
             break
-        path = folder / _name(split, number)
+        path = folder / shard_name(split, number)
         chars, size = _measure(batch)
         shards.append((path, chars))
         if not ours():

@@ -24,8 +24,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from lmlight.data.store import INDEX, TokenStore, new_folder
-from lmlight.data.tokens import Batch
+from lmlight.data.store import INDEX, TokenStore, new_folder, shard_name
+from lmlight.data.tokens import Batch, batch_of
 from lmlight.errors import UserError
 
 CHUNKS = "train"
@@ -86,7 +86,7 @@ def write(store: TokenStore, target: Path) -> TokenStore:
                 shutil.copyfile(file, folder / file.name)
         kept = train.lengths[-KEPT_SHARDS:].tolist()
         for number, shard in enumerate(shards[-KEPT_SHARDS:]):
-            shutil.copyfile(shard, folder / f"train-{number:05d}.npy")
+            shutil.copyfile(shard, folder / shard_name("train", number))
         index["splits"]["train"]["tokens"], index["streamed"] = kept, len(train)
         (folder / INDEX).write_text(json.dumps(index, indent=1), "utf-8")
     return TokenStore(target)
@@ -185,5 +185,4 @@ class StreamedLoader:
 
 
 def _batch(char_counts: npt.NDArray[np.number], windows: list[Any]) -> Batch:
-    ids = np.stack([np.asarray(window) for window in windows]).astype(np.int64)  # (B, T + 1)
-    return Batch(torch.tensor(ids[:, :-1]), torch.tensor(ids[:, 1:]), torch.tensor(char_counts[ids[:, 1:]]))
+    return batch_of(np.stack([np.asarray(window) for window in windows]), char_counts)

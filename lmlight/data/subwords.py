@@ -18,7 +18,14 @@ import numpy as np
 import numpy.typing as npt
 
 from lmlight.data.reading import Passage
-from lmlight.data.tokenizer import END_OF_TEXT, SPACE, SentencePieceTokenizer, Tokenizer, split_passages
+from lmlight.data.tokenizer import (
+    END_OF_TEXT,
+    SPACE,
+    UNKNOWN_PENALTY,
+    SentencePieceTokenizer,
+    Tokenizer,
+    split_passages,
+)
 from lmlight.errors import UserError
 
 
@@ -88,7 +95,7 @@ class SubwordSampler:
             and not self._processor.is_control(index)
         }
         self._longest = max(map(len, self._scores))
-        self._unknown_score = min(score for _, score in self._scores.values()) - 10  # SentencePiece's kUnkPenalty
+        self._unknown_score = min(score for _, score in self._scores.values()) - UNKNOWN_PENALTY
 
         numbers: dict[str, int] = {}
         passages = [Passage(text)] if isinstance(text, str) else text

@@ -36,6 +36,7 @@ from lmlight.errors import UserError
 END_OF_TEXT = "<|endoftext|>"
 SPACE = "\u2581"  # "▁": how SentencePiece writes a space inside its pieces
 UNKNOWN = "\u2585"  # "▅": how its trainer writes a character that it leaves out
+UNKNOWN_PENALTY = 10.0  # SentencePiece's kUnkPenalty: a character that no piece covers scores so much below the least
 # Fixed, since the result of unigram training depends on it: the same text gives the same pieces on any machine.
 TRAINING_THREADS = 4
 # SentencePiece silently skips training lines of more than 4,192 bytes: longer ones are cut, at 4 bytes a character.

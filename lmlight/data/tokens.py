@@ -42,6 +42,12 @@ class Batch(NamedTuple):
     target_chars: Tensor
 
 
+def batch_of(ids: npt.NDArray[np.integer], char_counts: npt.NDArray[np.number]) -> Batch:
+    """(B, T + 1) ids as windows of which every target is scored, with the (V,) characters of each id."""
+    ids = ids.astype(np.int64)
+    return Batch(torch.tensor(ids[:, :-1]), torch.tensor(ids[:, 1:]), torch.tensor(char_counts[ids[:, 1:]]))
+
+
 class Windows(Dataset[Batch]):
     """Windows of a stream of ids, gathered a batch at a time by one indexing operation.
 
@@ -77,13 +83,12 @@ class Windows(Dataset[Batch]):
         which = np.asarray(indices)
         length = self.lengths[which[0]]
         assert (self.lengths[which] == length).all()
-        ids = self.ids[self.starts[which, None] + np.arange(length + 1)].astype(np.int64)  # (B, T + 1)
-        inputs, targets = ids[:, :-1], ids[:, 1:]
-        chars = self.char_counts[targets]
-        if self.scored_from is not None:
-            unscored = np.arange(length) < self.scored_from[which, None]
-            targets, chars = np.where(unscored, UNSCORED, targets), np.where(unscored, 0, chars)
-        return Batch(torch.tensor(inputs), torch.tensor(targets), torch.tensor(chars))
+        batch = batch_of(self.ids[self.starts[which, None] + np.arange(length + 1)], self.char_counts)
+        if self.scored_from is None:
+            return batch
+        unscored = torch.from_numpy(np.arange(length) < self.scored_from[which, None])
+        targets, chars = batch.targets.masked_fill(unscored, UNSCORED), batch.target_chars.masked_fill(unscored, 0)
+        return Batch(batch.inputs, targets, chars)
 
 
 class ShardedWindows(Dataset[Batch]):
@@ -102,9 +107,7 @@ class ShardedWindows(Dataset[Batch]):
 
     def __getitems__(self, indices: Sequence[int]) -> Batch:
         """See `Windows`."""
-        ids = self.epoch.rows(np.asarray(indices)).astype(np.int64)  # (B, T + 1)
-        targets = ids[:, 1:]
-        return Batch(torch.tensor(ids[:, :-1]), torch.tensor(targets), torch.tensor(self.char_counts[targets]))
+        return batch_of(self.epoch.rows(np.asarray(indices)), self.char_counts)
 
 
 def as_batch(batch: Any) -> Batch:

@@ -140,18 +140,12 @@ def _tokenizer(model: Model) -> dict[str, Any]:
             "llama.cpp has no character vocabularies: this tokenizer's kind is char, and unigram or bpe would fit; "
             "train one with --data.tokenizer.kind bpe"
         )
-    if not tokenizer.lossless:
-        raise UserError(
-            "this checkpoint's tokenizer is lossy (it drops newlines and runs of spaces), which no other engine's "
-            "repeats to the letter: train one with --data.tokenizer.lossless true"
-        )
     vocabulary = Vocabulary.of(tokenizer)
     texts, scores, types = map(list, zip(*((p.text, p.score, TYPES[p.kind]) for p in vocabulary.pieces)))
     if vocabulary.algorithm == "unigram":
-        matched = {piece.plain for piece in vocabulary.pieces if piece.kind in ("normal", "user")}
-        for index, piece in enumerate(vocabulary.pieces):
-            if piece.kind == "byte" and (byte := int(piece.text[3:5], 16)) < 128 and chr(byte) not in matched and byte:
-                texts[index], scores[index], types[index] = chr(byte), vocabulary.unknown_score, TYPES["normal"]
+        for index, character in vocabulary.ascii_bytes().items():
+            if character != "\0":
+                texts[index], scores[index], types[index] = character, vocabulary.unknown_score, TYPES["normal"]
     unknown = next((index for index, piece in enumerate(vocabulary.pieces) if piece.kind == "unknown"), 0)
     return {
         "tokenizer_model": "t5" if vocabulary.algorithm == "unigram" else "llama",

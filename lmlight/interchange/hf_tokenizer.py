@@ -14,9 +14,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from lmlight.data.tokenizer import END_OF_TEXT, CharTokenizer, SentencePieceTokenizer, Tokenizer
-from lmlight.errors import UserError
-from lmlight.interchange.vocabulary import UNKNOWN_PENALTY, Vocabulary
+from lmlight.data.tokenizer import END_OF_TEXT, UNKNOWN_PENALTY, CharTokenizer, SentencePieceTokenizer, Tokenizer
+from lmlight.interchange.vocabulary import Vocabulary
 
 
 def tokenizer_json(tokenizer: Tokenizer) -> dict[str, Any]:
@@ -32,11 +31,6 @@ def tokenizer_json(tokenizer: Tokenizer) -> dict[str, Any]:
         decoders = decoders[1:]
     else:
         assert isinstance(tokenizer, SentencePieceTokenizer)
-        if not tokenizer.lossless:
-            raise UserError(
-                "this checkpoint's tokenizer is lossy (it drops newlines and runs of spaces), which no other engine's "
-                "repeats to the letter: train one with --data.tokenizer.lossless true"
-            )
         vocabulary = Vocabulary.of(tokenizer)
         model = _unigram(vocabulary) if vocabulary.algorithm == "unigram" else _bpe(vocabulary)
     return {
@@ -61,15 +55,15 @@ def _end_of_text(tokenizer: Tokenizer) -> list[dict[str, Any]]:
 
 def _unigram(vocabulary: Vocabulary) -> dict[str, Any]:
     pieces, unknown_score = vocabulary.pieces, vocabulary.unknown_score
-    matched = {piece.plain for piece in pieces if piece.kind in ("normal", "user")}
+    ascii_bytes = vocabulary.ascii_bytes()
     longest = max(len(piece.text) for piece in pieces)
     never = (longest + 1) * (unknown_score - UNKNOWN_PENALTY)
     entries: list[list[Any]] = []
-    for piece in pieces:
+    for index, piece in enumerate(pieces):
         if piece.kind in ("normal", "user"):
             entries.append([piece.plain, vocabulary.score_of(piece)])
-        elif piece.kind == "byte" and (byte := int(piece.text[3:5], 16)) < 128 and chr(byte) not in matched:
-            entries.append([chr(byte), unknown_score])
+        elif index in ascii_bytes:
+            entries.append([ascii_bytes[index], unknown_score])
         else:
             entries.append([piece.text, never])
     unknown = next((index for index, piece in enumerate(pieces) if piece.kind == "unknown"), None)

@@ -6,11 +6,11 @@ import warnings
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
-from lmlight.data.tokenizer import SPACE, SentencePieceTokenizer
+from lmlight.data.tokenizer import SPACE, UNKNOWN_PENALTY, SentencePieceTokenizer
+from lmlight.errors import UserError
 
 Kind = Literal["normal", "unknown", "control", "user", "unused", "byte"]
 KINDS: dict[int, Kind] = {1: "normal", 2: "unknown", 3: "control", 4: "user", 5: "unused", 6: "byte"}  # SentencePiece's
-UNKNOWN_PENALTY = 10.0  # SentencePiece's kUnkPenalty: a character that no piece covers scores so much below the least
 
 
 class Piece(NamedTuple):
@@ -46,6 +46,16 @@ class Vocabulary:
 
     @classmethod
     def of(cls, tokenizer: SentencePieceTokenizer) -> Vocabulary:
+        """Those of a tokenizer of ours.
+
+        Raises:
+            UserError: it is lossy.
+        """
+        if not tokenizer.lossless:
+            raise UserError(
+                "this checkpoint's tokenizer is lossy (it drops newlines and runs of spaces), which no other engine's "
+                "repeats to the letter: train one with --data.tokenizer.lossless true"
+            )
         proto = parse(tokenizer.to_bytes())
         pieces = [Piece(piece.piece, piece.score, KINDS[piece.type]) for piece in proto.pieces]
         return cls("unigram" if proto.trainer_spec.model_type == 1 else "bpe", pieces)
@@ -54,6 +64,12 @@ class Vocabulary:
     def unknown_score(self) -> float:
         """What a unigram segmentation pays for a character that no piece covers."""
         return min(piece.score for piece in self.pieces if piece.kind == "normal") - UNKNOWN_PENALTY
+
+    def ascii_bytes(self) -> dict[int, str]:
+        """The byte pieces whose place an engine without bytes gives to an ASCII character: those that no other piece is."""
+        matched = {piece.plain for piece in self.pieces if piece.kind in ("normal", "user")}
+        bytes_of = {index: int(piece.text[3:5], 16) for index, piece in enumerate(self.pieces) if piece.kind == "byte"}
+        return {index: chr(byte) for index, byte in bytes_of.items() if byte < 128 and chr(byte) not in matched}
 
     def score_of(self, piece: Piece) -> float:
         """A unigram score as SentencePiece counts it: a user's symbol beats whatever else could be there."""
