@@ -43,8 +43,7 @@ def main(args: Sequence[str]) -> None:
         net.to(device)
     except RuntimeError as error:
         raise UserError(f"device '{device}' cannot be used ({str(error).splitlines()[0]}): pass another") from None
-    kept = content[checkpoints.KEY]["settings"].get("model", {}).get("sampling", {})
-    sampling = Sampling(**{**kept, "samples": 1})
+    sampling = Sampling(**{**content[checkpoints.KEY]["sampling"], "samples": 1})
     print(f"{net.n_weights:,} weights on {device}. /help tells what can be typed.")
     while True:
         try:

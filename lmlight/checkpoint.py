@@ -18,9 +18,11 @@ import os
 import pickle
 import struct
 import zipfile
+from collections.abc import Mapping
 from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
+from types import MappingProxyType
 from typing import IO, Any, Literal
 
 import torch
@@ -33,32 +35,55 @@ from lmlight.errors import UserError
 from lmlight.models import NETS, Net
 
 KEY = "lmlight"
-LAYOUT = 1  # raised when a file of the older kind can no longer be read as it is
+LAYOUT = 2  # raised when a file of the older kind can no longer be read as it is
 FOLDER = "checkpoints"  # of a run's folder
 NET_PREFIX = "net."  # the net's part of the LightningModule's state_dict
 SEAL = b"lmlight sha256 "  # followed by 64 hexadecimal digits
 
 
-def describe(net: Net, tokenizer: Tokenizer, settings: dict[str, Any]) -> dict[str, Any]:
+def describe(
+    net: Net,
+    tokenizer: Tokenizer,
+    sampling: Mapping[str, Any] = MappingProxyType({}),
+    settings: Mapping[str, Any] = MappingProxyType({}),
+    optimizer: str | None = None,
+) -> dict[str, Any]:
     """What makes a checkpoint whole: the value of its entry `lmlight`.
 
     Args:
         net: its class must be one of `models.NETS`, or made from one (FSDP does that).
         tokenizer: kept as its own bytes.
+        sampling: the arguments of the model's `Sampling`.
         settings: plain values (text, numbers, lists, dicts) that the command line reads back as defaults.
+        optimizer: the class whose state the checkpoint holds.
+
+    Raises:
+        UserError: see `name_of`.
     """
     return {
         "lmlight_version": lmlight.__version__,
         "layout": LAYOUT,
         "net": {"class": name_of(net), "config": net.config},
         "tokenizer": torch.frombuffer(bytearray(tokenizer.to_bytes()), dtype=torch.uint8),
-        "settings": settings,
+        "sampling": dict(sampling),
+        "settings": dict(settings),
+        "optimizer": optimizer,
     }
 
 
 def name_of(net: Net) -> str:
-    """The key of `models.NETS` that makes such a net."""
-    return next(name for name, kind in NETS.items() if isinstance(net, kind))
+    """The key of `models.NETS` that makes such a net.
+
+    Raises:
+        UserError: none does. (An exception of its own: Lightning takes a `StopIteration` in a hook for the end of the data.)
+    """
+    for name, kind in NETS.items():
+        if isinstance(net, kind):
+            return name
+    raise UserError(
+        f"a checkpoint cannot hold a {type(net).__name__}: expected one of lmlight's networks ({', '.join(NETS)}); from "
+        "Python, train others with Trainer(enable_checkpointing=False)"
+    )
 
 
 def write(content: dict[str, Any], path: str | Path) -> None:
@@ -89,6 +114,15 @@ def read(path: str | Path) -> dict[str, Any]:
     Raises:
         UserError: no such file; damaged; not one of lmlight's, or of another layout; a pickle that would run code.
     """
+    return check(load(path), path)
+
+
+def load(path: str | Path) -> dict[str, Any]:
+    """The tensors and plain values in a file of torch's, on the CPU.
+
+    Raises:
+        UserError: no such file; damaged; not a file of torch's; a pickle that would run code.
+    """
     path = Path(path).expanduser()
     try:
         with path.open("rb") as file:
@@ -113,8 +147,23 @@ def read(path: str | Path) -> dict[str, Any]:
         ) from None
     except RuntimeError:  # an intact zip archive that is not torch's
         content = None
-    if not isinstance(content, dict) or KEY not in content:
-        raise UserError(f"'{path}' is not a checkpoint of lmlight's: pass one that `lmlight fit` wrote")
+    if not isinstance(content, dict):
+        raise _not_ours(path)
+    return content
+
+
+def _not_ours(path: str | Path) -> UserError:
+    return UserError(f"'{path}' is not a checkpoint of lmlight's: pass one that `lmlight fit` wrote")
+
+
+def check(content: dict[str, Any], path: str | Path) -> dict[str, Any]:
+    """What `load` gave, if it is a checkpoint that this version can read.
+
+    Raises:
+        UserError: it is not one of lmlight's, or of another layout.
+    """
+    if KEY not in content:
+        raise _not_ours(path)
     described = content[KEY]
     if described.get("layout") != LAYOUT:
         raise UserError(
@@ -179,10 +228,15 @@ def weights_of(checkpoint: dict[str, Any]) -> dict[str, Tensor]:
 
 def net_of(checkpoint: dict[str, Any]) -> Net:
     """The net inside a checkpoint that `read` gave, with its weights."""
-    described = checkpoint[KEY]["net"]
-    net = NETS[described["class"]](**described["config"])
+    net = untrained_net_of(checkpoint)
     net.load_state_dict(weights_of(checkpoint))
     return net
+
+
+def untrained_net_of(checkpoint: dict[str, Any]) -> Net:
+    """A net like the one inside a checkpoint that `read` gave, with weights of its own."""
+    described = checkpoint[KEY]["net"]
+    return NETS[described["class"]](**described["config"])
 
 
 def check_same_net(checkpoint: dict[str, Any], net: Net) -> None:

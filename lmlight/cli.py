@@ -1,6 +1,7 @@
 """The command line: `lmlight fit | prepare | validate | test | predict`, on Lightning's CLI.
 
-- A checkpoint's settings are read as the first `--config` file, so later files and flags win over them.
+- Resuming reads the `config.yaml` of the run's folder, other commands the settings inside the checkpoint. Either stands for
+  the first `--config` file, so later files and flags win over it.
 - The tokenizer goes from a checkpoint to the data and the model here, and nowhere else.
 - A user's mistake is one line on stderr and exit status 2.
 """
@@ -18,17 +19,20 @@ import shutil
 import sys
 import warnings
 from collections.abc import Sequence
+from enum import Enum
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
 import torch
+import yaml
+from jsonargparse import Namespace
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import Callback, Trainer
-from lightning.pytorch.callbacks import LearningRateMonitor
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import LearningRateMonitor, ProgressBar, Timer, WeightAveraging
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.utilities import rank_zero_only
 
-from lmlight import __version__, callbacks
+from lmlight import __version__, callbacks, files
 from lmlight import checkpoint as checkpoints
 from lmlight.callbacks import RunLogger, RunProgress, WritePredictions
 from lmlight.data import streaming
@@ -52,8 +56,13 @@ TRAINER_DEFAULTS: dict[str, Any] = {
     "default_root_dir": "runs",
 }
 CKPT_PATH = "A checkpoint: its file, its run's folder, or `best` or `last`, those of the newest run that has one."
+CONFIG = "config.yaml"  # of a run's folder: its settings
 # Classes that a checkpoint's settings may name; anything else would be imported, that is, run, on its word alone.
 TRUSTED_CLASSES = ("lmlight.", "torch.optim.")
+# Of our defaults, those that `Trainer(barebones=True)` refuses.
+BAREBONES_REFUSES = ("log_every_n_steps", "enable_model_summary", "num_sanity_val_steps")
+# Settings of a command, not of a run: a resumed run does not take them from its config.yaml. `max_time` limits one process.
+NOT_RESUMED = ("config", "ckpt_path", "init_from", "trainer.max_time")
 
 
 class OneLineParser(LightningArgumentParser):
@@ -63,8 +72,22 @@ class OneLineParser(LightningArgumentParser):
         raise UserError(f"{message}; see `{self.prog.replace(' [options]', '')} --help`")
 
 
-class PreparingTrainer(Trainer):
-    """Lightning's, with one more method, which becomes a subcommand: so it reads the very settings that `fit` reads."""
+class RunTrainer(Trainer):
+    """Lightning's Trainer for runs with a folder of their own.
+
+    `prepare` is a method, which `LightningCLI` makes a subcommand: so it reads the very settings that `fit` reads.
+    """
+
+    @property
+    def log_dir(self) -> str:
+        """The run's folder, whichever loggers there are: its config, checkpoints and curve are in it."""
+        ours = next((logger for logger in self.loggers if isinstance(logger, RunLogger)), None)
+        return str(self.strategy.broadcast(ours.log_dir if ours else self.default_root_dir))
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """In a process that a strategy has spawned, where Lightning would be as talkative as ever."""
+        self.__dict__.update(state)
+        _quiet()
 
     def prepare(
         self,
@@ -110,10 +133,36 @@ def _part(part: str | None) -> tuple[int, int]:
     return int(found[1]), int(found[2])
 
 
+class TimeLimit(Timer):
+    """`trainer.max_time`, counted from the start of this process: a resumed run gets all of it again.
+
+    Lightning's own goes on counting from where the checkpoint was written, so a run that it ended could not be resumed.
+    """
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        pass
+
+
+class SaveConfig(SaveConfigCallback):
+    """Writes `config.yaml` into the run's folder, so that a kill leaves the old or the new one, never a part."""
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        folder = Path(trainer.log_dir)  # type: ignore[arg-type]  # RunTrainer's; on every rank, for it is broadcast
+        if trainer.is_global_zero:
+            folder.mkdir(parents=True, exist_ok=True)
+            with files.whole(folder / CONFIG) as beside:
+                beside.write_text(self.parser.dump(self.config, skip_unset=False), encoding="utf-8")
+
+
 class LmlightCLI(LightningCLI):
     """Lightning's CLI with lmlight's defaults, checkpoints that bring their settings, and a summary at the end of fit."""
 
     checkpoint: dict[str, Any] | None = None
+    resumed: Path | None = None  # the folder of the run that goes on in place
+    resuming: str = ""
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
@@ -161,11 +210,11 @@ class LmlightCLI(LightningCLI):
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Sequence[str]) -> None:  # type: ignore[override]
         # first without --print_config: what that prints is to include the checkpoint's settings
-        self.config = parser.parse_args([word for word in args if not word.startswith("--print_config")])
+        self.config = _parse(parser, [word for word in args if not word.startswith("--print_config")])
         name, config = self.config.subcommand, self.config[self.config.subcommand]
         init_from, ckpt_path = config.get("init_from"), config.get("ckpt_path")
         if ckpt_path is None and init_from is None:
-            self.config = parser.parse_args(args)
+            self.config = _parse(parser, args)
             if name not in ("fit", "prepare"):
                 raise UserError(f"{name} needs a model: --ckpt_path best, or runs/.../checkpoints/best.ckpt")
             return
@@ -173,24 +222,39 @@ class LmlightCLI(LightningCLI):
             raise UserError("--ckpt_path goes on with a run and --init_from begins a new one: pass one of them")
 
         resuming = name == "fit" and init_from is None
-        path = checkpoints.find(ckpt_path or init_from, _runs_folder(config), "last" if resuming else "best")
+        runs = _runs_folder(config)
+        path = checkpoints.find(ckpt_path or init_from, runs, "last" if resuming else "best")
         self.checkpoint = checkpoints.read(path)
-        if resuming and "optimizer_states" not in self.checkpoint:
-            raise UserError(f"checkpoint '{path}' was imported and holds no run to go on with: pass it as --init_from")
-        settings = _settings_of(self.checkpoint, path)
+        if resuming:
+            if "optimizer_states" not in self.checkpoint:
+                raise UserError(
+                    f"checkpoint '{path}' was imported and holds no run to go on with: pass it as --init_from"
+                )
+            run = path.absolute().parents[1]
+            in_place = run.parent == runs.absolute()
+            settings = _settings_of_run(run, in_place, path)
+        else:
+            settings = _settings_of(self.checkpoint, path)
         if init_from is not None:
             settings = {
                 "model": {"net": settings["model"]["net"]},
                 "data": {"block_size": settings["data"]["block_size"]},
             }
-        run = path.absolute().parents[1]
-        if resuming and run.parent == _runs_folder(config).absolute():  # go on in the run's own folder
-            arguments = {"version": run.name, "purge_step": self.checkpoint["global_step"]}
-            settings["trainer"] = {"logger": {"class_path": "lmlight.callbacks.RunLogger", "init_args": arguments}}
         at = args.index(name) + 1
-        self.config = parser.parse_args([*args[:at], f"--config={json.dumps(settings)}", *args[at:]])
+        self.config = _parse(parser, [*args[:at], f"--config={json.dumps(settings)}", *args[at:]])
         if init_from is None:
             self.config[name].ckpt_path = str(path)
+        if resuming:
+            self.resumed = run if in_place else None
+            changed = _differences(settings, self._dump(name, skip_unset=False))
+            self.resuming = f"Resuming {os.path.relpath(run)} at step {self.checkpoint['global_step']}"
+            self.resuming += f", with {', '.join(changed)}" if changed else ""
+
+    def _dump(self, subcommand: str | None, skip_unset: bool) -> dict[str, Any]:
+        """The settings as plain values."""
+        dump = self._parser(subcommand).dump(self.config[subcommand], skip_unset=skip_unset, format="json")
+        settings: dict[str, Any] = json.loads(dump)
+        return settings
 
     def _parse_ckpt_path(self) -> None:
         """Nothing: `parse_arguments` has read the checkpoint, and flags win over it."""
@@ -206,14 +270,19 @@ class LmlightCLI(LightningCLI):
             config.data.prompt_batch_size = 32
 
     def instantiate_classes(self) -> None:
-        super().instantiate_classes()
+        try:
+            super().instantiate_classes()
+        except Exception as error:
+            raise _creation_error(error) from error
         self.model.check_net(self.datamodule.block_size)
+        if self.subcommand == "fit":
+            self.model.check_run(self.trainer)
         if self.checkpoint is not None:
             self.model.tokenizer = self.datamodule.tokenizer = checkpoints.tokenizer_of(self.checkpoint)
             self.model.block_size = self.checkpoint[checkpoints.KEY]["net"]["config"]["block_size"]
             if self.config[self.subcommand].get("init_from"):
                 self.model.init_from = self.checkpoint
-        dump = json.loads(self._parser(self.subcommand).dump(self.config[self.subcommand], format="json"))
+        dump = self._dump(self.subcommand, skip_unset=True)
         self.model.settings = {section: dump[section] for section in ("seed_everything", "model", "data")}
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
@@ -224,24 +293,58 @@ class LmlightCLI(LightningCLI):
         trainer_config = {**self._get(self.config_init, "trainer", default={}), **kwargs}
         plugins = trainer_config["plugins"] or []
         trainer_config["plugins"] = [*(plugins if isinstance(plugins, list) else [plugins]), CheckpointFiles()]
+        if self.subcommand == "fit":
+            self._prepare_fit(trainer_config)
+        given = trainer_config["callbacks"] or []
+        given = given if isinstance(given, list) else [given]
         if not trainer_config["logger"]:  # LearningRateMonitor refuses to have nowhere to log to
-            kept = trainer_config["callbacks"] or []
-            trainer_config["callbacks"] = [kind for kind in kept if not isinstance(kind, LearningRateMonitor)]
+            given = [callback for callback in given if not isinstance(callback, LearningRateMonitor)]
         ours: list[Callback] = []
         if self.subcommand == "fit":
-            if trainer_config["enable_checkpointing"] is not False:
-                if not any(isinstance(callback, KeepCheckpoints) for callback in trainer_config["callbacks"] or []):
-                    ours.append(KeepCheckpoints())
-                if not trainer_config["logger"] and getattr(rank_zero_only, "rank", 0) == 0:
-                    # the logger makes a run's folder; without it, runs would write over each other's checkpoints
-                    trainer_config["default_root_dir"] = str(
-                        checkpoints.new_run(Path(trainer_config["default_root_dir"]))
-                    )
-            if trainer_config["enable_progress_bar"] is not False:
+            # first, so that Lightning takes it for the one whose paths matter, whatever ModelCheckpoint is beside it
+            trial = trainer_config["fast_dev_run"] or trainer_config["enable_checkpointing"] is False
+            if not trial and not any(isinstance(callback, KeepCheckpoints) for callback in given):
+                given = [KeepCheckpoints(), *given]
+            theirs = any(isinstance(callback, ProgressBar) for callback in given)
+            if trainer_config["enable_progress_bar"] is not False and not theirs:
                 ours.append(RunProgress())
+            if max_time := trainer_config.pop("max_time"):
+                ours.append(TimeLimit(max_time))
         elif self.subcommand == "predict":
             ours.append(WritePredictions(self.config[self.subcommand].output))
-        return self._instantiate_trainer(trainer_config, ours)
+        # last at the end of a validation, where it takes the averaged weights away: the others are to see them
+        averaging = [callback for callback in given if isinstance(callback, WeightAveraging)]
+        trainer_config["callbacks"] = [callback for callback in given if callback not in averaging]
+        return self._instantiate_trainer(trainer_config, [*ours, *averaging])
+
+    def _prepare_fit(self, trainer_config: dict[str, Any]) -> None:
+        """Gives a run its folder, and leaves out what Lightning's modes for trials and for raw speed do without."""
+        loggers, root = trainer_config["logger"], Path(trainer_config["default_root_dir"] or "runs")
+        several = loggers if isinstance(loggers, list) else [loggers]
+        ours = [logger for logger in several if isinstance(logger, RunLogger)]
+        if trainer_config["barebones"]:
+            # Lightning refuses what costs time, so our defaults go; it refuses what the user asked for in one line
+            off = {name: value for name, value in TRAINER_DEFAULTS.items() if name in BAREBONES_REFUSES}
+            trainer_config |= {name: None for name, value in off.items() if trainer_config[name] == value}
+            trainer_config["logger"] = None if ours else loggers
+            watching = (LearningRateMonitor, *callbacks.DEFAULT)
+            given = trainer_config["callbacks"] or []
+            trainer_config["callbacks"] = [callback for callback in given if not isinstance(callback, watching)]
+            trainer_config["enable_progress_bar"] = trainer_config["enable_checkpointing"] = False
+            self.save_config_callback = None
+        elif trainer_config["fast_dev_run"]:
+            trainer_config["default_root_dir"] = str(root)
+        elif self.resumed and self.checkpoint and ours:
+            step = self.checkpoint["global_step"]
+            trainer_config["logger"] = [
+                type(logger)(logger.save_dir, self.resumed.name, step) if logger in ours else logger
+                for logger in several
+            ]
+        elif self.resumed:
+            trainer_config["default_root_dir"] = str(self.resumed)
+        elif not ours and getattr(rank_zero_only, "rank", 0) == 0:
+            # RunLogger makes a run's folder; without it, runs would write over each other's checkpoints
+            trainer_config["default_root_dir"] = str(checkpoints.new_run(root))
 
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
         ours: dict[str, Any] = {} if subcommand == "prepare" else {"weights_only": True}
@@ -252,22 +355,38 @@ class LmlightCLI(LightningCLI):
         return super()._prepare_subcommand_kwargs(subcommand) | ours
 
     @rank_zero_only
+    def before_fit(self) -> None:
+        """Says which run is resumed, and which of its settings are not what they were."""
+        if self.resuming:
+            print(self.resuming)
+
+    @rank_zero_only
     def after_fit(self) -> None:
         """Says where the best checkpoint lies, what it reached, what it writes, and what to type next."""
+        if self.trainer.fast_dev_run:  # type: ignore[attr-defined]  # set late
+            print("This was a trial run (trainer.fast_dev_run): nothing was saved")
+            return
         keeper = self.trainer.checkpoint_callback
         if not isinstance(keeper, KeepCheckpoints):
+            print(f"Stopped at step {self.trainer.global_step}: no checkpoints were kept")
             return
-        if keeper.best_score is None:
+        if not keeper.best_model_path:
             print(f"No validation was run: stopped at step {self.trainer.global_step}")
             return
         path = os.path.relpath(keeper.best_model_path)
-        best, nats = checkpoints.read(path), keeper.best_score
+        best = checkpoints.read(path)
+        nats = best["callbacks"][keeper.state_key][
+            "best_score"
+        ]  # not the keeper's, which may have been in another process
         model = LanguageModel.load_from_checkpoint(path)
         print(f"\nBest checkpoint: {path} (step {best['global_step']})")
         print(f"  {nats:.4f} nats per character, {nats / math.log(2):.4f} bits per character on the validation text")
         final = self.trainer.callback_metrics.get("val/nats_per_char")
         if final is not None:
             print(f"  {final:.4f} nats per character at the last validation")
+        if self.datamodule.trainer is None:  # other processes had it, as with `ddp_spawn`
+            self.datamodule.prepare_data()
+            self.datamodule.setup("fit")
         opening = self.datamodule.opening
         print(f"\n{printable(model.generate(opening, max_new_tokens=150))}\n")
         prompts = shlex.quote(json.dumps([opening], ensure_ascii=False))
@@ -285,6 +404,39 @@ class LmlightCLI(LightningCLI):
     after_test = after_validate
 
 
+def _parse(parser: LightningArgumentParser, args: Sequence[str]) -> Namespace:
+    """The settings, with plain text where a default of Lightning's is a member of an enumeration, which the parser could not
+    write to a file again."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, Namespace):
+            for name, inner in vars(value).items():
+                setattr(value, name, plain(inner))
+        elif isinstance(value, list):
+            return [plain(inner) for inner in value]
+        return str(value.value) if isinstance(value, Enum) and isinstance(value, str) else value
+
+    settings: Namespace = plain(parser.parse_args(args))
+    return settings
+
+
+def _creation_error(error: Exception) -> Exception:
+    """A user's mistake where the cause is one: a class that the settings name could not be created, or Lightning refused
+    what it was given. The parser wraps such causes in errors of its own."""
+    named, cause = "", error
+    while True:
+        if found := re.search(r"given class_path '([^']+)'", str(cause)):
+            named = found[1]
+        if not isinstance(cause.__cause__, Exception):
+            break
+        cause = cause.__cause__
+    if isinstance(cause, (UserError, MisconfigurationException)):
+        return cause
+    if named:
+        return UserError(f"{named} cannot be created: {cause if str(cause) else type(cause).__name__}")
+    return UserError(str(cause)) if isinstance(cause, (ValueError, ImportError, NotImplementedError)) else error
+
+
 def _command() -> str:
     """What to type for `lmlight` where this process was started: its environment may not be activated."""
     typed = Path(sys.argv[0])
@@ -295,12 +447,69 @@ def _command() -> str:
 
 
 def _runs_folder(config: Any) -> Path:
-    """Where this command's runs lie: the logger's folder."""
+    """The folder that this command's runs are in."""
     logger = config.trainer.logger
-    if isinstance(logger, list) and logger:
-        logger = logger[0]
-    arguments = logger.get("init_args") if hasattr(logger, "get") else None
-    return Path((arguments and arguments.get("save_dir")) or config.trainer.default_root_dir or "runs")
+    for one in logger if isinstance(logger, list) else [logger]:
+        if hasattr(one, "get") and one.get("class_path", "").endswith(".RunLogger"):
+            return Path(one.get("init_args").get("save_dir"))
+    return Path(config.trainer.default_root_dir or "runs")
+
+
+def _settings_of_run(run: Path, in_place: bool, checkpoint: Path) -> dict[str, Any]:
+    """The settings in a run's `config.yaml`, without those of the command that wrote it.
+
+    Args:
+        run: the run's folder.
+        in_place: whether it is among the user's own runs, and so to be trusted like a file passed with `--config`.
+        checkpoint: the checkpoint to resume, for messages.
+
+    Raises:
+        UserError: there is no such file, or it is damaged; one from elsewhere names a class that is not lmlight's,
+            Lightning's or torch's.
+    """
+    path = run / CONFIG
+    try:
+        settings = yaml.safe_load(path.read_text("utf-8"))
+    except FileNotFoundError:
+        raise UserError(
+            f"cannot resume '{checkpoint}': the run's settings, '{path}', are missing; put them there, or start a new run "
+            "from its weights with --init_from"
+        ) from None
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        reason = getattr(error, "strerror", None) or "not YAML"
+        raise UserError(f"the run's settings '{path}' cannot be read ({reason}): restore the file") from None
+    if not isinstance(settings, dict):
+        raise UserError(f"the run's settings '{path}' hold no settings: restore the file")
+    foreign = [name for name in _class_paths(settings) if not name.startswith((*TRUSTED_CLASSES, "lightning."))]
+    if foreign and not in_place:
+        raise UserError(
+            f"'{path}' names {foreign[0]}, which would be imported: if you trust that run, copy its folder to your own runs"
+        )
+    for name in NOT_RESUMED:
+        section, _, last = name.rpartition(".")
+        (settings.get(section) or {} if section else settings).pop(last, None)
+    return settings
+
+
+def _differences(before: dict[str, Any], after: dict[str, Any], prefix: str = "") -> list[str]:
+    """The settings that are not as they were, as `name: old -> new`."""
+    changed = []
+    for name, old in before.items():
+        new = after.get(name)
+        if isinstance(old, dict) and isinstance(new, dict):
+            changed += _differences(old, new, f"{prefix}{name}.")
+        elif old != new:
+            changed.append(f"{prefix}{name}: {_brief(old)} -> {_brief(new)}")
+    return [line.replace(".init_args.", ".") for line in changed]
+
+
+def _brief(value: Any) -> str:
+    """A setting in few characters: a class by its name."""
+    if isinstance(value, list):
+        return f"[{', '.join(map(_brief, value))}]"
+    if isinstance(value, dict) and "class_path" in value:
+        return str(value["class_path"]).rpartition(".")[2]
+    return json.dumps(value, ensure_ascii=False)
 
 
 def _settings_of(checkpoint: dict[str, Any], path: Path) -> dict[str, Any]:
@@ -313,7 +522,12 @@ def _settings_of(checkpoint: dict[str, Any], path: Path) -> dict[str, Any]:
     settings = copy.deepcopy(described["settings"])
     net = chosen(described["net"]["config"])
     class_path = f"{NETS[described['net']['class']].__module__}.{described['net']['class']}"
-    settings.setdefault("model", {})["net"] = {"class_path": class_path, "init_args": net}
+    sampling = {name: value for name, value in described["sampling"].items() if name != "seed"}  # that is the command's
+    settings["model"] = {
+        **settings.get("model", {}),
+        "net": {"class_path": class_path, "init_args": net},
+        "sampling": sampling,
+    }
     for name in ("prompts", "prompt_batch_size", "cache"):  # of another command or machine
         settings.setdefault("data", {}).pop(name, None)
     block_size = described["net"]["config"]["block_size"]  # fewer than were asked for, where the text was short
@@ -363,11 +577,11 @@ def main(args: Sequence[str] | None = None) -> int:
         LmlightCLI(
             LanguageModel,
             TextDataModule,
-            trainer_class=PreparingTrainer,
+            trainer_class=RunTrainer,
             args=list(sys.argv[1:] if args is None else args),
             trainer_defaults=TRAINER_DEFAULTS,
             seed_everything_default=1337,
-            save_config_kwargs={"overwrite": True},
+            save_config_callback=SaveConfig,
             parser_kwargs={
                 "prog": "lmlight",
                 "description": "Trains small transformer language models on text. Beside the subcommands below there are "

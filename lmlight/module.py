@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -13,12 +14,14 @@ from typing import Any, Literal, cast, overload
 import numpy as np
 import torch
 import torch.nn.functional as F
-from lightning.pytorch import LightningModule
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.cli import OptimizerCallable
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
 
 from lmlight import checkpoint as checkpoints
 from lmlight.data.tokenizer import Tokenizer
@@ -27,9 +30,12 @@ from lmlight.errors import UserError
 from lmlight.generation import Sampling, TextStream, begin, generate, write
 from lmlight.metrics import TextLoss
 from lmlight.models import Net, Transformer, chosen
-from lmlight.optim import Muon, Schedule, label_in_order, parameter_groups
-from lmlight.reliability import not_finite
+from lmlight.optim import HIDDEN, Muon, Schedule, label_in_order, parameter_groups
+from lmlight.reliability import EXTRA_STATE, not_finite
 
+NOT_BUILT = (
+    "this model has no network and no tokenizer yet: train it with a Trainer, or use LanguageModel.load_from_checkpoint"
+)
 NetCallable = Callable[[int, int], Net]
 """Makes a net from (vocab_size, block_size), the two sizes that the data decides."""
 
@@ -63,8 +69,8 @@ class LanguageModel(LightningModule):
 
     def __init__(
         self,
-        net: NetCallable = lambda vocab_size, block_size: Transformer(vocab_size, block_size),
-        optimizer: OptimizerCallable = lambda params: Muon(params, lr=6e-3, weight_decay=0.2),
+        net: NetCallable = Transformer,
+        optimizer: OptimizerCallable = Muon,
         schedule: Schedule = Schedule(),
         sampling: Sampling = Sampling(),
         matmul_precision: Literal["highest", "high", "medium"] = "medium",
@@ -83,22 +89,71 @@ class LanguageModel(LightningModule):
         self.on_text: Callable[[TextStream, str], None] | None = None
         self.logprobs = False
         self.val_loss, self.test_loss, self.sliding_loss = TextLoss(), TextLoss(), TextLoss()
+        self.register_load_state_dict_pre_hook(_allow_missing_extra_state)  # type: ignore[no-untyped-call]  # torch's
 
     @classmethod
-    def load_from_checkpoint(cls, checkpoint_path: str | Path) -> LanguageModel:  # type: ignore[override]
-        """The model in a checkpoint file, on the CPU, ready to `generate`; nothing but the file is needed.
+    def load_from_checkpoint(  # type: ignore[override]
+        cls,
+        checkpoint_path: str | Path,
+        map_location: Any = None,
+        hparams_file: str | Path | None = None,
+        strict: bool | None = None,
+        weights_only: bool | None = None,
+        **kwargs: Any,
+    ) -> LanguageModel:
+        """The model in a checkpoint file, ready to `generate`, with the run's own sampling; only the file is needed.
 
-        Replaces Lightning's method of this name, which calls what the file names and can be talked into running code.
+        Takes the arguments of Lightning's method of this name, which calls what the file names and can be talked into
+        running code.
+
+        Args:
+            checkpoint_path: the file.
+            map_location: the device for the weights, such as `"cuda"`; None is the CPU.
+            hparams_file: not used: a checkpoint holds its settings.
+            strict: not used: a checkpoint holds its network, so the weights always fit it.
+            weights_only: not used: only weights and plain values are ever read.
+            kwargs: arguments of the constructor that replace the checkpoint's, such as `sampling` or `optimizer`.
 
         Raises:
-            UserError: see `checkpoint.read`.
+            UserError: see `checkpoint.read`; there is no such device.
         """
         content = checkpoints.read(checkpoint_path)
         net = checkpoints.net_of(content)
-        model = cls(net=partial(type(net), **chosen(net.config)))
+        arguments = {
+            "net": partial(type(net), **chosen(net.config)),
+            "sampling": Sampling(**content[checkpoints.KEY]["sampling"]),
+        }
+        model = cls(**{**arguments, **kwargs})
         model.net, model.tokenizer, model.block_size = net, checkpoints.tokenizer_of(content), net.block_size
         model.settings = content[checkpoints.KEY]["settings"]
+        if map_location is not None:
+            try:
+                model.to(map_location)
+            except (RuntimeError, AssertionError, TypeError, AttributeError) as error:  # torch raises any of them
+                raise UserError(
+                    f"map_location {map_location!r} is not a device that can be used here ({str(error).splitlines()[0]})"
+                ) from None
         return model.eval()
+
+    def get_extra_state(self) -> dict[str, Any]:
+        """What a state dict needs besides weights to be loaded into a model that has no network yet.
+
+        So strategies that launch processes of their own (`ddp_spawn`, `ddp_fork`, `ddp_notebook`) can hand a trained model
+        back to the process that called `fit`, which has never seen the data.
+        """
+        if self.net is None or self.tokenizer is None:
+            return {}
+        return checkpoints.describe(self.net, self.tokenizer)
+
+    def set_extra_state(self, state: dict[str, Any]) -> None:
+        """Builds the network and the tokenizer unless they are there; torch loads the weights next."""
+        if self.net is None and state:
+            content = {checkpoints.KEY: state}
+            self.net, self.tokenizer = checkpoints.untrained_net_of(content), checkpoints.tokenizer_of(content)
+            self.block_size = self.net.block_size
+
+    def configure_callbacks(self) -> list[Callback]:
+        return [_MatmulPrecision()]
 
     def check_net(self, block_size: int) -> None:
         """Whether the net's sizes fit each other, before anything is fetched or written.
@@ -107,11 +162,41 @@ class LanguageModel(LightningModule):
             UserError: they do not.
         """
         with torch.device("meta"):  # shapes without numbers: no time, no memory
-            self._make_net(1, block_size)
+            net = self._make_net(1, block_size)
+        checkpoints.name_of(net)
+
+    def check_run(self, trainer: Trainer) -> None:
+        """Whether the optimizer and the schedule suit the run, before anything is fetched or written.
+
+        Raises:
+            UserError: the optimizer cannot be made from groups of parameters, or cannot take a step with plain gradients;
+                the schedule needs the run's last step, which is not known.
+        """
+        groups = _small_groups()
+        for group in groups:
+            for parameter in group["params"]:
+                parameter.grad = torch.ones_like(parameter)
+        try:
+            self._optimizer(groups).step()
+        except (TypeError, RuntimeError) as error:
+            raise _unusable(error) from None
+        self._check_schedule(max(trainer.max_steps, trainer.max_epochs or -1) > 0)
 
     # Lightning's hooks, in the order in which they are called
 
     def setup(self, stage: str) -> None:
+        self._take_sizes()
+        data = getattr(self.trainer, "datamodule", None)
+        if stage == "fit":
+            self.check_run(self.trainer)
+        if stage != "predict" and data is not None and data.block_size > self.block_size:
+            raise UserError(
+                f"data.block_size {data.block_size} is longer than the {self.block_size} tokens that this model takes: "
+                "lower it"
+            )
+
+    def _take_sizes(self) -> tuple[int, int]:
+        """The vocabulary's size and the block's, from the data unless they are known."""
         data = getattr(self.trainer, "datamodule", None)
         if self.tokenizer is None:
             self.tokenizer = getattr(data, "tokenizer", None)
@@ -121,16 +206,11 @@ class LanguageModel(LightningModule):
             raise UserError(
                 "the model has no tokenizer: train with a TextDataModule, or load a checkpoint (--ckpt_path) to predict"
             )
-        if stage != "predict" and data is not None and data.block_size > self.block_size:
-            raise UserError(
-                f"data.block_size {data.block_size} is longer than the {self.block_size} tokens that this model takes: "
-                "lower it"
-            )
+        return self.tokenizer.vocab_size, self.block_size
 
     def configure_model(self) -> None:
         if self.net is None:
-            assert self.tokenizer is not None and self.block_size is not None
-            self.net = self._make_net(self.tokenizer.vocab_size, self.block_size)
+            self.net = self._make_net(*self._take_sizes())
             if self.init_from is not None:
                 checkpoints.check_same_net(self.init_from, self.net)
                 self.net.load_state_dict(checkpoints.weights_of(self.init_from))
@@ -145,17 +225,15 @@ class LanguageModel(LightningModule):
             self.net.loss = torch.compile(self.net.loss)  # type: ignore[method-assign]
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        optimizer = self._make_optimizer(parameter_groups(self._net()))
-        total_steps = self.trainer.max_steps
-        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: self.schedule.factor(step, total_steps))
+        optimizer = self._optimizer(parameter_groups(self._net()))
+        # the first call, for step 0, comes before the data; the factor of that step does not depend on the end
+        scheduler = torch.optim.lr_scheduler.LambdaLR(
+            optimizer, lambda step: self.schedule.factor(step, self.total_steps or step + 1)
+        )
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
-    def on_fit_start(self) -> None:
-        self._precision_before = torch.get_float32_matmul_precision()
-        torch.set_float32_matmul_precision(self.matmul_precision)
-
-    def on_fit_end(self) -> None:
-        torch.set_float32_matmul_precision(self._precision_before)
+    def on_train_start(self) -> None:
+        self._check_schedule(self.total_steps > 0)
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         micro_batch = batch_idx % self.trainer.accumulate_grad_batches
@@ -163,7 +241,7 @@ class LanguageModel(LightningModule):
             self.step_loss = torch.zeros((), device=self.device)
             # `self.log` on every step would cost 1 ms, a fifth of a small step
             every: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]  # set late
-            self.step_is_logged = (self.global_step + 1) % every == 0
+            self.step_is_logged = every > 0 and (self.global_step + 1) % every == 0
         # every random number of a step follows from these: no generator's state needs to survive an interruption
         position = (self.seed, self.global_step, micro_batch, self.global_rank)
         seed = int(np.random.SeedSequence(position).generate_state(1, np.uint64)[0] >> np.uint64(1))
@@ -240,20 +318,42 @@ class LanguageModel(LightningModule):
         return streams
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        assert self.tokenizer is not None
         if self.device_mesh is None:  # sharded strategies have done it
             for state, optimizer in zip(checkpoint.get("optimizer_states", []), self.trainer.optimizers):
                 label_in_order(state, optimizer, self.parameters())
-        checkpoint[checkpoints.KEY] = checkpoints.describe(self._net(), self.tokenizer, self.settings)
+        trained_by = _class_name(self.trainer.optimizers[0]) if self.trainer.optimizers else None
+        for name in ("state_dict", "current_model_state"):  # the latter is WeightAveraging's
+            checkpoint.get(name, {}).pop(EXTRA_STATE, None)  # the same is in the entry that follows
+        checkpoint[checkpoints.KEY] = checkpoints.describe(
+            self._net(), self._tokenizer(), vars(self.sampling), self.settings, trained_by
+        )
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoints.check_same_net(checkpoint, self._net())
+        trained_by = checkpoint[checkpoints.KEY]["optimizer"]
+        if self.trainer.state.fn == TrainerFn.FITTING and trained_by is not None:
+            ours = _class_name(self._optimizer(_small_groups()))
+            if ours != trained_by:
+                raise UserError(
+                    f"the checkpoint holds the state of {trained_by}, which {ours} cannot use: leave out "
+                    "--model.optimizer, or start a new run from the checkpoint's weights with --init_from"
+                )
 
     # Using it
 
     def forward(self, idx: Tensor) -> Tensor:
-        """(B, T) ids to (B, T, V) logits."""
-        return self._net()(idx)
+        """(B, T) ids to (B, T, V) logits.
+
+        Raises:
+            UserError: T is larger than the net's `block_size`; there is no net yet.
+        """
+        net = self._net()
+        if idx.size(1) > net.block_size:
+            raise UserError(
+                f"forward takes at most block_size = {net.block_size} tokens, got {idx.size(1)}: pass the last of them, "
+                "idx[:, -block_size:], or call generate, which does"
+            )
+        return net(idx)
 
     def stream(self, prompt: str = "", **changes: Any) -> Iterator[str]:
         """Continues a text, piece by piece as it comes; joined, the pieces are what `generate` adds.
@@ -310,6 +410,25 @@ class LanguageModel(LightningModule):
 
     # Details
 
+    @property
+    def total_steps(self) -> int:
+        """The optimizer step at which training ends; 0 where that is not known, as before it begins."""
+        # not `trainer.estimated_stepping_batches`, which makes Lightning forget a restored position in the data
+        trainer, ends = self.trainer, list[int]()
+        if trainer.max_steps >= 0:
+            ends.append(trainer.max_steps)
+        batches = trainer.num_training_batches  # infinite where the loader does not tell
+        if (epochs := trainer.max_epochs or -1) > 0 and math.isfinite(batches):
+            ends.append(epochs * math.ceil(batches / trainer.accumulate_grad_batches))
+        return min(ends, default=0)
+
+    def _check_schedule(self, has_end: bool) -> None:
+        if self.schedule.shape != "constant" and not has_end:
+            raise UserError(
+                f"a {self.schedule.shape} schedule ends at the run's last step, which is not known: set --trainer.max_steps "
+                "or --trainer.max_epochs, or --model.schedule.shape constant"
+            )
+
     def _sampling_of_one(self, changes: dict[str, Any]) -> Sampling:
         if changes.get("samples", 1) != 1:
             raise UserError(f"one text was asked for and {changes['samples']} samples of it: pass the prompt in a list")
@@ -331,13 +450,69 @@ class LanguageModel(LightningModule):
             self.train(was_training)
 
     def _tokenizer(self) -> Tokenizer:
-        assert self.tokenizer is not None, "the tokenizer comes from the data or a checkpoint: see setup"
+        if self.tokenizer is None:
+            raise UserError(NOT_BUILT)
         return self.tokenizer
 
     def _net(self) -> Net:
-        assert self.net is not None, "the net is made when the data's sizes are known: see configure_model"
+        if self.net is None:
+            raise UserError(NOT_BUILT)
         return self.net
+
+    def _optimizer(self, groups: list[dict[str, Any]]) -> Optimizer:
+        try:
+            return self._make_optimizer(groups)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise _unusable(error) from None
 
     def _report(self, stage: str, metric: TextLoss) -> None:
         self.log_dict({f"{stage}/{name}": value.float() for name, value in metric.compute().items()})
         metric.reset()
+
+
+class _MatmulPrecision(Callback):
+    """Sets the precision of float32 products for `fit`, and sets it back however that ends."""
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        assert isinstance(pl_module, LanguageModel)
+        self._before: str | None = torch.get_float32_matmul_precision()
+        torch.set_float32_matmul_precision(pl_module.matmul_precision)
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._restore()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self._restore()
+
+    def _restore(self) -> None:
+        if before := getattr(self, "_before", None):
+            torch.set_float32_matmul_precision(before)
+            self._before = None
+
+
+def _small_groups() -> list[dict[str, Any]]:
+    """Groups like those of `parameter_groups`, of a few numbers each."""
+    return [
+        {"name": name, "params": [torch.nn.Parameter(torch.ones(shape))], **options}
+        for name, shape, options in (
+            (HIDDEN, (2, 2), {}),
+            ("embeddings", (2, 2), {}),
+            ("vectors", (2,), {"weight_decay": 0.0}),
+        )
+    ]
+
+
+def _allow_missing_extra_state(module: torch.nn.Module, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+    """Lets a strict `load_state_dict` take weights alone, which are all that a checkpoint's `state_dict` has."""
+    state_dict.setdefault(prefix + EXTRA_STATE, {})
+
+
+def _unusable(error: Exception) -> UserError:
+    return UserError(
+        f"model.optimizer cannot train this model ({str(error).strip().splitlines()[0]}): choose another, such as "
+        "torch.optim.AdamW"
+    )
+
+
+def _class_name(instance: object) -> str:
+    return f"{type(instance).__module__}.{type(instance).__qualname__}"

@@ -26,6 +26,8 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lmlight import checkpoint as checkpoints
 from lmlight.errors import UserError
 
+EXTRA_STATE = "_extra_state"  # torch's name for `LanguageModel.get_extra_state` in a state dict
+
 
 class CheckpointFiles(CheckpointIO):
     """Lightning's checkpoints through `checkpoint.write` and `checkpoint.read`: atomic, sealed, and never running code."""
@@ -36,7 +38,9 @@ class CheckpointFiles(CheckpointIO):
     def load_checkpoint(
         self, path: str | Path, map_location: Any = None, weights_only: bool | None = None
     ) -> dict[str, Any]:
-        return checkpoints.read(path)  # weights only, whatever was asked for
+        content = checkpoints.load(path)  # weights only, whatever was asked for
+        # from processes that it has spawned or forked, Lightning hands the model's state dict back through a file
+        return content if EXTRA_STATE in content else checkpoints.check(content, path)
 
     def remove_checkpoint(self, path: str | Path) -> None:
         Path(path).unlink(missing_ok=True)
@@ -61,6 +65,7 @@ class KeepCheckpoints(Checkpoint):
         self.best_model_path = ""
         self.last_model_path = ""
         self._signal = self._agreed = 0
+        self._stop_asked = False  # between the micro-batches of a step
         self._handlers: dict[int, Any] = {}
 
     def state_dict(self) -> dict[str, Any]:
@@ -105,8 +110,10 @@ class KeepCheckpoints(Checkpoint):
     ) -> None:
         loop = trainer.fit_loop.epoch_loop
         if loop._should_accumulate():
-            trainer.should_stop = False  # a time limit waits for the step's other micro-batches; it is asked each time
+            # whoever asks to stop waits for the step's other micro-batches
+            self._stop_asked, trainer.should_stop = self._stop_asked or trainer.should_stop, False
             return
+        self._stop_asked, trainer.should_stop = False, trainer.should_stop or self._stop_asked
         step = trainer.global_step
         over = trainer.should_stop or 0 < trainer.max_steps <= step or self._last_of_all_epochs(trainer)
         if loop.batch_progress.is_last_batch and not over:
@@ -161,6 +168,8 @@ class KeepCheckpoints(Checkpoint):
         return self._folder / f"{name}.ckpt"
 
     def _save(self, trainer: Trainer, name: str) -> None:
+        if trainer.fast_dev_run:  # type: ignore[attr-defined]  # set late
+            return
         if not all(bool(parameter.isfinite().all()) for parameter in trainer.lightning_module.parameters()):
             raise not_finite("a weight", trainer)
         trainer.save_checkpoint(self._path(name))

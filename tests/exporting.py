@@ -53,9 +53,9 @@ def stirred(kind, *sizes, **options):
 
 
 def save(path, net, tokenizer, **more):
-    settings = {"data": {"corpus": "somewhere/verse.txt"}, "model": {"sampling": {"temperature": 0.8}}}
+    settings, sampling = {"data": {"corpus": "somewhere/verse.txt"}}, {"temperature": 0.8}
     state = {f"net.{k}": v for k, v in net.state_dict().items()}
-    content = {"state_dict": state, checkpoint.KEY: checkpoint.describe(net, tokenizer, settings), **more}
+    content = {"state_dict": state, checkpoint.KEY: checkpoint.describe(net, tokenizer, sampling, settings), **more}
     checkpoint.write(content, path)
     return str(path)
 

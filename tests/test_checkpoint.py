@@ -16,7 +16,7 @@ from lmlight.models import Bigram, Transformer
 def save(path, net):
     content = {
         "state_dict": {f"net.{k}": v for k, v in net.state_dict().items()},
-        checkpoint.KEY: checkpoint.describe(net, CharTokenizer("abc"), {"data": {"corpus": "x"}}),
+        checkpoint.KEY: checkpoint.describe(net, CharTokenizer("abc"), {}, {"data": {"corpus": "x"}}),
     }
     torch.save(content, path)
     return path
@@ -78,5 +78,5 @@ def test_another_layout_is_named_with_the_version_that_wrote_it(tmp_path, monkey
     path = save(tmp_path / "x.ckpt", Bigram(3, 8))
     monkeypatch.undo()
     os.chdir(tmp_path)
-    with pytest.raises(UserError, match=r"written by lmlight 0\.1\.0 in layout 2.*install the version"):
+    with pytest.raises(UserError, match=r"written by lmlight 0\.1\.0 in layout 3.*install the version"):
         checkpoint.read(path)

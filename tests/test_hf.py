@@ -86,7 +86,7 @@ def test_every_combination_exports_exactly_or_says_what_would(tokenizers):
             with pytest.raises(UserError, match=r"would fit; train one with --model\.net\."):
                 architecture_of(net)
             continue
-        config = hf.config_json(Model(net, tokenizer, {}, {}, 0))
+        config = hf.config_json(Model(net, tokenizer, {}, {}, {}, 0))
         theirs = transformers.AutoModelForCausalLM.from_config(
             transformers.AutoConfig.for_model(**{k: v for k, v in config.items() if k != "torch_dtype"})
         ).eval()

@@ -2,6 +2,7 @@
 
 import os
 import random
+import shutil
 import signal
 import stat
 import time
@@ -12,6 +13,7 @@ import processes
 import pytest
 import tiny
 import torch
+import yaml
 
 from lmlight import LanguageModel, checkpoint
 from lmlight.cli import main
@@ -123,7 +125,7 @@ def test_a_killed_run_goes_on_to_the_bit(place, straight, step, workers):
         folder, "fit", *flags, code=ACT_AT_STEP.format(step=step, act="os.kill(os.getpid(), signal.SIGKILL)"), status=-9
     )
     assert last(folder)["global_step"] < step
-    run(folder, "fit", *flags, "--ckpt_path=last")
+    run(folder, "fit", "--ckpt_path=last")  # as documented: without the run's flags
     expected, content = last(straight), last(folder)
     expected["lmlight"]["settings"]["data"]["num_workers"] = workers
     assert differences(expected, content) == []
@@ -141,11 +143,11 @@ def test_the_end_of_an_epoch_is_no_place_to_stumble(place):
     run(place / "straight-epochs", "fit", *flags)
     folder = place / "epochs"
     for step in (20, 35, 45):
-        go_on = ["--ckpt_path=last"] if step > 20 else []
+        settings = ["--ckpt_path=last"] if step > 20 else flags
         act = "os.kill(os.getpid(), signal.SIGKILL)"
-        run(folder, "fit", *flags, *go_on, code=ACT_AT_STEP.format(step=step, act=act), status=-9)
+        run(folder, "fit", *settings, code=ACT_AT_STEP.format(step=step, act=act), status=-9)
         assert last(folder)["global_step"] == step // 13 * 13, "an epoch is 13 steps"
-    run(folder, "fit", *flags, "--ckpt_path=last")
+    run(folder, "fit", "--ckpt_path=last")
     found = differences(last(place / "straight-epochs"), last(folder))
     assert [difference for difference in found if "epoch_progress" not in difference] == [], (
         "only Lightning's own count"
@@ -160,7 +162,7 @@ def test_a_signal_at_the_end_of_an_epoch_waits_for_the_next_step(place, straight
     run(folder, "fit", *HARD, code=ACT_AT_STEP.format(step=12, act=act), status=143)
     assert last(folder)["global_step"] == 14
     assert epochs(last(folder)) == [(1, 8)]
-    run(folder, "fit", *HARD, "--ckpt_path=last")
+    run(folder, "fit", "--ckpt_path=last")
     assert differences(last(straight), last(folder)) == []
     assert scalars(folder) == scalars(straight)
 
@@ -174,7 +176,7 @@ def test_a_signal_leaves_a_checkpoint_to_go_on_from(place, straight, number, sta
     assert f"{number.name} at step 18" in err
     assert "Traceback" not in err
     where = err.split("--ckpt_path ")[1].strip()
-    run(folder, "fit", *HARD, f"--ckpt_path={where}")
+    run(folder, "fit", f"--ckpt_path={where}")
     assert differences(last(straight), last(folder)) == []
     assert scalars(folder) == scalars(straight)
 
@@ -188,8 +190,9 @@ def test_twenty_kills_at_random_moments_change_nothing(place):
     folder, draw = place / "twenty", random.Random(0)
     kills = resumed = 0
     while True:
-        go_on = ["--ckpt_path=last"] if list(folder.glob("runs/*/checkpoints/last.ckpt")) else []
-        process = processes.start("fit", *flags, *go_on, **options_in(folder))
+        resumes = bool(list(folder.glob("runs/*/checkpoints/last.ckpt")))
+        settings = ["--ckpt_path=last"] if resumes else flags
+        process = processes.start("fit", *settings, **options_in(folder))
         if kills == 20:
             _, err = process.communicate(timeout=300)
             assert process.returncode == 0, err
@@ -201,8 +204,8 @@ def test_twenty_kills_at_random_moments_change_nothing(place):
         process.kill()
         process.communicate()
         assert process.returncode == -9, "the run was over before it was killed"
-        kills, resumed = kills + 1, resumed + len(go_on)
-        step = last(folder)["global_step"] if go_on else 0
+        kills, resumed = kills + 1, resumed + resumes
+        step = last(folder)["global_step"] if resumes else 0
         print(f"kill {kills}: the last checkpoint is of step {step}")
     print(f"{kills} kills, {resumed} of them in resumed runs")
     (path,) = [run for run in folder.glob("runs/*") if (run / "checkpoints").exists()]
@@ -232,8 +235,12 @@ def test_out_of_time_leaves_a_checkpoint(place):
     run(folder, "fit", *HARD, "--trainer.max_steps=100000", "--trainer.max_time=00:00:00:01")
     step = last(folder)["global_step"]
     assert 0 < step < 100_000
-    run(folder, "fit", *HARD, f"--trainer.max_steps={step + 3}", "--ckpt_path=last")
+    # the limit was that process's: a resumed run takes it neither from the config nor, as used up, from the checkpoint
+    out, _ = run(folder, "fit", f"--trainer.max_steps={step + 3}", "--ckpt_path=last")
+    assert f"at step {step}, with trainer.max_steps: 100000 -> {step + 3}\n" in out
     assert last(folder)["global_step"] == step + 3
+    run(folder, "fit", f"--trainer.max_steps={step + 5}", "--trainer.max_time=00:00:01:00", "--ckpt_path=last")
+    assert last(folder)["global_step"] == step + 5
 
 
 DDP = ["--trainer.strategy=ddp", "--trainer.max_steps=14", "--trainer.val_check_interval=7"]
@@ -286,15 +293,15 @@ def test_a_checkpoint_goes_from_one_process_to_two_and_back(place, alone, overla
     if overlay == "fsdp":
         straight, atol = place / "alone-32", 1e-5
         run(straight, *one)
-    two = [*one, f"--config={config}", "--trainer.devices=2", "--ckpt_path=last"]
     kill = "os.kill(os.getpid(), signal.SIGTERM)"
-    run(folder, *one, code=ACT_AT_STEP.format(step=4, act=kill), status=143)
+    two = [f"--config={config}", "--trainer.devices=2", "--ckpt_path=last"]
+    run(folder, "fit", *one[1:], code=ACT_AT_STEP.format(step=4, act=kill), status=143)
     assert last(folder)["global_step"] == 5
     (folder / "act.py").write_text(ACT_AT_STEP.format(step=9, act=f"if trainer.global_rank == 1: {kill}"))
-    _, err = run_afresh(folder, *two, script="act.py", status=143)
+    _, err = run_afresh(folder, "fit", *two, script="act.py", status=143)
     assert err.count("SIGTERM at step 10") == 1
     assert last(folder)["global_step"] == 10
-    run(folder, *one, "--ckpt_path=last")
+    run(folder, "fit", "--ckpt_path=last", "--trainer.strategy=auto", "--trainer.devices=1")
     assert last(folder)["global_step"] == 14
     assert epochs(last(folder)) == epochs(last(straight))
     model, straight_model = last(folder)["state_dict"], last(straight)["state_dict"]
@@ -308,6 +315,80 @@ def test_a_mistake_with_several_processes_is_one_line(place):
     _, err = run_afresh(place / "mistake", "fit", *flags, status=2)
     assert err.count("lmlight: error: data.batch_size 7 is the whole step's") == 1
     assert "Traceback" not in err
+
+
+def test_resuming_takes_every_setting_of_the_run_and_flags_win(place, capsys, monkeypatch):
+    """Trainer, model and data; from the run's config.yaml, which a resumed run writes anew."""
+    folder = place / "settings"
+    flags = [*TINY, "--trainer.max_steps=20", "--trainer.precision=bf16-mixed", "--trainer.gradient_clip_val=0.3"]
+    flags += ["--trainer.callbacks=lmlight.callbacks.SmoothLoss", "--trainer.callbacks.over=3"]
+    flags += ["--trainer.accumulate_grad_batches=2", "--model.schedule.shape=cosine", "--data.val_fraction=0.2"]
+    act = "os.kill(os.getpid(), signal.SIGTERM)"
+    run(folder, "fit", *flags, code=ACT_AT_STEP.format(step=3, act=act), status=143)
+    (path,) = folder.glob("runs/*/config.yaml")
+    before = yaml.safe_load(path.read_text())
+    out, _ = run(
+        folder,
+        "fit",
+        "--ckpt_path=last",
+        "--trainer.max_steps=6",
+        "--model.sampling.temperature=0.5",
+        "--trainer.callbacks+=Timer",
+    )
+    (line,) = [line for line in out.split("\n") if line.startswith("Resuming")]
+    changed = "trainer.max_steps: 20 -> 6", "trainer.callbacks: [SmoothLoss] -> [SmoothLoss, Timer]"
+    assert line.startswith(f"Resuming {path.parent.relative_to(folder)} at step 4, with ")
+    assert all(change in line for change in (*changed, "model.sampling.temperature: 1.0 -> 0.5"))
+    assert line.count("->") == 3
+    after = yaml.safe_load(path.read_text())
+    assert after["trainer"].pop("max_steps") == 6
+    assert [entry["class_path"].rpartition(".")[2] for entry in after["trainer"].pop("callbacks")] == [
+        "SmoothLoss",
+        "Timer",
+    ]
+    assert after["model"]["sampling"].pop("temperature") == 0.5
+    assert Path(after.pop("ckpt_path")).name == "last.ckpt"
+    del before["ckpt_path"], before["trainer"]["max_steps"], before["trainer"]["callbacks"]
+    del before["model"]["sampling"]["temperature"]
+    assert after == before
+    assert len(list(folder.glob("runs/*"))) == 1
+    monkeypatch.chdir(folder)
+    with pytest.raises(SystemExit):
+        main(["fit", "--ckpt_path=last", "--print_config"])
+    printed = yaml.safe_load(capsys.readouterr().out)
+    assert printed["trainer"]["precision"] == "bf16-mixed"
+
+
+@pytest.mark.parametrize("damage", ["missing", "damaged", "empty"])
+def test_resuming_without_the_settings_of_the_run_is_refused(trained, tmp_path, capsys, damage):
+    shutil.copytree(trained, tmp_path / "runs" / "copy")
+    config = tmp_path / "runs" / "copy" / "config.yaml"
+    config.unlink() if damage == "missing" else config.write_text("data: {" if damage == "damaged" else "")
+    assert main(["fit", f"--ckpt_path={tmp_path / 'runs' / 'copy'}"]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("lmlight: error: ") and error.count("\n") == 1
+    assert "config.yaml" in error
+
+
+def test_a_run_from_elsewhere_cannot_name_classes_to_import(trained, tmp_path, capsys, monkeypatch):
+    """Its config.yaml is not a file that the user passed; copied to the own runs, it is trusted like one."""
+    (tmp_path / "theirs.py").write_text(
+        "import pathlib\nfrom lightning.pytorch import Callback\npathlib.Path('imported').touch()\n"
+    )
+    for folder in (tmp_path / "elsewhere", tmp_path / "runs"):
+        shutil.copytree(trained, folder / "copy")
+        config = yaml.safe_load((folder / "copy" / "config.yaml").read_text())
+        config["trainer"]["callbacks"].append({"class_path": "theirs.Callback"})
+        config["data"]["corpus"] = str(trained.parents[2] / "verse.txt")
+        (folder / "copy" / "config.yaml").write_text(yaml.safe_dump(config))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    assert main(["fit", "--ckpt_path=elsewhere/copy"]) == 2
+    error = capsys.readouterr().err
+    assert "names theirs.Callback, which would be imported" in error and error.count("\n") == 1
+    assert not Path("imported").exists()
+    assert main(["fit", "--ckpt_path=runs/copy"]) == 0, capsys.readouterr().err
+    assert Path("imported").exists()
 
 
 def test_two_runs_started_at_once_do_not_meet(place):
@@ -459,12 +540,9 @@ def test_weights_that_are_not_finite_are_not_saved(trained, tmp_path, capsys, mo
 def test_flags_win_over_the_checkpoint_when_going_on(trained, capsys):
     with pytest.raises(SystemExit):
         main(["fit", f"--ckpt_path={trained}", "--model.net.dropout=0.4", "--print_config"])
-    import yaml
-
     config = yaml.safe_load(capsys.readouterr().out)
     assert config["model"]["net"]["init_args"]["dropout"] == 0.4
     assert config["model"]["net"]["init_args"]["n_embd"] == 32
-    assert config["trainer"]["logger"]["init_args"]["version"] == trained.name
 
 
 # The file itself
@@ -474,7 +552,7 @@ def content_of(net):
     from lmlight.data.tokenizer import CharTokenizer
 
     state = {f"net.{name}": value for name, value in net.state_dict().items()}
-    return {"state_dict": state, checkpoint.KEY: checkpoint.describe(net, CharTokenizer("abc"), {})}
+    return {"state_dict": state, checkpoint.KEY: checkpoint.describe(net, CharTokenizer("abc"), {}, {})}
 
 
 def test_a_flipped_bit_anywhere_is_refused_and_the_newest_good_file_named(tmp_path):

@@ -11,6 +11,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from torch.utils.tensorboard.summary import hparams
 
 from lmlight import curves
+from lmlight.callbacks.base import run_folder, validates_fit
 from lmlight.data.datamodule import TextDataModule
 from lmlight.module import LanguageModel
 
@@ -29,6 +30,10 @@ class LearningCurve(Callback):
         self._rows: list[dict[str, float]] = []
         self._seconds_before = 0.0
         self._began: float | None = None
+        self._folder: Path | None = None
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self._folder = run_folder(trainer) if trainer.logger is not None else None
 
     def state_dict(self) -> dict[str, Any]:
         return {"rows": self._rows, "seconds": self._seconds()}
@@ -46,7 +51,7 @@ class LearningCurve(Callback):
             self._show(trainer, row)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if trainer.state.fn != "fit" or trainer.sanity_checking:
+        if not validates_fit(trainer):
             return
         data = getattr(trainer, "datamodule", None)
         row = {"step": float(trainer.global_step), "seconds": self._seconds()}
@@ -56,8 +61,8 @@ class LearningCurve(Callback):
         row |= {k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith(sections)}
         self._rows.append(row)
         self._show(trainer, row)
-        if trainer.is_global_zero and (folder := _folder(trainer)):
-            curves.write(self._rows, folder)
+        if trainer.is_global_zero and self._folder:
+            curves.write(self._rows, self._folder)
 
     def _show(self, trainer: Trainer, row: dict[str, float]) -> None:
         if not isinstance(trainer.logger, TensorBoardLogger):
@@ -75,16 +80,10 @@ class LearningCurve(Callback):
         self._draw(trainer)
 
     def _draw(self, trainer: Trainer) -> None:
-        if self._rows and trainer.is_global_zero and (folder := _folder(trainer)):
+        if self._rows and trainer.is_global_zero and self._folder:
             from lmlight import pictures
 
-            pictures.learning_curves({folder.name: self._rows}).savefig(folder / curves.PICTURE)
-
-
-def _folder(trainer: Trainer) -> Path | None:
-    """The run's own. (Not `trainer.log_dir`, which all ranks would have to ask for together.)"""
-    folder = trainer.logger.log_dir if trainer.logger is not None else None
-    return Path(folder) if folder else None
+            pictures.learning_curves({self._folder.name: self._rows}).savefig(self._folder / curves.PICTURE)
 
 
 class SettingsTable(Callback):
@@ -95,14 +94,7 @@ class SettingsTable(Callback):
     """
 
     # what says where and how text is written, and nothing about what is learned
-    LEFT_OUT = (
-        "model.sampling",
-        "data.prompts",
-        "data.prompt_batch_size",
-        "data.num_workers",
-        "data.seed",
-        "model.seed",
-    )
+    LEFT_OUT = ("model.sampling", "data.prompts", "data.prompt_batch_size", "data.num_workers", "data.cache")
 
     def __init__(self, figures: tuple[str, ...] = ("val/nats_per_char", "val/bpc", "gap/nats_per_char")) -> None:
         self.figures = figures
@@ -112,10 +104,16 @@ class SettingsTable(Callback):
             return
         assert isinstance(pl_module, LanguageModel) and pl_module.net is not None
         kept = pl_module.settings or {"model": {"net": pl_module.net.config}}
-        found = {"seed": kept.get("seed_everything", pl_module.seed), **kept.get("data", {}), **kept["model"]}
-        settings: dict[str, Any] = {"weights": pl_module.net.n_weights}
-        settings |= {"max_steps": trainer.max_steps, "precision": str(trainer.precision), "seed": found["seed"]}
-        settings |= _flat({name: value for name, value in found.items() if name not in self.LEFT_OUT})
+        settings: dict[str, Any] = {
+            "weights": pl_module.net.n_weights,
+            "steps": pl_module.total_steps,
+            "precision": str(trainer.precision),
+            "seed": kept.get("seed_everything", pl_module.seed),
+        }
+        for section in ("data", "model"):
+            for name, value in kept.get(section, {}).items():
+                if f"{section}.{name}" not in self.LEFT_OUT:
+                    settings |= _flat(value, name)
         # not `logger.log_hyperparams`, which also writes a first value of each figure, and there is none yet
         for summary in hparams(settings, dict.fromkeys(self.figures, 0.0)):  # type: ignore[no-untyped-call]  # torch's
             trainer.logger.experiment._get_file_writer().add_summary(summary)

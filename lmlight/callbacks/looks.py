@@ -13,6 +13,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor, nn
 
+from lmlight.callbacks.base import validates_fit
 from lmlight.data.datamodule import TextDataModule
 from lmlight.data.tokenizer import Tokenizer
 from lmlight.data.tokens import UNSCORED, Batch
@@ -77,7 +78,7 @@ class Pictures(Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        if trainer.state.fn != "fit" or "loss_by_position" not in self.which:
+        if not validates_fit(trainer) or "loss_by_position" not in self.which:
             return
         assert isinstance(pl_module, LanguageModel) and pl_module.block_size is not None
         if self._sums is None:
@@ -86,17 +87,18 @@ class Pictures(Callback):
         self._sums[0, : scored.size(1)] += outputs.sum(0)
         self._sums[1, : scored.size(1)] += scored.sum(0)
 
+    # not `on_validation_end`: a callback that averages the weights has taken the average away by then
     @torch.inference_mode()
-    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         data = getattr(trainer, "datamodule", None)
-        if trainer.state.fn != "fit" or not isinstance(data, TextDataModule):
+        if not validates_fit(trainer) or not isinstance(data, TextDataModule):
             return
         assert isinstance(pl_module, LanguageModel) and pl_module.net is not None and pl_module.tokenizer is not None
         sums = None if self._sums is None else trainer.strategy.reduce(self._sums, reduce_op="sum")
         if not isinstance(trainer.logger, TensorBoardLogger) or not trainer.is_global_zero or pl_module.device_mesh:
             return
         began = time.monotonic()
-        last = trainer.should_stop or 0 < trainer.max_steps <= trainer.global_step
+        last = trainer.should_stop or 0 < pl_module.total_steps <= trainer.global_step
         if self._spent > self.share * (began - self._began) and not last:
             return
         from lmlight import pictures  # Matplotlib takes a third of a second to import
@@ -175,7 +177,9 @@ class TokenEmbedding(Callback):
             return
         assert isinstance(pl_module, LanguageModel) and pl_module.net is not None and pl_module.tokenizer is not None
         tables = (m for m in pl_module.net.modules() if isinstance(m, nn.Embedding))
-        table = next(m for m in tables if m.num_embeddings == pl_module.net.vocab_size)
+        table = next((m for m in tables if m.num_embeddings == pl_module.net.vocab_size), None)
+        if table is None:
+            return
         from lmlight import pictures
 
         ids = _by_frequency(data, pl_module.net.vocab_size)[: self.most].copy()

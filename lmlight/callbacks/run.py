@@ -15,7 +15,9 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 from tqdm import tqdm
 
+from lmlight.callbacks.base import run_folder, validates_fit
 from lmlight.checkpoint import new_run
+from lmlight.module import LanguageModel
 
 
 class RunLogger(TensorBoardLogger):
@@ -70,25 +72,30 @@ class RunProgress(ProgressBar):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._began = time.monotonic()
         weights = sum(p.numel() for p in pl_module.parameters())
-        self.print(f"Training {weights:,} weights on {trainer.strategy.root_device} in {trainer.log_dir}")
+        folder = run_folder(trainer)
+        where = f" in {folder}" if folder else ""
+        self.print(f"Training {weights:,} weights on {trainer.strategy.root_device}{where}")
+        self._steps = pl_module.total_steps if isinstance(pl_module, LanguageModel) else max(0, trainer.max_steps)
         if self._enabled and sys.stderr.isatty():
-            total = trainer.max_steps if trainer.max_steps > 0 else None
-            self._bar = tqdm(total=total, initial=trainer.global_step, unit="step", dynamic_ncols=True, leave=False)
+            self._bar = tqdm(
+                total=self._steps or None, initial=trainer.global_step, unit="step", dynamic_ncols=True, leave=False
+            )
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         # `refresh` goes to the terminal; `n` is for free, and the bar need not move more often than the figures do
-        if self._bar is not None and trainer.global_step % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]  # set late
+        every: int = trainer.log_every_n_steps or 10  # type: ignore[attr-defined]  # set late
+        if self._bar is not None and trainer.global_step % every == 0:
             self._bar.set_postfix(_figures(trainer) | _speed(trainer), refresh=False)
             self._bar.update(trainer.global_step - self._bar.n)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if trainer.state.fn != "fit" or trainer.sanity_checking:
+        if not validates_fit(trainer):
             return
         figures = "  ".join(f"{name} {value}" for name, value in _figures(trainer).items())
         seconds = time.monotonic() - self._began
-        of = f"/{trainer.max_steps}" if trainer.max_steps > 0 else ""
+        of = f"/{self._steps}" if self._steps else ""
         self.print(f"step {trainer.global_step:>5}{of}  {figures}  {seconds:.0f} s")
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
+from lmlight.callbacks.base import validates_fit
 from lmlight.data.datamodule import TextDataModule
 from lmlight.data.tokens import Batch
 from lmlight.errors import UserError
@@ -196,7 +197,7 @@ class TrainingSample(Callback):
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         data = getattr(trainer, "datamodule", None)
-        if trainer.state.fn != "fit" or not isinstance(data, TextDataModule):
+        if not validates_fit(trainer) or not isinstance(data, TextDataModule):
             return
         assert isinstance(pl_module, LanguageModel)
         metric = TextLoss().to(pl_module.device)

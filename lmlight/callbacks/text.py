@@ -14,6 +14,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from tqdm import tqdm
 
 from lmlight import files
+from lmlight.callbacks.base import validates_fit
 from lmlight.data.datamodule import TextDataModule
 from lmlight.errors import UserError
 from lmlight.generation import TextStream, printable
@@ -34,8 +35,9 @@ class SampleText(Callback):
     ) -> None:
         self.prompts, self.max_new_tokens, self.temperature = prompts, max_new_tokens, temperature
 
-    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if trainer.state.fn != "fit" or not isinstance(trainer.logger, TensorBoardLogger):
+    # not `on_validation_end`: a callback that averages the weights has taken the average away by then
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not validates_fit(trainer) or not isinstance(trainer.logger, TensorBoardLogger):
             return
         assert isinstance(pl_module, LanguageModel)
         sampling = replace(pl_module.sampling, max_new_tokens=self.max_new_tokens, samples=1)

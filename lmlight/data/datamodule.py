@@ -163,7 +163,8 @@ class TextDataModule(LightningDataModule):
             if mistake:
                 raise UserError(mistake)
         place = self._place
-        assert place is not None, "prepare_data comes before setup"
+        if place is None:
+            raise UserError("call prepare_data() before setup(); a Trainer does both")
         store = TokenStore(Path(place[0]), place[1])
         self._trained, self._streamed = store.tokenizer, store.streamed
         tokenizer = store.tokenizer
@@ -196,6 +197,7 @@ class TextDataModule(LightningDataModule):
             self._resegmenter.close()
 
     def train_dataloader(self) -> TrainLoader | streaming.StreamedLoader:
+        self._check_set_up()
         self._check_batch_size()
         if self._streamed:
             assert self._place is not None
@@ -222,10 +224,12 @@ class TextDataModule(LightningDataModule):
         return TrainLoader(self._train_windows, order, num_workers, self._train_ids.fingerprint)
 
     def val_dataloader(self) -> DataLoader[Batch]:
+        self._check_set_up()
         return self._whole_loader(self._val_ids, self._val_counts, stride=self.block_size)
 
     def test_dataloader(self) -> list[DataLoader[Batch]]:
         """The test text in windows that do not overlap, and in sliding ones."""
+        self._check_set_up()
         return [
             self._whole_loader(self._test_ids, self._test_counts, stride)
             for stride in (self.block_size, -(-self.block_size // 2))
@@ -233,6 +237,7 @@ class TextDataModule(LightningDataModule):
 
     def train_sample_dataloader(self, windows: int) -> DataLoader[Batch]:
         """Windows of the training text, spread evenly over it, to be scored exactly as the validation text is."""
+        self._check_set_up()
         ids, T = self._train_ids, self.block_size
         starts = np.unique(np.linspace(0, len(ids) - 1 - T, windows).astype(np.int64) // T * T)
         plan = np.stack((starts, np.full_like(starts, T), np.zeros_like(starts)), axis=1)
@@ -241,6 +246,7 @@ class TextDataModule(LightningDataModule):
     @property
     def val_ids(self) -> Ids:
         """The validation text's tokens, behind the last one of the training text: on disk, so read slices of them."""
+        self._check_set_up()
         return self._val_ids
 
     @property
@@ -318,6 +324,10 @@ class TextDataModule(LightningDataModule):
                 f"the tokens in '{self.corpus}' are of another tokenizer than the checkpoint's: pass the text itself, or "
                 "what `lmlight prepare --init_from` makes of it"
             )
+
+    def _check_set_up(self) -> None:
+        if not hasattr(self, "_val_ids"):
+            raise UserError("call prepare_data() and setup('fit') before asking for data; a Trainer does both")
 
     def _predicting(self) -> bool:
         return self.trainer is not None and self.trainer.state.fn == TrainerFn.PREDICTING

@@ -219,7 +219,7 @@ def _gpt2(net: Net, state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def _generation_config(model: Model) -> dict[str, Any]:
     """The run's own settings of sampling; `generate()` of nothing begins, as ours, after a line's or a document's end."""
-    sampling = model.settings.get("model", {}).get("sampling", {})
+    sampling = model.sampling
     temperature = sampling.get("temperature", 1.0)
     greedy = {"do_sample": False} if temperature == 0 else {"do_sample": True, "temperature": temperature}
     if temperature:  # the stock values would filter

@@ -65,7 +65,7 @@ def read(folder: Path) -> tuple[Model, list[str]]:
         _rescale(net, state, math.sqrt(NORM_EPS / eps))
         notes.append(f"the weights were scaled for norms of epsilon {NORM_EPS:g} in place of {eps:g}")
     net.load_state_dict(state)
-    return Model(net, tokenizer, {"data": {"block_size": net.block_size}}, {}, 0), notes
+    return Model(net, tokenizer, {}, {"data": {"block_size": net.block_size}}, {}, 0), notes
 
 
 def _config(folder: Path) -> dict[str, Any]:

@@ -22,6 +22,7 @@ class Model:
     Attributes:
         net: in evaluation mode, on the CPU.
         tokenizer: its own.
+        sampling: the arguments of its `Sampling`.
         settings: of the run: `data`, `model`; plain values.
         figures: of the checkpoint's last validation, by the names under which they are logged; empty without one.
         step: optimizer steps.
@@ -29,6 +30,7 @@ class Model:
 
     net: Net
     tokenizer: Tokenizer
+    sampling: dict[str, Any]
     settings: dict[str, Any]
     figures: dict[str, float]
     step: int
@@ -45,7 +47,8 @@ class Model:
         rows = content.get("callbacks", {}).get("LearningCurve", {}).get("rows", [])
         figures = {k: v for k, v in rows[-1].items() if v is not None} if rows and rows[-1]["step"] == step else {}
         net, tokenizer = checkpoints.net_of(content).eval(), checkpoints.tokenizer_of(content)
-        return cls(net, tokenizer, content[checkpoints.KEY]["settings"], figures, step)
+        described = content[checkpoints.KEY]
+        return cls(net, tokenizer, described["sampling"], described["settings"], figures, step)
 
     def content(self) -> dict[str, Any]:
         """A checkpoint of it, for `checkpoint.write`."""
@@ -54,7 +57,7 @@ class Model:
             "global_step": self.step,
             "pytorch-lightning_version": version("lightning"),  # which Lightning asks for; free of it all the same
             "state_dict": {f"{checkpoints.NET_PREFIX}{name}": value for name, value in self.net.state_dict().items()},
-            checkpoints.KEY: checkpoints.describe(self.net, self.tokenizer, self.settings),
+            checkpoints.KEY: checkpoints.describe(self.net, self.tokenizer, self.sampling, self.settings),
         }
 
     @property

@@ -1,0 +1,19 @@
+"""What the callbacks ask of a trainer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from lightning.pytorch import Trainer
+
+
+def validates_fit(trainer: Trainer) -> bool:
+    """In a hook of validation: whether it is one of `fit`'s own, not Lightning's sanity check before the first step."""
+    return trainer.state.fn == "fit" and not trainer.sanity_checking
+
+
+def run_folder(trainer: Trainer) -> Path | None:
+    """Where a run keeps its files; None for a trial (`fast_dev_run`), which leaves none. All ranks must call it together."""
+    if trainer.fast_dev_run or not trainer.log_dir:  # type: ignore[attr-defined]  # set late
+        return None
+    return Path(trainer.log_dir)
