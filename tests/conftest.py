@@ -56,13 +56,6 @@ def _own_folder(tmp_path, monkeypatch):
     monkeypatch.setenv("LMLIGHT_CACHE", str(tmp_path / "cache"))
 
 
-@pytest.fixture(autouse=True)
-def _own_precision():
-    """A `fit` that ends by an exception leaves products at the precision of training: not for the next test."""
-    yield
-    torch.set_float32_matmul_precision("highest")
-
-
 @pytest.fixture(scope="session")
 def verse():
     """Some 6,000 characters laid out like a play, the same in every session."""

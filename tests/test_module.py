@@ -3,6 +3,7 @@
 import csv
 import itertools
 import math
+import pickle
 from types import SimpleNamespace
 
 import lightning.pytorch as pl
@@ -12,9 +13,10 @@ import tiny
 import torch
 import torch.nn.functional as F
 
-from lmlight import Bigram, LanguageModel, TextDataModule
+from lmlight import Bigram, LanguageModel, Sampling, TextDataModule, checkpoint
 from lmlight.errors import UserError
 from lmlight.optim import Schedule
+from lmlight.reliability import CheckpointFiles, KeepCheckpoints
 
 
 def small_net(vocab_size, block_size):
@@ -144,6 +146,53 @@ def test_the_precision_of_products_is_that_of_training_only(data):
     assert torch.get_float32_matmul_precision() == before
 
 
+@pytest.mark.parametrize("error", [KeyError("bug"), KeyboardInterrupt(), SystemExit(143)], ids=repr)
+def test_the_precision_of_products_is_restored_when_fit_raises(data, error):
+    class Fail(pl.Callback):
+        def on_train_batch_end(self, *args):
+            assert torch.get_float32_matmul_precision() == "medium"
+            raise error
+
+    with pytest.raises((KeyError, SystemExit)):
+        trained(data, steps=1, callbacks=[Fail()])
+    assert torch.get_float32_matmul_precision() == "highest"
+
+
+def learning_rates(data, schedule, **options):
+    """The learning rate of each micro-batch, and the number of steps."""
+    rates = []
+
+    class Note(pl.Callback):
+        def on_train_batch_start(self, trainer, *args):
+            rates.append(trainer.optimizers[0].param_groups[0]["lr"])
+
+    model = LanguageModel(net=Bigram, optimizer=adamw, schedule=schedule)
+    trainer = pl.Trainer(enable_checkpointing=False, callbacks=[Note()], **tiny.QUIET, **options)
+    trainer.fit(model, datamodule=data)
+    return rates, trainer.global_step
+
+
+@pytest.mark.parametrize("shape", ["linear", "decay"])
+@pytest.mark.parametrize("limit", [1.0, 5])
+def test_a_schedule_ends_where_epochs_end(data, shape, limit):
+    schedule, options = Schedule(shape, warmup_steps=0), {"limit_train_batches": limit, "accumulate_grad_batches": 2}
+    rates, steps = learning_rates(data, schedule, max_epochs=2, **options)
+    assert steps > 5
+    assert (rates, steps) == learning_rates(data, schedule, max_steps=steps, **options)
+    assert rates[-1] == pytest.approx(2e-3 * schedule.factor(steps - 1, steps))
+    both = learning_rates(data, schedule, max_epochs=2, max_steps=3, **options)
+    assert both == learning_rates(data, schedule, max_steps=3, **options)
+
+
+def test_a_schedule_without_an_end_is_refused_before_the_first_step(data):
+    with pytest.raises(UserError, match=r"a linear schedule ends at the run's last step.*constant"):
+        learning_rates(data, Schedule("linear"), max_time="00:00:00:05", max_epochs=-1)
+    rates, _ = learning_rates(
+        data, Schedule("constant", 2), max_time="00:00:00:01", max_epochs=-1, limit_train_batches=5
+    )
+    assert rates[-1] == 2e-3
+
+
 def test_clipping_by_norm_is_torch_s_own(data):
     """On a gradient that is known: far above the limit, what is left has the limit's norm."""
     _, model = trained(data, steps=1)
@@ -215,6 +264,132 @@ def test_a_checkpoint_of_another_net_is_named(data, tmp_path):
         pl.Trainer(**tiny.QUIET).validate(
             LanguageModel(net=Bigram), datamodule=data, ckpt_path=tmp_path / "x.ckpt", weights_only=True
         )
+
+
+def test_a_network_that_no_checkpoint_can_hold_is_refused_by_name(data):
+    """And nothing is swallowed: Lightning takes a StopIteration in a hook for the end of the data."""
+
+    class Mine(torch.nn.Module):
+        def __init__(self, vocab_size, block_size):
+            super().__init__()
+            self.vocab_size, self.block_size = vocab_size, block_size
+            self.table = torch.nn.Embedding(vocab_size, vocab_size)
+
+        def forward(self, idx):
+            return self.table(idx)
+
+        def loss(self, idx, targets):
+            return F.cross_entropy(self(idx).flatten(0, 1), targets.flatten())
+
+    keeper = KeepCheckpoints(every_n_steps=1)
+    with pytest.raises(UserError, match=r"a checkpoint cannot hold a Mine.*Bigram, Transformer"):
+        pl.Trainer(max_steps=2, callbacks=[keeper], **tiny.QUIET).fit(LanguageModel(net=Mine), datamodule=data)
+    model = LanguageModel(net=Mine)
+    pl.Trainer(max_steps=2, enable_checkpointing=False, **tiny.QUIET).fit(model, datamodule=data)
+    assert type(model.net) is Mine
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "says"),
+    [
+        (torch.optim.LBFGS, "per-parameter options"),
+        (torch.optim.SparseAdam, "does not support dense gradients"),
+        (torch.optim.Muon, "2D parameters"),
+        (lambda groups: torch.optim.SGD(groups, lr=-1.0), "Invalid learning rate"),
+    ],
+)
+def test_an_optimizer_that_cannot_train_is_refused(data, optimizer, says):
+    with pytest.raises(UserError, match=f"model.optimizer cannot train this model .*{says}"):
+        trained(data, optimizer=optimizer)
+
+
+def test_resuming_with_another_optimizer_is_refused(data, tmp_path):
+    trainer, _ = trained(data, steps=2)
+    trainer.save_checkpoint(tmp_path / "x.ckpt")
+    with pytest.raises(
+        UserError, match=r"the state of torch\.optim\.adamw\.AdamW, which lmlight\.optim\.Muon cannot use"
+    ):
+        pl.Trainer(max_steps=4, **tiny.QUIET).fit(
+            LanguageModel(net=small_net), datamodule=data, ckpt_path=tmp_path / "x.ckpt", weights_only=True
+        )
+    # its weights are still good to validate with
+    pl.Trainer(**tiny.QUIET).validate(
+        LanguageModel(net=small_net), datamodule=data, ckpt_path=tmp_path / "x.ckpt", weights_only=True, verbose=False
+    )
+
+
+def test_a_callback_s_only_request_to_stop_between_micro_batches_is_kept(data, tmp_path):
+    """It is granted at the step's end, not earlier: the checkpoint is of a whole step."""
+
+    class StopOnce(pl.Callback):
+        def on_train_batch_end(self, trainer, model, outputs, batch, batch_idx):
+            if batch_idx == 4:  # the first of the third step's two
+                trainer.should_stop = True
+
+    options = {"accumulate_grad_batches": 2, "max_steps": 9, "default_root_dir": tmp_path, **tiny.QUIET}
+    trainer = pl.Trainer(callbacks=[StopOnce(), KeepCheckpoints()], plugins=[CheckpointFiles()], **options)
+    trainer.fit(LanguageModel(net=Bigram), datamodule=data)
+    assert trainer.global_step == 3
+    assert checkpoint.read(tmp_path / "checkpoints" / "last.ckpt")["global_step"] == 3
+
+
+def test_load_from_checkpoint_brings_the_run_s_sampling_and_takes_lightning_s_arguments(data, tmp_path):
+    pl.seed_everything(1, verbose=False)
+    model = LanguageModel(net=small_net, sampling=Sampling(temperature=0.1, max_new_tokens=7, stop=["x"]))
+    trainer = pl.Trainer(max_steps=2, enable_checkpointing=False, **tiny.QUIET)
+    trainer.fit(model, datamodule=data)
+    trainer.save_checkpoint(tmp_path / "x.ckpt")
+    loaded = LanguageModel.load_from_checkpoint(tmp_path / "x.ckpt", map_location="cpu", strict=True, weights_only=True)
+    assert loaded.sampling == model.sampling
+    assert loaded.generate("MIRA:") == model.generate("MIRA:")
+    changed = LanguageModel.load_from_checkpoint(str(tmp_path / "x.ckpt"), sampling=Sampling(top_k=3), seed=5)
+    assert (changed.sampling, changed.seed) == (Sampling(top_k=3), 5)
+    with pytest.raises(UserError, match="map_location 'nowhere' is not a device"):
+        LanguageModel.load_from_checkpoint(tmp_path / "x.ckpt", map_location="nowhere")
+
+
+def test_models_and_data_can_be_pickled_before_and_after_fit(data):
+    again = pickle.loads(pickle.dumps((LanguageModel(), data)))
+    assert again[0].net is None and again[1].block_size == 16
+    _, model = trained(data, steps=1)
+    other, other_data = pickle.loads(pickle.dumps((model, data)))
+    assert other.generate("MIRA:", max_new_tokens=5) == model.generate("MIRA:", max_new_tokens=5)
+    assert torch.equal(next(iter(other_data.val_dataloader())).inputs, next(iter(data.val_dataloader())).inputs)
+
+
+def test_a_state_dict_can_be_loaded_into_a_model_without_a_network(data):
+    """Which is how a strategy that launches processes hands the trained model back."""
+    _, model = trained(data, steps=1)
+    other = LanguageModel()
+    other.load_state_dict(model.state_dict())
+    assert other.generate("MIRA:", max_new_tokens=5) == model.generate("MIRA:", max_new_tokens=5)
+    other.load_state_dict({f"net.{name}": weight for name, weight in model.net.state_dict().items()})
+
+
+def test_misuse_says_what_to_call_first(data):
+    model, built = LanguageModel(), trained(data, steps=1)[1]
+    for use in (
+        lambda: model.generate("a"),
+        lambda: model(torch.zeros(1, 1, dtype=torch.long)),
+        lambda: model.stream("a"),
+    ):
+        with pytest.raises(UserError, match=r"no network and no tokenizer yet.*Trainer.*load_from_checkpoint"):
+            use()
+    with pytest.raises(UserError, match="at most block_size = 16 tokens, got 17"):
+        built(torch.zeros(1, 17, dtype=torch.long))
+    fresh = TextDataModule("verse.txt")
+    uses = [
+        fresh.train_dataloader,
+        fresh.val_dataloader,
+        fresh.test_dataloader,
+        lambda: fresh.val_ids,
+        lambda: fresh.opening,
+    ]
+    for use in [*uses, lambda: fresh.train_sample_dataloader(2), lambda: fresh.characters_seen(1)]:
+        with pytest.raises(UserError, match=r"prepare_data\(\) and setup"):
+            use()
+    with pytest.raises(UserError, match=r"prepare_data\(\) before setup"):
+        fresh.setup("fit")
 
 
 def test_without_a_tokenizer_it_says_what_to_do():

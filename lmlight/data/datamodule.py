@@ -10,7 +10,7 @@ import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal, cast
+from typing import Any, Literal, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -126,6 +126,9 @@ class TextDataModule(LightningDataModule):
         self._sampler: SubwordSampler | None = None
         self._resegmenter: Resegmenter | None = None
         self._trained: Tokenizer | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "trainer": None}  # as a LightningModule is pickled
 
     @property
     def tokenizer(self) -> Tokenizer | None:
@@ -254,6 +257,7 @@ class TextDataModule(LightningDataModule):
         """How a sample of text may begin: as a named corpus does; else the first whole line of the validation text."""
         if self.corpus in NAMED:
             return NAMED[self.corpus].opening
+        self._check_set_up()
         assert self.tokenizer is not None
         beginning = self.tokenizer.decode(self._val_ids[1:129].tolist())
         lines = [line.strip() for line in beginning.split("\n")]
@@ -263,6 +267,7 @@ class TextDataModule(LightningDataModule):
     def characters_seen(self, steps: int) -> float:
         """How much of the training text so many optimizer steps have read, again and again included; on average, for
         windows differ. It compares across tokenizers and batch sizes, which steps do not."""
+        self._check_set_up()
         return steps * self.batch_size / self._windows_per_epoch() * self._train_chars
 
     def predict_dataloader(self) -> DataLoader[list[str]]:
