@@ -11,10 +11,12 @@ import tiny
 import torch
 import torch.nn.functional as F
 from lightning.pytorch import Callback
+from lightning.pytorch.callbacks import EMAWeightAveraging
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from lmlight import Bigram, LanguageModel, Transformer
+from lmlight import Bigram, LanguageModel, Transformer, checkpoint
 from lmlight.callbacks import (
+    DEFAULT,
     LearningCurve,
     Pictures,
     RunLogger,
@@ -29,6 +31,7 @@ from lmlight.callbacks import (
 from lmlight.data.tokens import Batch
 from lmlight.errors import UserError
 from lmlight.generation import printable
+from lmlight.reliability import CheckpointFiles, KeepCheckpoints
 
 STEPS, VALIDATIONS = 8, (4, 8)
 
@@ -302,19 +305,104 @@ def test_the_embedding_has_a_label_for_each_row(watched):
     )
 
 
-def test_settings_are_a_row_to_sort_by_figures(watched):
-    from tensorboard.plugins.hparams import plugin_data_pb2
+def hparams_of(run):
+    """The settings of a run, and the metrics beside them, as TensorBoard's HParams page reads them."""
+    from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
+    metadata = EventAccumulator(str(run)).Reload().summary_metadata
+    settings, experiment = (
+        HParamsPluginData.FromString(metadata[f"_hparams_/{name}"].plugin_data.content)
+        for name in ("session_start_info", "experiment")
+    )
+    return settings.session_start_info.hparams, [metric.name.tag for metric in experiment.experiment.metric_infos]
+
+
+def test_settings_are_a_row_to_sort_by_figures(watched):
     *_, run, _ = watched
     events = EventAccumulator(str(run)).Reload()
-    content = events.summary_metadata["_hparams_/session_start_info"].plugin_data.content
-    found = plugin_data_pb2.HParamsPluginData.FromString(content).session_start_info.hparams
+    found, metrics = hparams_of(run)
     assert found["net.n_layer"].number_value == 2
     assert found["net.positions"].string_value == "learned"
-    experiment = events.summary_metadata["_hparams_/experiment"].plugin_data.content
-    metrics = plugin_data_pb2.HParamsPluginData.FromString(experiment).experiment.metric_infos
-    assert "val/nats_per_char" in [metric.name.tag for metric in metrics]
+    assert "val/nats_per_char" in metrics
     assert len(values(events, "val/nats_per_char")) == len(VALIDATIONS), "no value that was not measured"
+
+
+def test_settings_that_do_not_change_what_is_learned_are_not_in_the_row(verse_file, tmp_path):
+    from lmlight.cli import main
+
+    flags = [f"--data.corpus={verse_file}", *tiny.FLAGS, "--trainer.max_steps=2", "--seed_everything=7"]
+    assert main(["fit", *flags, "--model.sampling.temperature=0.3", "--trainer.callbacks=SettingsTable"]) == 0
+    (run,) = (tmp_path / "runs").iterdir()
+    found, _ = hparams_of(run)
+    assert found["seed"].number_value == 7
+    assert found["steps"].number_value == 2
+    assert found["net.n_layer"].number_value == 1
+    assert found["tokenizer.vocab_size"].number_value == 400
+    for name in ("sampling", "prompts", "prompt_batch_size", "num_workers", "cache", "data", "model"):
+        assert not [key for key in found if key == name or key.startswith(f"{name}.")], name
+    assert [key for key in found if "seed" in key] == ["seed"]
+
+
+class Average(Callback):
+    """The exponential moving average of the weights, kept in the plainest way."""
+
+    def __init__(self, decay):
+        self.decay, self.weights = decay, None
+
+    def on_train_batch_end(self, trainer, model, outputs, batch, batch_idx):
+        now = {name: weight.clone() for name, weight in model.net.state_dict().items()}
+        before = self.weights or now
+        self.weights = {name: self.decay * before[name] + (1 - self.decay) * now[name] for name in now}
+
+
+def test_averaged_weights_are_what_is_scored_and_kept(verse_file, tmp_path):
+    plain, keeper = Average(0.8), KeepCheckpoints()
+    model = LanguageModel(net=tiny.net)
+    trainer = pl.Trainer(
+        max_steps=8,
+        val_check_interval=4,
+        check_val_every_n_epoch=None,
+        callbacks=[EMAWeightAveraging(decay=0.8), plain, keeper],
+        plugins=[CheckpointFiles()],
+        **tiny.QUIET,
+    )
+    pl.seed_everything(1, verbose=False)
+    trainer.fit(model, datamodule=tiny.data(verse_file))
+    best = LanguageModel.load_from_checkpoint(keeper.best_model_path)
+    assert checkpoint.read(keeper.best_model_path)["global_step"] == 8
+    for name, weight in best.net.state_dict().items():
+        torch.testing.assert_close(weight, plain.weights[name], rtol=0, atol=1e-6)
+        assert torch.equal(model.net.state_dict()[name], weight), "as the run leaves the model"
+    figures = pl.Trainer(**tiny.QUIET).validate(best, datamodule=tiny.data(verse_file), verbose=False)[0]
+    assert figures["val/nats_per_char"] == pytest.approx(keeper.best_score, rel=1e-6)
+
+
+def test_averaged_weights_are_what_is_sampled(verse_file, tmp_path):
+    """Wherever the command line's user has put the callback: taking the averages away comes last."""
+    from lmlight.cli import main
+
+    sample = "{class_path: lmlight.callbacks.SampleText, init_args: {prompts: ['MIRA:'], max_new_tokens: 20}}"
+    averaging = "{class_path: EMAWeightAveraging, init_args: {decay: 0.8}}"
+    flags = [f"--data.corpus={verse_file}", *tiny.FLAGS, "--trainer.max_steps=8", "--trainer.val_check_interval=8"]
+    assert main(["fit", *flags, f"--trainer.callbacks=[{averaging}, {sample}]"]) == 0
+    (run,) = (tmp_path / "runs").iterdir()
+    text = (
+        EventAccumulator(str(run)).Reload().Tensors("verse/MIRA:/text_summary")[-1].tensor_proto.string_val[0].decode()
+    )
+    best = LanguageModel.load_from_checkpoint(run / "checkpoints/best.ckpt")
+    expected = printable(best.generate("MIRA:", max_new_tokens=20)).split("\n")
+    assert [line.removeprefix("    ") for line in text.partition("\n\n")[2].split("\n")] == expected
+
+
+def test_callbacks_pass_over_lightning_s_sanity_check(verse_file, tmp_path):
+    """With all of the defaults: nothing is drawn, written or counted before the first step."""
+    callbacks = [kind() for kind in DEFAULT]
+    fit(verse_file, tmp_path / "runs", callbacks, tiny.net, num_sanity_val_steps=2, max_steps=4)
+    (run,) = (tmp_path / "runs").iterdir()
+    events = EventAccumulator(str(run), size_guidance={"images": 0, "tensors": 0}).Reload()
+    assert [event.step for event in events.Tensors("verse/from nothing/text_summary")] == [4]
+    assert [image.step for image in events.Images("surprise")] == [4]
+    assert len((run / "metrics.csv").read_text().splitlines()) == 2
 
 
 def test_the_curve_is_a_table_a_picture_and_other_axes(watched):

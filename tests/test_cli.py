@@ -395,6 +395,80 @@ def test_without_a_logger_runs_have_folders_of_their_own_too(verse_file, tmp_pat
         assert f"in {run.relative_to(tmp_path)}" in capsys.readouterr().out or run is runs[1]
 
 
+CSV = "{class_path: CSVLogger, init_args: {save_dir: logs}}"
+
+
+@pytest.mark.parametrize("logger", [CSV, f"[{CSV}, {{class_path: lmlight.callbacks.RunLogger}}]", "true"])
+def test_other_loggers_leave_the_run_a_folder_of_its_own(verse_file, tmp_path, capsys, logger):
+    """With its config, checkpoints and curve; and it is resumed there."""
+    assert main(["fit", f"--data.corpus={verse_file}", *TINY, f"--trainer.logger={logger}"]) == 0, (
+        capsys.readouterr().err
+    )
+    (run,) = (tmp_path / "runs").iterdir()
+    assert {"config.yaml", "checkpoints", "metrics.csv", "curve.png"} <= {path.name for path in run.iterdir()}
+    assert main(["fit", "--ckpt_path=last", "--trainer.max_steps=9"]) == 0, capsys.readouterr().err
+    assert [path.name for path in (tmp_path / "runs").iterdir()] == [run.name]
+    assert checkpoint.read(run / "checkpoints/last.ckpt")["global_step"] == 9
+    assert len((run / "metrics.csv").read_text().splitlines()) == 4
+
+
+def test_a_trial_leaves_nothing_and_says_so(verse_file, tmp_path, capsys):
+    assert main(["fit", f"--data.corpus={verse_file}", *TINY, "--trainer.fast_dev_run=true"]) == 0
+    out = capsys.readouterr().out
+    assert "trial run (trainer.fast_dev_run): nothing was saved" in out
+    assert "ckpt" not in out
+    assert not (tmp_path / "runs").exists()
+
+
+def test_barebones_trains_without_loggers_and_callbacks(verse_file, tmp_path, capsys):
+    flags = [f"--data.corpus={verse_file}", *TINY, "--trainer.barebones=true"]
+    assert main(["fit", *flags, "--trainer.log_every_n_steps=10"]) == 0, capsys.readouterr().err
+    assert "Stopped at step 6: no checkpoints were kept" in capsys.readouterr().out
+    assert not (tmp_path / "runs").exists()
+    assert main(["fit", *flags, "--trainer.logger=CSVLogger", "--trainer.logger.save_dir=x"]) == 2
+    error = capsys.readouterr().err.strip().split("\n")[-1]
+    assert error.startswith("lmlight: error: ") and "barebones=True" in error
+
+
+def test_lightning_s_checkpoints_lie_beside_ours(verse_file, tmp_path, capsys):
+    flags = [f"--data.corpus={verse_file}", *TINY, "--trainer.callbacks+=ModelCheckpoint"]
+    flags += ["--trainer.callbacks.monitor=val/nats_per_char", "--trainer.callbacks.filename=theirs"]
+    assert main(["fit", *flags]) == 0
+    out = capsys.readouterr().out
+    (run,) = (tmp_path / "runs").iterdir()
+    assert f"Best checkpoint: {(run / 'checkpoints/best.ckpt').relative_to(tmp_path)}" in out and "\nNext:\n" in out
+    assert {"best.ckpt", "last.ckpt", "theirs.ckpt"} <= {path.name for path in run.rglob("*.ckpt")}
+
+
+def test_the_run_s_sampling_is_that_of_its_checkpoint(verse_file, tmp_path, capsys):
+    """In the sample at the end of fit, from Python, in chat and in predict."""
+    flags = [f"--data.corpus={verse_file}", *TINY, "--model.sampling={temperature: 0, repetition_penalty: 1.3}"]
+    assert main(["fit", *flags]) == 0
+    out = capsys.readouterr().out
+    (best,) = tmp_path.glob("runs/*/checkpoints/best.ckpt")
+    model = LanguageModel.load_from_checkpoint(best)
+    assert (model.sampling.temperature, model.sampling.repetition_penalty) == (0, 1.3)
+    opening = out.split("last validation\n\n")[1].split("\n")[0]
+    assert printable(model.generate(opening[:6], max_new_tokens=20)).startswith(opening[:6])
+    plain = LanguageModel.load_from_checkpoint(best, sampling=Sampling(temperature=0))
+    assert plain.generate("MIRA:", max_new_tokens=40) != model.generate("MIRA:", max_new_tokens=40)
+    assert (
+        main(["predict", f"--ckpt_path={best}", '--data.prompts=["MIRA:"]', "--model.sampling.max_new_tokens=40"]) == 0
+    )
+    assert capsys.readouterr().out == printable(model.generate("MIRA:", max_new_tokens=40)) + "\n"
+    typed, _ = processes.run_afresh("chat", best, typed="/max_new_tokens 40\nMIRA:\n")
+    assert printable(model.generate("MIRA:", max_new_tokens=40)).removeprefix("MIRA:") in typed
+
+
+def test_a_logger_whose_library_is_missing_is_one_line(verse_file, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    monkeypatch.setattr("lightning.pytorch.loggers.wandb._WANDB_AVAILABLE", False)
+    assert main(["fit", f"--data.corpus={verse_file}", *TINY, "--trainer.logger=WandbLogger"]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert "WandbLogger cannot be created" in error
+
+
 def test_how_often_checkpoints_are_kept_can_be_set(verse_file, tmp_path, monkeypatch):
     written = []
     monkeypatch.setattr(checkpoint, "write", lambda content, path: written.append((path.name, content["global_step"])))

@@ -310,6 +310,55 @@ def test_a_checkpoint_goes_from_one_process_to_two_and_back(place, alone, overla
         torch.testing.assert_close(model[name], weight, rtol=0, atol=atol)
 
 
+def test_spawned_processes_hand_the_trained_model_back(place, alone):
+    """By the command line, whose summary reads it, and resumed by the documented command."""
+    folder = place / "spawn"
+    flags = ["--trainer.strategy=ddp_spawn", "--trainer.devices=2", "--trainer.precision=64-true"]
+    out, err = run_afresh(folder, "fit", *TINY, *DDP, *flags, "--trainer.max_steps=7")
+    assert "Best checkpoint: " in out and "(step 7)" in out and "\nNext:\n" in out
+    assert "lmlight: error" not in err
+    run_afresh(folder, "fit", "--ckpt_path=last", "--trainer.max_steps=14")
+    for name, weight in last(alone)["state_dict"].items():
+        assert last(folder)["state_dict"][name].shape == weight.shape, name
+    assert last(folder)["global_step"] == 14
+
+
+FORK = """
+import sys
+import lightning.pytorch as pl
+sys.path.insert(0, {tests!r})
+import tiny
+from lmlight import LanguageModel
+
+model = LanguageModel(net=tiny.net)
+options = {{**tiny.QUIET, "devices": 2, "strategy": "ddp_fork", "max_steps": 2}}
+pl.Trainer(**options, enable_checkpointing=False).fit(model, datamodule=tiny.data("../verse.txt"))
+print(repr(model.generate("MIRA:", max_new_tokens=5)), sum(weight.numel() for weight in model.parameters()))
+"""
+
+
+def test_forked_processes_hand_the_trained_model_back_to_python(place):
+    out, _ = run_afresh(place / "fork", code=FORK.format(tests=str(Path(__file__).parent)))
+    text, weights = out.strip().split("\n")[-1].rsplit(" ", 1)
+    assert text.startswith("'MIRA:") and int(weights) > 10_000
+
+
+def test_averaged_weights_are_resumed_to_the_bit(place):
+    """EMA of the weights, a callback of Lightning's, from a kill on: the averages and the weights behind them."""
+    flags = [*HARD, "--trainer.callbacks+=EMAWeightAveraging", "--trainer.callbacks.decay=0.9"]
+    run(place / "averaged", "fit", *flags)
+    folder = place / "averaged-killed"
+    act = "os.kill(os.getpid(), signal.SIGKILL)"
+    run(folder, "fit", *flags, code=ACT_AT_STEP.format(step=17, act=act), status=-9)
+    run(folder, "fit", "--ckpt_path=last")
+    expected = last(place / "averaged")
+    assert differences(expected, last(folder)) == []
+    assert not torch.equal(
+        expected["current_model_state"]["net.head.weight"], expected["state_dict"]["net.head.weight"]
+    ), "the average is not the last weights"
+    assert scalars(folder) == scalars(place / "averaged")
+
+
 def test_a_mistake_with_several_processes_is_one_line(place):
     flags = [*TINY, "--data.batch_size=7", "--trainer.strategy=ddp", "--trainer.devices=2"]
     _, err = run_afresh(place / "mistake", "fit", *flags, status=2)
