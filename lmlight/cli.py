@@ -264,6 +264,8 @@ class LmlightCLI(LightningCLI):
         config.pop("config", None)
         # `--seed_everything true` draws one, after the links were made
         config.data.seed = config.model.seed = config.model.sampling.seed = int(config.seed_everything)
+        for logger in _run_loggers(config):
+            logger.init_args.save_dir = str(_runs_folder(config))
         if self.subcommand != "fit":
             self.save_config_callback = None
         if self.subcommand == "predict" and config.output and config.data.prompt_batch_size is None:
@@ -315,7 +317,10 @@ class LmlightCLI(LightningCLI):
         # last at the end of a validation, where it takes the averaged weights away: the others are to see them
         averaging = [callback for callback in given if isinstance(callback, WeightAveraging)]
         trainer_config["callbacks"] = [callback for callback in given if callback not in averaging]
-        return self._instantiate_trainer(trainer_config, [*ours, *averaging])
+        try:
+            return self._instantiate_trainer(trainer_config, [*ours, *averaging])
+        except (TypeError, ValueError, ImportError, NotImplementedError) as error:  # Lightning's, about its arguments
+            raise UserError(str(error)) from error
 
     def _prepare_fit(self, trainer_config: dict[str, Any]) -> None:
         """Gives a run its folder, and leaves out what Lightning's modes for trials and for raw speed do without."""
@@ -446,13 +451,17 @@ def _command() -> str:
     return "lmlight" if found and Path(found).resolve() == typed.resolve() else os.path.relpath(typed)
 
 
+def _run_loggers(config: Any) -> list[Namespace]:
+    """The settings of the loggers that make a run's folder."""
+    logger = config.trainer.logger
+    several = logger if isinstance(logger, list) else [logger]
+    return [one for one in several if isinstance(one, Namespace) and one.class_path.endswith(".RunLogger")]
+
+
 def _runs_folder(config: Any) -> Path:
     """The folder that this command's runs are in."""
-    logger = config.trainer.logger
-    for one in logger if isinstance(logger, list) else [logger]:
-        if hasattr(one, "get") and one.get("class_path", "").endswith(".RunLogger"):
-            return Path(one.get("init_args").get("save_dir"))
-    return Path(config.trainer.default_root_dir or "runs")
+    given = [one.init_args.save_dir for one in _run_loggers(config) if one.init_args.save_dir]
+    return Path(given[0] if given else config.trainer.default_root_dir or "runs")
 
 
 def _settings_of_run(run: Path, in_place: bool, checkpoint: Path) -> dict[str, Any]:

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import BaseFinetuning, LearningRateFinder, ModelPruning, SpikeDetection
 from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
@@ -33,9 +34,17 @@ from lmlight.models import Net, Transformer, chosen
 from lmlight.optim import HIDDEN, Muon, Schedule, label_in_order, parameter_groups
 from lmlight.reliability import EXTRA_STATE, not_finite
 
-NOT_BUILT = (
+NO_NETWORK = (
     "this model has no network and no tokenizer yet: train it with a Trainer, or use LanguageModel.load_from_checkpoint"
 )
+NOT_BUILT_YET = "before the network is built, whose size depends on the data"
+UNSUPPORTED: dict[type[Callback], str] = {
+    BaseFinetuning: f"it freezes modules {NOT_BUILT_YET}; freeze them in configure_model of a subclass of LanguageModel",
+    LearningRateFinder: "it sets model.lr, but the learning rate is the optimizer's: compare values of --model.optimizer.lr",
+    ModelPruning: f"it looks for parameters {NOT_BUILT_YET}",
+    SpikeDetection: "it cannot load its own state, so the run could not be resumed; a loss that is not finite stops any run",
+}
+"""Lightning's callbacks that would end in an error of their own, and why."""
 NetCallable = Callable[[int, int], Net]
 """Makes a net from (vocab_size, block_size), the two sizes that the data decides."""
 
@@ -153,6 +162,15 @@ class LanguageModel(LightningModule):
             self.block_size = self.net.block_size
 
     def configure_callbacks(self) -> list[Callback]:
+        """Called by Lightning before any other hook.
+
+        Raises:
+            UserError: one of the trainer's callbacks cannot work with this model.
+        """
+        for callback in self.trainer.callbacks:  # type: ignore[attr-defined]  # set late
+            for kind, reason in UNSUPPORTED.items():
+                if isinstance(callback, kind):
+                    raise UserError(f"{type(callback).__name__} cannot be used: {reason}")
         return [_MatmulPrecision()]
 
     def check_net(self, block_size: int) -> None:
@@ -180,7 +198,7 @@ class LanguageModel(LightningModule):
             self._optimizer(groups).step()
         except (TypeError, RuntimeError) as error:
             raise _unusable(error) from None
-        self._check_schedule(max(trainer.max_steps, trainer.max_epochs or -1) > 0)
+        self._check_schedule(max(trainer.max_steps, -1 if trainer.max_epochs is None else trainer.max_epochs) >= 0)
 
     # Lightning's hooks, in the order in which they are called
 
@@ -451,12 +469,12 @@ class LanguageModel(LightningModule):
 
     def _tokenizer(self) -> Tokenizer:
         if self.tokenizer is None:
-            raise UserError(NOT_BUILT)
+            raise UserError(NO_NETWORK)
         return self.tokenizer
 
     def _net(self) -> Net:
         if self.net is None:
-            raise UserError(NOT_BUILT)
+            raise UserError(NO_NETWORK)
         return self.net
 
     def _optimizer(self, groups: list[dict[str, Any]]) -> Optimizer:

@@ -82,7 +82,8 @@ class KeepCheckpoints(Checkpoint):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         log_dir = trainer.log_dir or trainer.default_root_dir
         self._folder = Path(trainer.strategy.broadcast(log_dir)) / checkpoints.FOLDER
-        interval, accumulate = trainer.val_check_interval, trainer.accumulate_grad_batches
+        interval = getattr(trainer, "val_check_interval", None)  # there is none where validations go by the clock
+        accumulate = trainer.accumulate_grad_batches
         if stage == TrainerFn.FITTING and isinstance(interval, int) and interval % accumulate:
             raise UserError(
                 f"trainer.val_check_interval {interval} counts batches: it must be a multiple of "

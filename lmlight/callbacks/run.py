@@ -24,13 +24,13 @@ class RunLogger(TensorBoardLogger):
     """TensorBoard files in a folder that no other run has: `runs/2025-01-31_12-00-00`, with `-2` and so on if taken.
 
     Args:
-        save_dir: the folder of all runs.
+        save_dir: the folder of all runs; null is `trainer.default_root_dir` on the command line, and `runs` elsewhere.
         version: the name of this run's; null makes one from the time.
         purge_step: hide what the folder's earlier files say of this step and later ones: a resumed run says it again.
     """
 
-    def __init__(self, save_dir: str = "runs", version: str | None = None, purge_step: int | None = None) -> None:
-        super().__init__(save_dir, name="", version=version, default_hp_metric=False, purge_step=purge_step)
+    def __init__(self, save_dir: str | None = None, version: str | None = None, purge_step: int | None = None) -> None:
+        super().__init__(save_dir or "runs", name="", version=version, default_hp_metric=False, purge_step=purge_step)
 
     def _get_next_version(self) -> str:  # type: ignore[override]
         if getattr(rank_zero_only, "rank", 0) != 0:

@@ -1,0 +1,365 @@
+"""Every argument of Lightning's Trainer; every callback, logger and profiler of Lightning's; every optimizer of torch's.
+
+Each row either works, in `fit` and when the run is resumed, or is refused in one line; none ends in a traceback. Rows run in
+Python, where one takes a tenth of a second; the command line, where one takes one or two, gets them several at a time.
+"""
+
+import inspect
+import warnings
+
+import lightning.pytorch as pl
+import pytest
+import tiny
+import torch
+from lightning.pytorch import callbacks as lightning_callbacks
+from lightning.pytorch import loggers as lightning_loggers
+from lightning.pytorch import profilers as lightning_profilers
+from lightning.pytorch.plugins import MixedPrecision
+from lightning.pytorch.plugins.environments import LightningEnvironment
+from lightning.pytorch.strategies import SingleDeviceStrategy
+
+from lmlight import LanguageModel
+from lmlight.callbacks import DEFAULT, RunLogger
+from lmlight.cli import main
+from lmlight.errors import UserError
+from lmlight.reliability import CheckpointFiles, KeepCheckpoints
+
+# Each works alone, from Python: a value of a Trainer argument, beside the others' defaults.
+ARGUMENTS = {
+    "accelerator": ["auto", "cpu"],
+    "strategy": ["auto", "ddp", "single device"],
+    "devices": ["auto", 1, "1"],
+    "num_nodes": [1],
+    "precision": ["32-true", "64-true", "16-mixed", "bf16-mixed", "bf16-true", 32],
+    "logger": [True, False, None, "csv", "tensorboard", "ours", "two"],
+    "callbacks": [None, [], "all of lmlight's"],
+    "max_epochs": [1, -1, None],
+    "min_epochs": [1],
+    "max_steps": [2],
+    "min_steps": [1],
+    "max_time": [{"minutes": 1}, "00:00:01:00"],
+    "limit_train_batches": [3, 0.5, 1.0],
+    "limit_val_batches": [0, 1, 0.5, 1.0],
+    "limit_test_batches": [1],
+    "limit_predict_batches": [1],
+    "overfit_batches": [1, 0.5],
+    "val_check_interval": [1, 2, 100_000, "00:00:00:01", {"seconds": 0}],
+    "check_val_every_n_epoch": [None, 1],
+    "num_sanity_val_steps": [0, 2, -1],
+    "log_every_n_steps": [0, 1, 50],
+    "enable_checkpointing": [True],
+    "enable_progress_bar": [True, False],
+    "enable_model_summary": [True, False],
+    "accumulate_grad_batches": [1, 2],
+    "gradient_clip_val": [None, 0, 0.5],
+    "gradient_clip_algorithm": ["norm", "value"],
+    "deterministic": [True, "warn"],
+    "benchmark": [True, False],
+    "inference_mode": [True, False],
+    "use_distributed_sampler": [True, False],
+    "profiler": ["simple", "advanced", "pytorch", lightning_profilers.PassThroughProfiler()],
+    "detect_anomaly": [True],
+    "plugins": ["mixed precision", "environment"],
+    "sync_batchnorm": [True],
+    "reload_dataloaders_every_n_epochs": [1],
+    "default_root_dir": ["elsewhere"],
+    "enable_autolog_hparams": [True, False],
+    "model_registry": ["x"],
+}
+# They keep no checkpoint: there is nothing to resume.
+WITHOUT_CHECKPOINTS = [
+    {"fast_dev_run": True},
+    {"fast_dev_run": 2},
+    {"barebones": True},
+    {"enable_checkpointing": False},
+    {"max_steps": 0},
+    {"max_epochs": 0},
+    {"limit_train_batches": 0},
+]
+
+CALLBACKS = {
+    "BasePredictionWriter": {},
+    "Callback": {},
+    "Checkpoint": {},
+    "DeviceStatsMonitor": {},
+    "EMAWeightAveraging": {"decay": 0.9},
+    "EarlyStopping": {"monitor": "val/nats_per_char"},
+    "GradientAccumulationScheduler": {"scheduling": {0: 1, 1: 2}},
+    "LambdaCallback": {},
+    "LearningRateMonitor": {"logging_interval": "step"},
+    "ModelCheckpoint": {"monitor": "val/nats_per_char", "save_top_k": 2},
+    "ModelSummary": {"max_depth": 2},
+    "OnExceptionCheckpoint": {"dirpath": "on-exception"},
+    "ProgressBar": {},
+    "RichModelSummary": {},
+    "RichProgressBar": {},
+    "StochasticWeightAveraging": {"swa_lrs": 0.01, "swa_epoch_start": 1},
+    "TQDMProgressBar": {},
+    "ThroughputMonitor": {"batch_size_fn": len, "window_size": 2},
+    "Timer": {"duration": "00:00:05:00"},
+    "WeightAveraging": {},
+}
+SLOW_CALLBACKS = {"BatchSizeFinder": {"max_trials": 2, "steps_per_trial": 1}}
+REFUSED_CALLBACKS = {
+    "BackboneFinetuning": {},
+    "BaseFinetuning": {},
+    "LearningRateFinder": {},
+    "ModelPruning": {"pruning_fn": "l1_unstructured"},
+    "SpikeDetection": {},
+}
+PROGRESS_BARS = ("ProgressBar", "RichProgressBar", "TQDMProgressBar")
+
+OPTIMIZERS = [
+    "ASGD",
+    "Adadelta",
+    "Adafactor",
+    "Adagrad",
+    "Adam",
+    "AdamW",
+    "Adamax",
+    "NAdam",
+    "RAdam",
+    "RMSprop",
+    "Rprop",
+    "SGD",
+]
+REFUSED_OPTIMIZERS = ["LBFGS", "Muon", "SparseAdam"]
+
+# Flags of the command line that work together, in one run.
+TOGETHER = [
+    ["accelerator=cpu", "strategy=auto", "devices=1", "num_nodes=1", "precision=bf16-mixed", "num_sanity_val_steps=2"],
+    ["max_epochs=1", "max_steps=-1", "limit_train_batches=3", "limit_val_batches=1", "log_every_n_steps=0"],
+    ["min_epochs=1", "min_steps=3", "max_time=00:00:01:00", "overfit_batches=4", "val_check_interval=1"],
+    ["accumulate_grad_batches=2", "gradient_clip_algorithm=value", "gradient_clip_val=0.5", "detect_anomaly=true"],
+    ["check_val_every_n_epoch=1", "val_check_interval=0.5", "enable_model_summary=true", "limit_test_batches=1"],
+    ["val_check_interval=00:00:00:01", "deterministic=warn", "benchmark=true", "inference_mode=false"],
+    ["use_distributed_sampler=true", "sync_batchnorm=true", "reload_dataloaders_every_n_epochs=1", "profiler=simple"],
+    ["enable_autolog_hparams=false", "model_registry=x", "limit_predict_batches=1", "enable_progress_bar=false"],
+    ["enable_checkpointing=true", "strategy=ddp", "plugins=LightningEnvironment", "logger=true"],
+    [
+        "logger=CSVLogger",
+        "logger.save_dir=logs",
+        "callbacks+=Timer",
+        "callbacks+=RichProgressBar",
+        "callbacks+=ModelSummary",
+    ],
+    ["callbacks+=EarlyStopping", "callbacks.monitor=val/nats_per_char", "callbacks+=ModelCheckpoint", "logger=false"],
+    [
+        "callbacks+=EMAWeightAveraging",
+        "callbacks+=DeviceStatsMonitor",
+        "callbacks+=OnExceptionCheckpoint",
+        "callbacks.dirpath=x",
+    ],
+    ["default_root_dir=runs/deeper", "logger=TensorBoardLogger", "logger.save_dir=logs", "callbacks=null"],
+]
+# Nothing is left of these: no run to resume.
+ALONE = [
+    ["fast_dev_run=true"],
+    ["barebones=true"],
+    ["enable_checkpointing=false"],
+    ["max_steps=0"],
+    ["limit_train_batches=0"],
+]
+REFUSED = {
+    "accelerator=tpu": "torch_xla",
+    "accelerator=abacus": "invalid accelerator name",
+    "strategy=fsdp": "requires a GPU",
+    "strategy=telepathy": "invalid strategy name",
+    "devices=-1": "should be an int > 0",
+    "devices=0": "not a valid input",
+    "precision=7": "trainer.precision",
+    "precision=transformer-engine": "transformer_engine",
+    "max_steps=-1": "a linear schedule ends at the run's last step",
+    "max_time=soon": "DD:HH:MM:SS",
+    "val_check_interval=0.5": "check_val_every_n_epoch",
+    "accumulate_grad_batches=3": "batch_size 8",
+    "gradient_clip_algorithm=scissors": "['value', 'norm']",
+    "profiler=fbi": "can only be one of",
+    "plugins=AsyncCheckpointIO": "CheckpointIO",
+    "logger=WandbLogger": "wandb",
+    "logger=MLFlowLogger": "mlflow",
+    "logger=CometLogger": "comet",
+    "logger=LitLogger": "trainer.logger",
+    "callbacks+=EarlyStopping": "monitor",
+    "callbacks+=NoSuchCallback": "trainer.callbacks",
+    **{
+        f"callbacks+={name}": "trainer.callbacks"
+        for name in ("OnExceptionCheckpoint", "ThroughputMonitor", "ModelPruning")
+    },
+    **{
+        f"callbacks+={name}": f"{name} cannot be used"
+        for name in ("LearningRateFinder", "BackboneFinetuning", "SpikeDetection")
+    },
+    "callbacks+=StochasticWeightAveraging": "swa_lrs",
+}
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory, verse):
+    """The text, and a cache that all rows share."""
+    folder = tmp_path_factory.mktemp("settings")
+    (folder / "verse.txt").write_bytes(verse.encode())
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def _share_the_cache(place, monkeypatch):
+    monkeypatch.setenv("LMLIGHT_CACHE", str(place / "cache"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+def made(name, value):
+    """A value of the tables above: some have to be made afresh for each trainer."""
+    if name == "logger" and value in ("csv", "tensorboard", "ours", "two"):
+        csv, ours = lightning_loggers.CSVLogger("logs"), RunLogger("runs")
+        return {
+            "csv": csv,
+            "tensorboard": lightning_loggers.TensorBoardLogger("logs"),
+            "ours": ours,
+            "two": [csv, ours],
+        }[value]
+    if name == "callbacks" and value == "all of lmlight's":
+        return [kind() for kind in DEFAULT]
+    if value == "single device":
+        return SingleDeviceStrategy("cpu")
+    if name == "plugins":
+        plugin = MixedPrecision("bf16-mixed", "cpu") if value == "mixed precision" else LightningEnvironment()
+        return [plugin, CheckpointFiles()]
+    return value
+
+
+def fit(place, options, ckpt_path=None, optimizer=None):
+    """`Trainer.fit` from Python, with lmlight's checkpoints unless the row is about going without."""
+    settings = {**tiny.QUIET, "max_steps": 2, "check_val_every_n_epoch": None, "val_check_interval": 2, **options}
+    if "barebones" in options:
+        settings = {key: value for key, value in settings.items() if key not in tiny.QUIET or key == "accelerator"}
+    keeps = not {"barebones", "fast_dev_run"} & options.keys() and options.get("enable_checkpointing") is not False
+    settings["callbacks"] = [*(options.get("callbacks") or []), *([KeepCheckpoints()] if keeps else [])]
+    settings.setdefault("plugins", [CheckpointFiles()])
+    model = LanguageModel(net=tiny.net, **({"optimizer": optimizer} if optimizer else {}))
+    trainer = pl.Trainer(**settings)
+    trainer.fit(model, datamodule=tiny.data(place / "verse.txt"), ckpt_path=ckpt_path, weights_only=True)
+    return trainer
+
+
+def works(place, options, optimizer=None, resumed=None):
+    """Whether the row trains and is resumed for two more steps, with options that differ there."""
+
+    def make():
+        return {name: made(name, value() if callable(value) else value) for name, value in options.items()}
+
+    trainer = fit(place, make(), optimizer=optimizer)
+    assert trainer.global_step > 0
+    last, steps = trainer.checkpoint_callbacks[-1].last_model_path, trainer.global_step + 2
+    resumed = {"max_epochs": -1, **(resumed or {}), "max_steps": steps}
+    assert fit(place, {**make(), **resumed}, ckpt_path=last, optimizer=optimizer).global_step == steps
+
+
+ROWS = [(name, value) for name, values in ARGUMENTS.items() for value in values]
+
+
+@pytest.mark.parametrize(("name", "value"), ROWS, ids=[f"{name}={value}" for name, value in ROWS])
+def test_every_trainer_argument_works(place, name, value):
+    options = {name: value, "accelerator": "auto"} if value == "single device" else {name: value}
+    if name == "check_val_every_n_epoch" and value:
+        options["val_check_interval"] = 0.5
+    works(place, options)
+
+
+@pytest.mark.parametrize("options", WITHOUT_CHECKPOINTS, ids=str)
+def test_runs_that_keep_no_checkpoint_work(place, options):
+    fit(place, options)
+
+
+@pytest.mark.parametrize("name", [*CALLBACKS, *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW_CALLBACKS)])
+def test_every_callback_works(place, name):
+    options = {"callbacks": lambda: [getattr(lightning_callbacks, name)(**{**CALLBACKS, **SLOW_CALLBACKS}[name])]}
+    if name in PROGRESS_BARS:
+        options["enable_progress_bar"] = True
+    if name in ("LearningRateMonitor", "DeviceStatsMonitor", "ThroughputMonitor"):
+        options |= {"logger": "csv", "log_every_n_steps": 2}
+    resumed = None
+    if name == "StochasticWeightAveraging":  # it averages from the second epoch on, and stops after the last
+        options |= {"limit_train_batches": 2, "max_epochs": 3, "max_steps": 4}
+        resumed = {"max_epochs": 3}
+    works(place, options, resumed=resumed)
+
+
+@pytest.mark.parametrize("name", REFUSED_CALLBACKS)
+def test_callbacks_that_cannot_work_are_refused(place, name):
+    callback = getattr(lightning_callbacks, name)(**REFUSED_CALLBACKS[name])
+    with pytest.raises(UserError, match=r"^\w+ cannot be used: "):
+        fit(place, {"callbacks": [callback]})
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_every_optimizer_works(place, name):
+    works(place, {}, optimizer=lambda params: getattr(torch.optim, name)(params, lr=1e-3))
+
+
+@pytest.mark.parametrize("name", REFUSED_OPTIMIZERS)
+def test_optimizers_that_cannot_work_are_refused(place, name):
+    with pytest.raises(UserError, match="model.optimizer cannot train this model"):
+        fit(place, {}, optimizer=getattr(torch.optim, name))
+
+
+def test_the_tables_are_complete():
+    """A new release of Lightning or torch brings rows that nobody has tried."""
+    arguments = set(inspect.signature(pl.Trainer.__init__).parameters) - {"self"}
+    assert arguments == ARGUMENTS.keys() | {name for row in WITHOUT_CHECKPOINTS for name in row}
+    flags = {flag.partition("=")[0].rstrip("+").partition(".")[0] for row in (*TOGETHER, *ALONE) for flag in row}
+    assert arguments == flags
+    assert set(lightning_callbacks.__all__) == CALLBACKS.keys() | SLOW_CALLBACKS.keys() | REFUSED_CALLBACKS.keys()
+    tried = ("CSVLogger", "TensorBoardLogger", *(row.removeprefix("logger=") for row in REFUSED))
+    assert set(lightning_loggers.__all__) - {"Logger"} <= set(tried)
+    optimizers = {
+        name
+        for name, kind in vars(torch.optim).items()
+        if isinstance(kind, type) and issubclass(kind, torch.optim.Optimizer) and kind is not torch.optim.Optimizer
+    }
+    assert optimizers == {*OPTIMIZERS, *REFUSED_OPTIMIZERS}
+
+
+# The command line
+
+
+def lmlight(place, *flags):
+    return main(["fit", f"--data.corpus={place / 'verse.txt'}", *tiny.FLAGS, "--trainer.max_steps=4", *flags])
+
+
+@pytest.mark.parametrize("flags", TOGETHER, ids=" ".join)
+def test_flags_of_the_trainer_work_and_are_resumed(place, capsys, flags):
+    given = [
+        "--trainer.val_check_interval=2",
+        "--trainer.callbacks=SmoothLoss",
+        *(f"--trainer.{flag}" for flag in flags),
+    ]
+    assert lmlight(place, *given) == 0, capsys.readouterr().err
+    root = [f"--trainer.{flag}" for flag in flags if flag.startswith("default_root_dir")]
+    assert main(["fit", "--ckpt_path=last", "--trainer.max_steps=14", *root]) == 0, capsys.readouterr().err
+    out, err = capsys.readouterr()
+    assert "Resuming runs/" in out
+    assert "Traceback" not in err
+
+
+@pytest.mark.parametrize("flags", ALONE, ids=" ".join)
+def test_flags_for_runs_that_keep_no_checkpoint_work(place, capsys, flags, tmp_path):
+    given = [f"--trainer.{flag}" for flag in flags]
+    if "barebones=true" in flags:
+        given.append("--trainer.log_every_n_steps=10")  # the default, in place of the tests'
+    assert lmlight(place, *given) == 0, capsys.readouterr().err
+    assert not list(tmp_path.glob("runs/**/*.ckpt"))
+
+
+@pytest.mark.parametrize("flag", REFUSED)
+def test_flags_of_the_trainer_are_refused_in_one_line(place, capsys, flag, tmp_path):
+    assert lmlight(place, f"--trainer.{flag}") == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    lines = [line for line in err.split("\n") if line and not line.startswith("lmlight: warning: ")]
+    assert len(lines) == 1, err
+    assert lines[0].startswith("lmlight: error: ")
+    assert REFUSED[flag] in lines[0]
+    assert not (tmp_path / "runs").exists()
