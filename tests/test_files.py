@@ -1,7 +1,11 @@
 """A file or a folder appears whole or not at all; a kill in between is in test_reliability.py."""
 
 import os
+import shutil
+import sys
+from contextlib import suppress
 
+import processes
 import pytest
 
 from lmlight import files
@@ -48,3 +52,73 @@ def test_a_folder_takes_the_place_of_the_one_before(tmp_path):
         raise KeyboardInterrupt
     assert os.listdir(path) == ["two"]
     assert os.listdir(tmp_path) == ["x"]
+
+
+# Replaces a folder in a process that kills itself at the n-th of the steps that another process could see or the disk.
+REPLACE = """
+import os, signal
+from pathlib import Path
+from lmlight import files
+
+left = {steps}
+def counted(function):
+    def call(*arguments, **options):
+        global left
+        if left == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        left -= 1
+        return function(*arguments, **options)
+    return call
+
+os.fsync, os.rmdir = counted(os.fsync), counted(os.rmdir)
+Path.rename, Path.mkdir = counted(Path.rename), counted(Path.mkdir)
+files._exchange = counted(files._exchange if {exchanges} else lambda one, other: False)
+with files.whole_folder(Path("x")) as beside:
+    for name in "ab":
+        (beside / name).write_text("new")
+print("done", flush=True)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="kills processes, and exchanges folders as Linux does")
+@pytest.mark.parametrize("exchanges", [True, False], ids=["exchanged", "renamed"])
+def test_a_kill_at_any_step_leaves_the_old_folder_or_the_new_one(tmp_path, exchanges):
+    """Where folders cannot be exchanged there may be neither for a moment; the next writing finds the old one."""
+    path, found = tmp_path / "x", []
+    for steps in range(100):
+        shutil.rmtree(path, ignore_errors=True)
+        path.mkdir()
+        for name in "ab":
+            (path / name).write_text("old")
+        out, _ = processes.run(code=REPLACE.format(steps=steps, exchanges=exchanges), status=-9)
+        if not path.exists():
+            assert not exchanges
+            with suppress(KeyboardInterrupt), files.whole_folder(path):
+                assert path.exists()
+                raise KeyboardInterrupt
+        found.append({name: (path / name).read_text() for name in os.listdir(path)})
+        assert found[-1] in ({"a": "old", "b": "old"}, {"a": "new", "b": "new"})
+        if out:
+            break
+    assert found[0]["a"] == "old" and found[-1]["a"] == "new" and len(found) > 6
+    assert os.listdir(tmp_path) == ["x"], "what the kills have left is gone with the last writing"
+
+
+def test_a_folder_s_files_are_on_the_disk_before_it_takes_its_place(tmp_path, monkeypatch):
+    calls, fsync, exchange = [], os.fsync, files._exchange
+    monkeypatch.setattr(
+        os, "fsync", lambda descriptor: (calls.append(os.fstat(descriptor).st_ino), fsync(descriptor))[1]
+    )
+    monkeypatch.setattr(files, "_exchange", lambda *paths: (calls.append("exchange"), exchange(*paths))[1])
+    (tmp_path / "x").mkdir()
+    with files.whole_folder(tmp_path / "x") as beside:
+        (beside / "a").touch()
+        (beside / "inside").mkdir()
+        (beside / "inside" / "b").touch()
+        inodes = {path.stat().st_ino for path in (beside, *beside.rglob("*"))}
+    at = calls.index("exchange")
+    if os.name != "posix":
+        inodes = {path.stat().st_ino for path in (tmp_path / "x").rglob("*") if path.is_file()}
+    assert set(calls[:at]) == inodes
+    assert calls[at + 1 :] == [tmp_path.stat().st_ino] * (os.name == "posix")
