@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable, Sequence
 
 import lmlight
+from lmlight.commands import COMMANDS, unknown, usage
 from lmlight.errors import UserError, say
 
 LIGHT = {
@@ -24,14 +25,22 @@ def main(args: Sequence[str] | None = None) -> int:
         args: the words after `lmlight`; None takes them from the process.
 
     Returns:
-        the exit status: 0, or 2 for a user's mistake, which is said in one line on stderr.
+        the exit status: 0; 2 for a user's mistake, which is said in one line on stderr, and if no command is given.
     """
     args = sys.argv[1:] if args is None else list(args)
     command = args[0] if args else ""
+    if command in ("", "-h", "--help"):
+        print(usage())
+        return 0 if command else 2
+    if command == "--version":
+        print(f"lmlight {lmlight.__version__}")
+        return 0
     if command in ("chat", "predict") and lmlight.bounds_spinning:
         # Between the short products of a token the threads do better to wait awake: 3.0 ms a token in place of 3.6 to 6.
         os.environ["GOMP_SPINCOUNT"] = "10000"
     try:
+        if command not in COMMANDS and not command.startswith("-"):  # a command may follow options, such as --config
+            raise unknown(command)
         if command not in LIGHT:
             from lmlight import cli
 

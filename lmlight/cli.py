@@ -18,6 +18,7 @@ import shlex
 import shutil
 import sys
 import warnings
+from argparse import SUPPRESS
 from collections.abc import Sequence
 from enum import Enum
 from pathlib import Path
@@ -35,12 +36,14 @@ from lightning.pytorch.utilities import rank_zero_only
 from lmlight import __version__, callbacks, files
 from lmlight import checkpoint as checkpoints
 from lmlight.callbacks import RunLogger, RunProgress, WritePredictions
+from lmlight.commands import COMMANDS, unknown
 from lmlight.data import streaming
 from lmlight.data.datamodule import TextDataModule
 from lmlight.errors import UserError, say
 from lmlight.generation import printable
 from lmlight.models import NETS, Bigram, Transformer, chosen  # noqa: F401  (so that --model.net Bigram needs no full path)
 from lmlight.module import LanguageModel
+from lmlight.optim import Muon
 from lmlight.reliability import CheckpointFiles, KeepCheckpoints
 
 TRAINER_DEFAULTS: dict[str, Any] = {
@@ -66,16 +69,31 @@ NOT_RESUMED = ("config", "ckpt_path", "init_from", "trainer.max_time")
 
 
 class OneLineParser(LightningArgumentParser):
-    """Says what is wrong in one line, where argparse would print a screen of usage first."""
+    """Says what is wrong in one line, where argparse would print a screen of usage first; and shows the flags of the default
+    network and optimizer, which the parser itself only does on `--model.net.help`."""
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        if found := re.search(r"argument subcommand: invalid choice: '(.*?)'", message):
+            raise unknown(found[1])
         raise UserError(f"{message}; see `{self.prog.replace(' [options]', '')} --help`")
+
+    def format_help(self, *args: Any) -> str:
+        text = super().format_help(*args)
+        at = text.find("\nLightning's Trainer:\n")
+        if at < 0:
+            return text
+        flags = OneLineParser(description="", add_help=False, usage=SUPPRESS)
+        for name, kind, skip in (("net", Transformer, {"vocab_size", "block_size"}), ("optimizer", Muon, {"params"})):
+            flags.add_class_arguments(kind, f"model.{name}", skip=skip)
+        shown = re.sub(r"  --model\.\w+ CONFIG\b.*\n( {24}.*\n)*", "", flags.format_help())
+        return f"{text[:at]}\n{shown.strip()}\n{text[at:]}"
 
 
 class RunTrainer(Trainer):
-    """Lightning's Trainer for runs with a folder of their own.
+    """Lightning's Trainer.
 
-    `prepare` is a method, which `LightningCLI` makes a subcommand: so it reads the very settings that `fit` reads.
+    Its runs have a folder of their own. `prepare` is a method, which `LightningCLI` makes a subcommand: so it reads the very
+    settings that `fit` reads.
     """
 
     @property
@@ -171,6 +189,13 @@ class LmlightCLI(LightningCLI):
         fit = {"fit": theirs.pop("fit"), "prepare": {"model", "datamodule"}}
         return {name: skip | ours for name, skip in (fit | theirs).items()}
 
+    def add_core_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.add_lightning_class_args(TextDataModule, "data")
+        parser.add_lightning_class_args(LanguageModel, "model")
+        # last, since its flags fill ten screens of help
+        parser.add_lightning_class_args(RunTrainer, "trainer")
+        parser.set_defaults({f"trainer.{name}": value for name, value in TRAINER_DEFAULTS.items()})
+
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         for target in ("data.seed", "model.seed", "model.sampling.seed"):
             parser.link_arguments("seed_everything", target, compute_fn=int)
@@ -179,6 +204,7 @@ class LmlightCLI(LightningCLI):
         parser.set_defaults({"trainer.callbacks": names})
 
     def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
+        kwargs |= {"description": COMMANDS[subcommand], "usage": f"lmlight {subcommand} [--config FILE] [options]"}
         parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
         for action in parser._actions:
             if action.dest == "ckpt_path":  # Lightning's own words are of what it does without us
@@ -375,14 +401,14 @@ class LmlightCLI(LightningCLI):
         if not isinstance(keeper, KeepCheckpoints):
             print(f"Stopped at step {self.trainer.global_step}: no checkpoints were kept")
             return
+        step = self.trainer.global_step
         if not keeper.best_model_path:
-            print(f"No validation was run: stopped at step {self.trainer.global_step}")
+            print(f"No validation was run: stopped at step {step}")
             return
         path = os.path.relpath(keeper.best_model_path)
         best = checkpoints.read(path)
-        nats = best["callbacks"][keeper.state_key][
-            "best_score"
-        ]  # not the keeper's, which may have been in another process
+        # not `keeper.best_score`: with `ddp_spawn`, the keeper that knows it was in another process
+        nats = best["callbacks"][keeper.state_key]["best_score"]
         model = LanguageModel.load_from_checkpoint(path)
         print(f"\nBest checkpoint: {path} (step {best['global_step']})")
         print(f"  {nats:.4f} nats per character, {nats / math.log(2):.4f} bits per character on the validation text")
@@ -392,6 +418,9 @@ class LmlightCLI(LightningCLI):
         if self.datamodule.trainer is None:  # other processes had it, as with `ddp_spawn`
             self.datamodule.prepare_data()
             self.datamodule.setup("fit")
+        elif step < self.model.total_steps:
+            resume = f"{_command()} fit --ckpt_path {os.path.relpath(keeper.last_model_path)}"
+            print(f"  Stopped at step {step} of {self.model.total_steps}; to resume: {resume}")
         opening = self.datamodule.opening
         print(f"\n{printable(model.generate(opening, max_new_tokens=150))}\n")
         prompts = shlex.quote(json.dumps([opening], ensure_ascii=False))
@@ -593,8 +622,6 @@ def main(args: Sequence[str] | None = None) -> int:
             save_config_callback=SaveConfig,
             parser_kwargs={
                 "prog": "lmlight",
-                "description": "Trains small transformer language models on text. Beside the subcommands below there are "
-                "`lmlight chat`, `curves`, `export`, `import` and `cache`, each with a --help of its own.",
                 "version": __version__,
             },
             parser_class=OneLineParser,

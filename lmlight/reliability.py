@@ -161,8 +161,8 @@ class KeepCheckpoints(Checkpoint):
             return
         if trainer.is_global_zero:
             name = signal.Signals(self._agreed).name
-            go_on = f"to go on, repeat the command with --ckpt_path {self.last_model_path}"
-            print(f"lmlight: {name} at step {trainer.global_step}: {go_on}", file=sys.stderr)
+            resume = f"lmlight fit --ckpt_path {self.last_model_path}"
+            print(f"lmlight: {name} at step {trainer.global_step}; to resume: {resume}", file=sys.stderr)
         raise SystemExit(128 + self._agreed)
 
     def _path(self, name: str) -> Path:

@@ -18,6 +18,7 @@ import yaml
 
 import lmlight
 from lmlight import LanguageModel, Sampling, TextDataModule, Transformer, checkpoint
+from lmlight.__main__ import main as typed
 from lmlight.cli import main
 from lmlight.data.tokenizer import TokenizerConfig
 from lmlight.generation import printable
@@ -379,10 +380,51 @@ def test_a_reader_that_has_had_enough_is_no_error(tmp_path):
 
 
 def test_version(capsys):
-    with pytest.raises(SystemExit) as ended:
-        main(["--version"])
-    assert ended.value.code == 0
-    assert lmlight.__version__ in capsys.readouterr().out
+    assert typed(["--version"]) == 0
+    assert capsys.readouterr().out == f"lmlight {lmlight.__version__}\n"
+
+
+ALL_COMMANDS = ["fit", "prepare", "validate", "test", "predict", "chat", "curves", "export", "import", "cache"]
+
+
+def test_help_lists_every_command_without_waiting_for_torch():
+    code = (
+        "import sys; from lmlight.__main__ import main; print(main({}), 'torch' in sys.modules, 'numpy' in sys.modules)"
+    )
+    for words, status in (["--help"], 0), (["-h"], 0), ([], 2):
+        out, _ = processes.run_afresh(code=code.format(words))
+        assert [line.split()[0] for line in out.split("commands:\n")[1].split("\n\n")[0].split("\n")] == ALL_COMMANDS
+        assert out.split("\n")[-2] == f"{status} False False"
+
+
+def test_every_command_has_help(capsys):
+    for command in ALL_COMMANDS:
+        with pytest.raises(SystemExit) as ended:
+            typed([command, "--help"])
+        assert ended.value.code == 0
+        assert capsys.readouterr().out.startswith(f"usage: lmlight {command} ")
+
+
+@pytest.mark.parametrize("words", [["fitt"], ["--config=empty.yaml", "fitt"]], ids=" ".join)
+def test_an_unknown_command_is_told_all_that_there_are(capsys, words):
+    Path("empty.yaml").write_text("{}")
+    assert typed(words) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    expected = f"unknown command 'fitt' (did you mean fit?): expected one of {', '.join(ALL_COMMANDS)}"
+    assert err == f"lmlight: error: {expected}\n"
+
+
+def test_help_of_fit_shows_data_and_model_first_and_the_net_s_flags(capsys):
+    with pytest.raises(SystemExit):
+        typed(["fit", "--help"])
+    out = capsys.readouterr().out
+    flags = re.findall(r"^  (--[\w.]+)", out, re.MULTILINE)
+    first = [flags.index(f"--{name}") for name in ("data.corpus", "model.net", "model.net.n_layer", "trainer.devices")]
+    assert first == sorted(first)
+    assert {"--model.net.n_hidden", "--model.optimizer.lr", "--data.tokenizer.vocab_size"} <= set(flags)
+    assert len(out.split("options:")[0].split("\n")) < 8, "no screens of usage"
+    assert flags.count("--model.net") == flags.count("--model.optimizer") == 1
 
 
 def test_without_a_logger_runs_have_folders_of_their_own_too(verse_file, tmp_path, capsys):

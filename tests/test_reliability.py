@@ -2,6 +2,7 @@
 
 import os
 import random
+import re
 import shutil
 import signal
 import stat
@@ -232,8 +233,9 @@ def test_an_exception_leaves_the_last_good_checkpoint(place):
 
 def test_out_of_time_leaves_a_checkpoint(place):
     folder = place / "time"
-    run(folder, "fit", *HARD, "--trainer.max_steps=100000", "--trainer.max_time=00:00:00:01")
+    out, _ = run(folder, "fit", *HARD, "--trainer.max_steps=100000", "--trainer.max_time=00:00:00:01")
     step = last(folder)["global_step"]
+    assert re.search(rf"Stopped at step {step} of 100000; to resume: .* fit --ckpt_path runs/.*/last\.ckpt\n", out)
     assert 0 < step < 100_000
     # the limit was that process's: a resumed run takes it neither from the config nor, as used up, from the checkpoint
     out, _ = run(folder, "fit", f"--trainer.max_steps={step + 3}", "--ckpt_path=last")
