@@ -165,9 +165,15 @@ class TimeLimit(Timer):
 
 
 class SaveConfig(SaveConfigCallback):
-    """Writes `config.yaml` into the run's folder, so that a kill leaves the old or the new one, never a part."""
+    """Writes `config.yaml` into the run's folder, so that a kill leaves the old or the new one, never a part.
+
+    Not before training begins: settings with which a run cannot be resumed must not replace those with which it can.
+    """
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Nothing: Lightning's would write here."""
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         folder = Path(trainer.log_dir)  # type: ignore[arg-type]  # RunTrainer's; on every rank, for it is broadcast
         if trainer.is_global_zero:
             folder.mkdir(parents=True, exist_ok=True)
@@ -534,7 +540,7 @@ def _differences(before: dict[str, Any], after: dict[str, Any], prefix: str = ""
     changed = []
     for name, old in before.items():
         new = after.get(name)
-        if isinstance(old, dict) and isinstance(new, dict):
+        if isinstance(old, dict) and isinstance(new, dict) and old.get("class_path") == new.get("class_path"):
             changed += _differences(old, new, f"{prefix}{name}.")
         elif old != new:
             changed.append(f"{prefix}{name}: {_brief(old)} -> {_brief(new)}")

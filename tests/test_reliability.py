@@ -410,6 +410,28 @@ def test_resuming_takes_every_setting_of_the_run_and_flags_win(place, capsys, mo
     assert printed["trainer"]["precision"] == "bf16-mixed"
 
 
+def test_settings_with_which_a_run_cannot_be_resumed_do_not_replace_its_own(trained, tmp_path, capsys, monkeypatch):
+    shutil.copytree(trained, tmp_path / "runs" / "copy")
+    config = tmp_path / "runs" / "copy" / "config.yaml"
+    before = config.read_bytes()
+    monkeypatch.chdir(tmp_path)
+    (tmp_path.parent / "verse.txt").write_bytes((trained.parents[2] / "verse.txt").read_bytes())
+    for flags, says in {
+        "--data.block_size=32": "longer than the 16 tokens",
+        "--model.net=Bigram": "another net",
+        "--data.corpus=nope.txt": "no corpus",
+        "--trainer.accumulate_grad_batches=3": "multiple of",
+        "--model.optimizer=torch.optim.AdamW": "the state of lmlight.optim.Muon",
+    }.items():
+        assert main(["fit", "--ckpt_path=last", flags]) == 2
+        out, err = capsys.readouterr()
+        assert says in err.strip().split("\n")[-1]
+        assert out.count("\n") <= 1 and out.count("->") <= 1
+        assert config.read_bytes() == before
+    assert main(["fit", "--ckpt_path=last", "--trainer.max_steps=31"]) == 0
+    assert config.read_bytes() != before
+
+
 @pytest.mark.parametrize("damage", ["missing", "damaged", "empty"])
 def test_resuming_without_the_settings_of_the_run_is_refused(trained, tmp_path, capsys, damage):
     shutil.copytree(trained, tmp_path / "runs" / "copy")
