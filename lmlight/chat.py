@@ -61,9 +61,11 @@ def main(args: Sequence[str]) -> None:
             continue
         try:
             streams = begin(tokenizer, [line.replace("\\n", "\n")], sampling)
-            print(printable(streams[0].prompt), end="", flush=True)
+            shown = streams[0].prompt
+            print(printable(shown), end="", flush=True)
             for _, piece in write(net, streams, sampling):
-                print(printable(piece), end="", flush=True)
+                print(printable(piece, after=shown), end="", flush=True)
+                shown = piece
         except UserError as error:
             print(error, end="")
         except KeyboardInterrupt:

@@ -57,6 +57,9 @@ def describe(
         settings: plain values (text, numbers, lists, dicts) that the command line reads back as defaults.
         optimizer: the class whose state the checkpoint holds.
 
+    Returns:
+        the entry; where these weights have been validated, `LanguageModel` adds the `metrics`.
+
     Raises:
         UserError: see `name_of`.
     """

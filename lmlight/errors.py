@@ -11,6 +11,6 @@ class UserError(ValueError):
     """Something that the user gave does not fit; the message says what to do about it."""
 
 
-def say(error: Exception) -> None:
+def say(error: Exception, kind: str = "error") -> None:
     """Prints a mistake on stderr as the one line that each of our commands gives."""
-    print(f"lmlight: error: {' '.join(str(error).split())}", file=sys.stderr)
+    print(f"lmlight: {kind}: {' '.join(str(error).split())}", file=sys.stderr)

@@ -13,7 +13,7 @@ Axes: B streams, T tokens, V vocabulary.
 from __future__ import annotations
 
 import math
-import unicodedata
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple, get_args
@@ -21,7 +21,7 @@ from typing import Literal, NamedTuple, get_args
 import torch
 from torch import Tensor
 
-from lmlight.data.tokenizer import Detokenizer, Tokenizer
+from lmlight.data.tokenizer import CONTROL_CHARACTERS, Detokenizer, Tokenizer
 from lmlight.errors import UserError
 from lmlight.models.base import Cache, Net, Weights
 
@@ -40,7 +40,8 @@ class Sampling:
             https://arxiv.org/abs/2407.01082).
         repetition_penalty: divides positive and multiplies negative logits of the tokens that are already there (Keskar et
             al. 2019, https://arxiv.org/abs/1909.05858); 1 is none, above 1 repeats less.
-        stop: end where one of these texts has been written; it is not part of what is given back.
+        stop: end where one of these texts has been written; it is not part of what is given back. A line break in it matches
+            `\\n` and `\\r\\n`.
         samples: texts for each prompt, the first with `seed`, the next with `seed` + 1, and so on.
         exact_window: beyond the net's `block_size`, give it the last `block_size` tokens anew for each token, which costs as
             much as that. Else a net with rotary positions keeps what it knows of the last `block_size` tokens, which knew
@@ -224,8 +225,8 @@ class TextStream:
 
     Args:
         tokenizer: encodes the prompt, decodes the rest.
-        prompt: what it continues. An empty one begins a document where the tokenizer knows of documents, else as if a line
-            had just ended.
+        prompt: what it continues, encoded with the line endings of the training text (`Tokenizer.encode_prompt`). An empty
+            one begins a document where the tokenizer knows of documents, else as if a line had just ended.
         sampling: gives the stop texts.
         seed: of its random numbers.
 
@@ -245,12 +246,14 @@ class TextStream:
     def __init__(self, tokenizer: Tokenizer, prompt: str, sampling: Sampling, seed: int) -> None:
         self.prompt, self.seed = prompt, seed
         self._end_of_text = tokenizer.end_of_text
-        self.ids = tokenizer.encode(prompt) or tokenizer.start
+        self.ids = tokenizer.encode_prompt(prompt) or tokenizer.start
         self.text = ""
         self.tokens: list[int] = []
         self.logprobs: list[float] = []
         self.finished: Literal["length", "stop"] | None = None
-        self._stop = sampling.stop
+        self._stop = [
+            *dict.fromkeys(re.sub("\r?\n", newline, text) for text in sampling.stop for newline in ("\n", "\r\n"))
+        ]
         self._held = ""  # the beginning, perhaps, of a stop text
         self._detokenizer = Detokenizer(tokenizer, self.ids if prompt else ())
 
@@ -333,6 +336,14 @@ def write(
             yield stream, piece
 
 
-def printable(text: str) -> str:
-    """Text for a terminal: a young model writes any byte, and control characters would move the cursor or worse."""
-    return "".join(c if c in "\n\t" or unicodedata.category(c) != "Cc" else "\ufffd" for c in text)
+def printable(text: str, after: str = "") -> str:
+    """Makes text safe to print: control characters, which could move the cursor, show as escapes such as `\\x1b`.
+
+    Args:
+        text: printed as it is but for line endings, which all become `\\n`, and control characters other than tabs.
+        after: what has been printed before, where text comes in pieces. A `\\r\\n` split between two is one line break.
+    """
+    if after.endswith("\r"):
+        text = text.removeprefix("\n")
+    lines = re.sub("\r\n?", "\n", text)
+    return CONTROL_CHARACTERS.sub(lambda match: ascii(match[0])[1:-1], lines)

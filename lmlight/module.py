@@ -97,6 +97,7 @@ class LanguageModel(LightningModule):
         self.init_from: dict[str, Any] | None = None
         self.on_text: Callable[[TextStream, str], None] | None = None
         self.logprobs = False
+        self._validation: tuple[int, dict[str, Tensor]] | None = None  # the step of the last one, and its metrics
         self.val_loss, self.test_loss, self.sliding_loss = TextLoss(), TextLoss(), TextLoss()
         self.register_load_state_dict_pre_hook(_allow_missing_extra_state)  # type: ignore[no-untyped-call]  # torch's
 
@@ -315,7 +316,8 @@ class LanguageModel(LightningModule):
         return self.score(batch, self.val_loss)
 
     def on_validation_epoch_end(self) -> None:
-        self._report("val", self.val_loss)
+        metrics = self._report("val", self.val_loss)
+        self._validation = (self.global_step, metrics)
 
     def test_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
         self.score(batch, self.sliding_loss if dataloader_idx else self.test_loss)
@@ -345,6 +347,8 @@ class LanguageModel(LightningModule):
         checkpoint[checkpoints.KEY] = checkpoints.describe(
             self._net(), self._tokenizer(), vars(self.sampling), self.settings, trained_by
         )
+        if self._validation is not None and self._validation[0] == self.global_step:
+            checkpoint[checkpoints.KEY]["metrics"] = {k: v.item() for k, v in self._validation[1].items()}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoints.check_same_net(checkpoint, self._net())
@@ -483,9 +487,11 @@ class LanguageModel(LightningModule):
         except (TypeError, ValueError, RuntimeError) as error:
             raise _unusable(error) from None
 
-    def _report(self, stage: str, metric: TextLoss) -> None:
-        self.log_dict({f"{stage}/{name}": value.float() for name, value in metric.compute().items()})
+    def _report(self, stage: str, metric: TextLoss) -> dict[str, Tensor]:
+        metrics = {f"{stage}/{name}": value.float() for name, value in metric.compute().items()}
+        self.log_dict(metrics)
         metric.reset()
+        return metrics
 
 
 class _MatmulPrecision(Callback):

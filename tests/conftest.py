@@ -11,6 +11,7 @@ import random
 import shutil
 import signal
 import tempfile
+import textwrap
 
 import pytest
 import torch
@@ -73,8 +74,9 @@ def verse():
 
 @pytest.fixture(scope="session")
 def opening(verse):
-    """How samples of it begin: with the first whole line of its validation part."""
-    return next(line for line in verse[int(0.9 * len(verse)) :].split("\n")[1:] if line)
+    """The prompt of its samples: the words of the first whole line of its validation part that fit into 20 characters."""
+    line = next(line for line in verse[int(0.9 * len(verse)) :].split("\n")[1:] if line)
+    return textwrap.wrap(line, 20)[0]
 
 
 @pytest.fixture

@@ -17,11 +17,12 @@ import torch
 import yaml
 
 import lmlight
-from lmlight import LanguageModel, Sampling, TextDataModule, Transformer, checkpoint
+from lmlight import Bigram, LanguageModel, Sampling, TextDataModule, Transformer, chat, checkpoint
 from lmlight.__main__ import main as typed
 from lmlight.cli import main
-from lmlight.data.tokenizer import TokenizerConfig
+from lmlight.data.tokenizer import CharTokenizer, TokenizerConfig
 from lmlight.generation import printable
+from lmlight.interchange.model import Model
 from lmlight.optim import Muon, Schedule
 
 TINY = [*tiny.FLAGS, "--trainer.max_steps=6", "--trainer.val_check_interval=3"]
@@ -186,6 +187,33 @@ def test_chat_streams_verse_and_takes_settings(finished):
     assert err.count("\n") == 1
 
 
+@pytest.fixture
+def crlf(tmp_path):
+    """The path of a checkpoint whose model writes `a`, CR, LF, `a` and so on."""
+    tokenizer, net = CharTokenizer("\n\ra"), Bigram(3, 8)
+    net.table.weight.data = 9 * torch.eye(3)[[2, 0, 1]]  # what follows LF, CR, `a`
+    model = Model(net, tokenizer, {"temperature": 0.0, "max_new_tokens": 7}, {}, {}, 0)
+    checkpoint.write(model.content(), tmp_path / "crlf.ckpt")
+    return tmp_path / "crlf.ckpt"
+
+
+def test_chat_prints_crlf_as_line_breaks(crlf, monkeypatch, capsys):
+    lines = iter(["a", "a\\n", "/quit"])
+    monkeypatch.setattr("builtins.input", lambda prompt: next(lines))
+    chat.main([str(crlf), "--device=cpu"])
+    assert capsys.readouterr().out.partition("\n")[2] == "a\na\na\n\n\n" + "a\na\na\na\n\n"
+
+
+def test_predict_prints_crlf_as_line_breaks_and_files_it_as_it_is(crlf, capsys):
+    prompts = ["predict", f"--ckpt_path={crlf}", '--data.prompts=["a", "a\\n"]', "--trainer.accelerator=cpu"]
+    prompts += ["--model.sampling.temperature=0", "--model.sampling.max_new_tokens=6"]
+    assert main(prompts) == 0
+    assert capsys.readouterr().out == "a\na\na\n" + "-" * 40 + "\n" + "a\na\na\n\n"
+    assert main([*prompts, "--output=texts.jsonl"]) == 0
+    texts = [json.loads(line) for line in Path("texts.jsonl").read_text().splitlines()]
+    assert [(text["prompt"], text["completion"]) for text in texts] == [("a", "\r\na\r\na"), ("a\n", "a\r\na\r\n")]
+
+
 @pytest.mark.skipif(os.name != "posix", reason="sends Ctrl-C as POSIX does")
 def test_ctrl_c_ends_the_verse_and_not_the_dialogue(finished):
     _, _, best = finished
@@ -282,6 +310,7 @@ MISTAKES = {
     "empty corpus": (["fit", "--data.corpus=empty.txt"], "is empty"),
     "binary corpus": (["fit", "--data.corpus=binary.txt"], "binary"),
     "not UTF-8": (["fit", "--data.corpus=latin.txt"], "not UTF-8 (byte 0xe9 at offset 3)"),
+    "no such encoding": (["fit", "--data.encoding=rot13"], "data.encoding must be a text encoding"),
     "short text": (["fit", "--data.corpus=short.txt", "--data.tokenizer.kind=char"], "at least some"),
     "block": (["fit", "--data.block_size=0"], "block_size must be at least 1, got 0"),
     "heads": (

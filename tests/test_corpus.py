@@ -1,6 +1,7 @@
 """Texts are read exactly, and a named corpus is only ever the bytes with the right hash."""
 
 import bz2
+import codecs
 import gzip
 import hashlib
 import importlib.util
@@ -273,6 +274,97 @@ def test_a_separator_keeps_documents_apart(tmp_path, documents, piece):
 def test_a_separator_that_is_empty_is_refused():
     with pytest.raises(UserError, match="separator"):
         Reading(separator="")
+
+
+# Encodings
+
+WESTERN = "A naïve café, “déjà vu”.\r\nOne more line, of plain letters.\n"
+RUSSIAN = "Буря мглою небо кроет,\nВихри снежные крутя;\n"
+
+
+@pytest.mark.parametrize(
+    ("data", "likely"),
+    [
+        (WESTERN.encode("utf-16"), "utf-16"),
+        (codecs.BOM_UTF16_BE + "漢字".encode("utf-16-be"), "utf-16"),
+        (WESTERN.encode("utf-32"), "utf-32"),
+        (WESTERN.encode("utf-16-le"), "utf-16-le"),
+        (WESTERN.encode("utf-16-be"), "utf-16-be"),
+        (WESTERN.encode("utf-32-be"), "utf-32-be"),
+        (RUSSIAN.encode("utf-16-le"), "utf-16-le"),
+        (WESTERN.encode("cp1252"), "cp1252"),
+        ("a plain line with one é".encode("latin-1") + b"\x81 in it", "latin-1"),
+    ],
+)
+@pytest.mark.parametrize("name", ["text.txt", "text.txt.gz", "text.jsonl"])
+def test_the_error_names_the_likely_encoding(name, data, likely, tmp_path):
+    (tmp_path / name).write_bytes(gzip.compress(data) if name.endswith(".gz") else data)
+    assert re.search(f"pass --data.encoding {likely}(,|$)", error_of(name))
+
+
+@pytest.mark.parametrize(
+    ("data", "says"),
+    [
+        (b"caf\xc3\xa9, caf\xe9", "repair the file, or pass --data.errors replace"),
+        (RUSSIAN.encode("cp1251"), "pass the encoding that it has as --data.encoding"),
+        (b"caf\xc3", "pass the encoding that it has as --data.encoding"),
+    ],
+)
+def test_no_encoding_is_guessed_where_there_is_no_reason_to(data, says, tmp_path):
+    (tmp_path / "text.txt").write_bytes(data)
+    assert says in error_of("text.txt")
+    (tmp_path / "text.jsonl").write_bytes('{"text": "é"}\n'.encode() + b'{"text": "%b"}' % data)
+    assert "repair the file" in error_of("text.jsonl")
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-be", "utf-32", "utf-8-sig", "gb18030", "utf-7"])
+@given(text=st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), min_size=1, max_size=40))
+def test_any_encoding_is_read_block_by_block(encoding, text, tmp_path):
+    data = text.encode(encoding)
+    for suffix, content in {"": data, ".gz": gzip.compress(data)}.items():
+        (tmp_path / f"text.txt{suffix}").write_bytes(content)
+    lines = "\n".join(json.dumps({"text": t}, ensure_ascii=False) for t in (text, "end"))
+    (tmp_path / "text.jsonl").write_bytes(lines.encode(encoding))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(reading, "PASSAGE", 3)
+        for name in ("text.txt", "text.txt.gz"):
+            assert corpus.load(name, Reading(encoding=encoding)).text == text
+    assert pieces_of("text.jsonl", encoding=encoding) == ended(text, "end")
+
+
+def test_invalid_bytes_of_another_encoding_are_refused_or_replaced(tmp_path):
+    (tmp_path / "text.txt").write_bytes(b"x" * 100 + b"\x81y")
+    with pytest.raises(UserError, match=r"is not cp1252 \(byte 0x81 at offset 100\)"):
+        pieces_of("text.txt", encoding="cp1252")
+    assert pieces_of("text.txt", encoding="cp1252", errors="replace") == [("x" * 100 + "\ufffdy", False)]
+    (tmp_path / "half.txt").write_bytes(b"+2AA-")
+    with pytest.raises(UserError, match="half a character"):
+        pieces_of("half.txt", encoding="utf-7")
+    (tmp_path / "plain.txt").write_bytes(WESTERN.encode("utf-16-le"))
+    with pytest.raises(UserError, match="pass --data.encoding utf-16-le"):
+        pieces_of("plain.txt", encoding="utf-16")
+
+
+@pytest.mark.parametrize("encoding", ["rot13", "hex", "nonsense", "", "utf-8\0", "undefined"])
+def test_an_encoding_that_is_not_one_of_text_is_refused(encoding):
+    with pytest.raises(UserError, match="must be a text encoding"):
+        Reading(encoding=encoding)
+
+
+def test_the_hash_depends_on_an_encoding_other_than_utf8(tmp_path):
+    (tmp_path / "a.txt").write_bytes(b"abcd")
+    hashes = {corpus.load("a.txt", Reading(encoding=e)).sha256 for e in ("latin-1", "cp1252", "utf-16")}
+    assert len(hashes) == 3
+    assert corpus.load("a.txt", Reading(encoding="UTF8")).sha256 == hashlib.sha256(b"abcd").hexdigest()
+    assert corpus.load("a.txt", Reading(encoding="L1")).sha256 in hashes, "another name for the same"
+
+
+def test_a_byte_order_mark_of_utf8_is_kept_in_a_text_and_no_part_of_json(tmp_path):
+    (tmp_path / "text.txt").write_bytes("abc".encode("utf-8-sig"))
+    assert corpus.load("text.txt").text == "\ufeffabc"
+    assert corpus.load("text.txt", Reading(encoding="utf-8-sig")).text == "abc"
+    (tmp_path / "text.jsonl").write_bytes('{"text": "abc"}\n'.encode("utf-8-sig"))
+    assert pieces_of("text.jsonl") == ended("abc")
 
 
 def first_mistake(data):

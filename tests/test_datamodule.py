@@ -14,7 +14,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 
 from lmlight.cache import cache_dir
 from lmlight.data import reading, store
-from lmlight.data.datamodule import TextDataModule
+from lmlight.data.datamodule import TextDataModule, _first_words
 from lmlight.data.subwords import SubwordSampler, SubwordSampling
 from lmlight.data.tokenizer import CharTokenizer, TokenizerConfig
 from lmlight.data.tokens import UNSCORED
@@ -569,6 +569,11 @@ def test_a_last_line_needs_no_newline(tmp_path):
     assert prompts_of("prompts.txt") == [["one"], ["two"]]
 
 
+def test_a_file_of_prompts_may_begin_with_a_byte_order_mark(tmp_path):
+    (tmp_path / "prompts.txt").write_bytes("MIRA:\r\n".encode("utf-8-sig"))
+    assert prompts_of("prompts.txt") == [["MIRA:"]]
+
+
 @pytest.mark.parametrize("content", [None, "é".encode("latin-1")])
 def test_a_file_of_prompts_that_cannot_be_read_is_refused(tmp_path, content):
     if content:
@@ -692,8 +697,51 @@ def test_ranks_score_every_character_once(verse, verse_file, world_size):
 
 
 def test_a_sample_begins_with_a_line_of_the_validation_text(verse, verse_file):
-    assert ready(verse_file).opening in parts(verse)[1].split("\n")[1:]
+    beginning = ready(verse_file).opening
+    assert 10 < len(beginning) <= 20
+    assert any(f"{line} ".startswith(f"{beginning} ") for line in parts(verse)[1].split("\n")[1:])
     for text in ("ab" * 1000, "x\n" * 1000, "x" + "\n" * 2000, "文字" * 1000):  # nothing that could be called a line
         for kind in ("unigram", "char"):
             data = ready_on(text, tokenizer=TokenizerConfig(kind, 400), block_size=8)
             assert data.tokenizer.decode(data.tokenizer.encode(data.opening)) == data.opening
+
+
+@pytest.mark.parametrize("kind", ["unigram", "char"])
+@pytest.mark.parametrize("letters", ["ACGT", "天地玄黄宇宙洪荒"])
+def test_a_sample_of_a_text_without_spaces_begins_with_a_few_characters(letters, kind):
+    text = "".join(letters[n * n % 7919 % len(letters)] for n in range(4000))
+    assert len(ready_on(text, tokenizer=TokenizerConfig(kind, 400), block_size=8).opening) == 20
+
+
+@pytest.mark.parametrize(
+    ("line", "beginning"),
+    [
+        ("But soft, what light through yonder window", "But soft, what light"),
+        ("But soft, what lights", "But soft, what"),
+        ("But soft", "But soft"),
+        ("e\u0301" * 30, "e\u0301" * 10),
+        ("xe\u0301" + "e\u0301" * 30, "x" + "e\u0301" * 9),
+        ("x" + "👩\u200d👧\u200d👦" * 9, "x" + "👩\u200d👧\u200d👦" * 3),
+        ("x" + "👍🏽" * 20, "x" + "👍🏽" * 9),
+        ("\u0301" * 30, "\u0301"),
+    ],
+)
+def test_the_beginning_of_a_line_ends_between_words_or_whole_characters(line, beginning):
+    assert _first_words(line) == beginning
+
+
+def test_a_sample_begins_without_control_characters(verse):
+    text = verse.replace("\n", "\r\n\x1b[0m\u202e")
+    assert "\x1b" not in ready_on(text).opening and "\u202e" not in ready_on(text).opening
+
+
+def test_a_text_in_another_encoding_is_the_same_tokens(verse, verse_file, tmp_path):
+    (tmp_path / "wide.txt").write_bytes(verse.encode("utf-16"))
+    wide, plain = ready("wide.txt", encoding="utf-16"), ready(verse_file)
+    assert np.array_equal(wide._train_ids[:], plain._train_ids[:])
+    assert wide._text.settings()["encoding"] == "utf-16"
+
+
+def test_an_unknown_encoding_is_refused_before_anything_is_fetched():
+    with pytest.raises(UserError, match="encoding"):
+        TextDataModule("https://nowhere.invalid/text.txt", encoding="rot13")

@@ -402,7 +402,38 @@ def test_a_token_of_no_probability_is_never_drawn():
 
 
 def test_control_characters_do_not_reach_the_terminal():
-    assert printable("a\x1b[2J\tb\nc\x07é🙂") == "a\ufffd[2J\tb\nc\ufffdé🙂"
+    assert printable("a\x1b[2J\tb\nc\x07é🙂\x9b\0") == "a\\x1b[2J\tb\nc\\x07é🙂\\x9b\\x00"
+    assert printable("a\u2028b\u202ec") == "a\\u2028b\\u202ec"
+    assert printable("👩\u200d👧 \u200eא\u05b7\ufeff") == "👩\u200d👧 \u200eא\u05b7\ufeff"
+
+
+def test_any_line_ending_prints_as_one_line_break():
+    text, printed = "a\r\nb\rc\n\r\n\rd\r\n", "a\nb\nc\n\n\nd\n"
+    assert printable(text) == printed
+    for first in range(len(text) + 1):
+        for second in range(first, len(text) + 1):
+            pieces = [piece for piece in (text[:first], text[first:second], text[second:]) if piece]
+            shown = [printable(piece, after) for after, piece in zip(["", *pieces], pieces)]
+            assert "".join(shown) == printed, pieces
+
+
+@pytest.mark.parametrize(("characters", "newline"), [("\nab", "\n"), ("\n\rab", "\r\n"), ("\rab", "\r"), ("ab", "\n")])
+def test_a_prompt_takes_the_line_endings_of_the_vocabulary(characters, newline):
+    tokenizer = CharTokenizer(characters)
+    for prompt in ("a", "a\nb\n", "a\r\nb\r\n") if newline in characters or "\r" in characters else ("a",):
+        (stream,) = begin(tokenizer, [prompt], Sampling())
+        assert stream.prompt == prompt
+        assert tokenizer.decode(stream.ids) == prompt.replace("\r\n", "\n").replace("\n", newline)
+
+
+@pytest.mark.parametrize("stop", ["\n\n", "\r\n\r\n", "\nb"])
+@pytest.mark.parametrize("newline", ["\n", "\r\n"])
+def test_line_breaks_in_stop_texts_match_either_line_ending(stop, newline):
+    tokenizer = CharTokenizer("\r\nabc")
+    stream = TextStream(tokenizer, "a", Sampling(stop=[stop]), 0)
+    text = "ab" + stop.replace("\r\n", "\n").replace("\n", newline)
+    assert "".join([stream.push(index) for index in tokenizer.encode(text)]) == stream.text == "ab"
+    assert stream.finished == "stop"
 
 
 @pytest.mark.parametrize(

@@ -150,7 +150,7 @@ def test_what_the_page_tells_to_type_runs(word, module, words, tokenizer, tmp_pa
 
 
 def test_what_travels_along(tokenizer):
-    about = labels(Model(Bigram(9, BLOCK), CharTokenizer("ab\n", end_of_text=True), {}, {}, 0))
+    about = labels(Model(Bigram(9, BLOCK), CharTokenizer("ab\n", end_of_text=True), {}, {}, {}, 0))
     assert {name: json.loads(value) for name, value in about.items() if name != "tokenizer.json"} == {
         "vocab_size": 9,
         "block_size": BLOCK,
@@ -159,7 +159,7 @@ def test_what_travels_along(tokenizer):
         "slides": True,
     }
     assert json.loads(about["tokenizer.json"])["added_tokens"] == [], "no text gives the end of a document"
-    about = labels(Model(build("gpt2", tokenizer), tokenizer, {}, {}, 0))
+    about = labels(Model(build("gpt2", tokenizer), tokenizer, {}, {}, {}, 0))
     assert [json.loads(about[name]) for name in ("start", "end", "slides")] == [*tokenizer.encode("\n"), None, False]
 
 

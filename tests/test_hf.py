@@ -8,6 +8,7 @@ import pytest
 import torch
 from exporting import BLOCK, HOSTILE, ONE_OF_EACH, SIZES, documented, in_small, make, save, shipped
 
+from lmlight import checkpoint
 from lmlight.__main__ import main
 from lmlight.data import corpus
 from lmlight.data.tokenizer import TokenizerConfig
@@ -187,14 +188,10 @@ def test_the_end_of_a_document_ends_a_text_there_too(kind, verse, tmp_path):
 
 
 def test_the_card_says_what_it_is(tokenizers, tmp_path):
-    rows = [{"step": 9.0, "val/nats_per_char": 1.5, "val/bpc": 2.164, "gap/nats_per_char": None}]
-    path = save(
-        tmp_path / "x.ckpt",
-        make(tokenizers["bpe"], {}),
-        tokenizers["bpe"],
-        global_step=9,
-        callbacks={"LearningCurve": {"rows": rows}},
-    )
+    path = save(tmp_path / "x.ckpt", make(tokenizers["bpe"], {}), tokenizers["bpe"], global_step=9)
+    content = checkpoint.read(path)
+    content[checkpoint.KEY]["metrics"] = {"val/nats_per_char": 1.5, "val/bpc": 2.164}
+    checkpoint.write(content, path)
     assert main(["export", "hf", path, "out", "--licence", "cc0-1.0"]) == 0
     card = (tmp_path / "out" / "README.md").read_text()
     for part in ("license: cc0-1.0", "| nats per character | 1.5000 |", "at step 9:", "model of verse.txt", "qwen3"):
@@ -202,6 +199,12 @@ def test_the_card_says_what_it_is(tokenizers, tmp_path):
     assert "somewhere" not in card, "whose folder the text lay in is nobody's business"
     assert {path.name for path in (tmp_path / "out").iterdir()} == set(hf.FILES)
     assert json.loads((tmp_path / "out" / "generation_config.json").read_text())["temperature"] == 0.8
+
+
+def test_the_card_names_a_validation_text_of_its_own(tokenizers):
+    settings = {"data": {"corpus": "train.txt", "val_corpus": "somewhere/val.txt"}}
+    model = Model(make(tokenizers["char"], {}), tokenizers["char"], {}, settings, {"val/nats_per_char": 1.5}, 9)
+    assert "On a text of its own, val.txt, at step 9:" in hf.card(model, "mit")
 
 
 def test_what_cannot_be_exported_says_why_and_leaves_nothing(tokenizers, tmp_path, capsys, verse):

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 
 from lmlight import Bigram, LanguageModel, Sampling, TextDataModule, checkpoint
 from lmlight.errors import UserError
+from lmlight.interchange.model import Model
 from lmlight.optim import Schedule
 from lmlight.reliability import CheckpointFiles, KeepCheckpoints
 
@@ -410,3 +411,16 @@ def test_a_compiled_net_learns_the_same_and_keeps_its_names(data):
     assert plain.keys() == compiled.keys()
     for name, value in plain.items():
         torch.testing.assert_close(compiled[name], value, rtol=1e-3, atol=1e-4, msg=name)
+
+
+def test_a_checkpoint_carries_the_metrics_of_its_own_weights(data, tmp_path):
+    model = LanguageModel(net=small_net, optimizer=adamw, schedule=Schedule("linear", 1))
+    keeper = pl.callbacks.ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=1, save_top_k=-1)
+    options = {**tiny.QUIET, "num_sanity_val_steps": 1}
+    trainer = pl.Trainer(max_steps=4, val_check_interval=2, limit_val_batches=2, callbacks=[keeper], **options)
+    trainer.fit(model, datamodule=data)
+    trainer.save_checkpoint(tmp_path / "end.ckpt")
+    assert Model.read(tmp_path / "step=3.ckpt").figures == {}, "validated one step before"
+    figures = Model.read(tmp_path / "end.ckpt").figures
+    assert figures["val/nats_per_char"] == trainer.callback_metrics["val/nats_per_char"].item()
+    assert {"val/bpc", "val/perplexity"} < figures.keys()

@@ -479,3 +479,21 @@ def test_a_tokenizer_without_scores_is_refused_by_name(kind, lossless, verse):
 def test_a_sampling_that_means_nothing_is_refused(alpha, nbest_size, name):
     with pytest.raises(UserError, match=name):
         SubwordSampling(alpha, nbest_size)
+
+
+@pytest.mark.parametrize("kind", ["unigram", "bpe", "char"])
+@pytest.mark.parametrize("newline", ["\n", "\r\n", "\r"])
+def test_a_tokenizer_knows_the_line_endings_of_its_text(kind, newline, verse):
+    text = verse.replace("\n", newline) + "\r\n\r\n\n\n\r"  # a few others do not matter
+    trained = TokenizerConfig(kind, 400).train(text)
+    for tokenizer in (trained, from_bytes(trained.to_bytes())):
+        assert tokenizer.newline == newline
+        assert tokenizer.decode(tokenizer.encode(text)) == text
+        for prompt in ("MIRA:\n\nriver", "MIRA:\r\n\r\nriver"):
+            assert tokenizer.encode_prompt(prompt) == tokenizer.encode(f"MIRA:{newline}{newline}river")
+        assert tokenizer.decode(tokenizer.start) == newline[-1], "one id, which other engines can be told"
+
+
+def test_a_lossy_tokenizer_has_no_line_endings(verse):
+    tokenizer = TokenizerConfig("unigram", 200, lossless=False).train(verse.replace("\n", "\r\n"))
+    assert tokenizer.encode_prompt("river\r\nstone") == tokenizer.encode("river stone")

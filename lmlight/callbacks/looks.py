@@ -125,7 +125,7 @@ class Pictures(Callback):
         """The name, the weights (T, T) and the labels of each picture."""
         from lmlight import pictures
 
-        ids = data.val_ids[1 : self.tokens + 1].tolist() if self.line is None else tokenizer.encode(self.line)
+        ids = data.val_ids[1 : self.tokens + 1].tolist() if self.line is None else tokenizer.encode_prompt(self.line)
         ids = ids[: min(self.tokens, net.block_size)]
         maps = net.attention_maps(torch.tensor([ids], device=net.head.weight.device))[:, 0].float().cpu().numpy()
         labels = [pictures.visible(tokenizer.piece(index)) for index in ids]

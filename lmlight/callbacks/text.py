@@ -44,7 +44,7 @@ class SampleText(Callback):
         if self.temperature is not None:
             sampling = replace(sampling, temperature=self.temperature)
         data = getattr(trainer, "datamodule", None)
-        own = ["", f"{data.opening}\n"] if isinstance(data, TextDataModule) else [""]
+        own = ["", data.opening] if isinstance(data, TextDataModule) and data.opening else [""]
         prompts = own if self.prompts is None else list(self.prompts)
         # on every rank, for the weights may be spread over them
         texts = pl_module.generate(prompts, **vars(sampling))
@@ -52,7 +52,7 @@ class SampleText(Callback):
             settings = f"temperature {sampling.temperature:g}, seed {sampling.seed}, step {trainer.global_step}"
             # four spaces: Markdown for "as it is", line breaks and all
             verse = "\n".join("    " + line for line in printable(text).split("\n"))
-            tag = f"verse/{prompt.strip() or 'from nothing'}"
+            tag = f"verse/{' '.join(prompt.split()) or 'from nothing'}"
             trainer.logger.experiment.add_text(tag, f"{settings}\n\n{verse}", trainer.global_step)
 
 
@@ -128,10 +128,11 @@ class WritePredictions(Callback):
     def _show(self, stream: TextStream, piece: str) -> None:
         """The first stream of a batch as it comes; the others, which are written beside it, follow."""
         if self._live is None:
-            self._live = stream
+            self._live, self._shown = stream, stream.prompt
             print(printable(stream.prompt), end="")
         if stream is self._live:
-            print(printable(piece), end="", flush=True)
+            print(printable(piece, after=self._shown), end="", flush=True)
+            self._shown = piece
 
     def _print(self, streams: list[TextStream], begun: bool) -> None:
         if begun:

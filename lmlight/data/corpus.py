@@ -61,7 +61,7 @@ class Corpus:
         that tokenizing them one by one is tokenizing the whole.
 
         Raises:
-            UserError: a file cannot be read; is binary or otherwise not UTF-8; has no such field.
+            UserError: a file cannot be read; is binary or in another encoding; has no such field.
         """
         return cut_between_lines(slice_passages(self._read(), start, stop))
 
@@ -121,9 +121,12 @@ def load(source: str, reading: Reading = Reading(), cache: str | None = None) ->
     records = any(kind in RECORD_SUFFIXES for kind, _ in kinds)
     has_documents = records or len(files) > 1 or reading.separator is not None
     sha256 = hashes[0][0]
-    if has_documents or kinds[0][1] or reading.errors != "strict":
+    encoding = (
+        [reading.encoding] if reading.encoding != "utf-8" and any(kind != ".parquet" for kind, _ in kinds) else []
+    )
+    if has_documents or kinds[0][1] or reading.errors != "strict" or encoding:
         depends_on = [[*kind, digest] for kind, (digest, _) in zip(kinds, hashes)]
-        how = [reading.field if records else None, reading.separator, reading.errors]
+        how = [reading.field if records else None, reading.separator, reading.errors, *encoding]
         sha256 = hashlib.sha256(json.dumps([depends_on, how]).encode()).hexdigest()
     return Corpus(source, tuple(files), reading, sha256, has_documents)
 

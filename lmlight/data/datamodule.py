@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import sys
+import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -35,9 +37,13 @@ from lmlight.data.sampler import (
 )
 from lmlight.data.store import Ids, TokenStore, decode
 from lmlight.data.subwords import SubwordSampler, SubwordSampling
-from lmlight.data.tokenizer import Tokenizer, TokenizerConfig
+from lmlight.data.tokenizer import CONTROL_CHARACTERS, Tokenizer, TokenizerConfig
 from lmlight.data.tokens import Batch, ShardedWindows, TrainLoader, Windows, as_batch
 from lmlight.errors import UserError
+
+# A sample's prompt appears as a tag in TensorBoard and in the command that `fit` prints at its end.
+OPENING_CHARS = 20
+ZERO_WIDTH_JOINER = "\u200d"
 
 # From so many characters on, what does not fit is made to fit; a shorter text is refused unless its settings suit it.
 FEWEST_CHARS = 1000
@@ -51,9 +57,9 @@ class TextDataModule(LightningDataModule):
 
     Args:
         corpus: the text: the name of a corpus (`tinyshakespeare`), a file, a folder, a pattern (`books/**/*.txt`), or an
-            address that fsspec opens (`https://`, `s3://`, `hf://`). Files are UTF-8 text, `.jsonl` or `.parquet`, packed
-            as `.gz`, `.bz2`, `.xz` or `.zst` if they are called so. Or a text that `lmlight prepare` has prepared: the
-            folder, or a copy of it at such an address.
+            address that fsspec opens (`https://`, `s3://`, `hf://`). Files are text, `.jsonl` or `.parquet`, packed as
+            `.gz`, `.bz2`, `.xz` or `.zst` if they are called so. Or a text that `lmlight prepare` has prepared: the folder,
+            or a copy of it at such an address.
         block_size: tokens in a window, which is also the longest context that the net sees; fewer where a text of 1,000
             characters or more has not so many.
         batch_size: windows in one optimizer step, over all devices and accumulated batches together.
@@ -62,7 +68,9 @@ class TextDataModule(LightningDataModule):
         test_corpus: another text for `test`; null takes the validation text.
         field: of `.jsonl` and `.parquet` records, the one that is the text.
         separator: in text files, what stands between two documents, such as `<|endoftext|>`; null takes a file as one text.
-        errors: bytes that are not UTF-8: `strict` refuses them, `replace` puts U+FFFD in their place.
+        errors: bytes that are invalid in the encoding: `strict` refuses them, `replace` puts U+FFFD in their place.
+        encoding: the encoding of text files and `.jsonl`: any text encoding that Python knows, such as `utf-16` or `cp1252`.
+            `utf-8-sig` is UTF-8 without its byte order mark.
         cache: the folder for fetched texts and tokens; null is `$LMLIGHT_CACHE`, or the platform's own place for caches.
         tokenizer: which tokenizer to train; ignored where a checkpoint brings its own.
         subword_sampling: segment the training text afresh in each epoch; none if null. A text of more than one shard (eight
@@ -78,7 +86,7 @@ class TextDataModule(LightningDataModule):
 
     Raises:
         UserError: a size that is not positive; a `val_fraction` outside (0, 1); sampling without a unigram tokenizer; an
-            empty separator.
+            empty separator; an unknown encoding.
     """
 
     def __init__(
@@ -92,6 +100,7 @@ class TextDataModule(LightningDataModule):
         field: str = "text",
         separator: str | None = None,
         errors: Literal["strict", "replace"] = "strict",
+        encoding: str = "utf-8",
         cache: str | None = None,
         tokenizer: TokenizerConfig = TokenizerConfig(),
         subword_sampling: SubwordSampling | None = None,
@@ -114,7 +123,7 @@ class TextDataModule(LightningDataModule):
                 "set --data.tokenizer.kind unigram, or --data.subword_sampling null"
             )
         self.corpus, self.block_size, self.batch_size = corpus, block_size, batch_size
-        reading = Reading(field, separator, errors)
+        reading = Reading(field, separator, errors, encoding)
         self._text = Text(corpus, val_fraction, val_corpus, test_corpus, reading, tokenizer, cache)
         self.subword_sampling, self.windows, self.prompts = subword_sampling, windows, prompts
         self.prompt_batch_size, self.num_workers, self.seed = prompt_batch_size, num_workers, seed
@@ -254,15 +263,16 @@ class TextDataModule(LightningDataModule):
 
     @property
     def opening(self) -> str:
-        """How a sample of text may begin: as a named corpus does; else the first whole line of the validation text."""
+        """A prompt for samples of text: a named corpus has its own; else the first whole line of the validation text, cut
+        between words, or between characters if it has no spaces, to at most `OPENING_CHARS` characters."""
         if self.corpus in NAMED:
             return NAMED[self.corpus].opening
         self._check_set_up()
         assert self.tokenizer is not None
         beginning = self.tokenizer.decode(self._val_ids[1:129].tolist())
-        lines = [line.strip() for line in beginning.split("\n")]
-        whole = next((line for line in lines[1:-1] if line), lines[0]).replace("\ufffd", "")
-        return " ".join(whole.split(" ")[:8])
+        # without control characters, for it is printed, and without what is left of a character that the tokens cut
+        lines = [CONTROL_CHARACTERS.sub("", line).replace("\ufffd", "") for line in re.split("[\r\n]", beginning)]
+        return _first_words(next((line for line in lines[1:-1] if line.strip()), lines[0]).strip())
 
     def characters_seen(self, steps: int) -> float:
         """How much of the training text so many optimizer steps have read, again and again included; on average, for
@@ -312,9 +322,10 @@ class TextDataModule(LightningDataModule):
         """Refuses flags that ask for other tokens than a store has that the user has named."""
         made_with, defaults = store.about["settings"], TextDataModule()._text.settings()
         for name, value in self._text.settings().items():
-            if value != defaults[name] and value != made_with[name]:
+            made = made_with.get(name, defaults[name])
+            if value != defaults[name] and value != made:
                 raise UserError(
-                    f"the tokens in '{self.corpus}' were made with data.{name} {json.dumps(made_with[name])}, not "
+                    f"the tokens in '{self.corpus}' were made with data.{name} {json.dumps(made)}, not "
                     f"{json.dumps(value)}: leave that out, or prepare the text again"
                 )
         if store.streamed:
@@ -440,6 +451,23 @@ class TextDataModule(LightningDataModule):
         return DataLoader(windows, batch_sampler=batches, collate_fn=as_batch, generator=torch.Generator())
 
 
+def _first_words(line: str) -> str:
+    """The beginning of a line: at most `OPENING_CHARS` characters, and no part of a word unless the first is longer."""
+    if len(line) <= OPENING_CHARS:
+        return line
+    end = line.rfind(" ", 1, OPENING_CHARS + 1)
+    if end == -1:
+        end = OPENING_CHARS
+        while end > 1 and (_extends(line[end]) or line[end - 1] == ZERO_WIDTH_JOINER):
+            end -= 1
+    return line[:end].rstrip()
+
+
+def _extends(character: str) -> bool:
+    """Whether a character belongs to the one before it: a combining mark, a joiner, or the skin tone of an emoji."""
+    return unicodedata.category(character)[0] == "M" or character == ZERO_WIDTH_JOINER or "🏻" <= character <= "🏿"
+
+
 def _read_prompts(prompts: Sequence[str] | str) -> list[str]:
     """The prompts themselves, or the lines of a file of them.
 
@@ -450,7 +478,7 @@ def _read_prompts(prompts: Sequence[str] | str) -> list[str]:
         return list(prompts)
     try:
         content = sys.stdin.buffer.read() if prompts == "-" else Path(prompts).expanduser().read_bytes()
-        lines = content.decode("utf-8").split("\n")
+        lines = content.decode("utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(
             f"prompts file '{prompts}' cannot be read ({getattr(error, 'strerror', 'not UTF-8')}): pass a UTF-8 file with "

@@ -1,6 +1,7 @@
 """Files to text: what a text file, a `.jsonl` or a `.parquet` gives, in passages.
 
 - Text is read as it is: no newline is translated, no mark dropped, so offsets and figures are exact.
+- Files are UTF-8 unless an encoding is given. The error for one that is not names the encoding that it seems to have.
 - It is read in passages, never as a whole, and cut between lines, so that a text may be larger than memory.
 - *Documents* are the lines of `.jsonl`, the rows of `.parquet`, several files, or what a separator keeps apart. A single
   text file is one text without an end.
@@ -36,6 +37,15 @@ MAX_LINE = 4096
 
 TEXT_SUFFIXES, RECORD_SUFFIXES = (".txt", ".md"), (".jsonl", ".parquet")
 
+HEAD = 8192  # bytes of a file that are looked at to tell whether it is text
+# UTF-32's little-endian mark begins with UTF-16's
+BYTE_ORDER_MARKS = {
+    codecs.BOM_UTF32_LE: "utf-32",
+    codecs.BOM_UTF32_BE: "utf-32",
+    codecs.BOM_UTF16_LE: "utf-16",
+    codecs.BOM_UTF16_BE: "utf-16",
+}
+
 PACKED: dict[str, Callable[[Path], Any]] = {
     ".gz": gzip.open,
     ".bz2": bz2.open,
@@ -63,18 +73,27 @@ class Reading:
     Args:
         field: of the records in `.jsonl` and `.parquet`, the one that is the text.
         separator: in text files, what stands between two documents, and is no part of either; such as `<|endoftext|>`.
-        errors: bytes that are not UTF-8: `strict` refuses them, `replace` makes each U+FFFD.
+        errors: bytes that are invalid in the encoding: `strict` refuses them, `replace` makes each U+FFFD.
+        encoding: of text files and `.jsonl`, by any name that Python has for it; kept as the codec's own name.
     """
 
     field: str = "text"
     separator: str | None = None
     errors: Literal["strict", "replace"] = "strict"
+    encoding: str = "utf-8"
 
     def __post_init__(self) -> None:
         if self.separator == "":
             raise UserError("data.separator must be a text of at least one character, or null")
         if self.errors not in ("strict", "replace"):
             raise UserError(f"data.errors must be strict or replace, got '{self.errors}'")
+        try:
+            b"text".decode(self.encoding, "ignore")  # refuses codecs that are not for text, as `codecs.lookup` does not
+            object.__setattr__(self, "encoding", codecs.lookup(self.encoding).name)
+        except (LookupError, ValueError, TypeError):
+            raise UserError(
+                f"data.encoding must be a text encoding that Python knows, such as utf-16 or cp1252, got {self.encoding!r}"
+            ) from None
 
 
 def stretches(line: str) -> Iterator[str]:
@@ -188,32 +207,94 @@ def _zstd(path: Path) -> Any:
 
 
 def _decoded(file: BinaryIO, reading: Reading, name: str) -> Iterator[str]:
-    """A file's characters; of bytes that are not UTF-8, the first one's place is said."""
-    decoder = codecs.getincrementaldecoder("utf-8")(reading.errors)
-    offset = 0
+    """A file's characters, a block at a time.
+
+    Raises:
+        UserError: it looks binary, or as if it had another encoding; a byte is invalid, whose offset is given.
+    """
+    decoder = codecs.getincrementaldecoder(reading.encoding)(reading.errors)
+    offset, ascii_so_far = 0, True
     while True:
         block = file.read(PASSAGE)
-        # A stray NUL is a character like others. UTF-16, archives and programs have many more, though much of them is UTF-8.
-        if not offset and (nuls := block[:8192].count(0)) > len(block[:8192]) / 100:
-            raise UserError(
-                f"corpus '{name}' looks binary ({nuls:,} of its first {len(block[:8192]):,} bytes are NUL): pass UTF-8 text"
-            )
+        if not offset:
+            _check_head(block, reading, name)
         held = len(decoder.getstate()[0])  # bytes of a character that goes on in this block
         try:
             text = decoder.decode(block, final=not block)
         except UnicodeDecodeError as error:
-            raise _not_utf8(name, error.object[error.start], f"offset {offset - held + error.start:,}") from None
+            where = f"offset {offset - held + error.start:,}"
+            raise _undecodable(error, where, reading, name, ascii_so_far) from None
+        except UnicodeError as error:  # UTF-16 and UTF-32 without the mark that tells the byte order
+            likely = _wide_encoding(block[:HEAD])
+            advice = (
+                f"it looks like {likely}, pass --data.encoding {likely}" if likely else "pass another --data.encoding"
+            )
+            raise UserError(f"corpus '{name}' is not {reading.encoding} ({error}): {advice}") from None
+        if reading.encoding != "utf-8":  # UTF-7 and escapes can stand for half a character
+            text = _whole_characters(text, reading, name, f"the block at offset {offset:,}")
         if text:
             yield text
         if not block:
             return
         offset += len(block)
+        ascii_so_far = ascii_so_far and text.isascii()
 
 
-def _not_utf8(name: str, byte: int, where: str) -> UserError:
+def _check_head(block: bytes, reading: Reading, name: str) -> None:
+    """Refuses what the first bytes of a file show not to be text in this encoding."""
+    head = block[:HEAD]
+    # A stray NUL is a character like others. UTF-16, archives and programs have many more, though much of them is UTF-8.
+    nuls = head.decode(reading.encoding, "ignore").count("\0")
+    if nuls <= len(head) / 100 and not (reading.encoding == "utf-8" and head.startswith(tuple(BYTE_ORDER_MARKS))):
+        return
+    if likely := _wide_encoding(head):
+        raise UserError(
+            f"corpus '{name}' looks like {likely} and is read as {reading.encoding}: pass --data.encoding {likely}"
+        )
+    raise UserError(
+        f"corpus '{name}' looks binary ({nuls:,} of its first {len(head):,} bytes are NUL): pass a text file, and "
+        "--data.encoding if it is not UTF-8"
+    )
+
+
+def _wide_encoding(head: bytes) -> str | None:
+    """UTF-16 or UTF-32, if a file begins with a byte order mark or its zero bytes are where one of them has them."""
+    for mark, encoding in BYTE_ORDER_MARKS.items():
+        if head.startswith(mark):
+            return encoding
+    for encoding in ("utf-32-le", "utf-32-be", "utf-16-le", "utf-16-be"):
+        try:
+            text = codecs.getincrementaldecoder(encoding)().decode(head)
+        except UnicodeDecodeError:
+            continue
+        # spaces and line breaks alone are a tenth of most scripts; with the bytes swapped, hardly anything is ASCII
+        if "\0" not in text and sum(map(str.isascii, text)) > len(text) / 10:
+            return encoding
+    return None
+
+
+def _undecodable(error: UnicodeDecodeError, where: str, reading: Reading, name: str, ascii_before: bool) -> UserError:
+    """The error for an invalid byte.
+
+    Args:
+        error: gives the bytes of the block or line.
+        where: the place of the byte.
+        reading: gives the encoding.
+        name: of the file.
+        ascii_before: whether all that came before them is ASCII.
+    """
+    data, advice = error.object, "pass the encoding that it has as --data.encoding"
+    encoding = "UTF-8" if reading.encoding == "utf-8" else reading.encoding
+    if reading.encoding == "utf-8" and ascii_before and data[: error.start].isascii():
+        # Western European: some letters beyond ASCII among many in it
+        if sum(byte > 0x7F for byte in data) < len(data) / 4 and error.reason != "unexpected end of data":
+            likely = "latin-1" if re.search(rb"[\x81\x8d\x8f\x90\x9d]", data) else "cp1252"  # undefined in cp1252
+            advice = f"it looks like {likely}, pass --data.encoding {likely}"
+    elif reading.encoding == "utf-8":  # what came before has characters of several bytes: UTF-8 with a damaged place
+        advice = "repair the file"
     return UserError(
-        f"corpus '{name}' is not UTF-8 (byte 0x{byte:02x} at {where}): convert it first, for example with iconv -t UTF-8, "
-        "or pass --data.errors replace to go on with U+FFFD in such places"
+        f"corpus '{name}' is not {encoding} (byte 0x{data[error.start]:02x} at {where}): {advice}, or pass --data.errors "
+        "replace to read invalid bytes as U+FFFD"
     )
 
 
@@ -230,21 +311,45 @@ def _separated(chunks: Iterable[str], separator: str) -> Iterator[Passage]:
 
 
 def _jsonl(file: BinaryIO, reading: Reading, name: str) -> Iterator[Passage]:
-    for number, line in enumerate(file, start=1):
+    for number, content in enumerate(_lines(file, reading, name), start=1):
         where = f"line {number:,}"
+        if number == 1:
+            content = content.removeprefix("\ufeff")  # a byte order mark, which JSON has no use for
+        if not content.strip():
+            continue
         try:
-            content = line.decode("utf-8", reading.errors)
-            if not content.strip():
-                continue
             record = json.loads(content)
-        except UnicodeDecodeError as error:
-            raise _not_utf8(name, line[error.start], f"{where}, offset {error.start:,}") from None
         except (ValueError, RecursionError):
             raise UserError(f"corpus '{name}' is not JSON Lines ({where}): expected one object in each line") from None
         if not isinstance(record, dict) or reading.field not in record:
             there = ", ".join(map(str, record)) if isinstance(record, dict) else "no fields"
             raise _no_field(name, reading.field, where, there)
         yield from _record(record[reading.field], reading, name, where)
+
+
+def _lines(file: BinaryIO, reading: Reading, name: str) -> Iterator[str]:
+    """A file's lines. Those of UTF-8 are decoded one by one, so that an error can tell which."""
+    if reading.encoding != "utf-8":
+        held = list[str]()
+        for text in _decoded(file, reading, name):
+            *whole, rest = text.split("\n")
+            for line in whole:
+                yield "".join((*held, line))
+                held.clear()
+            held.append(rest)
+        yield "".join(held)
+        return
+    ascii_so_far = True
+    for number, encoded in enumerate(file, start=1):
+        if number == 1:
+            _check_head(encoded, reading, name)
+        try:
+            content = encoded.decode("utf-8", reading.errors)
+        except UnicodeDecodeError as error:
+            where = f"line {number:,}, offset {error.start:,}"
+            raise _undecodable(error, where, reading, name, ascii_so_far) from None
+        ascii_so_far = ascii_so_far and encoded.isascii()
+        yield content
 
 
 def _no_field(name: str, field: str, where: str, there: str) -> UserError:
@@ -260,14 +365,18 @@ def _record(text: Any, reading: Reading, name: str, where: str) -> Iterator[Pass
             f"corpus '{name}' has a {type(text).__name__} as '{reading.field}' in {where}, where text is wanted: "
             "pass --data.field"
         )
-    if lone := re.search("[\ud800-\udfff]", text):  # JSON can write half a character; UTF-8 cannot
-        if reading.errors == "strict":
-            raise UserError(
-                f"corpus '{name}' has half a character (\\u{ord(lone[0]):04x}) in {where}: pass --data.errors replace to go "
-                "on with U+FFFD in such places"
-            )
-        text = re.sub("[\ud800-\udfff]", "\ufffd", text)
-    yield Passage(text, True)
+    yield Passage(_whole_characters(text, reading, name, where), True)
+
+
+def _whole_characters(text: str, reading: Reading, name: str, where: str) -> str:
+    """Text without lone surrogates, which JSON and some encodings can write and UTF-8 cannot."""
+    lone = re.search("[\ud800-\udfff]", text)
+    if lone and reading.errors == "strict":
+        raise UserError(
+            f"corpus '{name}' has half a character (\\u{ord(lone[0]):04x}) in {where}: pass --data.errors replace to go "
+            "on with U+FFFD in such places"
+        )
+    return re.sub("[\ud800-\udfff]", "\ufffd", text) if lone else text
 
 
 def _parquet(path: Path, packed: str, reading: Reading, name: str) -> Iterator[Passage]:

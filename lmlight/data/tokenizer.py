@@ -37,12 +37,19 @@ END_OF_TEXT = "<|endoftext|>"
 SPACE = "\u2581"  # "▁": how SentencePiece writes a space inside its pieces
 UNKNOWN = "\u2585"  # "▅": how its trainer writes a character that it leaves out
 UNKNOWN_PENALTY = 10.0  # SentencePiece's kUnkPenalty: a character that no piece covers scores so much below the least
+# What could move a terminal's cursor, or turn text around: control characters but for tab and line feed, line and paragraph
+# separators, bidirectional embeddings, overrides and isolates.
+CONTROL_CHARACTERS = re.compile(r"[\0-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]")
 # Fixed, since the result of unigram training depends on it: the same text gives the same pieces on any machine.
 TRAINING_THREADS = 4
 # SentencePiece silently skips training lines of more than 4,192 bytes: longer ones are cut, at 4 bytes a character.
 MAX_LINE_CHARS = 1000
 # From this size on, a vocabulary that cannot hold all characters of a text leaves the rarest to the bytes.
 FEWEST_TO_LEAVE_OUT = 512
+# A SentencePiece model of a text with other line endings than LF ends with one more field, which SentencePiece skips: number
+# 200 of the protocol buffer, the first that its schema leaves to others, a string. The vocabulary alone does not tell: many
+# have a carriage return because a few lines of a large text end in one.
+_NEWLINE_FIELDS = {"\n": b"", "\r\n": b"\xc2\x0c\x02\r\n", "\r": b"\xc2\x0c\x01\r"}
 
 
 class Tokenizer(ABC):
@@ -55,10 +62,12 @@ class Tokenizer(ABC):
             of its character, so a text's counts add up to its length where the tokenizer is lossless. The end of a
             document stands for none.
         end_of_text: the id that ends a document; None if the vocabulary has none.
+        newline: the line ending of the training text, `"\\n"`, `"\\r\\n"` or `"\\r"`.
     """
 
     vocab_size: int
     lossless: bool
+    newline: str
     char_counts: npt.NDArray[np.int64]
     end_of_text: int | None = None
 
@@ -95,13 +104,26 @@ class Tokenizer(ABC):
         """The byte that an id stands for, if it is a byte piece; else nothing."""
         return b""
 
+    def encode_prompt(self, prompt: str) -> list[int]:
+        """The ids of a prompt, with its line endings changed to those of the training text.
+
+        Raises:
+            UserError: see `encode`.
+        """
+        # a vocabulary with carriage returns may also use them alone
+        line_ending = "\r?\n" if "\r" in self.newline else "\r\n?"
+        return self.encode(re.sub(line_ending, self.newline, prompt))
+
     @property
     def start(self) -> list[int]:
-        """What a text without a prompt follows: a document's end where there are documents; else a line's, if known."""
+        """Ids to start from when the prompt is empty: EOS if the vocabulary has one, else the end of a line.
+
+        Of CRLF the line feed is enough: windows of the training text begin there too, and other engines want a single id.
+        """
         if self.end_of_text is not None:
             return [self.end_of_text]
         try:
-            return self.encode("\n") or [0]  # a lossy tokenizer has no newline: the notebook's token 0
+            return self.encode(self.newline[-1]) or [0]  # a lossy tokenizer has no newline: the notebook's token 0
         except UserError:  # nor has a character vocabulary of a text without one
             return [0]
 
@@ -191,15 +213,18 @@ class TokenizerConfig:
         Raises:
             UserError: `vocab_size` is too small for the characters in the text, or there is no text to learn from.
         """
-        passages = [text] if isinstance(text, str) else text
+        newlines = Counter[str]()
+        passages = _counting_newlines([text] if isinstance(text, str) else text, newlines)
         if self.kind == "char":
             characters = set[str]()
             for passage in passages:
                 characters.update(passage)
-            return CharTokenizer(sorted(characters), end_of_text)
+            return CharTokenizer(sorted(characters), end_of_text, _most_common(newlines))
         if chars is not None and chars > self.sample_chars:
             passages = _sample(passages, self.sample_chars / chars)
-        return SentencePieceTokenizer(_train_sentencepiece(passages, self, end_of_text))
+        model = _train_sentencepiece(passages, self, end_of_text)
+        newline = _most_common(newlines)
+        return SentencePieceTokenizer(model + _NEWLINE_FIELDS[newline] if newline and self.lossless else model)
 
 
 def from_bytes(data: bytes) -> Tokenizer:
@@ -211,7 +236,7 @@ def from_bytes(data: bytes) -> Tokenizer:
     if data.startswith(b"{"):
         try:
             content = json.loads(data)
-            return CharTokenizer(content["characters"], content.get("end_of_text", False))
+            return CharTokenizer(content["characters"], content.get("end_of_text", False), content.get("newline"))
         except (KeyError, TypeError):
             raise ValueError("not a character vocabulary") from None
     return SentencePieceTokenizer(data)
@@ -223,10 +248,13 @@ class CharTokenizer(Tokenizer):
     Args:
         characters: the vocabulary, in the order of the ids.
         end_of_text: whether one more id ends a document.
+        newline: the line ending of the training text. None infers it: `"\\r\\n"` if the vocabulary has both characters.
     """
 
-    def __init__(self, characters: Iterable[str], end_of_text: bool = False) -> None:
+    def __init__(self, characters: Iterable[str], end_of_text: bool = False, newline: str | None = None) -> None:
         self.characters = list(characters)
+        self._inferred_newline = "".join(c for c in "\r\n" if c in self.characters) or "\n"
+        self.newline = newline or self._inferred_newline
         self.vocab_size = len(self.characters) + end_of_text
         self.end_of_text = len(self.characters) if end_of_text else None
         self.lossless = True
@@ -249,8 +277,12 @@ class CharTokenizer(Tokenizer):
         return END_OF_TEXT if index == self.end_of_text else self.characters[index]
 
     def to_bytes(self) -> bytes:
-        content = {"kind": "char", "characters": "".join(self.characters)}
-        return json.dumps(content if self.end_of_text is None else {**content, "end_of_text": True}).encode()
+        content: dict[str, Any] = {"kind": "char", "characters": "".join(self.characters)}
+        if self.end_of_text is not None:
+            content["end_of_text"] = True
+        if self.newline != self._inferred_newline:
+            content["newline"] = self.newline
+        return json.dumps(content).encode()
 
 
 class SentencePieceTokenizer(Tokenizer):
@@ -275,6 +307,7 @@ class SentencePieceTokenizer(Tokenizer):
         self.pieces: list[str] = [self._processor.id_to_piece(index) for index in range(self.vocab_size)]
         probe = "  a \n\n b "
         self.lossless = self._processor.decode(self._processor.encode(probe)) == probe
+        self.newline = next((end for end, field in _NEWLINE_FIELDS.items() if field and model.endswith(field)), "\n")
         self._newline: list[int] = self._processor.encode("\n") if self.lossless else []
         self.char_counts = np.array(
             [_starts_character(p) if self._processor.is_byte(i) else len(p) for i, p in enumerate(self.pieces)]
@@ -342,6 +375,21 @@ def split_passages(passages: Iterable[Passage], lossless: bool) -> tuple[list[st
 def _starts_character(byte_piece: str) -> int:
     """1 if this byte piece (`<0xE2>`) is the first of a character's UTF-8 bytes, 0 if it continues one."""
     return int(int(byte_piece[3:5], 16) & 0xC0 != 0x80)
+
+
+def _counting_newlines(passages: Iterable[str], counts: Counter[str]) -> Iterator[str]:
+    for text in passages:
+        if "\r" in text:
+            crlf = text.count("\r\n")
+            counts.update({"\n": text.count("\n") - crlf, "\r\n": crlf, "\r": text.count("\r") - crlf})
+        else:
+            counts["\n"] += text.count("\n")
+        yield text
+
+
+def _most_common(newlines: Counter[str]) -> str | None:
+    """The line ending that was counted most often; None if there were none."""
+    return max(newlines, key=newlines.__getitem__) if newlines.total() else None
 
 
 def _sample(passages: Iterable[str], share: float) -> Iterator[str]:

@@ -262,9 +262,11 @@ def card(model: Model, licence: str) -> str:
         )
         if name in model.figures
     ]
-    held_out = 100 * data.get("val_fraction", 0.1)
-    score = f"On the last {held_out:.3g}% of the text, which was not trained on, at step {model.step}:"
-    figures = "\n".join([score, "", "| | |", "|---|---|", *rows]) if rows else "The checkpoint holds no validation."
+    held_out = f"the last {100 * data.get('val_fraction', 0.1):.3g}% of the text, which was not trained on"
+    if data.get("val_corpus"):
+        held_out = f"a text of its own, {Path(str(data['val_corpus'])).name}"
+    score = f"On {held_out}, at step {model.step}:"
+    figures = "\n".join([score, "", "| | |", "|---|---|", *rows]) if rows else "These weights have not been validated."
     options = ", ".join(f"{k} {v}" for k, v in ours.items() if k not in ("vocab_size", "block_size"))
     return f"""---
 library_name: transformers

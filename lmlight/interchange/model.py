@@ -24,7 +24,7 @@ class Model:
         tokenizer: its own.
         sampling: the arguments of its `Sampling`.
         settings: of the run: `data`, `model`; plain values.
-        figures: of the checkpoint's last validation, by the names under which they are logged; empty without one.
+        figures: validation metrics of these weights, by the names under which they are logged; empty without a validation.
         step: optimizer steps.
     """
 
@@ -43,11 +43,9 @@ class Model:
             UserError: as `checkpoint.read` does.
         """
         content = checkpoints.read(path)
-        step = content.get("global_step", 0)
-        rows = content.get("callbacks", {}).get("LearningCurve", {}).get("rows", [])
-        figures = {k: v for k, v in rows[-1].items() if v is not None} if rows and rows[-1]["step"] == step else {}
         net, tokenizer = checkpoints.net_of(content).eval(), checkpoints.tokenizer_of(content)
         described = content[checkpoints.KEY]
+        figures, step = described.get("metrics", {}), content.get("global_step", 0)
         return cls(net, tokenizer, described["sampling"], described["settings"], figures, step)
 
     def content(self) -> dict[str, Any]:
