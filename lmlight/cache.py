@@ -10,7 +10,6 @@ Nothing here is named after where it came from alone: an edited text gets anothe
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import shutil
@@ -22,6 +21,7 @@ from pathlib import Path
 
 import pooch
 
+from lmlight.commands import Parser
 from lmlight.errors import UserError
 
 # The only folders that are ever listed or cleared: whoever points LMLIGHT_CACHE at their home loses nothing else.
@@ -117,7 +117,7 @@ def main(args: Sequence[str]) -> None:
     Raises:
         UserError: an unknown name; something cannot be deleted.
     """
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         "lmlight cache",
         description="Lists what lmlight keeps: fetched texts and their tokens. All of it can be made again.",
     )

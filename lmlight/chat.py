@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import json
 from collections.abc import Sequence
@@ -12,6 +11,7 @@ from typing import Any, Literal, get_origin, get_type_hints
 import torch
 
 from lmlight import checkpoint as checkpoints
+from lmlight.commands import Parser
 from lmlight.errors import UserError
 from lmlight.generation import Sampling, begin, printable, write
 
@@ -29,7 +29,7 @@ def main(args: Sequence[str]) -> None:
     Raises:
         UserError: no such checkpoint, or no such device.
     """
-    parser = argparse.ArgumentParser("lmlight chat", description="The model continues what you type.")
+    parser = Parser("lmlight chat", description="The model continues what you type.")
     parser.add_argument(
         "checkpoint", nargs="?", default="best", help="a .ckpt file, a run's folder, or `best` or `last`"
     )

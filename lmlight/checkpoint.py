@@ -206,14 +206,24 @@ def find(name: str | Path, runs: str | Path, prefer: Literal["best", "last"]) ->
 
 
 def new_run(runs: Path) -> Path:
-    """Makes the folder of a run, named after the time, which no other run has: only one of two processes can make it."""
-    runs.mkdir(parents=True, exist_ok=True)
+    """Makes the folder of a run, named after the time, which no other run has: only one of two processes can make it.
+
+    Raises:
+        UserError: it cannot be made.
+    """
     name = datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
-    for number in itertools.count(1):
-        folder = runs / (name if number == 1 else f"{name}-{number}")
-        with suppress(FileExistsError):
-            folder.mkdir()
-            return folder
+    try:
+        runs.mkdir(parents=True, exist_ok=True)
+        for number in itertools.count(1):
+            folder = runs / (name if number == 1 else f"{name}-{number}")
+            with suppress(FileExistsError):
+                folder.mkdir()
+                return folder
+    except OSError as error:
+        raise UserError(
+            f"the run's folder cannot be made in '{runs}' ({error.strerror}): pass another, "
+            "--trainer.default_root_dir FOLDER"
+        ) from None
     raise AssertionError("numbers do not end")
 
 

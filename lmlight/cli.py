@@ -187,6 +187,7 @@ class LmlightCLI(LightningCLI):
     checkpoint: dict[str, Any] | None = None
     resumed: Path | None = None  # the folder of the run that goes on in place
     resuming: str = ""
+    finetuned_from: str | None = None  # the `init_from` with which the resumed run began
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
@@ -244,6 +245,8 @@ class LmlightCLI(LightningCLI):
         # first without --print_config: what that prints is to include the checkpoint's settings
         self.config = _parse(parser, [word for word in args if not word.startswith("--print_config")])
         name, config = self.config.subcommand, self.config[self.config.subcommand]
+        if not 0 <= int(config.seed_everything) < 2**32:
+            raise UserError(f"seed_everything must be in [0, 2**32), got {config.seed_everything}")
         init_from, ckpt_path = config.get("init_from"), config.get("ckpt_path")
         if ckpt_path is None and init_from is None:
             self.config = _parse(parser, args)
@@ -264,7 +267,7 @@ class LmlightCLI(LightningCLI):
                 )
             run = path.absolute().parents[1]
             in_place = run.parent == runs.absolute()
-            settings = _settings_of_run(run, in_place, path)
+            settings, finetuned_from = _settings_of_run(run, in_place, path)
         else:
             settings = _settings_of(self.checkpoint, path)
         if init_from is not None:
@@ -277,6 +280,7 @@ class LmlightCLI(LightningCLI):
         if init_from is None:
             self.config[name].ckpt_path = str(path)
         if resuming:
+            self.finetuned_from = finetuned_from
             self.resumed = run if in_place else None
             changed = _differences(settings, self._dump(name, skip_unset=False))
             self.resuming = f"Resuming {os.path.relpath(run)} at step {self.checkpoint['global_step']}"
@@ -316,6 +320,10 @@ class LmlightCLI(LightningCLI):
             self.model.block_size = self.checkpoint[checkpoints.KEY]["net"]["config"]["block_size"]
             if self.config[self.subcommand].get("init_from"):
                 self.model.init_from = self.checkpoint
+        if self.subcommand == "fit":
+            # `config.yaml` is to start the same run again, not to resume this one
+            config = self.config[self.subcommand]
+            config.ckpt_path, config.init_from = None, config.init_from or self.finetuned_from
         dump = self._dump(self.subcommand, skip_unset=True)
         self.model.settings = {section: dump[section] for section in ("seed_everything", "model", "data")}
 
@@ -499,8 +507,8 @@ def _runs_folder(config: Any) -> Path:
     return Path(given[0] if given else config.trainer.default_root_dir or "runs")
 
 
-def _settings_of_run(run: Path, in_place: bool, checkpoint: Path) -> dict[str, Any]:
-    """The settings in a run's `config.yaml`, without those of the command that wrote it.
+def _settings_of_run(run: Path, in_place: bool, checkpoint: Path) -> tuple[dict[str, Any], str | None]:
+    """The settings in a run's `config.yaml`, without those of the command that wrote it; and what it was finetuned from.
 
     Args:
         run: the run's folder.
@@ -529,10 +537,11 @@ def _settings_of_run(run: Path, in_place: bool, checkpoint: Path) -> dict[str, A
         raise UserError(
             f"'{path}' names {foreign[0]}, which would be imported: if you trust that run, copy its folder to your own runs"
         )
+    finetuned_from = settings.get("init_from")
     for name in NOT_RESUMED:
         section, _, last = name.rpartition(".")
         (settings.get(section) or {} if section else settings).pop(last, None)
-    return settings
+    return settings, finetuned_from
 
 
 def _differences(before: dict[str, Any], after: dict[str, Any], prefix: str = "") -> list[str]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
 import difflib
+from typing import NoReturn
 
 from lmlight.errors import UserError
 
@@ -42,3 +44,10 @@ def unknown(name: str) -> UserError:
     near = difflib.get_close_matches(name, COMMANDS, n=1)
     hint = f" (did you mean {near[0]}?)" if near else ""
     return UserError(f"unknown command '{name}'{hint}: expected one of {', '.join(COMMANDS)}")
+
+
+class Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line, without the usage that argparse prints first."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; see `{self.prog} --help`")

@@ -5,7 +5,6 @@ The table has a row for each validation, with the step, the characters of traini
 
 from __future__ import annotations
 
-import argparse
 import csv
 import math
 from collections import Counter
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from lmlight import files
+from lmlight.commands import Parser
 from lmlight.errors import UserError, say
 
 TABLE, PICTURE = "metrics.csv", "curve.png"
@@ -54,9 +54,7 @@ def main(args: Sequence[str]) -> None:
     Raises:
         UserError: no run can be drawn; the picture cannot be written.
     """
-    parser = argparse.ArgumentParser(
-        "lmlight curves", description="Draws the validation losses of runs in one picture."
-    )
+    parser = Parser("lmlight curves", description="Draws the validation losses of runs in one picture.")
     parser.add_argument("runs", nargs="+", type=Path, help="folders of runs, such as runs/*; others are left out")
     parser.add_argument("--x", choices=("step", "characters", "seconds"), default="step", help="the horizontal axis")
     parser.add_argument("--output", type=Path, default=Path("curves.png"), help="the picture: .png, .svg or .pdf")

@@ -166,12 +166,10 @@ class LanguageModel(LightningModule):
         """Called by Lightning before any other hook.
 
         Raises:
-            UserError: one of the trainer's callbacks cannot work with this model.
+            UserError: see `check_run`.
         """
-        for callback in self.trainer.callbacks:  # type: ignore[attr-defined]  # set late
-            for kind, reason in UNSUPPORTED.items():
-                if isinstance(callback, kind):
-                    raise UserError(f"{type(callback).__name__} cannot be used: {reason}")
+        if self.trainer.state.fn == TrainerFn.FITTING:
+            self.check_run(self.trainer)
         return [_MatmulPrecision()]
 
     def check_net(self, block_size: int) -> None:
@@ -185,12 +183,20 @@ class LanguageModel(LightningModule):
         checkpoints.name_of(net)
 
     def check_run(self, trainer: Trainer) -> None:
-        """Whether the optimizer and the schedule suit the run, before anything is fetched or written.
+        """Whether callbacks, optimizer and schedule suit the run, before anything is fetched or written.
 
         Raises:
-            UserError: the optimizer cannot be made from groups of parameters, or cannot take a step with plain gradients;
-                the schedule needs the run's last step, which is not known.
+            UserError: one of the trainer's callbacks cannot work with this model; validations come after no batches at all;
+                the optimizer cannot be made from groups of parameters, or cannot take a step with plain gradients; the
+                schedule needs the run's last step, which is not known.
         """
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]  # set late
+            for kind, reason in UNSUPPORTED.items():
+                if isinstance(callback, kind):
+                    raise UserError(f"{type(callback).__name__} cannot be used: {reason}")
+        # there is no interval where validations go by the clock
+        if (interval := getattr(trainer, "val_check_interval", None)) is not None and interval <= 0:
+            raise UserError(f"trainer.val_check_interval must be above 0, got {interval}")
         groups = _small_groups()
         for group in groups:
             for parameter in group["params"]:
@@ -204,14 +210,19 @@ class LanguageModel(LightningModule):
     # Lightning's hooks, in the order in which they are called
 
     def setup(self, stage: str) -> None:
-        self._take_sizes()
+        _, block_size = self._take_sizes()
+        if stage == "predict":
+            return
         data = getattr(self.trainer, "datamodule", None)
-        if stage == "fit":
-            self.check_run(self.trainer)
-        if stage != "predict" and data is not None and data.block_size > self.block_size:
+        if (longer := getattr(data, "block_size", 0)) > block_size:
             raise UserError(
-                f"data.block_size {data.block_size} is longer than the {self.block_size} tokens that this model takes: "
-                "lower it"
+                f"data.block_size {longer} is longer than the {block_size} tokens that this model takes: lower it"
+            )
+        theirs = getattr(data, "tokenizer", None)
+        if theirs is not None and theirs.fingerprint != self._tokenizer().fingerprint:
+            raise UserError(
+                "the data's tokenizer is not the model's: set datamodule.tokenizer = model.tokenizer before the trainer "
+                "prepares the data"
             )
 
     def _take_sizes(self) -> tuple[int, int]:

@@ -312,6 +312,9 @@ MISTAKES = {
     "not UTF-8": (["fit", "--data.corpus=latin.txt"], "not UTF-8 (byte 0xe9 at offset 3)"),
     "no such encoding": (["fit", "--data.encoding=rot13"], "data.encoding must be a text encoding"),
     "short text": (["fit", "--data.corpus=short.txt", "--data.tokenizer.kind=char"], "at least some"),
+    "workers": (["fit", "--data.num_workers=-1"], "num_workers must be 0 or more, got -1"),
+    "seed": (["fit", "--seed_everything=-1"], "seed_everything must be in [0, 2**32), got -1"),
+    "large seed": (["fit", "--seed_everything=99999999999"], "seed_everything must be in"),
     "block": (["fit", "--data.block_size=0"], "block_size must be at least 1, got 0"),
     "heads": (
         ["fit", "--data.corpus=verse.txt", "--model.net.n_head=3", "--data.tokenizer.vocab_size=400"],
@@ -432,6 +435,16 @@ def test_every_command_has_help(capsys):
             typed([command, "--help"])
         assert ended.value.code == 0
         assert capsys.readouterr().out.startswith(f"usage: lmlight {command} ")
+
+
+@pytest.mark.parametrize(
+    "words", [["curves"], ["export"], ["export", "hf"], ["import"], ["cache", "--x"]], ids=" ".join
+)
+def test_missing_words_are_one_line(capsys, words):
+    assert typed(words) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("lmlight: error: ") and err.endswith(" --help`\n") and err.count("\n") == 1
 
 
 @pytest.mark.parametrize("words", [["fitt"], ["--config=empty.yaml", "fitt"]], ids=" ".join)

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from lmlight import Bigram, LanguageModel, Sampling, TextDataModule, checkpoint
+from lmlight.data.tokenizer import TokenizerConfig
 from lmlight.errors import UserError
 from lmlight.interchange.model import Model
 from lmlight.optim import Schedule
@@ -265,6 +266,18 @@ def test_a_checkpoint_of_another_net_is_named(data, tmp_path):
         pl.Trainer(**tiny.QUIET).validate(
             LanguageModel(net=Bigram), datamodule=data, ckpt_path=tmp_path / "x.ckpt", weights_only=True
         )
+
+
+def test_data_with_another_tokenizer_is_refused(data, verse_file):
+    """Its ids would mean other pieces to the model: figures and training would be silently wrong."""
+    _, model = trained(data, steps=1)
+    other = TextDataModule(str(verse_file), block_size=16, batch_size=8, tokenizer=TokenizerConfig(vocab_size=390))
+    for run in (pl.Trainer(max_steps=1, **tiny.QUIET).fit, pl.Trainer(**tiny.QUIET).validate):
+        with pytest.raises(UserError, match=r"datamodule\.tokenizer = model\.tokenizer"):
+            run(model, datamodule=other)
+    other = TextDataModule(str(verse_file), block_size=16, batch_size=8, tokenizer=TokenizerConfig(vocab_size=390))
+    other.tokenizer = model.tokenizer
+    pl.Trainer(max_steps=1, **tiny.QUIET, enable_checkpointing=False).fit(model, datamodule=other)
 
 
 def test_a_network_that_no_checkpoint_can_hold_is_refused_by_name(data):

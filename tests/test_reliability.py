@@ -398,8 +398,8 @@ def test_resuming_takes_every_setting_of_the_run_and_flags_win(place, capsys, mo
         "Timer",
     ]
     assert after["model"]["sampling"].pop("temperature") == 0.5
-    assert Path(after.pop("ckpt_path")).name == "last.ckpt"
-    del before["ckpt_path"], before["trainer"]["max_steps"], before["trainer"]["callbacks"]
+    assert after["ckpt_path"] is None, "passed as --config, it starts such a run again"
+    del before["trainer"]["max_steps"], before["trainer"]["callbacks"]
     del before["model"]["sampling"]["temperature"]
     assert after == before
     assert len(list(folder.glob("runs/*"))) == 1
@@ -519,7 +519,7 @@ def test_finetuning_takes_net_weights_and_tokenizer_and_nothing_else(trained, tm
     text.write_text("SHE:\nAnother text altogether, with words of its own.\n" * 60)
     flags = [f"--data.corpus={text}", "--trainer.max_steps=1", "--trainer.val_check_interval=1", "--data.batch_size=4"]
     flags += ["--trainer.logger.save_dir=" + str(tmp_path / "runs"), "--trainer.accelerator=cpu"]
-    still = ["--model.optimizer=SGD", "--model.optimizer.lr=0"]
+    still = ["--model.optimizer=torch.optim.SGD", "--model.optimizer.lr=0"]
     assert main(["fit", f"--init_from={trained}", *flags, *still]) == 0, capsys.readouterr().err
     source, content = checkpoint.read(trained / "checkpoints/best.ckpt"), last(tmp_path)
     assert content["global_step"] == 1
@@ -528,6 +528,14 @@ def test_finetuning_takes_net_weights_and_tokenizer_and_nothing_else(trained, tm
     assert content["lmlight"]["settings"]["data"].get("subword_sampling") is None
     for name, weight in source["state_dict"].items():
         assert torch.equal(content["state_dict"][name], weight), name
+    (config,) = tmp_path.glob("runs/*/config.yaml")
+    for _ in range(2):
+        assert yaml.safe_load(config.read_text())["init_from"] == str(trained), "it starts such a run again"
+        assert (
+            main(["fit", "--ckpt_path=last", flags[-2], f"--trainer.max_steps={last(tmp_path)['global_step'] + 1}"])
+            == 0
+        )
+    assert last(tmp_path)["global_step"] == 3
     assert main(["fit", f"--init_from={trained}", f"--ckpt_path={trained}"]) == 2
     capsys.readouterr()
     assert main(["fit", f"--init_from={trained}", *flags, "--model.net.n_embd=64"]) == 2

@@ -171,6 +171,9 @@ REFUSED = {
     "precision=transformer-engine": "transformer_engine",
     "max_steps=-1": "a linear schedule ends at the run's last step",
     "max_time=soon": "DD:HH:MM:SS",
+    "val_check_interval=0": "must be above 0, got 0",
+    "accumulate_grad_batches=0": "must be at least 1, got 0",
+    "default_root_dir=verse.txt/x": "the run's folder cannot be made in 'verse.txt/x'",
     "val_check_interval=0.5": "check_val_every_n_epoch",
     "accumulate_grad_batches=3": "batch_size 8",
     "gradient_clip_algorithm=scissors": "['value', 'norm']",
@@ -355,6 +358,7 @@ def test_flags_for_runs_that_keep_no_checkpoint_work(place, capsys, flags, tmp_p
 
 @pytest.mark.parametrize("flag", REFUSED)
 def test_flags_of_the_trainer_are_refused_in_one_line(place, capsys, flag, tmp_path):
+    (tmp_path / "verse.txt").touch()
     assert lmlight(place, f"--trainer.{flag}") == 2
     out, err = capsys.readouterr()
     assert out == ""

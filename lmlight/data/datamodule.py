@@ -115,6 +115,8 @@ class TextDataModule(LightningDataModule):
         for name, value in sizes.items():
             if value is not None and value < 1:
                 raise UserError(f"data.{name} must be at least 1, got {value}")
+        if num_workers < 0:
+            raise UserError(f"data.num_workers must be 0 or more, got {num_workers}")
         if not 0 < val_fraction < 1:
             raise UserError(f"data.val_fraction must lie between 0 and 1, got {val_fraction}")
         if subword_sampling and tokenizer.kind != "unigram":
@@ -356,6 +358,8 @@ class TextDataModule(LightningDataModule):
 
     def _check_batch_size(self) -> None:
         _, world_size, accumulate = self._share()
+        if accumulate < 1:
+            raise UserError(f"trainer.accumulate_grad_batches must be at least 1, got {accumulate}")
         if self.batch_size % (world_size * accumulate):
             raise UserError(
                 f"data.batch_size {self.batch_size} is the whole step's: it must be a multiple of {world_size} "

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
 from lmlight import checkpoint as checkpoints
+from lmlight.commands import Parser
 from lmlight.interchange import gguf_file, hf, hf_import, onnx_file, pt2
 from lmlight.interchange.model import Model
 from lmlight.interchange.publish import whole_file, whole_folder
@@ -25,7 +25,7 @@ def export(args: Sequence[str]) -> None:
     Raises:
         UserError: no such checkpoint; a model that the format cannot hold; the target is there, or cannot be written.
     """
-    parser = argparse.ArgumentParser("lmlight export", description="Writes a trained model for another engine.")
+    parser = Parser("lmlight export", description="Writes a trained model for another engine.")
     formats = parser.add_subparsers(dest="format", required=True, metavar="FORMAT")
     for name, (target, what) in FORMATS.items():
         one = formats.add_parser(name, help=what, description=f"Writes {what}.")
@@ -62,7 +62,7 @@ def import_(args: Sequence[str]) -> None:
     Raises:
         UserError: the folder holds no such model; the checkpoint is there, or cannot be written.
     """
-    parser = argparse.ArgumentParser("lmlight import", description="Makes a checkpoint of a model from elsewhere.")
+    parser = Parser("lmlight import", description="Makes a checkpoint of a model from elsewhere.")
     formats = parser.add_subparsers(dest="format", required=True, metavar="FORMAT")
     what = "a small Llama-shaped folder of Hugging Face's, with a SentencePiece tokenizer"
     one = formats.add_parser("hf", help=what, description=f"Reads {what}.")
