@@ -17,6 +17,7 @@ import re
 import shlex
 import shutil
 import sys
+import traceback
 import warnings
 from argparse import SUPPRESS
 from collections.abc import Sequence
@@ -75,7 +76,8 @@ class OneLineParser(LightningArgumentParser):
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         if found := re.search(r"argument subcommand: invalid choice: '(.*?)'", message):
             raise unknown(found[1])
-        raise UserError(f"{message}; see `{self.prog.replace(' [options]', '')} --help`")
+        hint = "" if message.endswith("--help`") else f"; see `{self.prog.replace(' [options]', '')} --help`"
+        raise UserError(f"{message}{hint}")
 
     def format_help(self, *args: Any) -> str:
         text = super().format_help(*args)
@@ -485,6 +487,12 @@ def _creation_error(error: Exception) -> Exception:
     return UserError(str(cause)) if isinstance(cause, (ValueError, ImportError, NotImplementedError)) else error
 
 
+def _raised_by_lightning(error: Exception) -> bool:
+    """Whether Lightning itself raised it: that is how it refuses settings, as often as by a `MisconfigurationException`."""
+    *_, (last, _) = traceback.walk_tb(error.__traceback__)
+    return str(last.f_globals.get("__name__", "")).startswith("lightning.")
+
+
 def _command() -> str:
     """What to type for `lmlight` where this process was started: its environment may not be activated."""
     typed = Path(sys.argv[0])
@@ -613,7 +621,7 @@ def _quiet() -> None:
         "LeafSpec",
     ):
         warnings.filterwarnings("ignore", message=f".*{tip}")
-    warnings.formatwarning = lambda message, *_args, **_kwargs: f"lmlight: warning: {message}\n"
+    warnings.formatwarning = lambda message, *_args, **_kwargs: f"lmlight: warning: {' '.join(str(message).split())}\n"
 
 
 def main(args: Sequence[str] | None = None) -> int:
@@ -643,7 +651,9 @@ def main(args: Sequence[str] | None = None) -> int:
             auto_configure_optimizers=False,
             load_from_checkpoint_support=False,
         )
-    except (UserError, MisconfigurationException) as error:
+    except (MisconfigurationException, ValueError, TypeError, RuntimeError) as error:
+        if not (isinstance(error, (UserError, MisconfigurationException)) or _raised_by_lightning(error)):
+            raise
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
         if getattr(rank_zero_only, "rank", 0) == 0:

@@ -197,6 +197,8 @@ class LanguageModel(LightningModule):
         # there is no interval where validations go by the clock
         if (interval := getattr(trainer, "val_check_interval", None)) is not None and interval <= 0:
             raise UserError(f"trainer.val_check_interval must be above 0, got {interval}")
+        if (epochs := trainer.check_val_every_n_epoch) is not None and epochs < 1:
+            raise UserError(f"trainer.check_val_every_n_epoch must be at least 1, got {epochs}")
         groups = _small_groups()
         for group in groups:
             for parameter in group["params"]:
