@@ -1,7 +1,7 @@
 """A file or a folder that appears whole, or not at all.
 
 It is written beside its place, under a hidden name, flushed to the disk, and renamed: a kill or a full disk at any moment
-leaves what was there before.
+leaves what was there before. (For folders on some systems there is an exception: see `whole_folder`.)
 """
 
 from __future__ import annotations
@@ -15,9 +15,6 @@ import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-
-# Of the calls that exchange two paths: renameat2 in Linux's <linux/fs.h>, renamex_np in macOS's <sys/stdio.h>.
-AT_FDCWD, RENAME_EXCHANGE, RENAME_SWAP = -100, 2, 2
 
 
 @contextmanager
@@ -62,55 +59,72 @@ def _appear(beside: Path, path: Path) -> None:
 def whole_folder(path: Path) -> Iterator[Path]:
     """A folder to fill, which becomes `path`, in place of what is there, once the block ends without an exception.
 
-    On Linux and macOS the two are exchanged in one step, so the old or the new folder is always at `path`. Windows, and some
-    network file systems, have no such call: there a kill between two renames leaves the old folder beside `path`, and the
-    next writing puts it back first.
+    The new folder is flushed to the disk and then exchanged with the old one in one step, so that a kill at any moment
+    leaves one of the two at `path`, complete. Windows and some file systems cannot exchange folders. There the old one is
+    renamed to `.NAME.before` and the new one to `path`; after a kill between the two renames, nothing is at `path` until
+    the next call, or `restore`, puts the old one back.
 
     Raises:
         OSError: it cannot be written; nothing is left beside it.
     """
-    beside, before = path.with_name(f".{path.name}.part"), path.with_name(f".{path.name}.before")
+    restore(path)
+    beside = path.with_name(f".{path.name}.part")
     try:
-        if before.exists() and not path.exists():
-            before.rename(path)
-        for left in (beside, before):  # by a kill
-            shutil.rmtree(left, ignore_errors=True)
+        shutil.rmtree(beside, ignore_errors=True)  # what a kill has left
         beside.mkdir()
         yield beside
-        for folder, _, names in os.walk(beside):
-            for name in names:
-                with (Path(folder) / name).open("r+b") as file:
-                    os.fsync(file.fileno())
-            _flush_folder(Path(folder))
+        _flush_tree(beside)
         if not path.exists():
             beside.rename(path)
         elif not _exchange(beside, path):
-            path.rename(before)
             try:
+                path.rename(_before(path))
                 beside.rename(path)
-            except OSError:
-                before.rename(path)
-                raise
+            finally:
+                restore(path)
         _flush_folder(path.parent)
-        shutil.rmtree(before, ignore_errors=True)
     finally:
         shutil.rmtree(beside, ignore_errors=True)
 
 
+def restore(path: Path) -> None:
+    """Puts the old folder back at `path` if `whole_folder` was killed between its two renames."""
+    before = _before(path)
+    if before.exists() and not path.exists():
+        before.rename(path)
+    shutil.rmtree(before, ignore_errors=True)
+
+
+def _before(path: Path) -> Path:
+    return path.with_name(f".{path.name}.before")
+
+
 def _exchange(one: Path, other: Path) -> bool:
-    """Exchanges two folders in one step; False where the system or the file system cannot."""
-    if os.name != "posix":
+    """Swaps two paths in one step; returns False if the system or the file system has no such operation."""
+    first, second = os.fsencode(one), os.fsencode(other)
+    at_fdcwd, swap = -100, 2  # AT_FDCWD; RENAME_EXCHANGE on Linux, RENAME_SWAP on macOS
+    name, arguments = {
+        "linux": ("renameat2", (at_fdcwd, first, at_fdcwd, second, swap)),
+        "darwin": ("renamex_np", (first, second, swap)),
+    }.get(sys.platform, ("", ()))
+    call = getattr(ctypes.CDLL(None, use_errno=True), name, None) if name else None
+    if call is None:
         return False
-    libc, paths = ctypes.CDLL(None, use_errno=True), (os.fsencode(one), os.fsencode(other))
-    if sys.platform == "linux" and hasattr(libc, "renameat2"):
-        status = libc.renameat2(AT_FDCWD, paths[0], AT_FDCWD, paths[1], RENAME_EXCHANGE)
-    elif sys.platform == "darwin" and hasattr(libc, "renamex_np"):
-        status = libc.renamex_np(*paths, RENAME_SWAP)
-    else:
+    if call(*arguments) == 0:
+        return True
+    number = ctypes.get_errno()
+    if number in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP):
         return False
-    if status and (number := ctypes.get_errno()) not in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP):
-        raise OSError(number, os.strerror(number), str(other))
-    return not status
+    raise OSError(number, os.strerror(number), str(other))
+
+
+def _flush_tree(folder: Path) -> None:
+    """Flushes every file in a folder, and every folder after what is in it."""
+    for parent, _, names in os.walk(folder, topdown=False):
+        for name in names:
+            with Path(parent, name).open("r+b") as file:
+                os.fsync(file.fileno())
+        _flush_folder(Path(parent))
 
 
 def _flush_folder(folder: Path) -> None:

@@ -39,6 +39,7 @@ def whole_folder(path: Path, force: bool, ours: Callable[[str], bool]) -> Iterat
         UserError: it is there and may not be replaced; it cannot be written.
     """
     path = path.expanduser().resolve()
+    files.restore(path)
     if path.exists() and not path.is_dir():
         raise UserError(f"'{path}' is a file: pass the path of a folder that is not there yet")
     inside = sorted(entry.name for entry in path.iterdir()) if path.is_dir() else []
