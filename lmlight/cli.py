@@ -66,7 +66,7 @@ TRUSTED_CLASSES = ("lmlight.", "torch.optim.")
 # Of our defaults, those that `Trainer(barebones=True)` refuses.
 BAREBONES_REFUSES = ("log_every_n_steps", "enable_model_summary", "num_sanity_val_steps")
 # Settings of a command, not of a run: a resumed run does not take them from its config.yaml. `max_time` limits one process.
-NOT_RESUMED = ("config", "ckpt_path", "init_from", "trainer.max_time")
+NOT_RESUMED = ("config", "ckpt_path", "trainer.max_time")
 
 
 class OneLineParser(LightningArgumentParser):
@@ -187,9 +187,9 @@ class LmlightCLI(LightningCLI):
     """Lightning's CLI with lmlight's defaults, checkpoints that bring their settings, and a summary at the end of fit."""
 
     checkpoint: dict[str, Any] | None = None
-    resumed: Path | None = None  # the folder of the run that goes on in place
+    resumed: Path | None = None  # the folder of the run that is resumed in place
     resuming: str = ""
-    finetuned_from: str | None = None  # the `init_from` with which the resumed run began
+    finetuned_from: str | None = None  # the checkpoint with which the run began
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
@@ -262,14 +262,13 @@ class LmlightCLI(LightningCLI):
         runs = _runs_folder(config)
         path = checkpoints.find(ckpt_path or init_from, runs, "last" if resuming else "best")
         self.checkpoint = checkpoints.read(path)
+        run = path.absolute().parents[1]
         if resuming:
             if "optimizer_states" not in self.checkpoint:
                 raise UserError(
                     f"checkpoint '{path}' was imported and holds no run to go on with: pass it as --init_from"
                 )
-            run = path.absolute().parents[1]
-            in_place = run.parent == runs.absolute()
-            settings, finetuned_from = _settings_of_run(run, in_place, path)
+            settings = _settings_of_run(run, run.parent == runs.absolute(), path)
         else:
             settings = _settings_of(self.checkpoint, path)
         if init_from is not None:
@@ -277,14 +276,20 @@ class LmlightCLI(LightningCLI):
                 "model": {"net": settings["model"]["net"]},
                 "data": {"block_size": settings["data"]["block_size"]},
             }
+        self.finetuned_from = settings.pop("init_from", None) if init_from is None else str(path)
         at = args.index(name) + 1
         self.config = _parse(parser, [*args[:at], f"--config={json.dumps(settings)}", *args[at:]])
         if init_from is None:
             self.config[name].ckpt_path = str(path)
         if resuming:
-            self.finetuned_from = finetuned_from
-            self.resumed = run if in_place else None
             changed = _differences(settings, self._dump(name, skip_unset=False))
+            if lost := [change for change in changed if change.startswith("data.tokenizer.")]:
+                raise UserError(
+                    f"the tokenizer of a run cannot change ({lost[0]}): leave that out, or start a new run without the "
+                    "checkpoint"
+                )
+            if _runs_folder(self.config[name]) == _runs_folder(settings):  # else the user wants it in another place
+                self.resumed = run
             self.resuming = f"Resuming {os.path.relpath(run)} at step {self.checkpoint['global_step']}"
             self.resuming += f", with {', '.join(changed)}" if changed else ""
 
@@ -302,8 +307,6 @@ class LmlightCLI(LightningCLI):
         config.pop("config", None)
         # `--seed_everything true` draws one, after the links were made
         config.data.seed = config.model.seed = config.model.sampling.seed = int(config.seed_everything)
-        for logger in _run_loggers(config):
-            logger.init_args.save_dir = str(_runs_folder(config))
         if self.subcommand != "fit":
             self.save_config_callback = None
         if self.subcommand == "predict" and config.output and config.data.prompt_batch_size is None:
@@ -325,7 +328,7 @@ class LmlightCLI(LightningCLI):
         if self.subcommand == "fit":
             # `config.yaml` is to start the same run again, not to resume this one
             config = self.config[self.subcommand]
-            config.ckpt_path, config.init_from = None, config.init_from or self.finetuned_from
+            config.ckpt_path, config.init_from = None, self.finetuned_from
         dump = self._dump(self.subcommand, skip_unset=True)
         self.model.settings = {section: dump[section] for section in ("seed_everything", "model", "data")}
 
@@ -381,15 +384,15 @@ class LmlightCLI(LightningCLI):
             self.save_config_callback = None
         elif trainer_config["fast_dev_run"]:
             trainer_config["default_root_dir"] = str(root)
-        elif self.resumed and self.checkpoint and ours:
-            step = self.checkpoint["global_step"]
-            trainer_config["logger"] = [
-                type(logger)(logger.save_dir, self.resumed.name, step) if logger in ours else logger
-                for logger in several
-            ]
+        elif ours:
+            where: dict[str, Any] = {"save_dir": str(_runs_folder(self.config[self.subcommand]))}
+            if self.resumed and self.checkpoint:
+                step = self.checkpoint["global_step"]
+                where = {"save_dir": str(self.resumed.parent), "version": self.resumed.name, "purge_step": step}
+            trainer_config["logger"] = [type(logger)(**where) if logger in ours else logger for logger in several]
         elif self.resumed:
             trainer_config["default_root_dir"] = str(self.resumed)
-        elif not ours and getattr(rank_zero_only, "rank", 0) == 0:
+        elif getattr(rank_zero_only, "rank", 0) == 0:
             # RunLogger makes a run's folder; without it, runs would write over each other's checkpoints
             trainer_config["default_root_dir"] = str(checkpoints.new_run(root))
 
@@ -418,6 +421,9 @@ class LmlightCLI(LightningCLI):
             print(f"Stopped at step {self.trainer.global_step}: no checkpoints were kept")
             return
         step = self.trainer.global_step
+        if self.checkpoint and self.resuming and step == self.checkpoint["global_step"]:
+            print(f"The run had already reached step {step}: to train longer, pass a larger --trainer.max_steps")
+            return
         if not keeper.best_model_path:
             print(f"No validation was run: stopped at step {step}")
             return
@@ -502,25 +508,21 @@ def _command() -> str:
     return "lmlight" if found and Path(found).resolve() == typed.resolve() else os.path.relpath(typed)
 
 
-def _run_loggers(config: Any) -> list[Namespace]:
-    """The settings of the loggers that make a run's folder."""
-    logger = config.trainer.logger
-    several = logger if isinstance(logger, list) else [logger]
-    return [one for one in several if isinstance(one, Namespace) and one.class_path.endswith(".RunLogger")]
-
-
 def _runs_folder(config: Any) -> Path:
-    """The folder that this command's runs are in."""
-    given = [one.init_args.save_dir for one in _run_loggers(config) if one.init_args.save_dir]
-    return Path(given[0] if given else config.trainer.default_root_dir or "runs")
+    """The folder of all runs, by the settings of a command or of a run."""
+    logger = config["trainer"]["logger"]
+    for one in logger if isinstance(logger, list) else [logger]:
+        if hasattr(one, "get") and one["class_path"].endswith(".RunLogger") and one["init_args"].get("save_dir"):
+            return Path(one["init_args"]["save_dir"])
+    return Path(config["trainer"]["default_root_dir"] or "runs")
 
 
-def _settings_of_run(run: Path, in_place: bool, checkpoint: Path) -> tuple[dict[str, Any], str | None]:
-    """The settings in a run's `config.yaml`, without those of the command that wrote it; and what it was finetuned from.
+def _settings_of_run(run: Path, ours: bool, checkpoint: Path) -> dict[str, Any]:
+    """The settings in a run's `config.yaml`, without those of the command that wrote it.
 
     Args:
         run: the run's folder.
-        in_place: whether it is among the user's own runs, and so to be trusted like a file passed with `--config`.
+        ours: whether it is in the command's folder of runs, and so trusted like a file passed with `--config`.
         checkpoint: the checkpoint to resume, for messages.
 
     Raises:
@@ -541,15 +543,15 @@ def _settings_of_run(run: Path, in_place: bool, checkpoint: Path) -> tuple[dict[
     if not isinstance(settings, dict):
         raise UserError(f"the run's settings '{path}' hold no settings: restore the file")
     foreign = [name for name in _class_paths(settings) if not name.startswith((*TRUSTED_CLASSES, "lightning."))]
-    if foreign and not in_place:
+    if foreign and not ours:
         raise UserError(
-            f"'{path}' names {foreign[0]}, which would be imported: if you trust that run, copy its folder to your own runs"
+            f"'{path}' names {foreign[0]}, which would be imported: if you trust that run, pass "
+            f"--trainer.default_root_dir {run.parent}"
         )
-    finetuned_from = settings.get("init_from")
     for name in NOT_RESUMED:
         section, _, last = name.rpartition(".")
         (settings.get(section) or {} if section else settings).pop(last, None)
-    return settings, finetuned_from
+    return settings
 
 
 def _differences(before: dict[str, Any], after: dict[str, Any], prefix: str = "") -> list[str]:

@@ -420,6 +420,7 @@ def test_settings_with_which_a_run_cannot_be_resumed_do_not_replace_its_own(trai
         "--data.block_size=32": "longer than the 16 tokens",
         "--model.net=Bigram": "another net",
         "--data.corpus=nope.txt": "no corpus",
+        "--data.tokenizer.vocab_size=300": "the tokenizer of a run cannot change (data.tokenizer.vocab_size: 400 -> 300)",
         "--trainer.accumulate_grad_batches=3": "multiple of",
         "--model.optimizer=torch.optim.AdamW": "the state of lmlight.optim.Muon",
     }.items():
@@ -462,6 +463,33 @@ def test_a_run_from_elsewhere_cannot_name_classes_to_import(trained, tmp_path, c
     assert not Path("imported").exists()
     assert main(["fit", "--ckpt_path=runs/copy"]) == 0, capsys.readouterr().err
     assert Path("imported").exists()
+    assert main(["fit", "--ckpt_path=elsewhere/copy", "--trainer.default_root_dir=elsewhere"]) == 0
+
+
+def test_a_run_is_resumed_where_it_lies(trained, tmp_path, capsys, monkeypatch):
+    """By the command that its end prints, whatever folder it was started or moved to."""
+    monkeypatch.chdir(tmp_path)
+    text = trained.parents[2] / "verse.txt"
+    flags = [f"--data.corpus={text}", *tiny.FLAGS, "--trainer.max_steps=2", "--trainer.val_check_interval=1"]
+    assert main(["fit", *flags, "--trainer.default_root_dir=out"]) == 0
+    (run,) = Path("out").iterdir()
+    assert main(["fit", f"--ckpt_path={run / 'checkpoints' / 'last.ckpt'}", "--trainer.max_steps=3"]) == 0
+    assert list(Path("out").iterdir()) == [run]
+    assert checkpoint.read(run / "checkpoints" / "last.ckpt")["global_step"] == 3
+    assert yaml.safe_load((run / "config.yaml").read_text())["trainer"]["logger"]["init_args"]["save_dir"] is None
+    Path("moved").mkdir()
+    run = run.rename(Path("moved") / "run")
+    assert main(["fit", f"--ckpt_path={run}", "--trainer.max_steps=4"]) == 0
+    assert checkpoint.read(run / "checkpoints" / "last.ckpt")["global_step"] == 4
+    capsys.readouterr()
+    assert main(["fit", f"--ckpt_path={run}"]) == 0
+    assert "The run had already reached step 4: to train longer" in capsys.readouterr().out
+    assert main(["fit", f"--ckpt_path={run}", "--trainer.max_steps=5", "--trainer.default_root_dir=new"]) == 0
+    assert [path.name for path in Path("moved").iterdir()] == ["run"]
+    (copy,) = Path("new").iterdir()
+    assert checkpoint.read(copy / "checkpoints" / "last.ckpt")["global_step"] == 5
+    assert checkpoint.read(run / "checkpoints" / "last.ckpt")["global_step"] == 4
+    assert not Path("runs").exists()
 
 
 def test_two_runs_started_at_once_do_not_meet(place):
@@ -530,7 +558,8 @@ def test_finetuning_takes_net_weights_and_tokenizer_and_nothing_else(trained, tm
         assert torch.equal(content["state_dict"][name], weight), name
     (config,) = tmp_path.glob("runs/*/config.yaml")
     for _ in range(2):
-        assert yaml.safe_load(config.read_text())["init_from"] == str(trained), "it starts such a run again"
+        started_from = yaml.safe_load(config.read_text())["init_from"]
+        assert started_from == str(trained / "checkpoints" / "best.ckpt"), "it starts such a run again"
         assert (
             main(["fit", "--ckpt_path=last", flags[-2], f"--trainer.max_steps={last(tmp_path)['global_step'] + 1}"])
             == 0
