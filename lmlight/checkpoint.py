@@ -46,7 +46,7 @@ def describe(
     tokenizer: Tokenizer,
     sampling: Mapping[str, Any] = MappingProxyType({}),
     settings: Mapping[str, Any] = MappingProxyType({}),
-    optimizer: str | None = None,
+    optimizer: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """What makes a checkpoint whole: the value of its entry `lmlight`.
 
@@ -55,7 +55,7 @@ def describe(
         tokenizer: kept as its own bytes.
         sampling: the arguments of the model's `Sampling`.
         settings: plain values (text, numbers, lists, dicts) that the command line reads back as defaults.
-        optimizer: the class whose state the checkpoint holds.
+        optimizer: the class whose state the checkpoint holds, and its hyperparameters.
 
     Returns:
         the entry; where these weights have been validated, `LanguageModel` adds the `metrics`.
@@ -84,8 +84,8 @@ def name_of(net: Net) -> str:
         if isinstance(net, kind):
             return name
     raise UserError(
-        f"a checkpoint cannot hold a {type(net).__name__}: expected one of lmlight's networks ({', '.join(NETS)}); from "
-        "Python, train others with Trainer(enable_checkpointing=False)"
+        f"a checkpoint cannot hold a {type(net).__name__}: expected one of lmlight's networks ({', '.join(NETS)}); to train "
+        "a custom one, use the Python API with Trainer(enable_checkpointing=False)"
     )
 
 

@@ -21,6 +21,7 @@ import traceback
 import warnings
 from argparse import SUPPRESS
 from collections.abc import Sequence
+from contextlib import suppress
 from enum import Enum
 from pathlib import Path
 from typing import Any, Literal, NoReturn
@@ -59,12 +60,16 @@ TRAINER_DEFAULTS: dict[str, Any] = {
     "logger": {"class_path": "lmlight.callbacks.RunLogger"},
     "default_root_dir": "runs",
 }
-CKPT_PATH = "A checkpoint: its file, its run's folder, or `best` or `last`, those of the newest run that has one."
+CKPT_PATH = "Checkpoint: a file, a run's folder, or `best` or `last` of the newest run that has one."
 CONFIG = "config.yaml"  # of a run's folder: its settings
-# Classes that a checkpoint's settings may name; anything else would be imported, that is, run, on its word alone.
+# Classes that a checkpoint's settings may name. Importing a module runs it, so a file cannot name any other.
 TRUSTED_CLASSES = ("lmlight.", "torch.optim.")
+# Settings of the sections `model` and `trainer` that are plain text, whatever they hold.
+PLAIN_TEXT = ("default_root_dir", "save_dir", "dirpath", "filename", "stop")
 # Of our defaults, those that `Trainer(barebones=True)` refuses.
 BAREBONES_REFUSES = ("log_every_n_steps", "enable_model_summary", "num_sanity_val_steps")
+# Flags that say where the checkpoint of a run is.
+WHERE_FLAGS = ("--ckpt_path", "--trainer.default_root_dir", "--trainer.logger.save_dir")
 # Settings of a command, not of a run: a resumed run does not take them from its config.yaml. `max_time` limits one process.
 NOT_RESUMED = ("config", "ckpt_path", "trainer.max_time")
 
@@ -98,11 +103,19 @@ class RunTrainer(Trainer):
     settings that `fit` reads.
     """
 
+    run_folder: str | None = None  # known once `log_dir` has been asked for, by all ranks together
+
     @property
     def log_dir(self) -> str:
         """The run's folder, whichever loggers there are: its config, checkpoints and curve are in it."""
-        ours = next((logger for logger in self.loggers if isinstance(logger, RunLogger)), None)
-        return str(self.strategy.broadcast(ours.log_dir if ours else self.default_root_dir))
+        if self.run_folder is None:
+            made: str | None = str(self.default_root_dir)
+            if ours := next((logger for logger in self.loggers if isinstance(logger, RunLogger)), None):
+                made = ours.log_dir
+            elif self.state.fn == "fit" and not self.fast_dev_run and self.is_global_zero:  # type: ignore[attr-defined]
+                made = str(checkpoints.new_run(Path(self.default_root_dir)))
+            self.run_folder = str(self.strategy.broadcast(made))
+        return self.run_folder
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """In a process that a strategy has spawned, where Lightning would be as talkative as ever."""
@@ -167,10 +180,8 @@ class TimeLimit(Timer):
 
 
 class SaveConfig(SaveConfigCallback):
-    """Writes `config.yaml` into the run's folder, so that a kill leaves the old or the new one, never a part.
-
-    Not before training begins: settings with which a run cannot be resumed must not replace those with which it can.
-    """
+    """Writes `config.yaml` into the run's folder, atomically, and only once training starts: a resume that is refused leaves
+    the old file unchanged."""
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Nothing: Lightning's would write here."""
@@ -181,6 +192,13 @@ class SaveConfig(SaveConfigCallback):
             folder.mkdir(parents=True, exist_ok=True)
             with files.whole(folder / CONFIG) as beside:
                 beside.write_text(self.parser.dump(self.config, skip_unset=False), encoding="utf-8")
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """A run that failed before it began leaves no folder: `rmdir` takes empty ones alone."""
+        assert isinstance(trainer, RunTrainer)
+        if trainer.run_folder and trainer.is_global_zero:
+            with suppress(OSError):
+                Path(trainer.run_folder).rmdir()
 
 
 class LmlightCLI(LightningCLI):
@@ -217,13 +235,15 @@ class LmlightCLI(LightningCLI):
         parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
         for action in parser._actions:
             if action.dest == "ckpt_path":  # Lightning's own words are of what it does without us
-                action.help = CKPT_PATH + (" Its run goes on where it was written." if subcommand == "fit" else "")
+                action.help = CKPT_PATH + (
+                    " Resumes its run, with the run's own settings." if subcommand == "fit" else ""
+                )
         if subcommand in ("fit", "prepare"):
             parser.add_argument(
                 "--init_from",
                 type=str | None,
-                help="Finetune: begin with the net, weights and tokenizer of this checkpoint, and with all else afresh. "
-                "(--ckpt_path goes on with a run instead: optimizer, schedule, position in the text.)",
+                help="Finetune: start from the network, weights and tokenizer of this checkpoint; everything else is new. "
+                "(--ckpt_path resumes a run instead: optimizer, schedule, position in the data.)",
             )
         if subcommand == "predict":
             parser.add_argument(
@@ -245,7 +265,15 @@ class LmlightCLI(LightningCLI):
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Sequence[str]) -> None:  # type: ignore[override]
         # first without --print_config: what that prints is to include the checkpoint's settings
-        self.config = _parse(parser, [word for word in args if not word.startswith("--print_config")])
+        words = [word for word in args if not word.startswith("--print_config")]
+        try:
+            self.config = _parse(parser, words)
+        except UserError:
+            # a flag may fit only what the run has, such as its optimizer: look for the checkpoint without it
+            where = [word for flag in WHERE_FLAGS for word in _flag(flag, words)]
+            if "fit" not in words or not _flag("--ckpt_path", words):
+                raise
+            self.config = _parse(parser, ["fit", *where])
         name, config = self.config.subcommand, self.config[self.config.subcommand]
         if not 0 <= int(config.seed_everything) < 2**32:
             raise UserError(f"seed_everything must be in [0, 2**32), got {config.seed_everything}")
@@ -256,19 +284,19 @@ class LmlightCLI(LightningCLI):
                 raise UserError(f"{name} needs a model: --ckpt_path best, or runs/.../checkpoints/best.ckpt")
             return
         if ckpt_path is not None and init_from is not None:
-            raise UserError("--ckpt_path goes on with a run and --init_from begins a new one: pass one of them")
+            raise UserError("--ckpt_path resumes a run and --init_from starts a new one: pass only one")
 
         resuming = name == "fit" and init_from is None
         runs = _runs_folder(config)
         path = checkpoints.find(ckpt_path or init_from, runs, "last" if resuming else "best")
         self.checkpoint = checkpoints.read(path)
-        run = path.absolute().parents[1]
+        run = path.absolute().parent.parent
         if resuming:
             if "optimizer_states" not in self.checkpoint:
                 raise UserError(
-                    f"checkpoint '{path}' was imported and holds no run to go on with: pass it as --init_from"
+                    f"checkpoint '{path}' has no optimizer state, so its run cannot be resumed: pass it as --init_from"
                 )
-            settings = _settings_of_run(run, run.parent == runs.absolute(), path)
+            settings = _settings_of_run(run, run.parent.resolve() == runs.resolve(), path)
         else:
             settings = _settings_of(self.checkpoint, path)
         if init_from is not None:
@@ -316,7 +344,9 @@ class LmlightCLI(LightningCLI):
         try:
             super().instantiate_classes()
         except Exception as error:
-            raise _creation_error(error) from error
+            if (mistake := _creation_error(error)) is None:
+                raise
+            raise mistake from error
         self.model.check_net(self.datamodule.block_size)
         if self.subcommand == "fit":
             self.model.check_run(self.trainer)
@@ -340,18 +370,20 @@ class LmlightCLI(LightningCLI):
         trainer_config = {**self._get(self.config_init, "trainer", default={}), **kwargs}
         plugins = trainer_config["plugins"] or []
         trainer_config["plugins"] = [*(plugins if isinstance(plugins, list) else [plugins]), CheckpointFiles()]
+        given = trainer_config["callbacks"] or []
+        trainer_config["callbacks"] = given if isinstance(given, list) else [given]
         if self.subcommand == "fit":
             self._prepare_fit(trainer_config)
-        given = trainer_config["callbacks"] or []
-        given = given if isinstance(given, list) else [given]
+        given = trainer_config["callbacks"]
         if not trainer_config["logger"]:  # LearningRateMonitor refuses to have nowhere to log to
             given = [callback for callback in given if not isinstance(callback, LearningRateMonitor)]
         ours: list[Callback] = []
         if self.subcommand == "fit":
             # first, so that Lightning takes it for the one whose paths matter, whatever ModelCheckpoint is beside it
             trial = trainer_config["fast_dev_run"] or trainer_config["enable_checkpointing"] is False
-            if not trial and not any(isinstance(callback, KeepCheckpoints) for callback in given):
-                given = [KeepCheckpoints(), *given]
+            keepers = [callback for callback in given if isinstance(callback, KeepCheckpoints)]
+            if not trial:
+                given = [*(keepers or [KeepCheckpoints()]), *(one for one in given if one not in keepers)]
             theirs = any(isinstance(callback, ProgressBar) for callback in given)
             if trainer_config["enable_progress_bar"] is not False and not theirs:
                 ours.append(RunProgress())
@@ -363,13 +395,16 @@ class LmlightCLI(LightningCLI):
         averaging = [callback for callback in given if isinstance(callback, WeightAveraging)]
         trainer_config["callbacks"] = [callback for callback in given if callback not in averaging]
         try:
-            return self._instantiate_trainer(trainer_config, [*ours, *averaging])
+            trainer = self._instantiate_trainer(trainer_config, [*ours, *averaging])
+            trainer.run_folder = str(self.resumed) if self.resumed else None  # type: ignore[attr-defined]  # RunTrainer's
+            return trainer
         except (TypeError, ValueError, ImportError, NotImplementedError) as error:  # Lightning's, about its arguments
             raise UserError(str(error)) from error
 
     def _prepare_fit(self, trainer_config: dict[str, Any]) -> None:
         """Gives a run its folder, and leaves out what Lightning's modes for trials and for raw speed do without."""
-        loggers, root = trainer_config["logger"], Path(trainer_config["default_root_dir"] or "runs")
+        loggers = trainer_config["logger"]
+        trainer_config["default_root_dir"] = trainer_config["default_root_dir"] or "runs"
         several = loggers if isinstance(loggers, list) else [loggers]
         ours = [logger for logger in several if isinstance(logger, RunLogger)]
         if trainer_config["barebones"]:
@@ -378,23 +413,16 @@ class LmlightCLI(LightningCLI):
             trainer_config |= {name: None for name, value in off.items() if trainer_config[name] == value}
             trainer_config["logger"] = None if ours else loggers
             watching = (LearningRateMonitor, *callbacks.DEFAULT)
-            given = trainer_config["callbacks"] or []
+            given = trainer_config["callbacks"]
             trainer_config["callbacks"] = [callback for callback in given if not isinstance(callback, watching)]
             trainer_config["enable_progress_bar"] = trainer_config["enable_checkpointing"] = False
             self.save_config_callback = None
-        elif trainer_config["fast_dev_run"]:
-            trainer_config["default_root_dir"] = str(root)
-        elif ours:
+        elif ours and not trainer_config["fast_dev_run"]:
             where: dict[str, Any] = {"save_dir": str(_runs_folder(self.config[self.subcommand]))}
             if self.resumed and self.checkpoint:
                 step = self.checkpoint["global_step"]
                 where = {"save_dir": str(self.resumed.parent), "version": self.resumed.name, "purge_step": step}
             trainer_config["logger"] = [type(logger)(**where) if logger in ours else logger for logger in several]
-        elif self.resumed:
-            trainer_config["default_root_dir"] = str(self.resumed)
-        elif getattr(rank_zero_only, "rank", 0) == 0:
-            # RunLogger makes a run's folder; without it, runs would write over each other's checkpoints
-            trainer_config["default_root_dir"] = str(checkpoints.new_run(root))
 
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
         ours: dict[str, Any] = {} if subcommand == "prepare" else {"weights_only": True}
@@ -418,14 +446,14 @@ class LmlightCLI(LightningCLI):
             return
         keeper = self.trainer.checkpoint_callback
         if not isinstance(keeper, KeepCheckpoints):
-            print(f"Stopped at step {self.trainer.global_step}: no checkpoints were kept")
+            print("No checkpoints were kept")
             return
         step = self.trainer.global_step
         if self.checkpoint and self.resuming and step == self.checkpoint["global_step"]:
             print(f"The run had already reached step {step}: to train longer, pass a larger --trainer.max_steps")
             return
         if not keeper.best_model_path:
-            print(f"No validation was run: stopped at step {step}")
+            print("No validation was run")
             return
         path = os.path.relpath(keeper.best_model_path)
         best = checkpoints.read(path)
@@ -476,9 +504,20 @@ def _parse(parser: LightningArgumentParser, args: Sequence[str]) -> Namespace:
     return settings
 
 
-def _creation_error(error: Exception) -> Exception:
-    """A user's mistake where the cause is one: a class that the settings name could not be created, or Lightning refused
-    what it was given. The parser wraps such causes in errors of its own."""
+def _flag(name: str, words: Sequence[str]) -> list[str]:
+    """A flag and its value, as `--name=value` or as two words; nothing if it is not there."""
+    for at, word in enumerate(words):
+        if word == name or word.startswith(f"{name}="):
+            return list(words[at : at + (2 if word == name else 1)])
+    return []
+
+
+def _creation_error(error: Exception) -> Exception | None:
+    """The user's mistake behind an error while classes are created: a value that a class refuses, or a missing library.
+
+    The parser wraps the exception of a class in others, which name the class and list the types that it tried. None: not a
+    mistake of the user's, as far as can be told.
+    """
     named, cause = "", error
     while True:
         if found := re.search(r"given class_path '([^']+)'", str(cause)):
@@ -489,8 +528,8 @@ def _creation_error(error: Exception) -> Exception:
     if isinstance(cause, (UserError, MisconfigurationException)):
         return cause
     if named:
-        return UserError(f"{named} cannot be created: {cause if str(cause) else type(cause).__name__}")
-    return UserError(str(cause)) if isinstance(cause, (ValueError, ImportError, NotImplementedError)) else error
+        return UserError(f"{named} cannot be created: {str(cause) or type(cause).__name__}")
+    return UserError(str(cause)) if isinstance(cause, (ValueError, ImportError, NotImplementedError)) else None
 
 
 def _raised_by_lightning(error: Exception) -> bool:
@@ -531,6 +570,8 @@ def _settings_of_run(run: Path, ours: bool, checkpoint: Path) -> dict[str, Any]:
     """
     path = run / CONFIG
     try:
+        if checkpoint.parent.name != checkpoints.FOLDER:  # whatever a folder above may hold, it is not a run's
+            raise FileNotFoundError
         settings = yaml.safe_load(path.read_text("utf-8"))
     except FileNotFoundError:
         raise UserError(
@@ -542,10 +583,10 @@ def _settings_of_run(run: Path, ours: bool, checkpoint: Path) -> dict[str, Any]:
         raise UserError(f"the run's settings '{path}' cannot be read ({reason}): restore the file") from None
     if not isinstance(settings, dict):
         raise UserError(f"the run's settings '{path}' hold no settings: restore the file")
-    foreign = [name for name in _class_paths(settings) if not name.startswith((*TRUSTED_CLASSES, "lightning."))]
+    foreign = _named_code(settings, (*TRUSTED_CLASSES, "lightning."))
     if foreign and not ours:
         raise UserError(
-            f"'{path}' names {foreign[0]}, which would be imported: if you trust that run, pass "
+            f"'{path}' names {foreign[0]}, which would be imported or read: if you trust that run, pass "
             f"--trainer.default_root_dir {run.parent}"
         )
     for name in NOT_RESUMED:
@@ -595,19 +636,31 @@ def _settings_of(checkpoint: dict[str, Any], path: Path) -> dict[str, Any]:
         settings.setdefault("data", {}).pop(name, None)
     block_size = described["net"]["config"]["block_size"]  # fewer than were asked for, where the text was short
     settings["data"]["block_size"] = min(settings["data"].get("block_size", block_size), block_size)
-    for name in _class_paths(settings):
-        if not name.startswith(TRUSTED_CLASSES):
-            raise UserError(f"checkpoint '{path}' wants to run {name}, which is neither lmlight's nor torch's: refused")
+    if named := _named_code(settings, TRUSTED_CLASSES):
+        raise UserError(f"checkpoint '{path}' wants to run {named[0]}, which is neither lmlight's nor torch's: refused")
     return settings
 
 
-def _class_paths(settings: Any) -> list[str]:
-    if isinstance(settings, dict):
-        own = [str(settings["class_path"])] if "class_path" in settings else []
-        return own + [name for value in settings.values() for name in _class_paths(value)]
-    if isinstance(settings, list):
-        return [name for value in settings for name in _class_paths(value)]
-    return []
+def _named_code(settings: dict[str, Any], trusted: tuple[str, ...]) -> list[str]:
+    """The texts in a file's settings that the parser could import, or read as a file of settings, and that are not trusted.
+
+    A class or function may be named by `class_path`, or by itself where one is expected, as in `model.optimizer: my.Class`;
+    and a file may stand for any section. `data` has nothing but plain values.
+    """
+    importable = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+")
+
+    def named(value: Any, key: str) -> list[str]:
+        if isinstance(value, dict):
+            return [name for inner, content in value.items() for name in named(content, inner)]
+        if isinstance(value, list):
+            return [name for content in value for name in named(content, key)]
+        if not isinstance(value, str) or key in PLAIN_TEXT or value.startswith(trusted):
+            return []
+        return [value] if importable.fullmatch(value) or Path(value).is_file() else []
+
+    sections = ("data", "model", "trainer")
+    whole = [str(settings[section]) for section in sections if not isinstance(settings.get(section, {}), dict)]
+    return whole + [name for section in sections[1:] for name in named(settings.get(section, {}), section)]
 
 
 def _quiet() -> None:

@@ -7,7 +7,6 @@ leaves what was there before. (For folders on some systems there is an exception
 from __future__ import annotations
 
 import ctypes
-import errno
 import os
 import shutil
 import sys
@@ -107,15 +106,10 @@ def _exchange(one: Path, other: Path) -> bool:
         "linux": ("renameat2", (at_fdcwd, first, at_fdcwd, second, swap)),
         "darwin": ("renamex_np", (first, second, swap)),
     }.get(sys.platform, ("", ()))
-    call = getattr(ctypes.CDLL(None, use_errno=True), name, None) if name else None
+    call = getattr(ctypes.CDLL(None), name, None) if name else None
     if call is None:
         return False
-    if call(*arguments) == 0:
-        return True
-    number = ctypes.get_errno()
-    if number in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP):
-        return False
-    raise OSError(number, os.strerror(number), str(other))
+    return bool(call(*arguments) == 0)  # after any error, two renames may still work; if not, they raise it
 
 
 def _flush_tree(folder: Path) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -94,6 +94,8 @@ class LanguageModel(LightningModule):
         self.block_size: int | None = None
         self.net: Net | None = None
         self.settings: dict[str, Any] = {}
+        self._hyperparameters: list[dict[str, Any]] = []  # of each group of the optimizer, as it was made
+        self._resumed_hyperparameters: list[dict[str, Any]] = []  # the same, of the run that is resumed
         self.init_from: dict[str, Any] | None = None
         self.on_text: Callable[[TextStream, str], None] | None = None
         self.logprobs = False
@@ -113,15 +115,15 @@ class LanguageModel(LightningModule):
     ) -> LanguageModel:
         """The model in a checkpoint file, ready to `generate`, with the run's own sampling; only the file is needed.
 
-        Takes the arguments of Lightning's method of this name, which calls what the file names and can be talked into
-        running code.
+        Takes the arguments of Lightning's method of this name, which instantiates classes that the file names and so can run
+        code.
 
         Args:
             checkpoint_path: the file.
             map_location: the device for the weights, such as `"cuda"`; None is the CPU.
-            hparams_file: not used: a checkpoint holds its settings.
-            strict: not used: a checkpoint holds its network, so the weights always fit it.
-            weights_only: not used: only weights and plain values are ever read.
+            hparams_file: ignored; the checkpoint has the settings.
+            strict: ignored; the checkpoint defines the network, so the weights always match.
+            weights_only: ignored; only weights and plain values are ever read.
             kwargs: arguments of the constructor that replace the checkpoint's, such as `sampling` or `optimizer`.
 
         Raises:
@@ -153,7 +155,9 @@ class LanguageModel(LightningModule):
         """
         if self.net is None or self.tokenizer is None:
             return {}
-        return checkpoints.describe(self.net, self.tokenizer)
+        with suppress(UserError):  # a network that no checkpoint can hold still has a state dict
+            return checkpoints.describe(self.net, self.tokenizer)
+        return {}
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
         """Builds the network and the tokenizer unless they are there; torch loads the weights next."""
@@ -223,8 +227,8 @@ class LanguageModel(LightningModule):
         theirs = getattr(data, "tokenizer", None)
         if theirs is not None and theirs.fingerprint != self._tokenizer().fingerprint:
             raise UserError(
-                "the data's tokenizer is not the model's: set datamodule.tokenizer = model.tokenizer before the trainer "
-                "prepares the data"
+                "the datamodule and the model use different tokenizers: set datamodule.tokenizer = model.tokenizer before "
+                "the trainer prepares the data"
             )
 
     def _take_sizes(self) -> tuple[int, int]:
@@ -258,6 +262,7 @@ class LanguageModel(LightningModule):
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         optimizer = self._optimizer(parameter_groups(self._net()))
+        self._hyperparameters = _hyperparameters(optimizer)
         # the first call, for step 0, comes before the data; the factor of that step does not depend on the end
         scheduler = torch.optim.lr_scheduler.LambdaLR(
             optimizer, lambda step: self.schedule.factor(step, self.total_steps or step + 1)
@@ -266,6 +271,8 @@ class LanguageModel(LightningModule):
 
     def on_train_start(self) -> None:
         self._check_schedule(self.total_steps > 0)
+        if self._resumed_hyperparameters:
+            self._apply_changed_hyperparameters()
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         micro_batch = batch_idx % self.trainer.accumulate_grad_batches
@@ -354,7 +361,10 @@ class LanguageModel(LightningModule):
         if self.device_mesh is None:  # sharded strategies have done it
             for state, optimizer in zip(checkpoint.get("optimizer_states", []), self.trainer.optimizers):
                 label_in_order(state, optimizer, self.parameters())
-        trained_by = _class_name(self.trainer.optimizers[0]) if self.trainer.optimizers else None
+        trained_by = None
+        if self.trainer.optimizers:
+            kind = _class_name(self.trainer.optimizers[0])
+            trained_by = {"class": kind, "hyperparameters": self._hyperparameters}
         for name in ("state_dict", "current_model_state"):  # the latter is WeightAveraging's
             checkpoint.get(name, {}).pop(EXTRA_STATE, None)  # the same is in the entry that follows
         checkpoint[checkpoints.KEY] = checkpoints.describe(
@@ -365,9 +375,10 @@ class LanguageModel(LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoints.check_same_net(checkpoint, self._net())
-        trained_by = checkpoint[checkpoints.KEY]["optimizer"]
-        if self.trainer.state.fn == TrainerFn.FITTING and trained_by is not None:
-            ours = _class_name(self._optimizer(_small_groups()))
+        described = checkpoint[checkpoints.KEY]["optimizer"]
+        if self.trainer.state.fn == TrainerFn.FITTING and described is not None:
+            ours, trained_by = _class_name(self._optimizer(_small_groups())), described["class"]
+            self._resumed_hyperparameters = described["hyperparameters"]
             if ours != trained_by:
                 raise UserError(
                     f"the checkpoint holds the state of {trained_by}, which {ours} cannot use: leave out "
@@ -454,8 +465,25 @@ class LanguageModel(LightningModule):
             ends.append(trainer.max_steps)
         batches = trainer.num_training_batches  # infinite where the loader does not tell
         if (epochs := trainer.max_epochs or -1) > 0 and math.isfinite(batches):
-            ends.append(epochs * math.ceil(batches / trainer.accumulate_grad_batches))
+            scheduler = trainer.accumulation_scheduler  # type: ignore[attr-defined]  # set late
+            ends.append(
+                sum(math.ceil(batches / scheduler.get_accumulate_grad_batches(epoch)) for epoch in range(epochs))
+            )
         return min(ends, default=0)
+
+    def _apply_changed_hyperparameters(self) -> None:
+        """Lets a resumed run have the optimizer's arguments that it is given, where they are not those it began with.
+
+        torch and Lightning restore the arguments with the optimizer's state, and with the scheduler's the learning rate.
+        """
+        optimizer, scheduler = self.trainer.optimizers[0], self.trainer.lr_scheduler_configs[0].scheduler
+        groups = zip(optimizer.param_groups, self._hyperparameters, self._resumed_hyperparameters)
+        for number, (group, now, before) in enumerate(groups):
+            changed = {name: value for name, value in now.items() if before.get(name) != value}
+            if "lr" in changed:
+                scheduler.base_lrs[number] = group["initial_lr"] = changed["lr"]
+                changed["lr"] *= self.schedule.factor(scheduler.last_epoch, self.total_steps)
+            group.update(changed)
 
     def _check_schedule(self, has_end: bool) -> None:
         if self.schedule.shape != "constant" and not has_end:
@@ -549,6 +577,10 @@ def _unusable(error: Exception) -> UserError:
         f"model.optimizer cannot train this model ({str(error).strip().splitlines()[0]}): choose another, such as "
         "torch.optim.AdamW"
     )
+
+
+def _hyperparameters(optimizer: Optimizer) -> list[dict[str, Any]]:
+    return [{name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups]
 
 
 def _class_name(instance: object) -> str:

@@ -91,6 +91,7 @@ class KeepCheckpoints(Checkpoint):
             )
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._stop_asked = False
         if threading.current_thread() is not threading.main_thread():
             return  # Python lets the main thread alone handle signals
         for number in (signal.SIGINT, signal.SIGTERM):

@@ -5,6 +5,7 @@ import io
 import json
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -349,6 +350,7 @@ MISTAKES = {
     "not a checkpoint": (["fit", "--ckpt_path=short.txt"], "short.txt"),
     "foreign checkpoint": (["validate", "--ckpt_path=foreign.ckpt"], "not a checkpoint of lmlight's"),
     "hostile class": (["predict", "--ckpt_path=hostile.ckpt"], "wants to run subprocess.Popen"),
+    "also hostile class": (["predict", "--ckpt_path=hostile-too.ckpt"], "wants to run subprocess.Popen"),
     "no prompts file": (["predict", "--ckpt_path=good.ckpt", "--data.prompts=nope.txt"], "prompts file 'nope.txt'"),
     "another net": (
         ["validate", "--ckpt_path=good.ckpt", "--model.net.n_embd=64"],
@@ -371,6 +373,8 @@ def test_a_mistake_is_one_line_and_leaves_nothing(name, finished, verse, tmp_pat
     torch.save(content, tmp_path / "good.ckpt")
     content[checkpoint.KEY]["settings"]["model"]["optimizer"]["class_path"] = "subprocess.Popen"
     torch.save(content, tmp_path / "hostile.ckpt")
+    content[checkpoint.KEY]["settings"]["model"]["optimizer"] = "subprocess.Popen"
+    torch.save(content, tmp_path / "hostile-too.ckpt")
     before = set(tmp_path.iterdir())
 
     assert main(arguments) == 2
@@ -507,7 +511,7 @@ def test_a_trial_leaves_nothing_and_says_so(verse_file, tmp_path, capsys):
 def test_barebones_trains_without_loggers_and_callbacks(verse_file, tmp_path, capsys):
     flags = [f"--data.corpus={verse_file}", *TINY, "--trainer.barebones=true"]
     assert main(["fit", *flags, "--trainer.log_every_n_steps=10"]) == 0, capsys.readouterr().err
-    assert "Stopped at step 6: no checkpoints were kept" in capsys.readouterr().out
+    assert "No checkpoints were kept" in capsys.readouterr().out
     assert not (tmp_path / "runs").exists()
     assert main(["fit", *flags, "--trainer.logger=CSVLogger", "--trainer.logger.save_dir=x"]) == 2
     error = capsys.readouterr().err.strip().split("\n")[-1]
@@ -532,8 +536,9 @@ def test_the_run_s_sampling_is_that_of_its_checkpoint(verse_file, tmp_path, caps
     (best,) = tmp_path.glob("runs/*/checkpoints/best.ckpt")
     model = LanguageModel.load_from_checkpoint(best)
     assert (model.sampling.temperature, model.sampling.repetition_penalty) == (0, 1.3)
-    opening = out.split("last validation\n\n")[1].split("\n")[0]
-    assert printable(model.generate(opening[:6], max_new_tokens=20)).startswith(opening[:6])
+    sample = out.split("at the last validation\n\n")[1].split("\n\nNext:\n")[0]
+    (prompt,) = json.loads(shlex.split(out.split("Next:\n")[1].split("\n")[0])[-1])
+    assert sample == printable(model.generate(prompt, max_new_tokens=150))
     plain = LanguageModel.load_from_checkpoint(best, sampling=Sampling(temperature=0))
     assert plain.generate("MIRA:", max_new_tokens=40) != model.generate("MIRA:", max_new_tokens=40)
     assert (

@@ -180,7 +180,7 @@ def test_each_line_of_json_lines_is_a_document(tmp_path):
         (b"[1, 2]", "no field 'text' in line 2"),
         (b'{"text": 5}', "has a int as 'text' in line 2"),
         (b'{"text": "caf\xe9"}', "byte 0xe9 at line 2, offset 13"),
-        (b'{"text": "\\ud83d!"}', "half a character .*ud83d.* in line 2"),
+        (b'{"text": "\\ud83d!"}', "an unpaired surrogate .*ud83d.* in line 2"),
         (b"[" * 100_000, "not JSON Lines .line 2"),
     ],
 )
@@ -338,7 +338,7 @@ def test_invalid_bytes_of_another_encoding_are_refused_or_replaced(tmp_path):
         pieces_of("text.txt", encoding="cp1252")
     assert pieces_of("text.txt", encoding="cp1252", errors="replace") == [("x" * 100 + "\ufffdy", False)]
     (tmp_path / "half.txt").write_bytes(b"+2AA-")
-    with pytest.raises(UserError, match="half a character"):
+    with pytest.raises(UserError, match="an unpaired surrogate"):
         pieces_of("half.txt", encoding="utf-7")
     (tmp_path / "plain.txt").write_bytes(WESTERN.encode("utf-16-le"))
     with pytest.raises(UserError, match="pass --data.encoding utf-16-le"):

@@ -186,6 +186,23 @@ def test_a_schedule_ends_where_epochs_end(data, shape, limit):
     assert both == learning_rates(data, schedule, max_steps=3, **options)
 
 
+def test_a_schedule_ends_where_epochs_of_growing_steps_end(data):
+    scheduler = pl.callbacks.GradientAccumulationScheduler({0: 1, 1: 2})
+    rates, steps = [], []
+
+    class Note(pl.Callback):
+        def on_train_batch_start(self, trainer, model, *args):
+            rates.append(trainer.optimizers[0].param_groups[0]["lr"])
+            steps.append(model.total_steps)
+
+    trainer = pl.Trainer(
+        max_epochs=3, limit_train_batches=6, callbacks=[scheduler, Note()], enable_checkpointing=False, **tiny.QUIET
+    )
+    trainer.fit(LanguageModel(net=Bigram, optimizer=adamw, schedule=Schedule(warmup_steps=0)), datamodule=data)
+    assert (set(steps), trainer.global_step) == ({12}, 12)
+    assert rates[-1] == pytest.approx(2e-3 / 12)
+
+
 def test_a_schedule_without_an_end_is_refused_before_the_first_step(data):
     with pytest.raises(UserError, match=r"a linear schedule ends at the run's last step.*constant"):
         learning_rates(data, Schedule("linear"), max_time="00:00:00:05", max_epochs=-1)
@@ -301,6 +318,7 @@ def test_a_network_that_no_checkpoint_can_hold_is_refused_by_name(data):
     model = LanguageModel(net=Mine)
     pl.Trainer(max_steps=2, enable_checkpointing=False, **tiny.QUIET).fit(model, datamodule=data)
     assert type(model.net) is Mine
+    assert "net.table.weight" in model.state_dict()
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ import re
 import shutil
 import signal
 import stat
+import sys
 import time
 from pathlib import Path
 
@@ -313,16 +314,16 @@ def test_a_checkpoint_goes_from_one_process_to_two_and_back(place, alone, overla
 
 
 def test_spawned_processes_hand_the_trained_model_back(place, alone):
-    """By the command line, whose summary reads it, and resumed by the documented command."""
+    """By the command line, whose summary reads it; and resumed by the documented command."""
     folder = place / "spawn"
     flags = ["--trainer.strategy=ddp_spawn", "--trainer.devices=2", "--trainer.precision=64-true"]
-    out, err = run_afresh(folder, "fit", *TINY, *DDP, *flags, "--trainer.max_steps=7")
-    assert "Best checkpoint: " in out and "(step 7)" in out and "\nNext:\n" in out
+    out, err = run_afresh(folder, "fit", *TINY, *DDP, *flags)
+    assert "Best checkpoint: " in out and "(step 14)" in out and "\nNext:\n" in out
     assert "lmlight: error" not in err
-    run_afresh(folder, "fit", "--ckpt_path=last", "--trainer.max_steps=14")
     for name, weight in last(alone)["state_dict"].items():
-        assert last(folder)["state_dict"][name].shape == weight.shape, name
-    assert last(folder)["global_step"] == 14
+        torch.testing.assert_close(last(folder)["state_dict"][name], weight, rtol=0, atol=1e-10)
+    run_afresh(folder, "fit", "--ckpt_path=last", "--trainer.max_steps=16")
+    assert last(folder)["global_step"] == 16
 
 
 FORK = """
@@ -330,19 +331,26 @@ import sys
 import lightning.pytorch as pl
 sys.path.insert(0, {tests!r})
 import tiny
-from lmlight import LanguageModel
+import torch
+from lmlight import LanguageModel, checkpoint
+from lmlight.reliability import CheckpointFiles, KeepCheckpoints
 
 model = LanguageModel(net=tiny.net)
-options = {{**tiny.QUIET, "devices": 2, "strategy": "ddp_fork", "max_steps": 2}}
-pl.Trainer(**options, enable_checkpointing=False).fit(model, datamodule=tiny.data("../verse.txt"))
-print(repr(model.generate("MIRA:", max_new_tokens=5)), sum(weight.numel() for weight in model.parameters()))
+options = {{**tiny.QUIET, "devices": 2, "strategy": "ddp_fork", "max_steps": 2, "default_root_dir": "runs/one"}}
+trainer = pl.Trainer(**options, callbacks=[KeepCheckpoints()], plugins=[CheckpointFiles()])
+trainer.fit(model, datamodule=tiny.data("../verse.txt"))
+trained = checkpoint.read("runs/one/checkpoints/last.ckpt")
+assert trained["global_step"] == 2
+print("same:", all(torch.equal(model.state_dict()[name], weight) for name, weight in trained["state_dict"].items()))
+print(repr(model.generate("MIRA:", max_new_tokens=5)))
 """
 
 
 def test_forked_processes_hand_the_trained_model_back_to_python(place):
     out, _ = run_afresh(place / "fork", code=FORK.format(tests=str(Path(__file__).parent)))
-    text, weights = out.strip().split("\n")[-1].rsplit(" ", 1)
-    assert text.startswith("'MIRA:") and int(weights) > 10_000
+    same, text = out.strip().split("\n")[-2:]
+    assert same == "same: True"
+    assert text.startswith("'MIRA:")
 
 
 def test_averaged_weights_are_resumed_to_the_bit(place):
@@ -444,26 +452,94 @@ def test_resuming_without_the_settings_of_the_run_is_refused(trained, tmp_path, 
     assert "config.yaml" in error
 
 
-def test_a_run_from_elsewhere_cannot_name_classes_to_import(trained, tmp_path, capsys, monkeypatch):
-    """Its config.yaml is not a file that the user passed; copied to the own runs, it is trusted like one."""
-    (tmp_path / "theirs.py").write_text(
-        "import pathlib\nfrom lightning.pytorch import Callback\npathlib.Path('imported').touch()\n"
-    )
-    for folder in (tmp_path / "elsewhere", tmp_path / "runs"):
-        shutil.copytree(trained, folder / "copy")
-        config = yaml.safe_load((folder / "copy" / "config.yaml").read_text())
-        config["trainer"]["callbacks"].append({"class_path": "theirs.Callback"})
-        config["data"]["corpus"] = str(trained.parents[2] / "verse.txt")
-        (folder / "copy" / "config.yaml").write_text(yaml.safe_dump(config))
+THEIRS = "import pathlib\nfrom lightning.pytorch import Callback\npathlib.Path('imported').touch()\nf = print\n"
+FOREIGN = {
+    "a class": ("trainer", "callbacks", [{"class_path": "theirs.Callback"}]),
+    "its name alone": ("trainer", "callbacks", ["theirs.Callback"]),
+    "an optimizer": ("model", "optimizer", "theirs.f"),
+    "a function": (
+        "trainer",
+        "callbacks",
+        [{"class_path": "LambdaCallback", "init_args": {"on_fit_start": "theirs.f"}}],
+    ),
+    "a section in a file": ("trainer", None, "other.yaml"),
+    "a setting in a file": ("trainer", "logger", "other.yaml"),
+}
+
+
+@pytest.fixture
+def copied(trained, tmp_path, monkeypatch):
+    """Makes a copy of the finished run, with some setting changed, in a folder beside which a module lies."""
+    (tmp_path / "theirs.py").write_text(THEIRS)
+    (tmp_path / "other.yaml").write_text("class_path: theirs.Callback\n")
+    text = trained.parents[2] / "verse.txt"
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
+
+    def copy(folder, section, name, value):
+        shutil.copytree(trained, Path(folder) / "copy")
+        path = Path(folder) / "copy" / "config.yaml"
+        config = yaml.safe_load(path.read_text())
+        config["data"]["corpus"] = str(text)
+        if name is None:
+            config[section] = value
+        else:
+            config[section][name] = value
+        path.write_text(yaml.safe_dump(config))
+
+    yield copy
+    sys.modules.pop("theirs", None)
+
+
+@pytest.mark.parametrize("what", FOREIGN)
+def test_a_run_from_elsewhere_cannot_name_code_to_import(copied, capsys, what):
+    """Its config.yaml is not a file that the user has passed."""
+    copied("elsewhere", *FOREIGN[what])
     assert main(["fit", "--ckpt_path=elsewhere/copy"]) == 2
     error = capsys.readouterr().err
-    assert "names theirs.Callback, which would be imported" in error and error.count("\n") == 1
+    assert re.search("names (theirs|other).*, which would be imported or read", error) and error.count("\n") == 1
     assert not Path("imported").exists()
-    assert main(["fit", "--ckpt_path=runs/copy"]) == 0, capsys.readouterr().err
+
+
+def test_the_user_s_own_runs_are_trusted(copied, capsys):
+    copied("runs", *FOREIGN["a class"])
+    copied("elsewhere", *FOREIGN["its name alone"])
+    assert main(["fit", "--ckpt_path=runs/copy", "--trainer.max_steps=31"]) == 0, capsys.readouterr().err
     assert Path("imported").exists()
-    assert main(["fit", "--ckpt_path=elsewhere/copy", "--trainer.default_root_dir=elsewhere"]) == 0
+    flags = ["--trainer.default_root_dir=elsewhere", "--trainer.max_steps=31"]
+    assert main(["fit", "--ckpt_path=elsewhere/copy", *flags]) == 0, capsys.readouterr().err
+
+
+def test_a_checkpoint_alone_is_not_resumed_with_the_settings_of_a_folder_above(trained, tmp_path, capsys):
+    (tmp_path / "models").mkdir()
+    shutil.copy(trained / "checkpoints" / "last.ckpt", tmp_path / "models" / "last.ckpt")
+    shutil.copy(trained / "config.yaml", tmp_path / "config.yaml")
+    assert main(["fit", f"--ckpt_path={tmp_path / 'models' / 'last.ckpt'}"]) == 2
+    assert "the run's settings" in capsys.readouterr().err
+
+
+def test_arguments_of_the_optimizer_can_change_when_a_run_is_resumed(trained, tmp_path, capsys, monkeypatch):
+    """Although its state, and the scheduler's, hold those that it had; and a flag may fit this optimizer alone."""
+    monkeypatch.chdir(tmp_path)
+    text, seen = trained.parents[2] / "verse.txt", []
+    flags = [f"--data.corpus={text}", *tiny.FLAGS, "--trainer.max_steps=4", "--trainer.val_check_interval=4"]
+    flags += ["--model.optimizer=torch.optim.AdamW", "--model.optimizer.lr=1e-3", "--model.schedule.warmup_steps=0"]
+    assert main(["fit", *flags]) == 0
+    monkeypatch.setattr(
+        LanguageModel,
+        "on_train_batch_end",
+        lambda self, *_: seen.append(
+            {k: v for k, v in self.trainer.optimizers[0].param_groups[0].items() if k != "params"}
+        ),
+    )
+    changed = ["--model.optimizer.lr=2e-3", "--model.optimizer.amsgrad=false", "--model.optimizer.betas=[0.8,0.9]"]
+    assert main(["fit", "--ckpt_path=last", *changed, "--trainer.max_steps=8"]) == 0
+    assert "model.optimizer.lr: 0.001 -> 0.002" in capsys.readouterr().out
+    assert [group["lr"] for group in seen] == pytest.approx([2e-3 * left for left in (3 / 8, 2 / 8, 1 / 8, 0)])
+    assert {tuple(group["betas"]) for group in seen} == {(0.8, 0.9)}
+    seen.clear()
+    assert main(["fit", "--ckpt_path=last", "--trainer.max_steps=16"]) == 0
+    assert seen[0]["lr"] == pytest.approx(2e-3 * 7 / 16), "as it is in config.yaml now"
 
 
 def test_a_run_is_resumed_where_it_lies(trained, tmp_path, capsys, monkeypatch):

@@ -346,9 +346,7 @@ def test_flags_of_the_trainer_work_and_are_resumed(place, capsys, flags):
     assert lmlight(place, *given) == 0, capsys.readouterr().err
     root = [f"--trainer.{flag}" for flag in flags if flag.startswith("default_root_dir")]
     assert main(["fit", "--ckpt_path=last", "--trainer.max_steps=14", *root]) == 0, capsys.readouterr().err
-    out, err = capsys.readouterr()
-    assert "Resuming runs/" in out
-    assert "Traceback" not in err
+    assert "Resuming runs/" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("flags", ALONE, ids=" ".join)

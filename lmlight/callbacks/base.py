@@ -1,4 +1,4 @@
-"""What the callbacks ask of a trainer."""
+"""Trainer helpers that the callbacks share."""
 
 from __future__ import annotations
 

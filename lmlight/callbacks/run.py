@@ -24,7 +24,7 @@ class RunLogger(TensorBoardLogger):
     """TensorBoard files in a folder that no other run has: `runs/2025-01-31_12-00-00`, with `-2` and so on if taken.
 
     Args:
-        save_dir: the folder of all runs; null is `trainer.default_root_dir` on the command line, and `runs` elsewhere.
+        save_dir: the folder of all runs; null is `trainer.default_root_dir` on the command line and `runs` in Python.
         version: the name of this run's; null makes one from the time.
         purge_step: hide what the folder's earlier files say of this step and later ones: a resumed run says it again.
     """

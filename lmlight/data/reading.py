@@ -230,7 +230,7 @@ def _decoded(file: BinaryIO, reading: Reading, name: str) -> Iterator[str]:
                 f"it looks like {likely}, pass --data.encoding {likely}" if likely else "pass another --data.encoding"
             )
             raise UserError(f"corpus '{name}' is not {reading.encoding} ({error}): {advice}") from None
-        if reading.encoding != "utf-8":  # UTF-7 and escapes can stand for half a character
+        if reading.encoding != "utf-8":  # UTF-7 and escapes can stand for an unpaired surrogate
             text = _whole_characters(text, reading, name, f"the block at offset {offset:,}")
         if text:
             yield text
@@ -249,7 +249,7 @@ def _check_head(block: bytes, reading: Reading, name: str) -> None:
         return
     if likely := _wide_encoding(head):
         raise UserError(
-            f"corpus '{name}' looks like {likely} and is read as {reading.encoding}: pass --data.encoding {likely}"
+            f"corpus '{name}' looks like {likely} but is being read as {reading.encoding}: pass --data.encoding {likely}"
         )
     raise UserError(
         f"corpus '{name}' looks binary ({nuls:,} of its first {len(head):,} bytes are NUL): pass a text file, and "
@@ -283,7 +283,7 @@ def _undecodable(error: UnicodeDecodeError, where: str, reading: Reading, name: 
         name: of the file.
         ascii_before: whether all that came before them is ASCII.
     """
-    data, advice = error.object, "pass the encoding that it has as --data.encoding"
+    data, advice = error.object, "set --data.encoding to the file's encoding"
     encoding = "UTF-8" if reading.encoding == "utf-8" else reading.encoding
     if reading.encoding == "utf-8" and ascii_before and data[: error.start].isascii():
         # Western European: some letters beyond ASCII among many in it
@@ -373,8 +373,8 @@ def _whole_characters(text: str, reading: Reading, name: str, where: str) -> str
     lone = re.search("[\ud800-\udfff]", text)
     if lone and reading.errors == "strict":
         raise UserError(
-            f"corpus '{name}' has half a character (\\u{ord(lone[0]):04x}) in {where}: pass --data.errors replace to go "
-            "on with U+FFFD in such places"
+            f"corpus '{name}' has an unpaired surrogate (\\u{ord(lone[0]):04x}) in {where}: pass --data.errors replace to "
+            "continue with U+FFFD in such places"
         )
     return re.sub("[\ud800-\udfff]", "\ufffd", text) if lone else text
 

@@ -46,9 +46,9 @@ TRAINING_THREADS = 4
 MAX_LINE_CHARS = 1000
 # From this size on, a vocabulary that cannot hold all characters of a text leaves the rarest to the bytes.
 FEWEST_TO_LEAVE_OUT = 512
-# A SentencePiece model of a text with other line endings than LF ends with one more field, which SentencePiece skips: number
-# 200 of the protocol buffer, the first that its schema leaves to others, a string. The vocabulary alone does not tell: many
-# have a carriage return because a few lines of a large text end in one.
+# Appended to the SentencePiece model of a text whose lines do not end in LF: protobuf field 200, the first extension number,
+# a string that SentencePiece ignores. The vocabulary alone does not tell the line ending: a carriage return in it may come
+# from a few lines of a large text.
 _NEWLINE_FIELDS = {"\n": b"", "\r\n": b"\xc2\x0c\x02\r\n", "\r": b"\xc2\x0c\x01\r"}
 
 
@@ -118,7 +118,7 @@ class Tokenizer(ABC):
     def start(self) -> list[int]:
         """Ids to start from when the prompt is empty: EOS if the vocabulary has one, else the end of a line.
 
-        Of CRLF the line feed is enough: windows of the training text begin there too, and other engines want a single id.
+        For CRLF, only the LF: training windows also start after it, and other engines accept a single id.
         """
         if self.end_of_text is not None:
             return [self.end_of_text]
