@@ -278,6 +278,10 @@ class LmlightCLI(LightningCLI):
         if not 0 <= int(config.seed_everything) < 2**32:
             raise UserError(f"seed_everything must be in [0, 2**32), got {config.seed_everything}")
         init_from, ckpt_path = config.get("init_from"), config.get("ckpt_path")
+        if "" in (init_from, ckpt_path):
+            raise UserError(
+                "--ckpt_path and --init_from need a checkpoint, and got an empty text: pass best, or a file"
+            )
         if ckpt_path is None and init_from is None:
             self.config = _parse(parser, args)
             if name not in ("fit", "prepare"):
@@ -379,11 +383,11 @@ class LmlightCLI(LightningCLI):
             given = [callback for callback in given if not isinstance(callback, LearningRateMonitor)]
         ours: list[Callback] = []
         if self.subcommand == "fit":
-            # first, so that Lightning takes it for the one whose paths matter, whatever ModelCheckpoint is beside it
             trial = trainer_config["fast_dev_run"] or trainer_config["enable_checkpointing"] is False
             keepers = [callback for callback in given if isinstance(callback, KeepCheckpoints)]
             if not trial:
-                given = [*(keepers or [KeepCheckpoints()]), *(one for one in given if one not in keepers)]
+                # last, so that what it saves has the state of any ModelCheckpoint that is beside it
+                given = [*(one for one in given if one not in keepers), *(keepers or [KeepCheckpoints()])]
             theirs = any(isinstance(callback, ProgressBar) for callback in given)
             if trainer_config["enable_progress_bar"] is not False and not theirs:
                 ours.append(RunProgress())
@@ -444,10 +448,11 @@ class LmlightCLI(LightningCLI):
         if self.trainer.fast_dev_run:  # type: ignore[attr-defined]  # set late
             print("This was a trial run (trainer.fast_dev_run): nothing was saved")
             return
-        keeper = self.trainer.checkpoint_callback
-        if not isinstance(keeper, KeepCheckpoints):
+        keepers = [one for one in self.trainer.checkpoint_callbacks if isinstance(one, KeepCheckpoints)]
+        if not keepers:
             print("No checkpoints were kept")
             return
+        keeper = keepers[0]
         step = self.trainer.global_step
         if self.checkpoint and self.resuming and step == self.checkpoint["global_step"]:
             print(f"The run had already reached step {step}: to train longer, pass a larger --trainer.max_steps")

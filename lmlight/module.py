@@ -15,7 +15,13 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import BaseFinetuning, LearningRateFinder, ModelPruning, SpikeDetection
+from lightning.pytorch.callbacks import (
+    BaseFinetuning,
+    GradientAccumulationScheduler,
+    LearningRateFinder,
+    ModelPruning,
+    SpikeDetection,
+)
 from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
@@ -274,9 +280,13 @@ class LanguageModel(LightningModule):
         if self._resumed_hyperparameters:
             self._apply_changed_hyperparameters()
 
-    def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
+    def on_train_batch_start(self, batch: Batch, batch_idx: int) -> int | None:
         micro_batch = batch_idx % self.trainer.accumulate_grad_batches
         if micro_batch == 0:
+            # Lightning's count of epochs falls behind when a run is resumed from the end of one: it would train another
+            if 0 < self.total_steps <= self.global_step:
+                self.trainer.should_stop = True
+                return -1  # leaves the epoch
             self.step_loss = torch.zeros((), device=self.device)
             # `self.log` on every step would cost 1 ms, a fifth of a small step
             every: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]  # set late
@@ -288,6 +298,7 @@ class LanguageModel(LightningModule):
         torch.default_generator.manual_seed(seed)
         if self.device.type != "cpu":
             torch.get_device_module(self.device).manual_seed(seed)
+        return None
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         loss = self._net().loss(batch.inputs, batch.targets)
@@ -465,10 +476,13 @@ class LanguageModel(LightningModule):
             ends.append(trainer.max_steps)
         batches = trainer.num_training_batches  # infinite where the loader does not tell
         if (epochs := trainer.max_epochs or -1) > 0 and math.isfinite(batches):
-            scheduler = trainer.accumulation_scheduler  # type: ignore[attr-defined]  # set late
-            ends.append(
-                sum(math.ceil(batches / scheduler.get_accumulate_grad_batches(epoch)) for epoch in range(epochs))
-            )
+            callbacks = trainer.callbacks  # type: ignore[attr-defined]  # set late
+            growing = next((one for one in callbacks if isinstance(one, GradientAccumulationScheduler)), None)
+            if growing is None:
+                ends.append(epochs * math.ceil(batches / trainer.accumulate_grad_batches))
+            else:
+                accumulated = map(growing.get_accumulate_grad_batches, range(epochs))
+                ends.append(sum(math.ceil(batches / count) for count in accumulated))
         return min(ends, default=0)
 
     def _apply_changed_hyperparameters(self) -> None:

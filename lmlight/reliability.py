@@ -117,7 +117,7 @@ class KeepCheckpoints(Checkpoint):
             return
         self._stop_asked, trainer.should_stop = False, trainer.should_stop or self._stop_asked
         step = trainer.global_step
-        over = trainer.should_stop or 0 < trainer.max_steps <= step or self._last_of_all_epochs(trainer)
+        over = trainer.should_stop or 0 < getattr(pl_module, "total_steps", 0) <= step
         if loop.batch_progress.is_last_batch and not over:
             return  # Lightning does not go on exactly from between two epochs; the next step will do
         leaving = self._agree_to_leave(trainer)
@@ -142,10 +142,6 @@ class KeepCheckpoints(Checkpoint):
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._leave_if_agreed(trainer)
-
-    def _last_of_all_epochs(self, trainer: Trainer) -> bool:
-        epochs = trainer.max_epochs or -1
-        return 0 < epochs <= trainer.current_epoch + 1 and trainer.fit_loop.epoch_loop.batch_progress.is_last_batch
 
     def _agree_to_leave(self, trainer: Trainer) -> bool:
         """Whether a signal has come to any rank, which ends all of them at this step."""
@@ -181,7 +177,8 @@ class KeepCheckpoints(Checkpoint):
 def not_finite(what: str, trainer: Trainer) -> UserError:
     """The end of a run whose numbers have left the finite ones: when, at which learning rate, and where to go on from."""
     rate = max(group["lr"] for group in trainer.optimizers[0].param_groups)
-    good = getattr(trainer.checkpoint_callback, "last_model_path", "") or "none yet"
+    keepers = (one for one in trainer.checkpoint_callbacks if isinstance(one, KeepCheckpoints))
+    good = next((keeper.last_model_path for keeper in keepers), "") or "none yet"
     return UserError(
         f"{what} is not a finite number at step {trainer.global_step} (learning rate {rate:.3g}): lower the learning rate; "
         f"the last good checkpoint: {good}"

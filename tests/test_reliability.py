@@ -217,6 +217,19 @@ def test_twenty_kills_at_random_moments_change_nothing(place):
     assert scalars(path) == scalars(straight_path)
 
 
+def test_a_run_of_epochs_is_resumed_to_its_end_and_no_further(trained, tmp_path, monkeypatch, capsys):
+    """Again and again, and although Lightning's count of epochs falls behind; an epoch is 13 steps."""
+    monkeypatch.chdir(tmp_path)
+    flags = [f"--data.corpus={trained.parents[2] / 'verse.txt'}", *tiny.FLAGS, "--trainer.max_steps=-1"]
+    flags += ["--trainer.callbacks=SmoothLoss", "--data.batch_size=16", "--trainer.val_check_interval=5"]
+    assert main(["fit", *flags, "--trainer.max_epochs=1"]) == 0
+    steps = last(tmp_path)["global_step"]
+    for epochs in (1, 2, 2, 3, 4, 4):
+        assert main(["fit", "--ckpt_path=last", f"--trainer.max_epochs={epochs}"]) == 0, capsys.readouterr().err
+        assert last(tmp_path)["global_step"] == epochs * steps
+        assert last(tmp_path)["lr_schedulers"][0]["last_epoch"] == epochs * steps
+
+
 def test_a_second_signal_ends_at_once(place):
     act = "os.kill(os.getpid(), signal.SIGTERM); os.kill(os.getpid(), signal.SIGTERM); print('still here')"
     folder = place / "twice"
