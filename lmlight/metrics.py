@@ -43,9 +43,9 @@ class TextLoss(Metric):
             targets: (B, T) token ids; `UNSCORED` ones do not count.
             target_chars: (B, T) the characters that the targets stand for; 0 where unscored.
         """
-        self.nats += losses.sum(dtype=SUM_DTYPE)
-        self.tokens += (targets != UNSCORED).sum()
-        self.characters += target_chars.sum(dtype=SUM_DTYPE)
+        self.nats = self.nats + losses.sum(dtype=SUM_DTYPE)
+        self.tokens = self.tokens + (targets != UNSCORED).sum()
+        self.characters = self.characters + target_chars.sum(dtype=SUM_DTYPE)
 
     def compute(self) -> dict[str, Tensor]:
         loss, nats_per_char = self.nats / self.tokens, self.nats / self.characters

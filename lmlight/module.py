@@ -21,6 +21,7 @@ from lightning.pytorch.callbacks import (
     LearningRateFinder,
     ModelPruning,
     SpikeDetection,
+    StochasticWeightAveraging,
 )
 from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.trainer.states import TrainerFn
@@ -48,6 +49,8 @@ UNSUPPORTED: dict[type[Callback], str] = {
     BaseFinetuning: f"it freezes modules {NOT_BUILT_YET}; freeze them in configure_model of a subclass of LanguageModel",
     LearningRateFinder: "it sets model.lr, but the learning rate is the optimizer's: compare values of --model.optimizer.lr",
     ModelPruning: f"it looks for parameters {NOT_BUILT_YET}",
+    StochasticWeightAveraging: "it replaces the schedule, so the run could not be resumed; use WeightAveraging or "
+    "EMAWeightAveraging",
     SpikeDetection: "it cannot load its own state, so the run could not be resumed; a loss that is not finite stops any run",
 }
 """Lightning's callbacks that would end in an error of their own, and why."""
@@ -130,11 +133,13 @@ class LanguageModel(LightningModule):
             hparams_file: ignored; the checkpoint has the settings.
             strict: ignored; the checkpoint defines the network, so the weights always match.
             weights_only: ignored; only weights and plain values are ever read.
-            kwargs: arguments of the constructor that replace the checkpoint's, such as `sampling` or `optimizer`.
+            kwargs: arguments of the constructor that replace the checkpoint's, such as `sampling` or `optimizer`; not `net`.
 
         Raises:
-            UserError: see `checkpoint.read`; there is no such device.
+            UserError: see `checkpoint.read`; there is no such device; `net` is given.
         """
+        if "net" in kwargs:
+            raise UserError("load_from_checkpoint builds the network that the checkpoint describes: leave out net")
         content = checkpoints.read(checkpoint_path)
         net = checkpoints.net_of(content)
         arguments = {

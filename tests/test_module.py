@@ -285,6 +285,26 @@ def test_a_checkpoint_of_another_net_is_named(data, tmp_path):
         )
 
 
+def test_fit_validate_and_test_in_any_order_in_one_process(data):
+    """Lightning validates in inference mode outside of `fit`; what the metrics keep must not."""
+    trainer, model = trained(data, steps=2, val_check_interval=1, check_val_every_n_epoch=None)
+    before = trainer.validate(model, datamodule=data, verbose=False)[0]["val/nats_per_char"]
+    trainer.test(model, datamodule=data, verbose=False)
+    again = pl.Trainer(
+        max_steps=2, val_check_interval=1, check_val_every_n_epoch=None, enable_checkpointing=False, **tiny.QUIET
+    )
+    again.fit(model, datamodule=data)
+    after = again.validate(model, datamodule=data, verbose=False)[0]["val/nats_per_char"]
+    assert after == float(again.callback_metrics["val/nats_per_char"]) < before
+
+
+def test_a_corpus_may_be_a_path_and_nothing_odd(verse_file):
+    assert TextDataModule(verse_file).corpus == str(verse_file)
+    for odd in ([verse_file], 3, None):
+        with pytest.raises(UserError, match=r"data\.corpus must be a path"):
+            TextDataModule(odd)
+
+
 def test_data_with_another_tokenizer_is_refused(data, verse_file):
     """Its ids would mean other pieces to the model: figures and training would be silently wrong."""
     _, model = trained(data, steps=1)
@@ -376,6 +396,8 @@ def test_load_from_checkpoint_brings_the_run_s_sampling_and_takes_lightning_s_ar
     assert loaded.generate("MIRA:") == model.generate("MIRA:")
     changed = LanguageModel.load_from_checkpoint(str(tmp_path / "x.ckpt"), sampling=Sampling(top_k=3), seed=5)
     assert (changed.sampling, changed.seed) == (Sampling(top_k=3), 5)
+    with pytest.raises(UserError, match="leave out net"):
+        LanguageModel.load_from_checkpoint(tmp_path / "x.ckpt", net=Bigram)
     with pytest.raises(UserError, match="map_location 'nowhere' is not a device"):
         LanguageModel.load_from_checkpoint(tmp_path / "x.ckpt", map_location="nowhere")
 

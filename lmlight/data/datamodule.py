@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 import sys
 import unicodedata
@@ -124,6 +125,12 @@ class TextDataModule(LightningDataModule):
                 f"subword_sampling draws by a unigram model's scores, which a {tokenizer.kind} tokenizer does not have: "
                 "set --data.tokenizer.kind unigram, or --data.subword_sampling null"
             )
+        corpora = {"corpus": corpus, "val_corpus": val_corpus, "test_corpus": test_corpus}
+        for name, given in corpora.items():
+            if not (isinstance(given, (str, os.PathLike)) or (given is None and name != "corpus")):
+                raise UserError(f"data.{name} must be a path, a pattern, an address or a corpus's name, got {given!r}")
+        corpus = os.fspath(corpus)
+        val_corpus, test_corpus = (given and os.fspath(given) for given in (val_corpus, test_corpus))
         self.corpus, self.block_size, self.batch_size = corpus, block_size, batch_size
         reading = Reading(field, separator, errors, encoding)
         self._text = Text(corpus, val_fraction, val_corpus, test_corpus, reading, tokenizer, cache)
