@@ -117,7 +117,13 @@ def test_random_numbers_follow_from_seed_step_micro_batch_and_rank():
     for seed, step, micro_batch, rank in [*places, *reversed(places)]:
         model = LanguageModel(seed=seed)
         model._trainer = SimpleNamespace(
-            accumulate_grad_batches=2, log_every_n_steps=1, global_step=step, global_rank=rank
+            accumulate_grad_batches=2,
+            log_every_n_steps=1,
+            global_step=step,
+            global_rank=rank,
+            max_steps=-1,
+            max_epochs=-1,
+            num_training_batches=math.inf,
         )
         model.on_train_batch_start(None, 2 * step + micro_batch)
         numbers = tuple(torch.rand(4).tolist())
