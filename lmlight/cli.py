@@ -458,7 +458,8 @@ class LmlightCLI(LightningCLI):
             print(f"The run had already reached step {step}: to train longer, pass a larger --trainer.max_steps")
             return
         if not keeper.best_model_path:
-            print("No validation was run")
+            where = f"; the weights are in {os.path.relpath(keeper.last_model_path)}" if keeper.last_model_path else ""
+            print(f"No validation was run{where}")
             return
         path = os.path.relpath(keeper.best_model_path)
         best = checkpoints.read(path)

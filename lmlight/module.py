@@ -129,7 +129,8 @@ class LanguageModel(LightningModule):
 
         Args:
             checkpoint_path: the file.
-            map_location: the device for the weights, such as `"cuda"`; None is the CPU.
+            map_location: the device for the weights, such as `"cuda"`. None, a function or a dict is the CPU, which is where
+                weights are always read to.
             hparams_file: ignored; the checkpoint has the settings.
             strict: ignored; the checkpoint defines the network, so the weights always match.
             weights_only: ignored; only weights and plain values are ever read.
@@ -149,7 +150,7 @@ class LanguageModel(LightningModule):
         model = cls(**{**arguments, **kwargs})
         model.net, model.tokenizer, model.block_size = net, checkpoints.tokenizer_of(content), net.block_size
         model.settings = content[checkpoints.KEY]["settings"]
-        if map_location is not None:
+        if isinstance(map_location, (str, int, torch.device)):
             try:
                 model.to(map_location)
             except (RuntimeError, AssertionError, TypeError, AttributeError) as error:  # torch raises any of them

@@ -559,6 +559,12 @@ def test_a_logger_whose_library_is_missing_is_one_line(verse_file, capsys, monke
     assert "WandbLogger cannot be created" in error
 
 
+def test_a_run_without_a_validation_says_where_its_weights_are(verse_file, tmp_path, capsys):
+    assert main(["fit", f"--data.corpus={verse_file}", *TINY, "--trainer.val_check_interval=100"]) == 0
+    (last,) = tmp_path.glob("runs/*/checkpoints/last.ckpt")
+    assert f"No validation was run; the weights are in {last.relative_to(tmp_path)}\n" in capsys.readouterr().out
+
+
 def test_how_often_checkpoints_are_kept_can_be_set(verse_file, tmp_path, monkeypatch):
     written = []
     monkeypatch.setattr(checkpoint, "write", lambda content, path: written.append((path.name, content["global_step"])))

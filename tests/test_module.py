@@ -402,6 +402,7 @@ def test_load_from_checkpoint_brings_the_run_s_sampling_and_takes_lightning_s_ar
     assert loaded.generate("MIRA:") == model.generate("MIRA:")
     changed = LanguageModel.load_from_checkpoint(str(tmp_path / "x.ckpt"), sampling=Sampling(top_k=3), seed=5)
     assert (changed.sampling, changed.seed) == (Sampling(top_k=3), 5)
+    LanguageModel.load_from_checkpoint(tmp_path / "x.ckpt", map_location=lambda storage, location: storage)
     with pytest.raises(UserError, match="leave out net"):
         LanguageModel.load_from_checkpoint(tmp_path / "x.ckpt", net=Bigram)
     with pytest.raises(UserError, match="map_location 'nowhere' is not a device"):
