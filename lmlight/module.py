@@ -245,11 +245,13 @@ class LanguageModel(LightningModule):
 
     def _take_sizes(self) -> tuple[int, int]:
         """The vocabulary's size and the block's, from the data unless they are known."""
-        data = getattr(self.trainer, "datamodule", None)
-        if self.tokenizer is None:
-            self.tokenizer = getattr(data, "tokenizer", None)
-        if self.block_size is None:
-            self.block_size = getattr(data, "block_size", None)
+        if self.tokenizer is None or self.block_size is None:
+            try:
+                data = getattr(self.trainer, "datamodule", None)
+            except RuntimeError:  # Lightning's way to say that there is no trainer
+                raise UserError(NO_NETWORK) from None
+            self.tokenizer = self.tokenizer or getattr(data, "tokenizer", None)
+            self.block_size = self.block_size or getattr(data, "block_size", None)
         if self.tokenizer is None or self.block_size is None:
             raise UserError(
                 "the model has no tokenizer: train with a TextDataModule, or load a checkpoint (--ckpt_path) to predict"

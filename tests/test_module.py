@@ -427,9 +427,18 @@ def test_a_state_dict_can_be_loaded_into_a_model_without_a_network(data):
     other.load_state_dict({f"net.{name}": weight for name, weight in model.net.state_dict().items()})
 
 
+def test_a_network_can_be_built_without_a_trainer(data):
+    _, model = trained(data, steps=1)
+    other = LanguageModel(net=tiny.net)
+    other.tokenizer, other.block_size = model.tokenizer, 16
+    other.configure_model()
+    assert other.generate("MIRA:", max_new_tokens=3).startswith("MIRA:")
+
+
 def test_misuse_says_what_to_call_first(data):
     model, built = LanguageModel(), trained(data, steps=1)[1]
     for use in (
+        model.configure_model,
         lambda: model.generate("a"),
         lambda: model(torch.zeros(1, 1, dtype=torch.long)),
         lambda: model.stream("a"),
