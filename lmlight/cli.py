@@ -112,10 +112,14 @@ class RunTrainer(Trainer):
             made: str | None = str(self.default_root_dir)
             if ours := next((logger for logger in self.loggers if isinstance(logger, RunLogger)), None):
                 made = ours.log_dir
-            elif self.state.fn == "fit" and not self.fast_dev_run and self.is_global_zero:  # type: ignore[attr-defined]
+            elif self.state.fn == "fit" and not self._leaves_nothing and self.is_global_zero:
                 made = str(checkpoints.new_run(Path(self.default_root_dir)))
             self.run_folder = str(self.strategy.broadcast(made))
         return self.run_folder
+
+    @property
+    def _leaves_nothing(self) -> bool:
+        return bool(self.fast_dev_run or self.barebones)  # type: ignore[attr-defined]  # set late
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """In a process that a strategy has spawned, where Lightning would be as talkative as ever."""
@@ -194,11 +198,12 @@ class SaveConfig(SaveConfigCallback):
                 beside.write_text(self.parser.dump(self.config, skip_unset=False), encoding="utf-8")
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """A run that failed before it began leaves no folder: `rmdir` takes empty ones alone."""
+        """A run that failed before it began leaves no folders: `rmdir` takes empty ones alone."""
         assert isinstance(trainer, RunTrainer)
         if trainer.run_folder and trainer.is_global_zero:
             with suppress(OSError):
                 Path(trainer.run_folder).rmdir()
+                Path(trainer.run_folder).parent.rmdir()
 
 
 class LmlightCLI(LightningCLI):
