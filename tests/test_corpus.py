@@ -306,8 +306,8 @@ def test_the_error_names_the_likely_encoding(name, data, likely, tmp_path):
     ("data", "says"),
     [
         (b"caf\xc3\xa9, caf\xe9", "repair the file, or pass --data.errors replace"),
-        (RUSSIAN.encode("cp1251"), "pass the encoding that it has as --data.encoding"),
-        (b"caf\xc3", "pass the encoding that it has as --data.encoding"),
+        (RUSSIAN.encode("cp1251"), "set --data.encoding to the file's encoding"),
+        (b"caf\xc3", "set --data.encoding to the file's encoding"),
     ],
 )
 def test_no_encoding_is_guessed_where_there_is_no_reason_to(data, says, tmp_path):
