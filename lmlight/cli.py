@@ -191,7 +191,8 @@ class SaveConfig(SaveConfigCallback):
         """Nothing: Lightning's would write here."""
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        folder = Path(trainer.log_dir)  # type: ignore[arg-type]  # RunTrainer's; on every rank, for it is broadcast
+        assert isinstance(trainer, RunTrainer)
+        folder = Path(trainer.log_dir)  # on every rank, because it is broadcast
         if trainer.is_global_zero:
             folder.mkdir(parents=True, exist_ok=True)
             with files.whole(folder / CONFIG) as beside:
@@ -358,7 +359,7 @@ class LmlightCLI(LightningCLI):
             raise mistake from error
         self.model.check_net(self.datamodule.block_size)
         if self.subcommand == "fit":
-            self.model.check_run(self.trainer)
+            self.model.check_run(self.trainer)  # as Lightning will have it do, but before a strategy launches processes
         if self.checkpoint is not None:
             self.model.tokenizer = self.datamodule.tokenizer = checkpoints.tokenizer_of(self.checkpoint)
             self.model.block_size = self.checkpoint[checkpoints.KEY]["net"]["config"]["block_size"]
@@ -405,13 +406,14 @@ class LmlightCLI(LightningCLI):
         trainer_config["callbacks"] = [callback for callback in given if callback not in averaging]
         try:
             trainer = self._instantiate_trainer(trainer_config, [*ours, *averaging])
-            trainer.run_folder = str(self.resumed) if self.resumed else None  # type: ignore[attr-defined]  # RunTrainer's
-            return trainer
         except (TypeError, ValueError, ImportError, NotImplementedError) as error:  # Lightning's, about its arguments
             raise UserError(str(error)) from error
+        assert isinstance(trainer, RunTrainer)
+        trainer.run_folder = str(self.resumed) if self.resumed else None
+        return trainer
 
     def _prepare_fit(self, trainer_config: dict[str, Any]) -> None:
-        """Gives a run its folder, and leaves out what Lightning's modes for trials and for raw speed do without."""
+        """Tells RunLogger where the run's folder is, or leaves out what `barebones` does without."""
         loggers = trainer_config["logger"]
         trainer_config["default_root_dir"] = trainer_config["default_root_dir"] or "runs"
         several = loggers if isinstance(loggers, list) else [loggers]

@@ -14,6 +14,5 @@ def validates_fit(trainer: Trainer) -> bool:
 
 def run_folder(trainer: Trainer) -> Path | None:
     """Where a run keeps its files; None for a trial (`fast_dev_run`), which leaves none. All ranks must call it together."""
-    if trainer.fast_dev_run or not trainer.log_dir:  # type: ignore[attr-defined]  # set late
-        return None
-    return Path(trainer.log_dir)
+    folder = None if trainer.fast_dev_run else trainer.log_dir  # type: ignore[attr-defined]  # set late
+    return Path(folder) if folder else None
