@@ -95,7 +95,7 @@ class Peak:
 def prepare(path: Path, cache: str) -> None:
     from lmlight import TextDataModule
     from lmlight.data import corpus
-    from lmlight.data.store import TokenStore, _cores
+    from lmlight.data.token_store import TokenStore, _cores
     from lmlight.data.tokenizer import TokenizerConfig
 
     began = time.perf_counter()
@@ -206,7 +206,7 @@ def resegment(path: Path, cache: str, shards: int) -> None:
     """Segments shards of a text afresh, in this process and in as many as there are cores."""
     from lmlight import TextDataModule
     from lmlight.data import store
-    from lmlight.data.subwords import SubwordSampling
+    from lmlight.data.subword_regularization import SubwordSampling
 
     data = TextDataModule(str(path), cache=cache)
     data.prepare_data()
@@ -233,13 +233,13 @@ def resegment(path: Path, cache: str, shards: int) -> None:
 def peers(path: Path, megabytes: int, rounds: int) -> None:
     from lmlight.data import store
     from lmlight.data.corpus import Corpus
-    from lmlight.data.reading import Reading
+    from lmlight.data.reading import TextFormat
     from lmlight.data.tokenizer import SentencePieceTokenizer, TokenizerConfig
 
     cores = store._cores()
     with path.open("rb") as file:
         text = file.read(megabytes * 1_000_000).decode("utf-8", "ignore")
-    pieces = list(Corpus(str(path), (path,), Reading(), "", False).passages(0, len(text)))
+    pieces = list(Corpus(str(path), (path,), TextFormat(), "", False).passages(0, len(text)))
     tokenizer = TokenizerConfig().train(text, len(text))
     assert isinstance(tokenizer, SentencePieceTokenizer)
     processor = tokenizer._processor
@@ -256,7 +256,7 @@ def peers(path: Path, megabytes: int, rounds: int) -> None:
     }
     from tokenizers import Tokenizer
 
-    from lmlight.interchange.hf_tokenizer import tokenizer_json
+    from lmlight.export.hf_tokenizer import tokenizer_json
 
     exported = json.dumps(tokenizer_json(tokenizer))
     other = Tokenizer.from_str(exported)

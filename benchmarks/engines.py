@@ -49,9 +49,9 @@ import xllamacpp
 
 from lmlight import Sampling
 from lmlight.data import corpus
-from lmlight.generation import continue_ids
-from lmlight.interchange import command
-from lmlight.interchange.model import Model
+from lmlight.export import command
+from lmlight.export.model import Model
+from lmlight.generation import generate_ids
 from lmlight.models.base import Weights
 
 PROMPT = "ROMEO:\nWhat say you"
@@ -67,7 +67,7 @@ Run = Callable[[list[int], int], tuple[float, list[int]]]
 def ours(model: Model, weights: Weights) -> Write:
     def write(prompt: list[int], new: int) -> list[int]:
         sampling = Sampling(max_new_tokens=new, temperature=0, weights=weights)
-        return [step.ids[0] for step in continue_ids(model.net, [prompt], sampling, [0])]
+        return [step.ids[0] for step in generate_ids(model.net, [prompt], sampling, [0])]
 
     return write
 

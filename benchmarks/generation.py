@@ -38,7 +38,7 @@ from torch import nn
 import lmlight  # first: it bounds how long torch's threads spin
 from lmlight import Sampling, Transformer, checkpoint
 from lmlight.data import corpus
-from lmlight.generation import continue_ids
+from lmlight.generation import generate_ids
 from lmlight.models import GPT2, LLAMA, Net
 from lmlight.models.base import Weights
 from lmlight.models.decoding import product
@@ -52,7 +52,7 @@ Write = Callable[[list[int], int], Any]
 
 def ours(net: Net) -> Write:
     def write(prompt: list[int], new: int) -> None:
-        for _ in continue_ids(net, [prompt], Sampling(max_new_tokens=new), [1337]):
+        for _ in generate_ids(net, [prompt], Sampling(max_new_tokens=new), [1337]):
             pass
 
     return write
@@ -137,7 +137,7 @@ def step_times(net: Net, batch: int, prompt: int, new: int) -> list[float]:
     """Seconds of each step after the prompt's."""
     began, times = time.perf_counter(), []
     prompts = torch.randint(net.vocab_size, (batch, prompt)).tolist()
-    for _ in continue_ids(net, prompts, Sampling(max_new_tokens=new), list(range(batch))):
+    for _ in generate_ids(net, prompts, Sampling(max_new_tokens=new), list(range(batch))):
         times.append(time.perf_counter() - began)
         began = time.perf_counter()
     return times[1:]
@@ -213,7 +213,7 @@ def rounded_weights(rounds: int, ckpt_path: Path | None) -> dict[str, float]:
 
 
 def steps_with(net: Net, prompts: list[list[int]], weights: Weights) -> None:
-    for _ in continue_ids(net, prompts, Sampling(max_new_tokens=100, weights=weights), list(range(len(prompts)))):
+    for _ in generate_ids(net, prompts, Sampling(max_new_tokens=100, weights=weights), list(range(len(prompts)))):
         pass
 
 
@@ -242,7 +242,7 @@ def prompts_and_windows(rounds: int) -> dict[str, float]:
     prompt = torch.randint(65, (200,)).tolist()
     sampling = Sampling(max_new_tokens=1)
     passes = seconds_of(
-        rounds, {name: (lambda n=net: list(continue_ids(n, [prompt], sampling, [1]))) for name, net in nets.items()}
+        rounds, {name: (lambda n=net: list(generate_ids(n, [prompt], sampling, [1]))) for name, net in nets.items()}
     )
     results = {f"prefill {name}": value for name, value in passes.items()}
     print("\n| positions | prompt of 200, ms | ms a token within the block | beyond it, median | mean | longest |")

@@ -21,8 +21,8 @@ import lightning.pytorch as pl
 from lightning.pytorch.profilers import SimpleProfiler
 
 from lmlight import LanguageModel, TextDataModule, callbacks
-from lmlight.callbacks import RunLogger
-from lmlight.cli import TRAINER_DEFAULTS
+from lmlight.training.callbacks import RunLogger
+from lmlight.training.cli import TRAINER_DEFAULTS
 
 
 class TimedLogger(RunLogger):

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lmlight import Transformer
-from lmlight.cache import cache_dir
+from lmlight.data.cache import cache_dir
 from lmlight.models import GPT2, LLAMA
 
 NANOGPT = "lightning-gpt==0.1.1"  # nanoGPT's and minGPT's files as they were in 2023

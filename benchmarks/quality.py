@@ -29,8 +29,8 @@ import peers
 import torch
 
 from lmlight.data import corpus
-from lmlight.data.sampler import scored_windows
 from lmlight.data.tokenizer import CharTokenizer
+from lmlight.data.windows import eval_windows
 
 
 def timed(command: list[str], cwd: Path) -> list[tuple[float, str]]:
@@ -100,7 +100,7 @@ def run_nanogpt(folder: Path) -> dict[str, Any]:
     model.load_state_dict(content["model"])
     ids, nats = tokenizer.encode(train)[-1:] + tokenizer.encode(val), 0.0
     with torch.no_grad():
-        for start, length, _ in scored_windows(len(ids), 64, 64):
+        for start, length, _ in eval_windows(len(ids), 64, 64):
             window = torch.tensor(ids[start : start + length + 1])
             _, loss = model(window[None, :-1], window[None, 1:])
             nats += loss.item() * length

@@ -36,12 +36,12 @@ from torch import Tensor
 
 import lmlight  # first: it bounds how long torch's threads spin
 from lmlight import LanguageModel, TextDataModule, Transformer, callbacks
-from lmlight.callbacks import RunLogger, RunProgress
-from lmlight.cli import TRAINER_DEFAULTS
 from lmlight.data.tokenizer import TokenizerConfig
 from lmlight.models import GPT2, LLAMA
 from lmlight.optim import Muon, parameter_groups
-from lmlight.reliability import KeepCheckpoints
+from lmlight.training.callbacks import RunLogger, RunProgress
+from lmlight.training.checkpointing import BestLastCheckpoint
+from lmlight.training.cli import TRAINER_DEFAULTS
 
 # a round: given a number of steps, the seconds that each of them took
 Round = Callable[[int], list[float]]
@@ -74,7 +74,7 @@ def lmlight_fit(data: TextDataModule, model: Callable[[], LanguageModel] = Langu
                 limit_val_batches=0,
                 accelerator="cpu",
                 logger=RunLogger(folder),
-                callbacks=[times, *watching, progress, KeepCheckpoints()],
+                callbacks=[times, *watching, progress, BestLastCheckpoint()],
             )
             trainer.fit(model(), datamodule=data)
         return list(np.diff(times.began))

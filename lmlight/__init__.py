@@ -7,19 +7,19 @@ import os
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from lmlight.data.datamodule import TextDataModule
     from lmlight.generation import Sampling
     from lmlight.models import Bigram, Transformer
-    from lmlight.module import LanguageModel
+    from lmlight.training.datamodule import TextDataModule
+    from lmlight.training.module import LanguageModel
 
 __version__ = "0.1.0"
 __all__ = ["Bigram", "LanguageModel", "Sampling", "TextDataModule", "Transformer"]
 
 _HOMES = {
     "Bigram": "lmlight.models",
-    "LanguageModel": "lmlight.module",
+    "LanguageModel": "lmlight.training.module",
     "Sampling": "lmlight.generation",
-    "TextDataModule": "lmlight.data.datamodule",
+    "TextDataModule": "lmlight.training.datamodule",
     "Transformer": "lmlight.models",
 }
 

@@ -6,15 +6,15 @@ import sys
 from collections.abc import Callable, Sequence
 
 import lmlight
-from lmlight.commands import COMMANDS, unknown, usage
+from lmlight.command_line import COMMANDS, unknown, usage
 from lmlight.errors import UserError, say
 
 LIGHT = {
-    "cache": ("lmlight.cache", "main"),
-    "chat": ("lmlight.chat", "main"),
-    "curves": ("lmlight.curves", "main"),
-    "export": ("lmlight.interchange.command", "export"),
-    "import": ("lmlight.interchange.command", "import_"),
+    "cache": ("lmlight.commands.cache", "main"),
+    "chat": ("lmlight.commands.chat", "main"),
+    "curves": ("lmlight.commands.curves", "main"),
+    "export": ("lmlight.export.command", "export"),
+    "import": ("lmlight.export.command", "import_"),
 }
 
 
@@ -42,7 +42,7 @@ def main(args: Sequence[str] | None = None) -> int:
         if command not in COMMANDS and not command.startswith("-"):  # a command may follow options, such as --config
             raise unknown(command)
         if command not in LIGHT:
-            from lmlight import cli
+            from lmlight.training import cli
 
             return cli.main(args)
         module, name = LIGHT[command]

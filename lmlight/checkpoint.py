@@ -5,7 +5,7 @@
 - A kill or a full disk at any moment leaves the file of before (`files.whole`).
 - The end of the file is a *seal*, the SHA-256 of all before it, inside the zip archive's comment, where torch does not mind
   it: torch itself does not notice a flipped bit.
-- Reading checks the seal and uses `weights_only=True`, which refuses a pickle that would run code.
+- TextFormat checks the seal and uses `weights_only=True`, which refuses a pickle that would run code.
 
 Free of lightning.
 """
@@ -34,14 +34,14 @@ from lmlight.data.tokenizer import Tokenizer, from_bytes
 from lmlight.errors import UserError
 from lmlight.models import NETS, Net
 
-KEY = "lmlight"
+METADATA_KEY = "lmlight"
 LAYOUT = 2  # raised when a file of the older kind can no longer be read as it is
 FOLDER = "checkpoints"  # of a run's folder
 NET_PREFIX = "net."  # the net's part of the LightningModule's state_dict
 SEAL = b"lmlight sha256 "  # followed by 64 hexadecimal digits
 
 
-def describe(
+def model_metadata(
     net: Net,
     tokenizer: Tokenizer,
     sampling: Mapping[str, Any] = MappingProxyType({}),
@@ -165,9 +165,9 @@ def check(content: dict[str, Any], path: str | Path) -> dict[str, Any]:
     Raises:
         UserError: it is not one of lmlight's, or of another layout.
     """
-    if KEY not in content:
+    if METADATA_KEY not in content:
         raise _not_ours(path)
-    described = content[KEY]
+    described = content[METADATA_KEY]
     if described.get("layout") != LAYOUT:
         raise UserError(
             f"checkpoint '{path}' was written by lmlight {described.get('lmlight_version')} in layout "
@@ -205,7 +205,7 @@ def find(name: str | Path, runs: str | Path, prefer: Literal["best", "last"]) ->
     return path
 
 
-def new_run(runs: Path) -> Path:
+def make_run_dir(runs: Path) -> Path:
     """Makes the folder of a run, named after the time, which no other run has: only one of two processes can make it.
 
     Raises:
@@ -229,7 +229,7 @@ def new_run(runs: Path) -> Path:
 
 def tokenizer_of(checkpoint: dict[str, Any]) -> Tokenizer:
     """The tokenizer inside a checkpoint that `read` gave."""
-    data: Tensor = checkpoint[KEY]["tokenizer"]
+    data: Tensor = checkpoint[METADATA_KEY]["tokenizer"]
     return from_bytes(data.numpy().tobytes())
 
 
@@ -248,17 +248,17 @@ def net_of(checkpoint: dict[str, Any]) -> Net:
 
 def untrained_net_of(checkpoint: dict[str, Any]) -> Net:
     """A net like the one inside a checkpoint that `read` gave, with weights of its own."""
-    described = checkpoint[KEY]["net"]
+    described = checkpoint[METADATA_KEY]["net"]
     return NETS[described["class"]](**described["config"])
 
 
-def check_same_net(checkpoint: dict[str, Any], net: Net) -> None:
+def check_compatible(checkpoint: dict[str, Any], net: Net) -> None:
     """Whether `net` can take the checkpoint's weights; its dropout may differ.
 
     Raises:
         UserError: another class or size.
     """
-    described = checkpoint[KEY]["net"]
+    described = checkpoint[METADATA_KEY]["net"]
     ours, theirs = {"class": name_of(net), **net.config}, {"class": described["class"], **described["config"]}
     differing = {k for k in ours.keys() | theirs.keys() if ours.get(k) != theirs.get(k)} - {"dropout"}
     if differing:

@@ -21,7 +21,7 @@ from typing import Literal, NamedTuple, get_args
 import torch
 from torch import Tensor
 
-from lmlight.data.tokenizer import CONTROL_CHARACTERS, Detokenizer, Tokenizer
+from lmlight.data.tokenizer import CONTROL_CHARACTERS, StreamingDecoder, Tokenizer
 from lmlight.errors import UserError
 from lmlight.models.base import Cache, Net, Weights
 
@@ -42,7 +42,7 @@ class Sampling:
             al. 2019, https://arxiv.org/abs/1909.05858); 1 is none, above 1 repeats less.
         stop: end where one of these texts has been written; it is not part of what is given back. A line break in it matches
             `\\n` and `\\r\\n`.
-        samples: texts for each prompt, the first with `seed`, the next with `seed` + 1, and so on.
+        num_samples: texts for each prompt, the first with `seed`, the next with `seed` + 1, and so on.
         exact_window: beyond the net's `block_size`, give it the last `block_size` tokens anew for each token, which costs as
             much as that. Else a net with rotary positions keeps what it knows of the last `block_size` tokens, which knew
             of earlier ones in turn; one with learned positions, which end there, begins anew with the later half.
@@ -61,7 +61,7 @@ class Sampling:
     min_p: float | None = None
     repetition_penalty: float = 1.0
     stop: list[str] = field(default_factory=list)
-    samples: int = 1
+    num_samples: int = 1
     exact_window: bool = False
     seed: int = 1337
     weights: Weights = "full"
@@ -81,13 +81,13 @@ class Sampling:
             raise UserError(f"repetition_penalty must be above 0, got {self.repetition_penalty}")
         if isinstance(self.stop, str) or not all(isinstance(text, str) and text for text in self.stop):
             raise UserError(f"stop must be a list of texts that are not empty, got {self.stop!r}")
-        if self.samples < 1:
-            raise UserError(f"samples must be at least 1, got {self.samples}")
+        if self.num_samples < 1:
+            raise UserError(f"num_samples must be at least 1, got {self.num_samples}")
         if self.weights not in get_args(Weights):
             raise UserError(f"weights must be one of {', '.join(get_args(Weights))}, got {self.weights!r}")
 
 
-def penalise(logits: Tensor, present: Tensor, penalty: float) -> Tensor:
+def apply_repetition_penalty(logits: Tensor, present: Tensor, penalty: float) -> Tensor:
     """Logits (B, V) with those of the tokens that are `present`, boolean (B, V), moved away."""
     return torch.where(present, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
 
@@ -133,7 +133,7 @@ class Step(NamedTuple):
 
 
 @torch.inference_mode()
-def continue_ids(
+def generate_ids(
     net: Net, prompts: Sequence[Sequence[int]], sampling: Sampling, seeds: Sequence[int]
 ) -> Iterator[Step]:
     """Continues token sequences side by side, each as if it were alone.
@@ -141,7 +141,7 @@ def continue_ids(
     Args:
         net: used as it is; put it into `eval()` first, or dropout takes part.
         prompts: B sequences of at least one id each, of any lengths; the last `block_size` ids count.
-        sampling: how, and how much; its seed and `samples` are not looked at.
+        sampling: how, and how much; its seed and `num_samples` are not looked at.
         seeds: of each sequence.
 
     Yields:
@@ -164,7 +164,7 @@ def continue_ids(
             logits = logits.float()
         wanted = logits
         if sampling.repetition_penalty != 1:
-            wanted = penalise(logits, present, sampling.repetition_penalty)
+            wanted = apply_repetition_penalty(logits, present, sampling.repetition_penalty)
         tokens = sample_one_token(wanted, sampling, uniforms[:, step : step + 1])
         if sampling.repetition_penalty != 1:
             present.scatter_(1, tokens, True)
@@ -209,13 +209,13 @@ def generate(net: Net, idx: Tensor, sampling: Sampling) -> Tensor:
     Args:
         net: used as it is; put it into `eval()` first, or dropout takes part.
         idx: (B, T) ids with T at least 1.
-        sampling: how, and how much. Row i takes the seed `sampling.seed` + i; `stop` and `samples` are for texts.
+        sampling: how, and how much. Row i takes the seed `sampling.seed` + i; `stop` and `num_samples` are for texts.
 
     Returns:
         (B, T + max_new_tokens) ids, beginning with `idx`.
     """
     seeds = [sampling.seed + row for row in range(len(idx))]
-    new = [step.ids for step in continue_ids(net, idx.tolist(), sampling, seeds)]
+    new = [step.ids for step in generate_ids(net, idx.tolist(), sampling, seeds)]
     made = torch.tensor(new, dtype=idx.dtype, device=idx.device).reshape(len(new), len(idx)).T
     return torch.cat((idx, made), dim=1)
 
@@ -237,7 +237,7 @@ class TextStream:
         text: what has been written, without the prompt and the stop text.
         tokens: the ids written, to the one that completed the stop text.
         logprobs: the natural logarithm of the probability that the net gave to each, before any filter, if asked for.
-        finished: `length`; `stop`, at a stop text or the end of the document; or None while it is being written.
+        finish_reason: `length`; `stop`, at a stop text or the end of the document; or None while it is being written.
 
     Raises:
         UserError: the prompt has a character that the tokenizer does not know.
@@ -245,32 +245,32 @@ class TextStream:
 
     def __init__(self, tokenizer: Tokenizer, prompt: str, sampling: Sampling, seed: int) -> None:
         self.prompt, self.seed = prompt, seed
-        self._end_of_text = tokenizer.end_of_text
-        self.ids = tokenizer.encode_prompt(prompt) or tokenizer.start
+        self._end_of_text = tokenizer.eos_id
+        self.ids = tokenizer.encode_prompt(prompt) or tokenizer.bos_ids
         self.text = ""
         self.tokens: list[int] = []
         self.logprobs: list[float] = []
-        self.finished: Literal["length", "stop"] | None = None
+        self.finish_reason: Literal["length", "stop"] | None = None
         self._stop = [
             *dict.fromkeys(re.sub("\r?\n", newline, text) for text in sampling.stop for newline in ("\n", "\r\n"))
         ]
         self._held = ""  # the beginning, perhaps, of a stop text
-        self._detokenizer = Detokenizer(tokenizer, self.ids if prompt else ())
+        self._detokenizer = StreamingDecoder(tokenizer, self.ids if prompt else ())
 
     def push(self, index: int) -> str:
         """Adds a token; gives the text that has become certain."""
         self.tokens.append(index)
         text = self._release(self._detokenizer.push(index))
-        if index == self._end_of_text and self.finished is None:
-            self.finished = "stop"
+        if index == self._end_of_text and self.finish_reason is None:
+            self.finish_reason = "stop"
             text, self.text = text + self._held, self.text + self._held
         return text
 
     def end(self) -> str:
         """No more tokens will come; gives the rest of the text."""
         rest = self._release(self._detokenizer.flush())
-        if self.finished is None:
-            self.finished = "length"
+        if self.finish_reason is None:
+            self.finish_reason = "length"
             self.text += self._held
             rest += self._held
         return rest
@@ -279,7 +279,7 @@ class TextStream:
         text = self._held + text
         found = [at for stop in self._stop if (at := text.find(stop)) >= 0]
         if found:
-            text, self.finished = text[: min(found)], "stop"
+            text, self.finish_reason = text[: min(found)], "stop"
         else:
             held = max((_overlap(text, stop) for stop in self._stop), default=0)
             text, self._held = text[: len(text) - held], text[len(text) - held :]
@@ -292,23 +292,23 @@ def _overlap(text: str, stop: str) -> int:
     return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:n])), 0)
 
 
-def begin(tokenizer: Tokenizer, prompts: Sequence[str], sampling: Sampling) -> list[TextStream]:
-    """The streams that `write` is to fill: `sampling.samples` for each prompt, one after the other."""
+def start_streams(tokenizer: Tokenizer, prompts: Sequence[str], sampling: Sampling) -> list[TextStream]:
+    """The streams that `generate_text` is to fill: `sampling.num_samples` for each prompt, one after the other."""
     return [
         TextStream(tokenizer, prompt, sampling, sampling.seed + sample)
         for prompt in prompts
-        for sample in range(sampling.samples)
+        for sample in range(sampling.num_samples)
     ]
 
 
-def write(
+def generate_text(
     net: Net, streams: Sequence[TextStream], sampling: Sampling, logprobs: bool = False
 ) -> Iterator[tuple[TextStream, str]]:
     """Writes texts side by side, each as if it were alone.
 
     Args:
         net: used as it is; put it into `eval()` first, or dropout takes part.
-        streams: from `begin`; finished at the end.
+        streams: from `start_streams`; finished at the end.
         sampling: how, and how much.
         logprobs: note each token's log-probability.
 
@@ -318,25 +318,25 @@ def write(
     if not streams:
         return
     seeds = [stream.seed for stream in streams]
-    for step in continue_ids(net, [stream.ids for stream in streams], sampling, seeds):
+    for step in generate_ids(net, [stream.ids for stream in streams], sampling, seeds):
         noted = None
         if logprobs:
             chosen = torch.tensor(step.ids, device=step.logits.device)[:, None]
             noted = step.logits.log_softmax(-1).gather(1, chosen)[:, 0].tolist()
         for row, stream in enumerate(streams):
-            if stream.finished is None:
+            if stream.finish_reason is None:
                 if noted is not None:
                     stream.logprobs.append(noted[row])
                 if piece := stream.push(step.ids[row]):
                     yield stream, piece
-        if all(stream.finished for stream in streams):
+        if all(stream.finish_reason for stream in streams):
             return
     for stream in streams:
-        if stream.finished is None and (piece := stream.end()):
+        if stream.finish_reason is None and (piece := stream.end()):
             yield stream, piece
 
 
-def printable(text: str, after: str = "") -> str:
+def escape_control_characters(text: str, after: str = "") -> str:
     """Makes text safe to print: control characters, which could move the cursor, show as escapes such as `\\x1b`.
 
     Args:

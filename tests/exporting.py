@@ -55,7 +55,11 @@ def stirred(kind, *sizes, **options):
 def save(path, net, tokenizer, **more):
     settings, sampling = {"data": {"corpus": "somewhere/verse.txt"}}, {"temperature": 0.8}
     state = {f"net.{k}": v for k, v in net.state_dict().items()}
-    content = {"state_dict": state, checkpoint.KEY: checkpoint.describe(net, tokenizer, sampling, settings), **more}
+    content = {
+        "state_dict": state,
+        checkpoint.METADATA_KEY: checkpoint.model_metadata(net, tokenizer, sampling, settings),
+        **more,
+    }
     checkpoint.write(content, path)
     return str(path)
 

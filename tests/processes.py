@@ -1,7 +1,7 @@
 """Processes of `lmlight`: started afresh, as a user does; or forked, which spares each the seconds that imports take.
 
-A forked one is as real: its own memory, signals and exit status. It begins where `import lmlight.cli` ends, in a server that
-has run no test, so that nothing of one test reaches another.
+A forked one is as real: its own memory, signals and exit status. It begins where
+`import lmlight.training.cli` ends, in a server that has run no test, so that nothing of one test reaches another.
 """
 
 import multiprocessing
@@ -12,10 +12,10 @@ import sys
 import tempfile
 from pathlib import Path
 
-from lmlight.data.store import nameless_main
+from lmlight.data.token_store import nameless_main
 
 FORKING = multiprocessing.get_context("forkserver" if sys.platform == "linux" else "spawn")
-FORKING.set_forkserver_preload(["lmlight.cli", "lmlight.pictures", "torch.utils.tensorboard"])
+FORKING.set_forkserver_preload(["lmlight.training.cli", "lmlight.pictures", "torch.utils.tensorboard"])
 LONGEST = 100  # seconds: below pytest's own limit, which would leave the process behind
 
 

@@ -22,14 +22,14 @@ def test_imports_run_one_way(monkeypatch):
         "torch": [
             "",
             ".__main__",
-            ".cache",
-            ".curves",
+            ".commands.cache",
+            ".commands.curves",
             ".data.corpus",
             ".data.tokenizer",
-            ".data.store",
+            ".data.token_store",
             ".data.resegment",
         ],
-        "lightning safetensors google.protobuf": [".generation", ".checkpoint", ".chat", ".interchange.command"],
+        "lightning safetensors google.protobuf": [".generation", ".checkpoint", ".commands.chat", ".export.command"],
     }.items(),
 )
 def test_light_parts_do_not_wait_for_heavy_ones(absent, modules):

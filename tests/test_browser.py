@@ -16,7 +16,7 @@ from exporting import HOSTILE, ROOT, make, save
 from lmlight.__main__ import main
 from lmlight.data.tokenizer import CharTokenizer, TokenizerConfig
 from lmlight.errors import UserError
-from lmlight.generation import Sampling, begin, write
+from lmlight.generation import Sampling, generate_text, start_streams
 from lmlight.models import GPT2, Bigram
 
 pytest.importorskip("onnxscript", reason="needs the extra `onnx`")
@@ -115,8 +115,8 @@ def test_greedy_text_is_ours_and_goes_on_beyond_the_block(name, tokenizers, fold
     opened(browser, site, name)
     sampling = Sampling(max_new_tokens=4 * BLOCK, temperature=0)
     for prompt in ("MIRA:\n  river", "", "a much longer prompt than the block of this small net has room for, by far "):
-        (stream,) = begin(tokenizer, [prompt], sampling)
-        ours = "".join(piece for _, piece in write(net, [stream], sampling))
+        (stream,) = start_streams(tokenizer, [prompt], sampling)
+        ours = "".join(piece for _, piece in generate_text(net, [stream], sampling))
         theirs = written(browser, prompt=prompt, temperature=0, tokens=4 * BLOCK)
         # how many U+FFFD stand for bytes that are no character is each decoder's own affair
         assert re.sub("\ufffd+", "\ufffd", theirs) == re.sub("\ufffd+", "\ufffd", ours)
@@ -171,7 +171,7 @@ def test_seeds_repeat_and_temperature_is_heard(tokenizers, folder, site, browser
 
 
 def test_a_text_ends_where_a_document_does(folder, site, browser):
-    tokenizer = CharTokenizer("abc", end_of_text=True)
+    tokenizer = CharTokenizer("abc", eos_id=True)
     net = Bigram(tokenizer.vocab_size, BLOCK)
     net.table.weight.data.zero_()
     for index, follows in ((3, 0), (0, 1), (1, 2), (2, 3)):

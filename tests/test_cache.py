@@ -3,10 +3,10 @@
 import processes
 import pytest
 
-from lmlight import cache
 from lmlight.__main__ import main
-from lmlight.data.reading import Passage
-from lmlight.data.store import TokenStore
+from lmlight.commands import cache
+from lmlight.data.reading import TextChunk
+from lmlight.data.token_store import TokenStore
 from lmlight.data.tokenizer import CharTokenizer
 
 
@@ -17,7 +17,7 @@ def filled(tmp_path, monkeypatch):
     TokenStore.write(
         folder / "tokens" / "abc",
         "print",
-        {"train": [Passage("abc" * 1000)]},
+        {"train": [TextChunk("abc" * 1000)]},
         CharTokenizer("abc"),
         {"corpus": "my.txt", "vocab_size": 3},
     )

@@ -15,23 +15,23 @@ from lightning.pytorch.callbacks import EMAWeightAveraging
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from lmlight import Bigram, LanguageModel, Transformer, checkpoint
-from lmlight.callbacks import (
+from lmlight.data.loader import Batch
+from lmlight.errors import UserError
+from lmlight.generation import escape_control_characters
+from lmlight.training.callbacks import (
     DEFAULT,
+    HParamsLogger,
     LearningCurve,
     Pictures,
     RunLogger,
     SampleText,
-    SettingsTable,
     SmoothLoss,
     Throughput,
     TokenEmbedding,
-    TrainingSample,
+    TrainSubsetEval,
     UpdateRatio,
 )
-from lmlight.data.tokens import Batch
-from lmlight.errors import UserError
-from lmlight.generation import printable
-from lmlight.reliability import CheckpointFiles, KeepCheckpoints
+from lmlight.training.checkpointing import AtomicCheckpointIO, BestLastCheckpoint
 
 STEPS, VALIDATIONS = 8, (4, 8)
 
@@ -82,11 +82,11 @@ def watched(tmp_path_factory, verse):
         SmoothLoss(over=2),
         Throughput(),
         UpdateRatio(),
-        TrainingSample(windows=7),
+        TrainSubsetEval(windows=7),
         SampleText(prompts=["", "MIRA:\n"], max_new_tokens=12, temperature=0.7),
         Pictures(tokens=9, blocks=[2], heads=[1, 4, 9]),
         TokenEmbedding(most=50),
-        SettingsTable(),
+        HParamsLogger(),
         LearningCurve(),
     ]
 
@@ -148,7 +148,7 @@ class Clock(Callback):
         self.now += 1e-6  # so that the matrix product that is measured takes time too
         return self.now
 
-    def as_batch(self, batch):
+    def identity_collate(self, batch):
         self.now += 0.25
         return batch
 
@@ -161,9 +161,9 @@ class Clock(Callback):
 
 def test_throughput_leaves_validations_out_and_knows_what_was_waited_for(verse_file, tmp_path, monkeypatch):
     clock = Clock()
-    monkeypatch.setattr("lmlight.callbacks.scalars.time", clock)
-    monkeypatch.setattr("lmlight.data.tokens.time", clock)
-    monkeypatch.setattr("lmlight.data.tokens.as_batch", clock.as_batch)
+    monkeypatch.setattr("lmlight.training.callbacks.scalars.time", clock)
+    monkeypatch.setattr("lmlight.data.loader.time", clock)
+    monkeypatch.setattr("lmlight.data.loader.identity_collate", clock.identity_collate)
     fit(verse_file, tmp_path / "runs", [Throughput(), clock], tiny.net)
     (run,) = (tmp_path / "runs").iterdir()
     events = EventAccumulator(str(run)).Reload()
@@ -177,7 +177,7 @@ def test_throughput_leaves_validations_out_and_knows_what_was_waited_for(verse_f
 
 def test_throughput_is_that_of_all_devices(monkeypatch):
     clock, model, logged = Clock(), LanguageModel(), {}
-    monkeypatch.setattr("lmlight.callbacks.scalars.time", clock)
+    monkeypatch.setattr("lmlight.training.callbacks.scalars.time", clock)
     monkeypatch.setattr(model, "log_dict", logged.update)
     model.net, model.step_loss, model.step_is_logged = tiny.net(400, 16), torch.zeros(()), True
     trainer = SimpleNamespace(
@@ -231,7 +231,7 @@ def test_verse_keeps_its_lines_and_says_how_it_was_made(watched):
     settings, _, verse = text.partition("\n\n")
     assert settings == "temperature 0.7, seed 1337, step 8"
     plain = model.generate("MIRA:\n", max_new_tokens=12, temperature=0.7)
-    assert [line.removeprefix("    ") for line in verse.split("\n")] == printable(plain).split("\n")
+    assert [line.removeprefix("    ") for line in verse.split("\n")] == escape_control_characters(plain).split("\n")
     assert "verse/from nothing/text_summary" in events.Tags()["tensors"]
 
 
@@ -279,7 +279,7 @@ def test_pictures_hold_the_net_s_own_numbers(verse_file, tmp_path, drawn):
     first = next(iter(data.val_dataloader()))
     losses = F.cross_entropy(model.net(first.inputs[:1]).mT, first.targets[:1], reduction="none")[0]
     assert surprise[:16] == pytest.approx(losses.detach().numpy(), rel=1e-5)
-    assert pieces[:16] == [model.tokenizer.piece(index) for index in first.targets[0].tolist()]
+    assert pieces[:16] == [model.tokenizer.id_to_piece(index) for index in first.targets[0].tolist()]
     assert len(drawn["surprise"]) == 2, "at the first validation, for nothing had been spent, and at the last"
 
 
@@ -287,7 +287,7 @@ def test_a_bigram_s_table_is_its_probabilities(verse_file, tmp_path, drawn):
     _, model, data = fit(verse_file, tmp_path / "runs", [Pictures(), TokenEmbedding()], Bigram)
     table, labels = drawn["bigram_table"][-1]
     frequent = np.bincount(data.val_ids).argsort()[::-1][0]
-    assert labels[0] == model.tokenizer.piece(int(frequent)).replace("\n", "↵")
+    assert labels[0] == model.tokenizer.id_to_piece(int(frequent)).replace("\n", "↵")
     assert table[0, 0] == pytest.approx(float(model.net.table.weight[frequent].softmax(-1)[frequent]))
     assert "attention_map" not in drawn
 
@@ -328,10 +328,10 @@ def test_settings_are_a_row_to_sort_by_figures(watched):
 
 
 def test_settings_that_do_not_change_what_is_learned_are_not_in_the_row(verse_file, tmp_path):
-    from lmlight.cli import main
+    from lmlight.training.cli import main
 
     flags = [f"--data.corpus={verse_file}", *tiny.FLAGS, "--trainer.max_steps=2", "--seed_everything=7"]
-    assert main(["fit", *flags, "--model.sampling.temperature=0.3", "--trainer.callbacks=SettingsTable"]) == 0
+    assert main(["fit", *flags, "--model.sampling.temperature=0.3", "--trainer.callbacks=HParamsLogger"]) == 0
     (run,) = (tmp_path / "runs").iterdir()
     found, _ = hparams_of(run)
     assert found["seed"].number_value == 7
@@ -356,14 +356,14 @@ class Average(Callback):
 
 
 def test_averaged_weights_are_what_is_scored_and_kept(verse_file, tmp_path):
-    plain, keeper = Average(0.8), KeepCheckpoints()
+    plain, keeper = Average(0.8), BestLastCheckpoint()
     model = LanguageModel(net=tiny.net)
     trainer = pl.Trainer(
         max_steps=8,
         val_check_interval=4,
         check_val_every_n_epoch=None,
         callbacks=[EMAWeightAveraging(decay=0.8), plain, keeper],
-        plugins=[CheckpointFiles()],
+        plugins=[AtomicCheckpointIO()],
         **tiny.QUIET,
     )
     pl.seed_everything(1, verbose=False)
@@ -379,9 +379,9 @@ def test_averaged_weights_are_what_is_scored_and_kept(verse_file, tmp_path):
 
 def test_averaged_weights_are_what_is_sampled(verse_file, tmp_path):
     """Wherever the command line's user has put the callback: taking the averages away comes last."""
-    from lmlight.cli import main
+    from lmlight.training.cli import main
 
-    sample = "{class_path: lmlight.callbacks.SampleText, init_args: {prompts: ['MIRA:'], max_new_tokens: 20}}"
+    sample = "{class_path: lmlight.training.callbacks.SampleText, init_args: {prompts: ['MIRA:'], max_new_tokens: 20}}"
     averaging = "{class_path: EMAWeightAveraging, init_args: {decay: 0.8}}"
     flags = [f"--data.corpus={verse_file}", *tiny.FLAGS, "--trainer.max_steps=8", "--trainer.val_check_interval=8"]
     assert main(["fit", *flags, f"--trainer.callbacks=[{averaging}, {sample}]"]) == 0
@@ -390,7 +390,7 @@ def test_averaged_weights_are_what_is_sampled(verse_file, tmp_path):
         EventAccumulator(str(run)).Reload().Tensors("verse/MIRA:/text_summary")[-1].tensor_proto.string_val[0].decode()
     )
     best = LanguageModel.load_from_checkpoint(run / "checkpoints/best.ckpt")
-    expected = printable(best.generate("MIRA:", max_new_tokens=20)).split("\n")
+    expected = escape_control_characters(best.generate("MIRA:", max_new_tokens=20)).split("\n")
     assert [line.removeprefix("    ") for line in text.partition("\n\n")[2].split("\n")] == expected
 
 
@@ -420,7 +420,7 @@ def test_the_curve_is_a_table_a_picture_and_other_axes(watched):
 
 def test_the_seconds_of_a_run_go_on_where_it_does(monkeypatch):
     now = iter([50.0, 57.0])
-    monkeypatch.setattr("lmlight.callbacks.curve.time", SimpleNamespace(monotonic=lambda: next(now)))
+    monkeypatch.setattr("lmlight.training.callbacks.learning_curve.time", SimpleNamespace(monotonic=lambda: next(now)))
     curve = LearningCurve()
     curve.load_state_dict({"rows": [], "seconds": 100.0})
     curve.on_train_start(None, None)
@@ -439,7 +439,7 @@ def test_characters_seen_are_those_of_the_windows(watched):
     "make",
     [
         lambda: SmoothLoss(over=0),
-        lambda: TrainingSample(windows=0),
+        lambda: TrainSubsetEval(windows=0),
         lambda: Pictures(tokens=0),
         lambda: Pictures(share=2.0),
     ],

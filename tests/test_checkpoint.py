@@ -1,4 +1,4 @@
-"""Reading what may be missing, damaged, foreign or hostile."""
+"""TextFormat what may be missing, damaged, foreign or hostile."""
 
 import os
 import pickle
@@ -16,7 +16,7 @@ from lmlight.models import Bigram, Transformer
 def save(path, net):
     content = {
         "state_dict": {f"net.{k}": v for k, v in net.state_dict().items()},
-        checkpoint.KEY: checkpoint.describe(net, CharTokenizer("abc"), {}, {"data": {"corpus": "x"}}),
+        checkpoint.METADATA_KEY: checkpoint.model_metadata(net, CharTokenizer("abc"), {}, {"data": {"corpus": "x"}}),
     }
     torch.save(content, path)
     return path
@@ -43,7 +43,7 @@ class Exploit:
 def test_a_pickle_that_would_run_code_is_refused(tmp_path, monkeypatch, force):
     monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", force)
     harm = tmp_path / "harm"
-    torch.save({"state_dict": {}, checkpoint.KEY: Exploit(harm)}, tmp_path / "x.ckpt")
+    torch.save({"state_dict": {}, checkpoint.METADATA_KEY: Exploit(harm)}, tmp_path / "x.ckpt")
     with pytest.raises(UserError, match="run code"):
         checkpoint.read(tmp_path / "x.ckpt")
     (tmp_path / "y.ckpt").write_bytes(pickle.dumps(Exploit(harm)))

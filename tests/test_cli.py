@@ -18,13 +18,14 @@ import torch
 import yaml
 
 import lmlight
-from lmlight import Bigram, LanguageModel, Sampling, TextDataModule, Transformer, chat, checkpoint
+from lmlight import Bigram, LanguageModel, Sampling, TextDataModule, Transformer, checkpoint
 from lmlight.__main__ import main as typed
-from lmlight.cli import main
+from lmlight.commands import chat
 from lmlight.data.tokenizer import CharTokenizer, TokenizerConfig
-from lmlight.generation import printable
-from lmlight.interchange.model import Model
+from lmlight.export.model import Model
+from lmlight.generation import escape_control_characters
 from lmlight.optim import Muon, Schedule
+from lmlight.training.cli import main
 
 TINY = [*tiny.FLAGS, "--trainer.max_steps=6", "--trainer.val_check_interval=3"]
 
@@ -114,7 +115,12 @@ def test_predict_prints_the_same_text_for_the_same_seed(finished, capsys, tmp_pa
 def test_predict_streams_what_it_files(finished, capsys, tmp_path):
     """A prompt's samples, on the terminal and as JSON Lines; in a batch or alone; the log-probabilities are the net's."""
     _, _, best = finished
-    arguments = ["predict", f"--ckpt_path={best}", "--model.sampling.max_new_tokens=8", "--model.sampling.samples=2"]
+    arguments = [
+        "predict",
+        f"--ckpt_path={best}",
+        "--model.sampling.max_new_tokens=8",
+        "--model.sampling.num_samples=2",
+    ]
     arguments += ["--model.sampling.stop=[ee]", '--data.prompts=["MIRA:", "", "OLD"]']
     assert main(arguments) == 0
     printed = capsys.readouterr().out
@@ -125,7 +131,10 @@ def test_predict_streams_what_it_files(finished, capsys, tmp_path):
     alone = [json.loads(line) for line in Path("alone.jsonl").read_text("utf-8").split("\n")[:-1]]
     assert [text["prompt"] for text in texts] == ["MIRA:"] * 2 + [""] * 2 + ["OLD"] * 2
     assert [text["seed"] for text in texts] == [1337, 1338] * 3
-    assert printed == f"\n{'-' * 40}\n".join(printable(t["prompt"] + t["completion"]) for t in texts) + "\n"
+    assert (
+        printed
+        == f"\n{'-' * 40}\n".join(escape_control_characters(t["prompt"] + t["completion"]) for t in texts) + "\n"
+    )
     model = LanguageModel.load_from_checkpoint(best)
     for text, single in zip(texts, alone):
         assert text["logprobs"] == pytest.approx(single.pop("logprobs"), abs=1e-4)
@@ -176,7 +185,7 @@ def test_chat_streams_verse_and_takes_settings(finished):
     out, err = processes.run_afresh("chat", best, typed=typed)
     first, again = (part.split("\n\n")[0] for part in out.split("MIRA:")[1:3])
     text = LanguageModel.load_from_checkpoint(best).generate("MIRA:", max_new_tokens=5, seed=1337)
-    assert first == again == printable(text.removeprefix("MIRA:"))
+    assert first == again == escape_control_characters(text.removeprefix("MIRA:"))
     assert "a value of type float is wanted, got 'x'" in out
     assert "there is no /colour" in out
     assert "weights must be one of full, int8, got 'int4'" in out
@@ -372,9 +381,9 @@ def test_a_mistake_is_one_line_and_leaves_nothing(name, finished, verse, tmp_pat
     torch.save({"state_dict": {}}, tmp_path / "foreign.ckpt")
     content = checkpoint.read(finished[2])
     torch.save(content, tmp_path / "good.ckpt")
-    content[checkpoint.KEY]["settings"]["model"]["optimizer"]["class_path"] = "subprocess.Popen"
+    content[checkpoint.METADATA_KEY]["settings"]["model"]["optimizer"]["class_path"] = "subprocess.Popen"
     torch.save(content, tmp_path / "hostile.ckpt")
-    content[checkpoint.KEY]["settings"]["model"]["optimizer"] = "subprocess.Popen"
+    content[checkpoint.METADATA_KEY]["settings"]["model"]["optimizer"] = "subprocess.Popen"
     torch.save(content, tmp_path / "hostile-too.ckpt")
     before = set(tmp_path.iterdir())
 
@@ -390,7 +399,7 @@ def test_a_mistake_is_one_line_and_leaves_nothing(name, finished, verse, tmp_pat
 
 
 def test_the_next_command_is_one_that_can_be_typed_here(tmp_path, monkeypatch):
-    from lmlight.cli import _command
+    from lmlight.training.cli import _command
 
     script = tmp_path / "environment" / "bin" / "lmlight"
     script.parent.mkdir(parents=True)
@@ -487,7 +496,7 @@ def test_without_a_logger_runs_have_folders_of_their_own_too(verse_file, tmp_pat
 CSV = "{class_path: CSVLogger, init_args: {save_dir: logs}}"
 
 
-@pytest.mark.parametrize("logger", [CSV, f"[{CSV}, {{class_path: lmlight.callbacks.RunLogger}}]", "true"])
+@pytest.mark.parametrize("logger", [CSV, f"[{CSV}, {{class_path: lmlight.training.callbacks.RunLogger}}]", "true"])
 def test_other_loggers_leave_the_run_a_folder_of_its_own(verse_file, tmp_path, capsys, logger):
     """With its config, checkpoints and curve; and it is resumed there."""
     assert main(["fit", f"--data.corpus={verse_file}", *TINY, f"--trainer.logger={logger}"]) == 0, (
@@ -539,15 +548,15 @@ def test_the_run_s_sampling_is_that_of_its_checkpoint(verse_file, tmp_path, caps
     assert (model.sampling.temperature, model.sampling.repetition_penalty) == (0, 1.3)
     sample = out.split("at the last validation\n\n")[1].split("\n\nNext:\n")[0]
     (prompt,) = json.loads(shlex.split(out.split("Next:\n")[1].split("\n")[0])[-1])
-    assert sample == printable(model.generate(prompt, max_new_tokens=150))
+    assert sample == escape_control_characters(model.generate(prompt, max_new_tokens=150))
     plain = LanguageModel.load_from_checkpoint(best, sampling=Sampling(temperature=0))
     assert plain.generate("MIRA:", max_new_tokens=40) != model.generate("MIRA:", max_new_tokens=40)
     assert (
         main(["predict", f"--ckpt_path={best}", '--data.prompts=["MIRA:"]', "--model.sampling.max_new_tokens=40"]) == 0
     )
-    assert capsys.readouterr().out == printable(model.generate("MIRA:", max_new_tokens=40)) + "\n"
+    assert capsys.readouterr().out == escape_control_characters(model.generate("MIRA:", max_new_tokens=40)) + "\n"
     typed, _ = processes.run_afresh("chat", best, typed="/max_new_tokens 40\nMIRA:\n")
-    assert printable(model.generate("MIRA:", max_new_tokens=40)).removeprefix("MIRA:") in typed
+    assert escape_control_characters(model.generate("MIRA:", max_new_tokens=40)).removeprefix("MIRA:") in typed
 
 
 def test_a_logger_whose_library_is_missing_is_one_line(verse_file, capsys, monkeypatch):
@@ -568,7 +577,10 @@ def test_a_run_without_a_validation_says_where_its_weights_are(verse_file, tmp_p
 def test_how_often_checkpoints_are_kept_can_be_set(verse_file, tmp_path, monkeypatch):
     written = []
     monkeypatch.setattr(checkpoint, "write", lambda content, path: written.append((path.name, content["global_step"])))
-    keeper = ["--trainer.callbacks=lmlight.reliability.KeepCheckpoints", "--trainer.callbacks.every_n_steps=2"]
+    keeper = [
+        "--trainer.callbacks=lmlight.training.checkpointing.BestLastCheckpoint",
+        "--trainer.callbacks.every_n_steps=2",
+    ]
     flags = ["--trainer.limit_val_batches=0", "--trainer.max_steps=5"]
     assert main(["fit", f"--data.corpus={verse_file}", *TINY, *keeper, *flags]) == 0
     assert written == [("last.ckpt", 2), ("last.ckpt", 4), ("last.ckpt", 5)]

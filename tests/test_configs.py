@@ -7,7 +7,7 @@ import torch
 import yaml
 
 from lmlight import checkpoint
-from lmlight.cli import main
+from lmlight.training.cli import main
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 # over other configs; ddp and fsdp train in test_reliability.py, with two processes

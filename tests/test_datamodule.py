@@ -12,13 +12,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from lightning.pytorch.trainer.states import TrainerFn
 
-from lmlight.cache import cache_dir
-from lmlight.data import reading, store
-from lmlight.data.datamodule import TextDataModule, _first_words
-from lmlight.data.subwords import SubwordSampler, SubwordSampling
+from lmlight.data import reading, token_store
+from lmlight.data.cache import cache_dir
+from lmlight.data.loader import IGNORE_INDEX
+from lmlight.data.subword_regularization import SubwordSampler, SubwordSampling
 from lmlight.data.tokenizer import CharTokenizer, TokenizerConfig
-from lmlight.data.tokens import UNSCORED
 from lmlight.errors import UserError
+from lmlight.training.datamodule import TextDataModule, _first_words
 
 UNIGRAM = TokenizerConfig("unigram", 400)
 
@@ -50,7 +50,7 @@ def rows(loader):
 
 
 def scored(loader):
-    return [target for _, targets in rows(loader) for target in targets if target != UNSCORED]
+    return [target for _, targets in rows(loader) for target in targets if target != IGNORE_INDEX]
 
 
 def characters(loader):
@@ -226,7 +226,7 @@ def test_every_character_of_the_last_tenth_is_scored_once(verse, case, block_siz
 def test_validation_windows_do_not_overlap_and_all_is_scored(verse_file):
     loader = ready(verse_file).val_dataloader()
     for batch in loader:
-        assert UNSCORED not in batch.targets
+        assert IGNORE_INDEX not in batch.targets
     inputs = [token for row, _ in rows(loader) for token in row]
     assert inputs[1:] == scored(loader)[:-1]
 
@@ -234,7 +234,7 @@ def test_validation_windows_do_not_overlap_and_all_is_scored(verse_file):
 @pytest.mark.parametrize("block_size", [7, 16])
 def test_the_sliding_test_gives_half_a_block_of_context(verse_file, block_size):
     plain, sliding = ready(verse_file, block_size=block_size).test_dataloader()
-    contexts = [targets.count(UNSCORED) for _, targets in rows(sliding)]
+    contexts = [targets.count(IGNORE_INDEX) for _, targets in rows(sliding)]
     assert contexts[0] == 0
     assert set(contexts[1:]) == {block_size // 2}
     assert len(rows(sliding)) > len(rows(plain))
@@ -341,8 +341,8 @@ def stories_file(name="stories.jsonl", stories=STORIES):
 )
 def test_documents_end_with_a_token_that_no_text_gives(tokenizer):
     data = ready(stories_file(), tokenizer=tokenizer, val_fraction=0.5)
-    encode, end = data.tokenizer.encode, data.tokenizer.end_of_text
-    assert end is not None and data.tokenizer.piece(end) == "<|endoftext|>"
+    encode, end = data.tokenizer.encode, data.tokenizer.eos_id
+    assert end is not None and data.tokenizer.id_to_piece(end) == "<|endoftext|>"
     assert end not in encode("<|endoftext|>")
     assert data.tokenizer.decode([end]) == ""
     assert data.tokenizer.char_counts[end] == 0
@@ -360,7 +360,7 @@ def test_documents_end_with_a_token_that_no_text_gives(tokenizer):
 
 
 def test_a_text_without_documents_gets_no_such_token(verse_file):
-    assert ready(verse_file).tokenizer.end_of_text is None
+    assert ready(verse_file).tokenizer.eos_id is None
     assert "<|endoftext|>" not in ready(verse_file).tokenizer.pieces
 
 
@@ -377,7 +377,7 @@ def test_a_given_tokenizer_without_that_token_says_so():
 
 def test_documents_survive_sampled_segmentations():
     data = ready(stories_file(), subword_sampling=SubwordSampling(0.1), tokenizer=TokenizerConfig("unigram", 280))
-    end = data.tokenizer.end_of_text
+    end = data.tokenizer.eos_id
     drawn = data._train_windows(0).ids
     plain = np.array(data._train_ids)
     assert not np.array_equal(drawn, plain)
@@ -613,7 +613,7 @@ def test_scoring_asks_nothing_of_the_batch_size(verse_file):
 
 @pytest.fixture
 def small_shards(monkeypatch):
-    monkeypatch.setattr(store, "SHARD_CHARS", 1000)
+    monkeypatch.setattr(token_store, "SHARD_CHARS", 1000)
     monkeypatch.setattr(reading, "PASSAGE", 500)
     monkeypatch.setattr(reading, "MAX_LINE", 200)
 
@@ -703,7 +703,7 @@ def test_a_sample_begins_with_a_line_of_the_validation_text(verse, verse_file):
     for text in ("ab" * 1000, "x\n" * 1000, "x" + "\n" * 2000, "文字" * 1000):  # nothing that could be called a line
         for kind in ("unigram", "char"):
             data = ready_on(text, tokenizer=TokenizerConfig(kind, 400), block_size=8)
-            assert data.tokenizer.decode(data.tokenizer.encode(data.opening)) == data.opening
+            assert data.tokenizer.decode(data.tokenizer.encode(data.sample_prompt)) == data.sample_prompt
 
 
 @pytest.mark.parametrize("kind", ["unigram", "char"])

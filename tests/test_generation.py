@@ -8,18 +8,18 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lmlight.data.tokenizer import CharTokenizer, Detokenizer, TokenizerConfig
+from lmlight.data.tokenizer import CharTokenizer, StreamingDecoder, TokenizerConfig
 from lmlight.errors import UserError
 from lmlight.generation import (
     Sampling,
     TextStream,
-    begin,
-    continue_ids,
+    apply_repetition_penalty,
+    escape_control_characters,
     filter_logits,
     generate,
-    penalise,
-    printable,
-    write,
+    generate_ids,
+    generate_text,
+    start_streams,
 )
 from lmlight.models import GPT2, LLAMA, Bigram, Transformer
 from lmlight.models.attention import attention_weights, repeat_heads, rotary_table
@@ -178,7 +178,7 @@ def test_beyond_the_block_rotary_nets_attend_to_the_last_tokens_each(options):
 def test_beyond_the_block_contexts_are_as_documented(options, exact):
     net = net_of(**options).double()
     context = [1, 2, 3]
-    steps = list(continue_ids(net, [context], Sampling(max_new_tokens=25, exact_window=exact), [5]))
+    steps = list(generate_ids(net, [context], Sampling(max_new_tokens=25, exact_window=exact), [5]))
     assert len(steps) == 25
     for step in steps:
         if exact or options:  # a rotary net that slides has a test of its own
@@ -194,7 +194,7 @@ def test_the_cost_of_a_token_does_not_grow_beyond_the_block(monkeypatch, options
     """Counted in positions computed: one a token, and for learned positions half a block now and then."""
     seen, embed = [], F.embedding
     monkeypatch.setattr(F, "embedding", lambda idx, *a, **k: seen.append(idx.numel()) or embed(idx, *a, **k))
-    list(continue_ids(net_of(**options), [[1] * 5], Sampling(max_new_tokens=101), [1]))
+    list(generate_ids(net_of(**options), [[1] * 5], Sampling(max_new_tokens=101), [1]))
     assert seen[0] == 5, "the prompt is one pass"
     assert sum(seen[1:]) / 100 <= most
 
@@ -204,18 +204,20 @@ def test_the_cost_of_a_token_does_not_grow_beyond_the_block(monkeypatch, options
 def test_texts_written_together_are_those_written_alone(options, exact):
     tokenizer = CharTokenizer("\nabcdefghij")
     net = (Bigram(11, 8) if options is None else net_of(**options)).double()
-    sampling = Sampling(max_new_tokens=20, exact_window=exact, samples=2, seed=3, repetition_penalty=1.2, stop=["ab"])
+    sampling = Sampling(
+        max_new_tokens=20, exact_window=exact, num_samples=2, seed=3, repetition_penalty=1.2, stop=["ab"]
+    )
     prompts = ["", "a", "cab", "bcd" * 9, "dd"]
-    together = begin(tokenizer, prompts, sampling)
-    list(write(net, together, sampling))
+    together = start_streams(tokenizer, prompts, sampling)
+    list(generate_text(net, together, sampling))
     alone = []
     for prompt in prompts:
-        alone += begin(tokenizer, [prompt], sampling)
+        alone += start_streams(tokenizer, [prompt], sampling)
         for stream in alone[-2:]:
-            list(write(net, [stream], sampling))
+            list(generate_text(net, [stream], sampling))
 
     def told(streams):
-        return [(s.prompt, s.seed, s.text, s.tokens[: len(s.text)], s.finished) for s in streams]
+        return [(s.prompt, s.seed, s.text, s.tokens[: len(s.text)], s.finish_reason) for s in streams]
 
     assert told(together) == told(alone)
     assert together[0].text != together[1].text
@@ -253,7 +255,7 @@ def test_int8_weights_are_rounded_row_by_row(rows, bias):
 def test_int8_weights_are_asked_for_by_the_sampling():
     net = net_of(vocab_size=64, block_size=32)
     full, int8 = (
-        list(continue_ids(net, [[1, 2]], Sampling(max_new_tokens=2, weights=w), [1])) for w in ("full", "int8")
+        list(generate_ids(net, [[1, 2]], Sampling(max_new_tokens=2, weights=w), [1])) for w in ("full", "int8")
     )
     assert torch.equal(full[0].logits, int8[0].logits), "the prompt sees the full ones"
     assert full[0].ids == int8[0].ids
@@ -264,8 +266,8 @@ def test_int8_weights_are_asked_for_by_the_sampling():
 def test_log_probabilities_are_the_net_s_own():
     tokenizer, net = CharTokenizer("\nabcdefghij"), net_of(block_size=32).double()
     sampling = Sampling(max_new_tokens=12, temperature=0.5, top_k=3, repetition_penalty=1.5)
-    (stream,) = begin(tokenizer, ["abc"], sampling)
-    list(write(net, [stream], sampling, logprobs=True))
+    (stream,) = start_streams(tokenizer, ["abc"], sampling)
+    list(generate_text(net, [stream], sampling, logprobs=True))
     idx = torch.tensor([stream.ids + stream.tokens])
     plain = net(idx[:, :-1]).log_softmax(-1)[0, 2:].gather(1, idx[0, 3:, None])[:, 0]
     torch.testing.assert_close(torch.tensor(stream.logprobs, dtype=torch.float64), plain.detach())
@@ -276,9 +278,9 @@ def pieces_of(text, stop):
     tokenizer = CharTokenizer("\nabcdefghij")
     stream, pieces = TextStream(tokenizer, "ab", Sampling(stop=stop), 0), []
     for index in tokenizer.encode(text):
-        if stream.finished is None:
+        if stream.finish_reason is None:
             pieces.append(stream.push(index))
-    if stream.finished is None:
+    if stream.finish_reason is None:
         pieces.append(stream.end())
     return pieces, stream
 
@@ -294,7 +296,7 @@ def test_stop_texts_end_where_they_first_stand_whole(text, stop):
         if found:
             expected, finished = text[: min(found)], "stop"
             break
-    assert (stream.text, stream.finished) == (expected, finished)
+    assert (stream.text, stream.finish_reason) == (expected, finished)
     assert "".join(pieces) == stream.text
 
 
@@ -305,16 +307,16 @@ def test_a_piece_is_given_as_soon_as_no_stop_text_can_begin_in_it():
 
 def test_the_prompt_is_not_searched_for_stop_texts():
     _, stream = pieces_of("ba", ["abb", "bb"])
-    assert (stream.text, stream.finished) == ("ba", "length")
+    assert (stream.text, stream.finish_reason) == ("ba", "length")
 
 
 @pytest.mark.parametrize("stop", [[], ["abc"]])
 def test_a_text_ends_where_its_document_does(stop):
-    tokenizer = CharTokenizer("abc", end_of_text=True)
+    tokenizer = CharTokenizer("abc", eos_id=True)
     stream = TextStream(tokenizer, "", Sampling(stop=stop), 0)
     assert stream.ids == [3], "nothing before it: a document begins"
     assert "".join(stream.push(index) for index in (0, 1, 3)) == stream.text == "ab"
-    assert stream.finished == "stop"
+    assert stream.finish_reason == "stop"
     assert TextStream(tokenizer, "ab", Sampling(), 0).ids == [0, 1]
 
 
@@ -328,7 +330,7 @@ def test_stop_texts_straddle_subword_tokens(verse):
     stream, given_text = TextStream(tokenizer, "", Sampling(stop=[stop]), 0), ""
     for index in ids:
         given_text += stream.push(index)
-        if stream.finished:
+        if stream.finish_reason:
             break
     assert given_text == stream.text == text[: joint - 2]
     assert stream.tokens == ids[: len(stream.tokens)]
@@ -352,7 +354,7 @@ def test_pieces_joined_are_the_text_decoded_at_once(tokenizers, data):
     tokenizer = data.draw(st.sampled_from(tokenizers))
     byte_pieces = [index for index in range(tokenizer.vocab_size) if tokenizer.byte_of(index)] or [0]
     ids = data.draw(st.lists(st.integers(0, tokenizer.vocab_size - 1) | st.sampled_from(byte_pieces), max_size=12))
-    detokenizer = Detokenizer(tokenizer)
+    detokenizer = StreamingDecoder(tokenizer)
     assert "".join([detokenizer.push(index) for index in ids]) + detokenizer.flush() == tokenizer.decode(ids)
 
 
@@ -364,14 +366,14 @@ def test_pieces_follow_the_prompt_as_if_decoded_with_it(tokenizers, verse, data)
     start = data.draw(st.integers(0, len(verse) - 50))
     ids = tokenizer.encode(verse[start : start + 50])
     cut = data.draw(st.integers(1, len(ids) - 1))
-    detokenizer = Detokenizer(tokenizer, ids[:cut])
+    detokenizer = StreamingDecoder(tokenizer, ids[:cut])
     joined = "".join([detokenizer.push(index) for index in ids[cut:]]) + detokenizer.flush()
     assert tokenizer.decode(ids[:cut]) + joined == tokenizer.decode(ids)
 
 
 def test_characters_of_several_bytes_come_whole(tokenizers):
     ids = tokenizers[0].encode("a☃b")
-    detokenizer = Detokenizer(tokenizers[0])
+    detokenizer = StreamingDecoder(tokenizers[0])
     pieces = [detokenizer.push(index) for index in ids]
     assert "".join(pieces) == "a☃b"
     assert not any("\ufffd" in piece for piece in pieces)
@@ -380,7 +382,7 @@ def test_characters_of_several_bytes_come_whole(tokenizers):
 def test_repetition_penalty_moves_present_tokens_away():
     logits = torch.tensor([[2.0, -2.0, 3.0, -1.0]])
     present = torch.tensor([[True, True, False, False]])
-    assert penalise(logits, present, 2.0).tolist() == [[1.0, -4.0, 3.0, -1.0]]
+    assert apply_repetition_penalty(logits, present, 2.0).tolist() == [[1.0, -4.0, 3.0, -1.0]]
     net = Bigram(5, 4)
     net.table.weight.data[:] = torch.tensor([0.0, 0.0, 5.0, 4.9, 0.0])
     out = generate(net, torch.tensor([[1]]), Sampling(max_new_tokens=2, temperature=0, repetition_penalty=1.1))
@@ -402,18 +404,18 @@ def test_a_token_of_no_probability_is_never_drawn():
 
 
 def test_control_characters_do_not_reach_the_terminal():
-    assert printable("a\x1b[2J\tb\nc\x07é🙂\x9b\0") == "a\\x1b[2J\tb\nc\\x07é🙂\\x9b\\x00"
-    assert printable("a\u2028b\u202ec") == "a\\u2028b\\u202ec"
-    assert printable("👩\u200d👧 \u200eא\u05b7\ufeff") == "👩\u200d👧 \u200eא\u05b7\ufeff"
+    assert escape_control_characters("a\x1b[2J\tb\nc\x07é🙂\x9b\0") == "a\\x1b[2J\tb\nc\\x07é🙂\\x9b\\x00"
+    assert escape_control_characters("a\u2028b\u202ec") == "a\\u2028b\\u202ec"
+    assert escape_control_characters("👩\u200d👧 \u200eא\u05b7\ufeff") == "👩\u200d👧 \u200eא\u05b7\ufeff"
 
 
 def test_any_line_ending_prints_as_one_line_break():
     text, printed = "a\r\nb\rc\n\r\n\rd\r\n", "a\nb\nc\n\n\nd\n"
-    assert printable(text) == printed
+    assert escape_control_characters(text) == printed
     for first in range(len(text) + 1):
         for second in range(first, len(text) + 1):
             pieces = [piece for piece in (text[:first], text[first:second], text[second:]) if piece]
-            shown = [printable(piece, after) for after, piece in zip(["", *pieces], pieces)]
+            shown = [escape_control_characters(piece, after) for after, piece in zip(["", *pieces], pieces)]
             assert "".join(shown) == printed, pieces
 
 
@@ -421,7 +423,7 @@ def test_any_line_ending_prints_as_one_line_break():
 def test_a_prompt_takes_the_line_endings_of_the_vocabulary(characters, newline):
     tokenizer = CharTokenizer(characters)
     for prompt in ("a", "a\nb\n", "a\r\nb\r\n") if newline in characters or "\r" in characters else ("a",):
-        (stream,) = begin(tokenizer, [prompt], Sampling())
+        (stream,) = start_streams(tokenizer, [prompt], Sampling())
         assert stream.prompt == prompt
         assert tokenizer.decode(stream.ids) == prompt.replace("\r\n", "\n").replace("\n", newline)
 
@@ -433,7 +435,7 @@ def test_line_breaks_in_stop_texts_match_either_line_ending(stop, newline):
     stream = TextStream(tokenizer, "a", Sampling(stop=[stop]), 0)
     text = "ab" + stop.replace("\r\n", "\n").replace("\n", newline)
     assert "".join([stream.push(index) for index in tokenizer.encode(text)]) == stream.text == "ab"
-    assert stream.finished == "stop"
+    assert stream.finish_reason == "stop"
 
 
 @pytest.mark.parametrize(
@@ -448,7 +450,7 @@ def test_line_breaks_in_stop_texts_match_either_line_ending(stop, newline):
         {"min_p": 1.5},
         {"repetition_penalty": 0.0},
         {"repetition_penalty": float("inf")},
-        {"samples": 0},
+        {"num_samples": 0},
         {"stop": [""]},
         {"stop": "ROMEO"},
         {"max_new_tokens": -1},
@@ -465,9 +467,9 @@ def test_a_text_without_a_prompt_follows_a_documents_or_a_lines_end():
     for tokenizer, start in (
         (CharTokenizer("ab\n"), [2]),
         (CharTokenizer("ab"), [0]),
-        (CharTokenizer("ab\n", end_of_text=True), [3]),
+        (CharTokenizer("ab\n", eos_id=True), [3]),
     ):
-        (stream,) = begin(tokenizer, [""], Sampling())
+        (stream,) = start_streams(tokenizer, [""], Sampling())
         assert stream.ids == start
-        (stream,) = begin(tokenizer, ["ba"], Sampling())
+        (stream,) = start_streams(tokenizer, ["ba"], Sampling())
         assert stream.ids == [1, 0]

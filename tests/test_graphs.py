@@ -12,9 +12,9 @@ from exporting import documented, in_small, make, save, shipped
 from lmlight import checkpoint
 from lmlight.__main__ import main
 from lmlight.data.tokenizer import CharTokenizer, TokenizerConfig
+from lmlight.export.graph import labels
+from lmlight.export.model import Model
 from lmlight.generation import Sampling, generate
-from lmlight.interchange.graph import labels
-from lmlight.interchange.model import Model
 from lmlight.models import GPT2, LLAMA, Bigram, Transformer
 
 BLOCK = 16
@@ -150,7 +150,7 @@ def test_what_the_page_tells_to_type_runs(word, module, words, tokenizer, tmp_pa
 
 
 def test_what_travels_along(tokenizer):
-    about = labels(Model(Bigram(9, BLOCK), CharTokenizer("ab\n", end_of_text=True), {}, {}, {}, 0))
+    about = labels(Model(Bigram(9, BLOCK), CharTokenizer("ab\n", eos_id=True), {}, {}, {}, 0))
     assert {name: json.loads(value) for name, value in about.items() if name != "tokenizer.json"} == {
         "vocab_size": 9,
         "block_size": BLOCK,

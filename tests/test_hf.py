@@ -13,10 +13,10 @@ from lmlight.__main__ import main
 from lmlight.data import corpus
 from lmlight.data.tokenizer import TokenizerConfig
 from lmlight.errors import UserError
+from lmlight.export import hf
+from lmlight.export.architectures import UnsupportedArchitecture, architecture_of, stock
+from lmlight.export.model import Model
 from lmlight.generation import Sampling, generate
-from lmlight.interchange import hf
-from lmlight.interchange.architectures import Misfit, architecture_of, stock
-from lmlight.interchange.model import Model
 from lmlight.models import Bigram
 
 transformers = pytest.importorskip("transformers", reason="needs the extra `engines`")
@@ -83,7 +83,7 @@ def test_every_combination_exports_exactly_or_says_what_would(tokenizers):
     idx = torch.randint(tokenizer.vocab_size, (2, 9))
     for options in all_options():
         net = make(tokenizer, {**options, "n_layer": 1})
-        if isinstance(stock(net.config), Misfit):
+        if isinstance(stock(net.config), UnsupportedArchitecture):
             with pytest.raises(UserError, match=r"would fit; train one with --model\.net\."):
                 architecture_of(net)
             continue
@@ -116,7 +116,7 @@ def test_shipped_tables_say_why_they_do_not(name, tmp_path, verse, capsys):
 def test_following_the_advice_ends_at_a_net_that_exports():
     for options in all_options():
         config, changes = {**SIZES, **options}, 0
-        while isinstance(misfit := stock(config), Misfit):
+        while isinstance(misfit := stock(config), UnsupportedArchitecture):
             assert config[misfit.option] != misfit.fits
             config[misfit.option] = misfit.fits
             changes += 1
@@ -175,8 +175,8 @@ def test_what_the_page_tells_to_type_runs(tokenizers, tmp_path, capsys):
 
 @pytest.mark.parametrize("kind", ["unigram", "bpe", "char"])
 def test_the_end_of_a_document_ends_a_text_there_too(kind, verse, tmp_path):
-    ours = TokenizerConfig(kind, 500).train(verse + "<|endoftext|>", end_of_text=True)
-    end = ours.end_of_text
+    ours = TokenizerConfig(kind, 500).train(verse + "<|endoftext|>", eos_id=True)
+    end = ours.eos_id
     assert main(["export", "hf", save(tmp_path / "x.ckpt", make(ours, {}), ours), "out"]) == 0
     config = transformers.GenerationConfig.from_pretrained("out")
     assert (config.bos_token_id, config.eos_token_id) == (end, end)
@@ -190,7 +190,7 @@ def test_the_end_of_a_document_ends_a_text_there_too(kind, verse, tmp_path):
 def test_the_card_says_what_it_is(tokenizers, tmp_path):
     path = save(tmp_path / "x.ckpt", make(tokenizers["bpe"], {}), tokenizers["bpe"], global_step=9)
     content = checkpoint.read(path)
-    content[checkpoint.KEY]["metrics"] = {"val/nats_per_char": 1.5, "val/bpc": 2.164}
+    content[checkpoint.METADATA_KEY]["metrics"] = {"val/nats_per_char": 1.5, "val/bpc": 2.164}
     checkpoint.write(content, path)
     assert main(["export", "hf", path, "out", "--licence", "cc0-1.0"]) == 0
     card = (tmp_path / "out" / "README.md").read_text()

@@ -8,11 +8,12 @@ import sentencepiece as spm
 import torch
 from exporting import ONE_OF_EACH, make, save
 
-from lmlight import checkpoint, cli
+from lmlight import checkpoint
 from lmlight.__main__ import main
 from lmlight.data.tokenizer import TokenizerConfig
+from lmlight.export.model import Model
 from lmlight.generation import Sampling, generate
-from lmlight.interchange.model import Model
+from lmlight.training import cli
 
 transformers = pytest.importorskip("transformers", reason="needs the extra `engines`")
 pytestmark = pytest.mark.filterwarnings("ignore:vocab_size")

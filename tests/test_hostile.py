@@ -11,12 +11,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lmlight import cache
-from lmlight.cli import main
-from lmlight.data.datamodule import TextDataModule
+from lmlight.data import cache
+from lmlight.data.loader import IGNORE_INDEX
 from lmlight.data.tokenizer import TokenizerConfig
-from lmlight.data.tokens import UNSCORED
 from lmlight.errors import UserError
+from lmlight.training.cli import main
+from lmlight.training.datamodule import TextDataModule
 
 VERSE = "River stone, lantern morning.\n" * 40
 TRAINS = {
@@ -52,7 +52,7 @@ def prepared(text, **settings):
 
 def text_of(data):
     """The training text and the validation text, as the batches have them."""
-    scored = [int(t) for batch in data.val_dataloader() for row in batch.targets for t in row if t != UNSCORED]
+    scored = [int(t) for batch in data.val_dataloader() for row in batch.targets for t in row if t != IGNORE_INDEX]
     assert len(list(data.train_dataloader())) > 0
     return data.tokenizer.decode(data._train_ids[:].tolist()), data.tokenizer.decode(scored)
 
@@ -91,10 +91,10 @@ def test_documents_of_any_unicode_come_through(documents):
         data.prepare_data()
         data.setup("fit")
     ids = np.concatenate([data._train_ids[:], data.val_ids[1:]])
-    ends = np.flatnonzero(ids == data.tokenizer.end_of_text)
+    ends = np.flatnonzero(ids == data.tokenizer.eos_id)
     assert ends[-1] == len(ids) - 1
     found = [
-        data.tokenizer.decode([i for i in part.tolist() if i != data.tokenizer.end_of_text])
+        data.tokenizer.decode([i for i in part.tolist() if i != data.tokenizer.eos_id])
         for part in np.split(ids, ends[:-1])
     ]
     assert found == [document for document in documents if document]

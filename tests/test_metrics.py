@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 
-from lmlight.data.tokens import UNSCORED
-from lmlight.metrics import TextLoss
+from lmlight.data.loader import IGNORE_INDEX
+from lmlight.training.metrics import TextLoss
 
 SHAPES = [(3, 7), (1, 2), (4, 1)]
 
@@ -20,14 +20,18 @@ def batches(seed=0):
         chars = torch.randint(0, 6, shape, generator=generator)
         unscored = torch.rand(shape, generator=generator) < 0.3
         unscored[0, 0] = False
-        yield losses.masked_fill(unscored, 0), targets.masked_fill(unscored, UNSCORED), chars.masked_fill(unscored, 0)
+        yield (
+            losses.masked_fill(unscored, 0),
+            targets.masked_fill(unscored, IGNORE_INDEX),
+            chars.masked_fill(unscored, 0),
+        )
 
 
 def plain_sums(all_batches):
     nats = tokens = characters = 0
     for losses, targets, chars in all_batches:
         for loss, target, count in zip(losses.flatten().tolist(), targets.flatten().tolist(), chars.flatten().tolist()):
-            if target != UNSCORED:
+            if target != IGNORE_INDEX:
                 nats, tokens, characters = nats + loss, tokens + 1, characters + count
     return nats, tokens, characters
 

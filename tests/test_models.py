@@ -107,7 +107,7 @@ def test_the_loss_in_chunks_is_the_loss(monkeypatch, tie, autocast):
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         plain = F.cross_entropy(net(idx).flatten(0, 1), targets.flatten()).float()
     torch.testing.assert_close(whole[0], plain)
-    monkeypatch.setattr("lmlight.models.transformer.MANY_LOGITS", 0)
+    monkeypatch.setattr("lmlight.models.transformer.CHUNKED_LOSS_MIN_LOGITS", 0)
     calls = []
     chunked = F.linear_cross_entropy
     monkeypatch.setattr(F, "linear_cross_entropy", lambda *a, **k: calls.append(1) or chunked(*a, **k))

@@ -16,9 +16,9 @@ import torch.nn.functional as F
 from lmlight import Bigram, LanguageModel, Sampling, TextDataModule, checkpoint
 from lmlight.data.tokenizer import TokenizerConfig
 from lmlight.errors import UserError
-from lmlight.interchange.model import Model
+from lmlight.export.model import Model
 from lmlight.optim import Schedule
-from lmlight.reliability import CheckpointFiles, KeepCheckpoints
+from lmlight.training.checkpointing import AtomicCheckpointIO, BestLastCheckpoint
 
 
 def small_net(vocab_size, block_size):
@@ -240,7 +240,7 @@ def test_generate_takes_texts_lists_and_ids(data):
     assert model.generate("MIRA:", max_new_tokens=10, seed=2) != one
     assert model.generate("MIRA:", max_new_tokens=0) == "MIRA:"
     assert "MIRA:" + "".join(model.stream("MIRA:", max_new_tokens=10)) == one
-    assert model.generate(["MIRA:"], max_new_tokens=10, samples=2) == [
+    assert model.generate(["MIRA:"], max_new_tokens=10, num_samples=2) == [
         one,
         model.generate("MIRA:", max_new_tokens=10, seed=1338),
     ]
@@ -248,7 +248,7 @@ def test_generate_takes_texts_lists_and_ids(data):
     with pytest.raises(UserError, match="temperature"):
         model.generate("MIRA:", temperature=-1)
     with pytest.raises(UserError, match="in a list"):
-        model.generate("MIRA:", samples=2)
+        model.generate("MIRA:", num_samples=2)
 
 
 def test_generate_leaves_the_mode_and_the_random_numbers_alone(data):
@@ -338,7 +338,7 @@ def test_a_network_that_no_checkpoint_can_hold_is_refused_by_name(data):
         def loss(self, idx, targets):
             return F.cross_entropy(self(idx).flatten(0, 1), targets.flatten())
 
-    keeper = KeepCheckpoints(every_n_steps=1)
+    keeper = BestLastCheckpoint(every_n_steps=1)
     with pytest.raises(UserError, match=r"a checkpoint cannot hold a Mine.*Bigram, Transformer"):
         pl.Trainer(max_steps=2, callbacks=[keeper], **tiny.QUIET).fit(LanguageModel(net=Mine), datamodule=data)
     model = LanguageModel(net=Mine)
@@ -385,7 +385,7 @@ def test_a_callback_s_only_request_to_stop_between_micro_batches_is_kept(data, t
                 trainer.should_stop = True
 
     options = {"accumulate_grad_batches": 2, "max_steps": 9, "default_root_dir": tmp_path, **tiny.QUIET}
-    trainer = pl.Trainer(callbacks=[StopOnce(), KeepCheckpoints()], plugins=[CheckpointFiles()], **options)
+    trainer = pl.Trainer(callbacks=[StopOnce(), BestLastCheckpoint()], plugins=[AtomicCheckpointIO()], **options)
     trainer.fit(LanguageModel(net=Bigram), datamodule=data)
     assert trainer.global_step == 3
     assert checkpoint.read(tmp_path / "checkpoints" / "last.ckpt")["global_step"] == 3

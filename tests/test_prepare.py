@@ -11,14 +11,14 @@ import fsspec
 import numpy as np
 import pytest
 
-from lmlight.cli import main
 from lmlight.data import corpus as corpora
 from lmlight.data import reading
-from lmlight.data import store as stores
-from lmlight.data.datamodule import TextDataModule
-from lmlight.data.store import TokenStore
+from lmlight.data import token_store as stores
+from lmlight.data.token_store import TokenStore
 from lmlight.data.tokenizer import TokenizerConfig
 from lmlight.errors import UserError
+from lmlight.training.cli import main
+from lmlight.training.datamodule import TextDataModule
 
 UNIGRAM = TokenizerConfig("unigram", 400)
 FLAGS = ["--data.corpus=verse.txt", "--data.tokenizer.vocab_size=400", "--data.block_size=16"]
@@ -26,9 +26,9 @@ FLAGS = ["--data.corpus=verse.txt", "--data.tokenizer.vocab_size=400", "--data.b
 # A job of its own, with shards so small that a little text has several.
 JOB = """
 import sys
-from lmlight.cli import main
-from lmlight.data import reading, store
-store.SHARD_CHARS, reading.PASSAGE, reading.MAX_LINE = 1000, 500, 200
+from lmlight.training.cli import main
+from lmlight.data import reading, token_store
+token_store.SHARD_CHARS, reading.PASSAGE, reading.MAX_LINE = 1000, 500, 200
 sys.exit(main(["prepare", *sys.argv[1:]]))
 """
 
@@ -304,7 +304,7 @@ def test_a_store_that_fails_deletes_only_what_it_has_made(verse, tmp_path):
     tokenizer = TokenizerConfig("char").train("abc")
     with pytest.raises(UserError, match="not among the"):
         TokenStore.write(
-            mine, "print", {"train": [reading.Passage("abcabc")], "val": [reading.Passage("d")]}, tokenizer
+            mine, "print", {"train": [reading.TextChunk("abcabc")], "val": [reading.TextChunk("d")]}, tokenizer
         )
     assert {path: path.read_bytes() for path in mine.rglob("*") if path.is_file()} == before
 
@@ -323,7 +323,7 @@ def test_a_cache_among_other_files_loses_none_of_them(verse, cache, tmp_path):
 
 def test_the_first_tokenizer_there_is_everyones(tmp_path, verse):
     """Training may round otherwise on another kind of machine, and one store has one tokenizer."""
-    texts = {"train": [reading.Passage(verse)], "val": [reading.Passage(verse[:100])]}
+    texts = {"train": [reading.TextChunk(verse)], "val": [reading.TextChunk(verse[:100])]}
     first, second = (TokenizerConfig("unigram", size).train(verse) for size in (400, 390))
     assert not TokenStore.write(tmp_path / "store", "print", texts, first, part=(0, 2))
     assert TokenStore.write(tmp_path / "store", "print", texts, second, part=(1, 2))

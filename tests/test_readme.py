@@ -16,7 +16,7 @@ import pytest
 import yaml
 
 from lmlight.__main__ import LIGHT, main
-from lmlight.cli import TRAINER_DEFAULTS, LmlightCLI
+from lmlight.training.cli import TRAINER_DEFAULTS, LmlightCLI
 
 if sys.version_info >= (3, 11):
     import tomllib

@@ -9,7 +9,7 @@ import pytest
 
 import lmlight
 from lmlight.__main__ import LIGHT
-from lmlight.cli import LmlightCLI, main
+from lmlight.training.cli import LmlightCLI, main
 
 PAGE = Path(__file__).parents[1] / "docs" / "reference.md"
 

@@ -18,10 +18,10 @@ import torch
 import yaml
 
 from lmlight import LanguageModel, checkpoint
-from lmlight.cli import main
 from lmlight.errors import UserError
 from lmlight.models import Bigram
-from lmlight.reliability import CheckpointFiles, KeepCheckpoints
+from lmlight.training.checkpointing import AtomicCheckpointIO, BestLastCheckpoint
+from lmlight.training.cli import main
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="SIGKILL and limits on the size of files are POSIX's")
 
@@ -39,7 +39,7 @@ HARD = [
 ACT_AT_STEP = """
 import os, signal, sys
 from lightning.pytorch import Callback
-from lmlight import cli
+from lmlight.training import cli
 
 class Act(Callback):
     def on_train_batch_start(self, trainer, model, batch, index):
@@ -281,7 +281,7 @@ def test_any_number_of_processes_gives_the_same_run(place, alone, devices):
             assert value_too == pytest.approx(value, rel=1e-6), tag  # TensorBoard keeps float32
     for name, weight in last(alone)["state_dict"].items():
         torch.testing.assert_close(last(folder)["state_dict"][name], weight, rtol=0, atol=1e-10)
-    keeper = next(key for key in last(alone)["callbacks"] if "KeepCheckpoints" in key)
+    keeper = next(key for key in last(alone)["callbacks"] if "BestLastCheckpoint" in key)
     assert last(folder)["callbacks"][keeper]["best_score"] == pytest.approx(
         last(alone)["callbacks"][keeper]["best_score"], abs=1e-7
     )
@@ -346,11 +346,11 @@ sys.path.insert(0, {tests!r})
 import tiny
 import torch
 from lmlight import LanguageModel, checkpoint
-from lmlight.reliability import CheckpointFiles, KeepCheckpoints
+from lmlight.training.checkpointing import AtomicCheckpointIO, BestLastCheckpoint
 
 model = LanguageModel(net=tiny.net)
 options = {{**tiny.QUIET, "devices": 2, "strategy": "ddp_fork", "max_steps": 2, "default_root_dir": "runs/one"}}
-trainer = pl.Trainer(**options, callbacks=[KeepCheckpoints()], plugins=[CheckpointFiles()])
+trainer = pl.Trainer(**options, callbacks=[BestLastCheckpoint()], plugins=[AtomicCheckpointIO()])
 trainer.fit(model, datamodule=tiny.data("../verse.txt"))
 trained = checkpoint.read("runs/one/checkpoints/last.ckpt")
 assert trained["global_step"] == 2
@@ -393,7 +393,7 @@ def test_resuming_takes_every_setting_of_the_run_and_flags_win(place, capsys, mo
     """Trainer, model and data; from the run's config.yaml, which a resumed run writes anew."""
     folder = place / "settings"
     flags = [*TINY, "--trainer.max_steps=20", "--trainer.precision=bf16-mixed", "--trainer.gradient_clip_val=0.3"]
-    flags += ["--trainer.callbacks=lmlight.callbacks.SmoothLoss", "--trainer.callbacks.over=3"]
+    flags += ["--trainer.callbacks=lmlight.training.callbacks.SmoothLoss", "--trainer.callbacks.over=3"]
     flags += ["--trainer.accumulate_grad_batches=2", "--model.schedule.shape=cosine", "--data.val_fraction=0.2"]
     act = "os.kill(os.getpid(), signal.SIGTERM)"
     run(folder, "fit", *flags, code=ACT_AT_STEP.format(step=3, act=act), status=143)
@@ -664,7 +664,7 @@ def test_best_is_where_the_figure_is_smallest_and_last_is_always_the_latest(vers
     scores, saved = iter([2.0, 1.0, 3.0]), []
 
     def note(content, path):
-        saved.append((path.stem, content["global_step"], content["callbacks"]["KeepCheckpoints"]["best_score"]))
+        saved.append((path.stem, content["global_step"], content["callbacks"]["BestLastCheckpoint"]["best_score"]))
 
     monkeypatch.setattr(checkpoint, "write", note)
     monkeypatch.setattr(
@@ -674,8 +674,8 @@ def test_best_is_where_the_figure_is_smallest_and_last_is_always_the_latest(vers
         max_steps=9,
         val_check_interval=3,
         check_val_every_n_epoch=None,
-        callbacks=[KeepCheckpoints(every_n_steps=2)],
-        plugins=[CheckpointFiles()],
+        callbacks=[BestLastCheckpoint(every_n_steps=2)],
+        plugins=[AtomicCheckpointIO()],
         **tiny.QUIET,
     )
     trainer.fit(LanguageModel(net=Bigram), datamodule=tiny.data(verse_file))
@@ -693,7 +693,7 @@ def test_best_is_where_the_figure_is_smallest_and_last_is_always_the_latest(vers
 
 def test_the_best_of_a_run_is_the_one_that_lies_beside_it(tmp_path):
     """A moved run's is found where it is now; another folder's is not ours to report."""
-    keeper = KeepCheckpoints()
+    keeper = BestLastCheckpoint()
     keeper._folder = tmp_path
     state = {"best_score": 1.0, "best_model_path": "elsewhere/best.ckpt"}
     keeper.load_state_dict(state)
@@ -751,7 +751,7 @@ def content_of(net):
     from lmlight.data.tokenizer import CharTokenizer
 
     state = {f"net.{name}": value for name, value in net.state_dict().items()}
-    return {"state_dict": state, checkpoint.KEY: checkpoint.describe(net, CharTokenizer("abc"), {}, {})}
+    return {"state_dict": state, checkpoint.METADATA_KEY: checkpoint.model_metadata(net, CharTokenizer("abc"), {}, {})}
 
 
 def test_a_flipped_bit_anywhere_is_refused_and_the_newest_good_file_named(tmp_path):

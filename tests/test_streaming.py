@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 import torch
 
-from lmlight.cli import main
 from lmlight.data import reading, streaming
-from lmlight.data import store as stores
-from lmlight.data.datamodule import TextDataModule
-from lmlight.data.subwords import SubwordSampling
+from lmlight.data import token_store as stores
+from lmlight.data.subword_regularization import SubwordSampling
 from lmlight.data.tokenizer import TokenizerConfig
 from lmlight.errors import UserError
+from lmlight.training.cli import main
+from lmlight.training.datamodule import TextDataModule
 
 pytest.importorskip("litdata", reason="needs the extra `streaming`")
 

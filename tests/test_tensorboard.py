@@ -8,7 +8,7 @@ import time
 import pytest
 from tensorboard import program
 
-from lmlight.cli import main
+from lmlight.training.cli import main
 
 pytestmark = pytest.mark.browser
 

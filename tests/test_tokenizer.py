@@ -12,7 +12,7 @@ import sentencepiece as spm
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from lmlight.data.subwords import SubwordSampler, SubwordSampling
+from lmlight.data.subword_regularization import SubwordSampler, SubwordSampling
 from lmlight.data.tokenizer import CharTokenizer, TokenizerConfig, from_bytes
 from lmlight.errors import UserError
 
@@ -221,7 +221,7 @@ def test_training_twice_gives_the_same_bytes(kind, verse):
 
 IN_A_FRESH_PROCESS = """
 import hashlib, sys
-from lmlight.data.subwords import SubwordSampler, SubwordSampling
+from lmlight.data.subword_regularization import SubwordSampler, SubwordSampling
 from lmlight.data.tokenizer import TokenizerConfig
 text = open("verse.txt", encoding="utf-8", newline="").read()
 tokenizer = TokenizerConfig("unigram", 400).train(text)
@@ -491,7 +491,7 @@ def test_a_tokenizer_knows_the_line_endings_of_its_text(kind, newline, verse):
         assert tokenizer.decode(tokenizer.encode(text)) == text
         for prompt in ("MIRA:\n\nriver", "MIRA:\r\n\r\nriver"):
             assert tokenizer.encode_prompt(prompt) == tokenizer.encode(f"MIRA:{newline}{newline}river")
-        assert tokenizer.decode(tokenizer.start) == newline[-1], "one id, which other engines can be told"
+        assert tokenizer.decode(tokenizer.bos_ids) == newline[-1], "one id, which other engines can be told"
 
 
 def test_a_lossy_tokenizer_has_no_line_endings(verse):

@@ -19,10 +19,10 @@ from lightning.pytorch.plugins.environments import LightningEnvironment
 from lightning.pytorch.strategies import SingleDeviceStrategy
 
 from lmlight import LanguageModel
-from lmlight.callbacks import DEFAULT, RunLogger
-from lmlight.cli import main
 from lmlight.errors import UserError
-from lmlight.reliability import CheckpointFiles, KeepCheckpoints
+from lmlight.training.callbacks import DEFAULT, RunLogger
+from lmlight.training.checkpointing import AtomicCheckpointIO, BestLastCheckpoint
+from lmlight.training.cli import main
 
 # Each works alone, from Python: a value of a Trainer argument, beside the others' defaults.
 ARGUMENTS = {
@@ -233,7 +233,7 @@ def made(name, value):
         return SingleDeviceStrategy("cpu")
     if name == "plugins":
         plugin = MixedPrecision("bf16-mixed", "cpu") if value == "mixed precision" else LightningEnvironment()
-        return [plugin, CheckpointFiles()]
+        return [plugin, AtomicCheckpointIO()]
     return value
 
 
@@ -243,8 +243,8 @@ def fit(place, options, ckpt_path=None, optimizer=None):
     if "barebones" in options:
         settings = {key: value for key, value in settings.items() if key not in tiny.QUIET or key == "accelerator"}
     keeps = not {"barebones", "fast_dev_run"} & options.keys() and options.get("enable_checkpointing") is not False
-    settings["callbacks"] = [*(options.get("callbacks") or []), *([KeepCheckpoints()] if keeps else [])]
-    settings.setdefault("plugins", [CheckpointFiles()])
+    settings["callbacks"] = [*(options.get("callbacks") or []), *([BestLastCheckpoint()] if keeps else [])]
+    settings.setdefault("plugins", [AtomicCheckpointIO()])
     model = LanguageModel(net=tiny.net, **({"optimizer": optimizer} if optimizer else {}))
     trainer = pl.Trainer(**settings)
     trainer.fit(model, datamodule=tiny.data(place / "verse.txt"), ckpt_path=ckpt_path, weights_only=True)

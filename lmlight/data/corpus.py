@@ -1,6 +1,6 @@
 """Which text: a named corpus, a file, a folder, a pattern, or an address.
 
-- Its files are found (`fetching` brings those that lie elsewhere), hashed, and read in passages (`reading`).
+- Its files are found (`download` brings those that lie elsewhere), hashed, and read in passages (`reading`).
 - It is split by characters, before any tokenizer sees it.
 
 Free of torch.
@@ -18,13 +18,13 @@ from functools import cached_property
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from lmlight.cache import cache_dir
-from lmlight.data.fetching import NAMED, download, fetch, is_store
+from lmlight.data.cache import cache_dir
+from lmlight.data.download import BUILTIN_CORPORA, download, fetch, is_store
 from lmlight.data.reading import (
     PASSAGE,
     RECORD_SUFFIXES,
-    Passage,
-    Reading,
+    TextChunk,
+    TextFormat,
     cut_between_lines,
     is_text,
     kind_of,
@@ -50,11 +50,11 @@ class Corpus:
 
     source: str
     files: tuple[Path, ...]
-    reading: Reading
+    reading: TextFormat
     sha256: str
     has_documents: bool
 
-    def passages(self, start: int = 0, stop: int | None = None) -> Iterator[Passage]:
+    def passages(self, start: int = 0, stop: int | None = None) -> Iterator[TextChunk]:
         """The characters from `start` up to `stop`, in passages of about a megabyte.
 
         Passages are cut behind a newline, or inside a line that is longer than `MAX_LINE` where `stretches` cuts it too, so
@@ -85,19 +85,19 @@ class Corpus:
         """All of it in memory; ends of documents do not show."""
         return "".join(passage.text for passage in self._read())
 
-    def _read(self) -> Iterator[Passage]:
+    def _read(self) -> Iterator[TextChunk]:
         """Passages as the files have them; an empty document has no end."""
         begun = False
         for path in self.files:
             for text, ends in read_file(path, self.reading, self.has_documents, self.source):
                 begun = begun or bool(text)
                 if begun and (text or ends):
-                    yield Passage(text, ends)
+                    yield TextChunk(text, ends)
                 begun = begun and not ends
 
 
-def load(source: str, reading: Reading = Reading(), cache: str | None = None) -> Corpus:
-    """The corpus called `source`: a key of `NAMED`, a file, a folder, a pattern, or an address.
+def load(source: str, reading: TextFormat = TextFormat(), cache: str | None = None) -> Corpus:
+    """The corpus called `source`: a key of `BUILTIN_CORPORA`, a file, a folder, a pattern, or an address.
 
     Every byte is read for the hash, so that an edited text is noticed; the text itself is not yet looked at.
 
@@ -137,7 +137,7 @@ def find_store(source: str, cache: str | None = None) -> Path | None:
     Raises:
         UserError: it cannot be fetched.
     """
-    if source in NAMED:
+    if source in BUILTIN_CORPORA:
         return None
     if "://" in source:
         named_as_text = is_text(urlsplit(source).path) or glob.has_magic(source)
@@ -160,7 +160,7 @@ def split(text: str, val_fraction: float) -> tuple[str, str]:
 
 def _find(source: str, cache: str | None) -> list[Path]:
     """The files of a source, in an order that does not depend on the platform."""
-    if source in NAMED:
+    if source in BUILTIN_CORPORA:
         return [fetch(source, cache)]
     if "://" in source:
         return download(source, cache_dir(cache) / "downloads")
@@ -187,7 +187,7 @@ def _find(source: str, cache: str | None) -> list[Path]:
         if not path.exists():
             raise FileNotFoundError
     except (FileNotFoundError, NotADirectoryError):
-        names = ", ".join(NAMED)
+        names = ", ".join(BUILTIN_CORPORA)
         raise UserError(
             f"no corpus at '{source}': expected the path of a text file or folder, an address, or a corpus's name "
             f"({names}); check --data.corpus"

@@ -18,11 +18,11 @@ from typing import Any
 import sentencepiece
 from tqdm import tqdm
 
-from lmlight.cache import cache_dir
 from lmlight.data import corpus as corpora
+from lmlight.data.cache import cache_dir
 from lmlight.data.corpus import Corpus
-from lmlight.data.reading import Reading
-from lmlight.data.store import LAYOUT, TokenStore
+from lmlight.data.reading import TextFormat
+from lmlight.data.token_store import LAYOUT, TokenStore
 from lmlight.data.tokenizer import Tokenizer, TokenizerConfig
 from lmlight.errors import UserError
 
@@ -31,7 +31,7 @@ NOTICED_CHARS = 1_000_000
 
 
 @dataclass(frozen=True)
-class Text:
+class CorpusSpec:
     """A text as it is to be tokenized; the arguments are those of `TextDataModule`.
 
     Args:
@@ -48,7 +48,7 @@ class Text:
     val_fraction: float
     val_corpus: str | None
     test_corpus: str | None
-    reading: Reading
+    reading: TextFormat
     tokenizer: TokenizerConfig
     cache: str | None
 
@@ -130,7 +130,7 @@ class Text:
         tokenizer = given or TokenStore.tokenizer_of(folder)  # of a preparation that was interrupted
         if tokenizer is None:
             tokenizer = self._train(main, cut)
-        if main.has_documents and tokenizer.end_of_text is None:
+        if main.has_documents and tokenizer.eos_id is None:
             warnings.warn(
                 "this tokenizer has no token for the end of a document: documents follow each other without a mark",
                 stacklevel=2,
@@ -150,4 +150,4 @@ class Text:
         # a line while one waits, without a bar: SentencePiece does not say how far it is
         disable = None if cut > NOTICED_CHARS else True
         with tqdm(desc="training the tokenizer", bar_format="{desc} ...", leave=False, disable=disable):
-            return self.tokenizer.train(passages, cut, end_of_text=main.has_documents)
+            return self.tokenizer.train(passages, cut, eos_id=main.has_documents)

@@ -54,7 +54,7 @@ PACKED: dict[str, Callable[[Path], Any]] = {
 }
 
 
-class Passage(NamedTuple):
+class TextChunk(NamedTuple):
     """Some text of a corpus.
 
     Attributes:
@@ -67,7 +67,7 @@ class Passage(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Reading:
+class TextFormat:
     """How files become text.
 
     Args:
@@ -112,7 +112,7 @@ def _end_of_stretch(line: str, start: int) -> int:
     return start + MAX_LINE if space == -1 else space
 
 
-def slice_passages(passages: Iterable[Passage], start: int, stop: int | None) -> Iterator[Passage]:
+def slice_passages(passages: Iterable[TextChunk], start: int, stop: int | None) -> Iterator[TextChunk]:
     position = 0
     for text, ends in passages:
         first, position = position, position + len(text)
@@ -120,24 +120,24 @@ def slice_passages(passages: Iterable[Passage], start: int, stop: int | None) ->
             return
         if position > start:
             kept = text[max(0, start - first) : None if stop is None else stop - first]
-            yield Passage(kept, ends and (stop is None or position <= stop))  # an end goes with what it ends
+            yield TextChunk(kept, ends and (stop is None or position <= stop))  # an end goes with what it ends
 
 
-def cut_between_lines(passages: Iterable[Passage]) -> Iterator[Passage]:
+def cut_between_lines(passages: Iterable[TextChunk]) -> Iterator[TextChunk]:
     held = ""
     for text, ends in passages:
         held += text
         if ends:
-            yield Passage(held, True)
+            yield TextChunk(held, True)
             held = ""
         elif len(held) >= PASSAGE:
             end = held.rfind("\n") + 1
             while not end or len(held) - end >= PASSAGE:  # inside a line longer than that
                 end = _end_of_stretch(held, end)
-            yield Passage(held[:end])
+            yield TextChunk(held[:end])
             held = held[end:]
     if held:
-        yield Passage(held)
+        yield TextChunk(held)
 
 
 def _suffixes(path: PurePath) -> tuple[str, str]:
@@ -167,7 +167,7 @@ def unreadable(source: object, error: BaseException) -> UserError:
     return UserError(f"corpus '{source}' cannot be read ({reason}): check the file and its permissions")
 
 
-def read_file(path: Path, reading: Reading, has_documents: bool, source: str) -> Iterator[Passage]:
+def read_file(path: Path, reading: TextFormat, has_documents: bool, source: str) -> Iterator[TextChunk]:
     name = source if str(path) == str(Path(source).expanduser()) else f"{source}: {path.name}"
     kind, packed = kind_of(path)
     try:
@@ -179,9 +179,9 @@ def read_file(path: Path, reading: Reading, has_documents: bool, source: str) ->
                 yield from _jsonl(file, reading, name)
             else:
                 chunks = _decoded(file, reading, name)
-                yield from _separated(chunks, reading.separator) if reading.separator else map(Passage, chunks)
+                yield from _separated(chunks, reading.separator) if reading.separator else map(TextChunk, chunks)
                 if has_documents:
-                    yield Passage("", True)
+                    yield TextChunk("", True)
     except (EOFError, zlib.error, lzma.LZMAError, gzip.BadGzipFile) as error:
         raise UserError(f"corpus '{name}' is damaged or cut ({error}): unpack or fetch it again") from None
     except OSError as error:
@@ -206,7 +206,7 @@ def _zstd(path: Path) -> Any:
     return contextmanager(opened)()
 
 
-def _decoded(file: BinaryIO, reading: Reading, name: str) -> Iterator[str]:
+def _decoded(file: BinaryIO, reading: TextFormat, name: str) -> Iterator[str]:
     """A file's characters, a block at a time.
 
     Raises:
@@ -240,7 +240,7 @@ def _decoded(file: BinaryIO, reading: Reading, name: str) -> Iterator[str]:
         ascii_so_far = ascii_so_far and text.isascii()
 
 
-def _check_head(block: bytes, reading: Reading, name: str) -> None:
+def _check_head(block: bytes, reading: TextFormat, name: str) -> None:
     """Refuses what the first bytes of a file show not to be text in this encoding."""
     head = block[:HEAD]
     # A stray NUL is a character like others. UTF-16, archives and programs have many more, though much of them is UTF-8.
@@ -273,7 +273,9 @@ def _wide_encoding(head: bytes) -> str | None:
     return None
 
 
-def _undecodable(error: UnicodeDecodeError, where: str, reading: Reading, name: str, ascii_before: bool) -> UserError:
+def _undecodable(
+    error: UnicodeDecodeError, where: str, reading: TextFormat, name: str, ascii_before: bool
+) -> UserError:
     """The error for an invalid byte.
 
     Args:
@@ -298,19 +300,19 @@ def _undecodable(error: UnicodeDecodeError, where: str, reading: Reading, name: 
     )
 
 
-def _separated(chunks: Iterable[str], separator: str) -> Iterator[Passage]:
+def _separated(chunks: Iterable[str], separator: str) -> Iterator[TextChunk]:
     held = ""
     for chunk in chunks:
         *whole, held = (held + chunk).split(separator)
-        yield from (Passage(text, True) for text in whole)
+        yield from (TextChunk(text, True) for text in whole)
         safe = len(held) - len(separator) + 1  # from here on it may be the beginning of a separator
         if safe > 0:
-            yield Passage(held[:safe])
+            yield TextChunk(held[:safe])
             held = held[safe:]
-    yield Passage(held, True)
+    yield TextChunk(held, True)
 
 
-def _jsonl(file: BinaryIO, reading: Reading, name: str) -> Iterator[Passage]:
+def _jsonl(file: BinaryIO, reading: TextFormat, name: str) -> Iterator[TextChunk]:
     for number, content in enumerate(_lines(file, reading, name), start=1):
         where = f"line {number:,}"
         if number == 1:
@@ -327,7 +329,7 @@ def _jsonl(file: BinaryIO, reading: Reading, name: str) -> Iterator[Passage]:
         yield from _record(record[reading.field], reading, name, where)
 
 
-def _lines(file: BinaryIO, reading: Reading, name: str) -> Iterator[str]:
+def _lines(file: BinaryIO, reading: TextFormat, name: str) -> Iterator[str]:
     """A file's lines. Those of UTF-8 are decoded one by one, so that an error can tell which."""
     if reading.encoding != "utf-8":
         held = list[str]()
@@ -356,7 +358,7 @@ def _no_field(name: str, field: str, where: str, there: str) -> UserError:
     return UserError(f"corpus '{name}' has no field '{field}' in {where} (there is {there}): pass --data.field")
 
 
-def _record(text: Any, reading: Reading, name: str, where: str) -> Iterator[Passage]:
+def _record(text: Any, reading: TextFormat, name: str, where: str) -> Iterator[TextChunk]:
     """A record's text as a document; nothing where it is null."""
     if text is None:
         return
@@ -365,10 +367,10 @@ def _record(text: Any, reading: Reading, name: str, where: str) -> Iterator[Pass
             f"corpus '{name}' has a {type(text).__name__} as '{reading.field}' in {where}, where text is wanted: "
             "pass --data.field"
         )
-    yield Passage(_whole_characters(text, reading, name, where), True)
+    yield TextChunk(_whole_characters(text, reading, name, where), True)
 
 
-def _whole_characters(text: str, reading: Reading, name: str, where: str) -> str:
+def _whole_characters(text: str, reading: TextFormat, name: str, where: str) -> str:
     """Text without lone surrogates, which JSON and some encodings can write and UTF-8 cannot."""
     lone = re.search("[\ud800-\udfff]", text)
     if lone and reading.errors == "strict":
@@ -379,7 +381,7 @@ def _whole_characters(text: str, reading: Reading, name: str, where: str) -> str
     return re.sub("[\ud800-\udfff]", "\ufffd", text) if lone else text
 
 
-def _parquet(path: Path, packed: str, reading: Reading, name: str) -> Iterator[Passage]:
+def _parquet(path: Path, packed: str, reading: TextFormat, name: str) -> Iterator[TextChunk]:
     try:
         from pyarrow import ArrowException, parquet
     except ImportError:

@@ -14,10 +14,10 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from lmlight.data.sampler import epoch_starts, windows_per_epoch
-from lmlight.data.store import Ids, decode, nameless_main, pool
-from lmlight.data.subwords import SubwordSampler, SubwordSampling
+from lmlight.data.subword_regularization import SubwordSampler, SubwordSampling
+from lmlight.data.token_store import TokenArray, decode, nameless_main, pool
 from lmlight.data.tokenizer import Tokenizer, from_bytes
+from lmlight.data.windows import epoch_starts, windows_per_epoch
 
 
 class Resegmenter:
@@ -34,7 +34,9 @@ class Resegmenter:
         UserError: see `SubwordSampler`.
     """
 
-    def __init__(self, ids: Ids, tokenizer: Tokenizer, sampling: SubwordSampling, seed: int, processes: int) -> None:
+    def __init__(
+        self, ids: TokenArray, tokenizer: Tokenizer, sampling: SubwordSampling, seed: int, processes: int
+    ) -> None:
         self.ids, self._tokenizer, self._sampling = ids, tokenizer, sampling
         self._seed, self._processes = seed, processes
         self._sampler = SubwordSampler(tokenizer, "", sampling)
@@ -110,7 +112,7 @@ class ShardedEpoch:
         self._slot = slot
 
 
-def windows_in_shards(ids: Ids, block_size: int) -> npt.NDArray[np.int64]:
+def windows_in_shards(ids: TokenArray, block_size: int) -> npt.NDArray[np.int64]:
     """How many windows of an epoch each shard has."""
     return np.array([windows_per_epoch(int(n), block_size) if n > block_size else 0 for n in ids.lengths])
 

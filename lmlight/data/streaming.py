@@ -2,7 +2,7 @@
 
 - The folder is a token store, but that its training shards are the last two only (for what needs a little of that text:
   the context of the first validation token, the gap between training and validation); all of it is in `train/`.
-- Chunks, their order, their fetching and the place in them to resume from are litdata's. What a net sees is a `Batch`.
+- Chunks, their order, their download and the place in them to resume from are litdata's. What a net sees is a `Batch`.
 
 litdata is an extra, imported where it is used.
 """
@@ -24,8 +24,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from lmlight.data.store import INDEX, TokenStore, new_folder, shard_name
-from lmlight.data.tokens import Batch, batch_of
+from lmlight.data.loader import Batch, make_batch
+from lmlight.data.token_store import INDEX, TokenStore, new_folder, shard_name
 from lmlight.errors import UserError
 
 CHUNKS = "train"
@@ -97,7 +97,7 @@ def _ids(shard: str) -> Iterator[npt.NDArray[np.integer]]:
 
 
 class StreamedLoader:
-    """The training batches of one process; where `TrainLoader` reads a disk, this follows litdata.
+    """The training batches of one process; where `StatefulTrainLoader` reads a disk, this follows litdata.
 
     A window is `block_size` + 1 tokens, and no two of an epoch overlap: the first token of each is context only. litdata
     permutes the chunks, and the windows in each, by (seed, epoch).
@@ -185,4 +185,4 @@ class StreamedLoader:
 
 
 def _batch(char_counts: npt.NDArray[np.number], windows: list[Any]) -> Batch:
-    return batch_of(np.stack([np.asarray(window) for window in windows]), char_counts)
+    return make_batch(np.stack([np.asarray(window) for window in windows]), char_counts)

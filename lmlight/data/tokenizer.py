@@ -29,7 +29,7 @@ import numpy as np
 import numpy.typing as npt
 import sentencepiece as spm
 
-from lmlight.data.reading import MAX_LINE, Passage, stretches
+from lmlight.data.reading import MAX_LINE, TextChunk, stretches
 from lmlight.errors import UserError
 
 # What the end of a document is called in a vocabulary: the name that GPT-2 gave it.
@@ -61,7 +61,7 @@ class Tokenizer(ABC):
         char_counts: (vocab_size,) the characters of text that each id stands for; a byte piece counts at the first byte
             of its character, so a text's counts add up to its length where the tokenizer is lossless. The end of a
             document stands for none.
-        end_of_text: the id that ends a document; None if the vocabulary has none.
+        eos_id: the id that ends a document; None if the vocabulary has none.
         newline: the line ending of the training text, `"\\n"`, `"\\r\\n"` or `"\\r"`.
     """
 
@@ -69,7 +69,7 @@ class Tokenizer(ABC):
     lossless: bool
     newline: str
     char_counts: npt.NDArray[np.int64]
-    end_of_text: int | None = None
+    eos_id: int | None = None
 
     @abstractmethod
     def encode(self, text: str) -> list[int]:
@@ -79,13 +79,13 @@ class Tokenizer(ABC):
             UserError: a character that the vocabulary has no id for (the character vocabulary only).
         """
 
-    def encode_passages(self, passages: Iterable[Passage]) -> list[int]:
-        """The ids of a corpus's passages, with `end_of_text`, if there is such an id, behind each document.
+    def encode_passages(self, passages: Iterable[TextChunk]) -> list[int]:
+        """The ids of a corpus's passages, with `eos_id`, if there is such an id, behind each document.
 
         Raises:
             UserError: see `encode`.
         """
-        end = [] if self.end_of_text is None else [self.end_of_text]
+        end = [] if self.eos_id is None else [self.eos_id]
         return [index for text, ends in passages for index in (self.encode(text) + end if ends else self.encode(text))]
 
     @abstractmethod
@@ -97,7 +97,7 @@ class Tokenizer(ABC):
         """All of it, for a file or a checkpoint; `from_bytes` is the way back."""
 
     @abstractmethod
-    def piece(self, index: int) -> str:
+    def id_to_piece(self, index: int) -> str:
         """What an id stands for, as it is called in the vocabulary: SentencePiece writes a space as ▁."""
 
     def byte_of(self, index: int) -> bytes:
@@ -115,13 +115,13 @@ class Tokenizer(ABC):
         return self.encode(re.sub(line_ending, self.newline, prompt))
 
     @property
-    def start(self) -> list[int]:
-        """Ids to start from when the prompt is empty: EOS if the vocabulary has one, else the end of a line.
+    def bos_ids(self) -> list[int]:
+        """TokenArray to start from when the prompt is empty: EOS if the vocabulary has one, else the end of a line.
 
         For CRLF, only the LF: training windows also start after it, and other engines accept a single id.
         """
-        if self.end_of_text is not None:
-            return [self.end_of_text]
+        if self.eos_id is not None:
+            return [self.eos_id]
         try:
             return self.encode(self.newline[-1]) or [0]  # a lossy tokenizer has no newline: the notebook's token 0
         except UserError:  # nor has a character vocabulary of a text without one
@@ -133,7 +133,7 @@ class Tokenizer(ABC):
         return hashlib.sha256(self.to_bytes()).hexdigest()
 
 
-class Detokenizer:
+class StreamingDecoder:
     """The text of ids that come one by one; what it gives, joined, is what `decode` gives for all of them.
 
     Bytes of a character are held back until it is whole, or known to be broken.
@@ -202,13 +202,13 @@ class TokenizerConfig:
             if getattr(self, name) < 1:
                 raise UserError(f"tokenizer.{name} must be at least 1, got {getattr(self, name)}")
 
-    def train(self, text: str | Iterable[str], chars: int | None = None, end_of_text: bool = False) -> Tokenizer:
+    def train(self, text: str | Iterable[str], chars: int | None = None, eos_id: bool = False) -> Tokenizer:
         """A tokenizer of this kind for a text.
 
         Args:
             text: a text, or its passages.
             chars: how many characters the passages have together; None learns from all of them.
-            end_of_text: give the vocabulary an id for the end of a document.
+            eos_id: give the vocabulary an id for the end of a document.
 
         Raises:
             UserError: `vocab_size` is too small for the characters in the text, or there is no text to learn from.
@@ -219,10 +219,10 @@ class TokenizerConfig:
             characters = set[str]()
             for passage in passages:
                 characters.update(passage)
-            return CharTokenizer(sorted(characters), end_of_text, _most_common(newlines))
+            return CharTokenizer(sorted(characters), eos_id, _most_common(newlines))
         if chars is not None and chars > self.sample_chars:
             passages = _sample(passages, self.sample_chars / chars)
-        model = _train_sentencepiece(passages, self, end_of_text)
+        model = _train_sentencepiece(passages, self, eos_id)
         newline = _most_common(newlines)
         return SentencePieceTokenizer(model + _NEWLINE_FIELDS[newline] if newline and self.lossless else model)
 
@@ -236,7 +236,7 @@ def from_bytes(data: bytes) -> Tokenizer:
     if data.startswith(b"{"):
         try:
             content = json.loads(data)
-            return CharTokenizer(content["characters"], content.get("end_of_text", False), content.get("newline"))
+            return CharTokenizer(content["characters"], content.get("eos_id", False), content.get("newline"))
         except (KeyError, TypeError):
             raise ValueError("not a character vocabulary") from None
     return SentencePieceTokenizer(data)
@@ -247,18 +247,18 @@ class CharTokenizer(Tokenizer):
 
     Args:
         characters: the vocabulary, in the order of the ids.
-        end_of_text: whether one more id ends a document.
+        eos_id: whether one more id ends a document.
         newline: the line ending of the training text. None infers it: `"\\r\\n"` if the vocabulary has both characters.
     """
 
-    def __init__(self, characters: Iterable[str], end_of_text: bool = False, newline: str | None = None) -> None:
+    def __init__(self, characters: Iterable[str], eos_id: bool = False, newline: str | None = None) -> None:
         self.characters = list(characters)
         self._inferred_newline = "".join(c for c in "\r\n" if c in self.characters) or "\n"
         self.newline = newline or self._inferred_newline
-        self.vocab_size = len(self.characters) + end_of_text
-        self.end_of_text = len(self.characters) if end_of_text else None
+        self.vocab_size = len(self.characters) + eos_id
+        self.eos_id = len(self.characters) if eos_id else None
         self.lossless = True
-        self.char_counts = np.array([1] * len(self.characters) + [0] * end_of_text, dtype=np.int64)
+        self.char_counts = np.array([1] * len(self.characters) + [0] * eos_id, dtype=np.int64)
         self._id_of = {character: index for index, character in enumerate(self.characters)}
 
     def encode(self, text: str) -> list[int]:
@@ -271,15 +271,15 @@ class CharTokenizer(Tokenizer):
             ) from None
 
     def decode(self, ids: Iterable[int]) -> str:
-        return "".join(self.characters[index] for index in ids if index != self.end_of_text)
+        return "".join(self.characters[index] for index in ids if index != self.eos_id)
 
-    def piece(self, index: int) -> str:
-        return END_OF_TEXT if index == self.end_of_text else self.characters[index]
+    def id_to_piece(self, index: int) -> str:
+        return END_OF_TEXT if index == self.eos_id else self.characters[index]
 
     def to_bytes(self) -> bytes:
         content: dict[str, Any] = {"kind": "char", "characters": "".join(self.characters)}
-        if self.end_of_text is not None:
-            content["end_of_text"] = True
+        if self.eos_id is not None:
+            content["eos_id"] = True
         if self.newline != self._inferred_newline:
             content["newline"] = self.newline
         return json.dumps(content).encode()
@@ -314,13 +314,13 @@ class SentencePieceTokenizer(Tokenizer):
         )
         end = self._processor.eos_id()
         if end >= 0 and self.pieces[end] == END_OF_TEXT:  # SentencePiece's own "</s>" has never been seen in training
-            self.end_of_text = end
+            self.eos_id = end
             self.char_counts[end] = 0
 
     def encode(self, text: str) -> list[int]:
-        return self.encode_passages([Passage(text)])
+        return self.encode_passages([TextChunk(text)])
 
-    def encode_passages(self, passages: Iterable[Passage]) -> list[int]:
+    def encode_passages(self, passages: Iterable[TextChunk]) -> list[int]:
         lines, ends = split_passages(passages, self.lossless)
         encoded = self._processor.encode(lines)
         ids_of = {end: self._end_ids(end) for end in set(ends)}
@@ -329,7 +329,7 @@ class SentencePieceTokenizer(Tokenizer):
     def decode(self, ids: Iterable[int]) -> str:
         return self._processor.decode(list(ids))
 
-    def piece(self, index: int) -> str:
+    def id_to_piece(self, index: int) -> str:
         return self.pieces[index]
 
     def byte_of(self, index: int) -> bytes:
@@ -340,14 +340,14 @@ class SentencePieceTokenizer(Tokenizer):
 
     def _end_ids(self, end: str) -> list[int]:
         if end == END_OF_TEXT:
-            return [] if self.end_of_text is None else [self.end_of_text]
+            return [] if self.eos_id is None else [self.eos_id]
         return self._newline if end == "\n" else self._bytes(end)
 
     def _bytes(self, text: str) -> list[int]:
         return [self._processor.piece_to_id(f"<0x{byte:02X}>") for byte in text.encode()]
 
 
-def split_passages(passages: Iterable[Passage], lossless: bool) -> tuple[list[str], list[str]]:
+def split_passages(passages: Iterable[TextChunk], lossless: bool) -> tuple[list[str], list[str]]:
     """What SentencePiece may see, line by line, and what comes behind each: a newline, nothing, a literal "▁",
     `END_OF_TEXT` for the end of a document.
 
@@ -400,7 +400,7 @@ def _sample(passages: Iterable[str], share: float) -> Iterator[str]:
         yield "\n".join(compress(lines, draw.random(len(lines)) < share))
 
 
-def _train_sentencepiece(passages: Iterable[str], config: TokenizerConfig, end_of_text: bool) -> bytes:
+def _train_sentencepiece(passages: Iterable[str], config: TokenizerConfig, eos_id: bool) -> bytes:
     # what SentencePiece uses as marks of its own: it would pass over lines that have them
     apart = re.compile(f"[\n{SPACE}{UNKNOWN}]" if config.lossless else f"[\n{UNKNOWN}]")
     lines = [
@@ -430,7 +430,7 @@ def _train_sentencepiece(passages: Iterable[str], config: TokenizerConfig, end_o
             "bos_id": -1,
             "eos_id": -1,
         }
-    if end_of_text:  # a control symbol, which no text gives
+    if eos_id:  # a control symbol, which no text gives
         options |= {"eos_id": 1 if config.lossless else 2, "eos_piece": END_OF_TEXT}
     left_out = False
     for _ in range(3):

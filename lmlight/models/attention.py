@@ -18,13 +18,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lmlight.models.cache import KeyValueCache
+from lmlight.models.kv_cache import KeyValueCache
 
 NORM_EPS = 1e-5
 ROPE_BASE = 10000.0
 # Up to so many keys a CPU is faster without the fused kernel, which cuts short sequences into products too small to be fast
 # (block 64, 4 heads of 32: a training step in 0.78 of the time); longer ones would need H T² numbers.
-FEW_KEYS = 256
+EXPLICIT_ATTENTION_MAX_KEYS = 256
 
 
 def drop(x: Tensor, dropout: float, training: bool) -> Tensor:
@@ -80,7 +80,7 @@ def attend(
         return attend(q.reshape(q.size(0), k.size(1), group, -1), k, v, False, visible, dropout).view(q.shape)
     k, v = repeat_heads(k, group), repeat_heads(v, group)
     one_query = q.size(0) == 1 == q.size(2)  # of which the kernel makes the most
-    if q.device.type == "cpu" and k.size(-2) <= FEW_KEYS and not one_query:
+    if q.device.type == "cpu" and k.size(-2) <= EXPLICIT_ATTENTION_MAX_KEYS and not one_query:
         weights = attention_weights(q, k, causal, visible)
         return (F.dropout(weights, dropout) if dropout else weights) @ v
     return F.scaled_dot_product_attention(q, k, v, attn_mask=visible, dropout_p=dropout, is_causal=causal)

@@ -76,7 +76,7 @@ class Net(nn.Module, ABC):
         return Cache(rows)
 
     @property
-    def n_weights(self) -> int:
+    def num_parameters(self) -> int:
         """How many numbers training sets; those that are used twice (`tie`) count once."""
         return sum(parameter.numel() for parameter in self.parameters())
 
@@ -97,11 +97,11 @@ class Net(nn.Module, ABC):
         """
 
 
-def chosen(config: dict[str, Any]) -> dict[str, Any]:
+def architecture_kwargs(config: dict[str, Any]) -> dict[str, Any]:
     """A net's arguments without the two sizes that the data decides: what a user chooses."""
     return {name: value for name, value in config.items() if name not in ("vocab_size", "block_size")}
 
 
-def init_arguments(local_variables: dict[str, Any]) -> dict[str, Any]:
+def init_kwargs(local_variables: dict[str, Any]) -> dict[str, Any]:
     """An `__init__`'s own arguments out of its `locals()`, when called before anything else is assigned."""
     return {name: value for name, value in local_variables.items() if name not in ("self", "__class__")}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from lmlight.models.base import Cache, Net, init_arguments
+from lmlight.models.base import Cache, Net, init_kwargs
 
 
 class Bigram(Net):
@@ -17,7 +17,7 @@ class Bigram(Net):
     """
 
     def __init__(self, vocab_size: int, block_size: int) -> None:
-        super().__init__(init_arguments(locals()))
+        super().__init__(init_kwargs(locals()))
         self.table = nn.Embedding(vocab_size, vocab_size)
 
     def forward(self, idx: Tensor) -> Tensor:

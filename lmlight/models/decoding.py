@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from lmlight.errors import UserError
 from lmlight.models.attention import NORM_EPS, attend
 from lmlight.models.base import Weights
-from lmlight.models.cache import KeyValueCache
+from lmlight.models.kv_cache import KeyValueCache
 
 if TYPE_CHECKING:
     from lmlight.models.transformer import Block, Transformer

@@ -3,7 +3,7 @@
 - Pre-norm residual blocks.
 - The options are those of stock architectures, so that a trained net can be exported: `GPT2` and `LLAMA` are presets.
 - The same arithmetic is written down four times, and tests hold all of it equal: `features`, for training; `attention_maps`,
-  which shows the weights; `decoding.OneToken`, for speed; `interchange.graph.CachedGraph`, for other engines.
+  which shows the weights; `decoding.OneToken`, for speed; `export.graph.CachedGraph`, for other engines.
 
 Axes: B rows, T positions, C = n_embd channels, D channels of a head, V vocabulary.
 
@@ -22,12 +22,12 @@ from torch import Tensor, nn
 
 from lmlight.errors import UserError
 from lmlight.models.attention import NORM_EPS, Attention, attention_weights, drop, repeat_heads, rotary_table
-from lmlight.models.base import Cache, Net, Weights, init_arguments
-from lmlight.models.cache import KeyValueCache
+from lmlight.models.base import Cache, Net, Weights, init_kwargs
 from lmlight.models.decoding import OneToken
+from lmlight.models.kv_cache import KeyValueCache
 
 # From so many logits on (half a gigabyte in float32) the loss is computed in chunks that are not kept, from torch 2.13 on.
-MANY_LOGITS = 2**27
+CHUNKED_LOSS_MIN_LOGITS = 2**27
 
 GPT2: dict[str, Any] = dict(norm="layernorm", positions="learned", mlp="gelu", qk_norm=False, bias=True, tie=True)
 """`Transformer` arguments that give GPT-2's architecture; sizes are added to them."""
@@ -132,7 +132,7 @@ class Transformer(Net):
         tie: bool = False,
         n_hidden: int | None = None,
     ) -> None:
-        super().__init__(init_arguments(locals()))
+        super().__init__(init_kwargs(locals()))
         _check_sizes(n_layer, n_head, n_embd, n_kv_head, n_hidden, dropout, positions)
         self.n_kv_head, self.head_size, self.dropout = n_kv_head or n_head, n_embd // n_head, dropout
         self.n_hidden = n_hidden or usual_hidden(mlp, n_embd)
@@ -169,7 +169,7 @@ class Transformer(Net):
         return self.head(self.features(idx))  # (B, T, V)
 
     def loss(self, idx: Tensor, targets: Tensor) -> Tensor:
-        if idx.numel() * self.vocab_size < MANY_LOGITS or not hasattr(F, "linear_cross_entropy"):
+        if idx.numel() * self.vocab_size < CHUNKED_LOSS_MIN_LOGITS or not hasattr(F, "linear_cross_entropy"):
             return super().loss(idx, targets)
         x, weight = self.features(idx).flatten(0, 1), self.head.weight
         if torch.is_autocast_enabled(x.device.type):  # which does not know this function

@@ -1,0 +1,337 @@
+"""A token store is whole or not used; its shards are one stream, whoever wrote them and however they are cut."""
+
+import errno
+import json
+import mmap
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lmlight.data import token_store as stores
+from lmlight.data.reading import TextChunk
+from lmlight.data.token_store import TokenArray, TokenStore
+from lmlight.data.tokenizer import CharTokenizer, TokenizerConfig
+from lmlight.errors import UserError
+
+ABC = CharTokenizer("abc\n")
+TEXTS = {"train": [TextChunk("abcabc\ncab" * 3)], "val": [TextChunk("cab")]}
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A store's place, with the store of `TEXTS` in it under the fingerprint `print`."""
+    folder = tmp_path / "tokens" / "store"
+    TokenStore.write(folder, "print", TEXTS, ABC)
+    return folder
+
+
+# The store
+
+
+@pytest.mark.parametrize("kind", ["unigram", "bpe", "char"])
+def test_a_store_gives_back_ids_characters_and_tokenizer(tmp_path, verse, kind):
+    tokenizer = TokenizerConfig(kind, 400).train(verse)
+    texts = {"train": verse[:4000], "val": verse[4000:]}
+    pieces = {split: [TextChunk(text)] for split, text in texts.items()}
+    TokenStore.write(tmp_path / "deep" / "down" / "store", "print", pieces, tokenizer)
+    store = TokenStore(tmp_path / "deep" / "down" / "store", "print")
+    assert {split: ids[:].tolist() for split, ids in store.ids.items()} == {
+        split: tokenizer.encode(text) for split, text in texts.items()
+    }
+    assert store.chars == {split: len(text) for split, text in texts.items()}
+    assert store.tokenizer.fingerprint == tokenizer.fingerprint
+    assert {ids.dtype for ids in store.ids.values()} == {np.dtype(np.uint16)}
+    assert all(isinstance(ids._part(0).base.obj, mmap.mmap) for ids in store.ids.values())
+
+
+@pytest.mark.parametrize(("vocab_size", "dtype"), [(2**16, np.uint16), (2**16 + 1, np.uint32)])
+def test_the_largest_id_fits_its_type(tmp_path, vocab_size, dtype):
+    tokenizer = CharTokenizer(chr(0x10000 + index) for index in range(vocab_size))
+    TokenStore.write(
+        tmp_path / "store", "print", {"train": [TextChunk(tokenizer.decode([0, vocab_size - 1]))]}, tokenizer
+    )
+    ids = TokenStore(tmp_path / "store", "print").ids["train"]
+    assert ids[:].tolist() == [0, vocab_size - 1]
+    assert ids.dtype == dtype
+
+
+def test_another_fingerprint_is_refused(folder):
+    with pytest.raises(UserError, match="another text or tokenizer") as caught:
+        TokenStore(folder, "another print")
+    assert str(folder) in str(caught.value)
+
+
+def remove(path):
+    path.unlink()
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def cut_to_its_head(path):
+    path.write_bytes(path.read_bytes()[:20])
+
+
+def garble(path):
+    path.write_bytes(b"\x01\x02 garbage")
+
+
+def empty(path):
+    path.write_bytes(b"")
+
+
+def replace_by_another_json(path):
+    path.write_text("[]")
+
+
+@pytest.mark.parametrize(
+    ("damage", "name"),
+    [
+        *(
+            (damage, name)
+            for name in ("index.json", "train-00000.npy", "val-00000.npy", "tokenizer")
+            for damage in (remove, garble)
+        ),
+        *(
+            (damage, name)
+            for name in ("index.json", "train-00000.npy", "tokenizer")
+            for damage in (cut, cut_to_its_head)
+        ),
+        (empty, "index.json"),
+        (empty, "train-00000.npy"),
+        (empty, "tokenizer"),
+        (replace_by_another_json, "index.json"),
+    ],
+)
+def test_a_damaged_store_is_refused_with_what_to_do(folder, damage, name):
+    damage(folder / name)
+    with pytest.raises(UserError, match="delete that folder") as caught:
+        TokenStore(folder, "print")
+    assert str(folder) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_store_that_is_not_there_is_refused(tmp_path):
+    with pytest.raises(UserError, match="delete that folder"):
+        TokenStore(tmp_path / "absent", "print")
+
+
+def test_where_another_was_first_its_store_stays(folder):
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    TokenStore.write(folder, "other", {"train": [TextChunk("a")]}, CharTokenizer("a"))
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    assert [path.name for path in folder.parent.iterdir()] == ["store"]
+
+
+class Failing(CharTokenizer):
+    def encode(self, text):
+        if text == "cab":
+            raise UserError("no such character")
+        return super().encode(text)
+
+
+class Forgetful(CharTokenizer):
+    def encode(self, text):
+        return super().encode(text)[1:]
+
+
+@pytest.mark.parametrize(("tokenizer", "error"), [(Failing, UserError), (Forgetful, AssertionError)])
+def test_a_write_that_fails_leaves_nothing_behind(tmp_path, tokenizer, error):
+    with pytest.raises(error):
+        TokenStore.write(tmp_path / "tokens" / "store", "print", TEXTS, tokenizer("abc\n"))
+    assert list((tmp_path / "tokens").iterdir()) == []
+
+
+def test_the_index_can_be_read_without_lmlight(folder):
+    assert json.loads((folder / "index.json").read_text()) == {
+        "layout": stores.LAYOUT,
+        "fingerprint": "print",
+        "dtype": "uint16",
+        "splits": {"train": {"chars": 30, "tokens": [30]}, "val": {"chars": 3, "tokens": [3]}},
+        "about": {},
+    }
+    assert np.load(folder / "val-00000.npy").tolist() == [2, 0, 1]
+
+
+# Shards
+
+
+@pytest.fixture
+def small_shards(monkeypatch):
+    monkeypatch.setattr(stores, "SHARD_CHARS", 1000)
+    monkeypatch.setattr(stores, "BATCH_CHARS", 300)
+
+
+def pieces_of(text):
+    return [TextChunk(line + "\n") for line in text.split("\n")[:-1]]
+
+
+def contents(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_any_number_of_processes_writes_the_same_shards(tmp_path, small_shards, verse):
+    tokenizer = TokenizerConfig("unigram", 400).train(verse)
+    for processes in (1, 2):
+        TokenStore.write(
+            tmp_path / str(processes), "print", {"train": pieces_of(verse)}, tokenizer, processes=processes
+        )
+    assert contents(tmp_path / "1") == contents(tmp_path / "2")
+    assert len(contents(tmp_path / "1")) == 2 + len(verse) // 1000
+    read = TokenStore(tmp_path / "2", "print")
+    assert read.ids["train"][:].tolist() == tokenizer.encode(verse)
+    assert read.chars == {"train": len(verse)}
+
+
+def full(*args, **options):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def test_what_was_interrupted_goes_on_with_the_next_shard(tmp_path, small_shards, verse, monkeypatch):
+    """A disk that is full after three shards: they stay, are no store, and are not made again."""
+    tokenizer = CharTokenizer(sorted(set(verse)))
+    save, saved = np.save, []
+
+    def save_three(file, ids):
+        if len(saved) == 3:
+            full()
+        saved.append(len(ids))
+        save(file, ids)
+
+    monkeypatch.setattr(np, "save", save_three)
+    with pytest.raises(OSError, match=os.strerror(errno.ENOSPC)):
+        TokenStore.write(tmp_path / "store", "print", {"train": pieces_of(verse)}, tokenizer, processes=1)
+    assert sorted(contents(tmp_path / "store")) == ["tokenizer", *(f"train-0000{n}.npy" for n in range(3))]
+    assert not TokenStore.finished(tmp_path / "store")
+    with pytest.raises(UserError):
+        TokenStore(tmp_path / "store", "print")
+    assert TokenStore.tokenizer_of(tmp_path / "store").fingerprint == tokenizer.fingerprint
+    monkeypatch.setattr(np, "save", lambda file, ids: saved.append(len(ids)) or save(file, ids))
+    TokenStore.write(tmp_path / "store", "print", {"train": pieces_of(verse)}, tokenizer, processes=1)
+    assert sum(saved) == len(verse), "each shard was made once"
+    assert TokenStore(tmp_path / "store", "print").ids["train"][:].tolist() == tokenizer.encode(verse)
+
+
+KILLED = """
+import sys, time
+from pathlib import Path
+from lmlight.data import token_store
+from lmlight.data.reading import TextChunk
+from lmlight.data.tokenizer import CharTokenizer
+token_store.SHARD_CHARS = 1000
+def pieces():
+    for number in range(20):
+        yield TextChunk("abcd" * 250)
+        time.sleep(0.2)
+token_store.TokenStore.write(Path("store"), "print", {"train": pieces()}, CharTokenizer("abcd"), processes=2)
+"""
+
+
+@pytest.mark.skipif(os.name != "posix", reason="kills as POSIX does")
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
+def test_a_killed_preparation_leaves_whole_shards_and_no_processes(tmp_path, small_shards, how):
+    """A script without `if __name__ == "__main__"` may start it, too."""
+    (tmp_path / "script.py").write_text(KILLED)
+    running = subprocess.Popen([sys.executable, "script.py"], stderr=subprocess.PIPE, start_new_session=True)
+    while not (tmp_path / "store" / "train-00002.npy").exists():
+        assert running.poll() is None, running.stderr.read()
+        time.sleep(0.02)
+    running.send_signal(how)
+    running.wait(timeout=20)
+    running.stderr.read()  # ends when the last process that holds it has
+    running.stderr.close()
+    folder = tmp_path / "store"
+    assert not TokenStore.finished(folder)
+    whole = sorted(folder.glob("train-*.npy"))
+    assert 3 <= len(whole) < 20
+    assert all(np.load(path).tolist() == [0, 1, 2, 3] * 250 for path in whole)
+    before = {path: path.stat().st_mtime_ns for path in whole}
+    TokenStore.write(folder, "print", {"train": [TextChunk("abcd" * 250)] * 20}, CharTokenizer("abcd"), processes=1)
+    assert {path: path.stat().st_mtime_ns for path in whole} == before
+    assert len(TokenStore(folder, "print").ids["train"]) == 20_000
+
+
+def test_a_shard_of_another_length_is_noticed(folder):
+    np.save(folder / "val-00000.npy", np.zeros(4, np.uint16))
+    with pytest.raises(UserError, match="val-00000.npy has not its 3 tokens"):
+        TokenStore(folder, "print")
+
+
+# The stream
+
+
+@given(st.lists(st.lists(st.integers(0, 9), max_size=6), min_size=1, max_size=6), st.data())
+def test_shards_are_read_as_one_array(tmp_path, parts, data):
+    plain = np.array([i for part in parts for i in part], np.uint16)
+    files = []
+    for number, part in enumerate(parts):
+        files.append(tmp_path / f"{number}.npy" if number % 2 else np.array(part, np.uint16))
+        if number % 2:
+            np.save(files[-1], np.array(part, np.uint16))
+    ids = TokenArray(files, list(map(len, parts)), np.uint16)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(stores, "MOST_OPEN", 1)
+        patch.setattr(stores, "MOST_MAPPED", data.draw(st.sampled_from([0, 2**20])))
+        assert len(ids) == len(plain)
+        start, stop = data.draw(st.tuples(st.integers(-40, 40), st.integers(-40, 40)))
+        for part in (slice(None), slice(start, stop), slice(start, None)):
+            assert ids[part].tolist() == plain[part].tolist()
+            assert ids[part].dtype == np.uint16
+        if len(plain):
+            where = np.array(data.draw(st.lists(st.integers(0, len(plain) - 1), max_size=12)), np.int64)
+            assert ids[where].tolist() == plain[where].tolist()
+            assert ids[where[:, None] * 0].tolist() == plain[where[:, None] * 0].tolist()
+        assert ids.counts(10).tolist() == np.bincount(plain, minlength=10).tolist()
+        assert ids.before(np.array([7]))[:].tolist() == [7, *plain]
+        assert np.array(pickle.loads(pickle.dumps(ids))).tolist() == plain.tolist()
+
+
+def test_another_process_is_told_where_the_ids_are_and_not_what(tmp_path):
+    np.save(tmp_path / "large.npy", np.zeros(100_000, np.uint16))
+    ids = TokenArray([tmp_path / "large.npy"], [100_000], np.uint16)
+    assert ids[5:9].tolist() == [0] * 4
+    assert len(pickle.dumps(ids)) < 2000
+
+
+def resident(folder):
+    """Bytes of the files in a folder that are mapped into this process and in memory."""
+    size, here = 0, False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        if not line.split(maxsplit=1)[0].endswith(":"):
+            here = str(folder) in line
+        elif here and line.startswith("Rss:"):
+            size += 1024 * int(line.split()[1])
+    return size
+
+
+@pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="asks Linux which pages are mapped")
+@pytest.mark.parametrize("most", [2**20, 2**30])
+def test_pages_that_have_been_read_are_let_go(tmp_path, monkeypatch, most):
+    """Of 16 MB, read to the end and all over, no more stays mapped than may; all of it, where that is allowed."""
+    monkeypatch.setattr(stores, "MOST_MAPPED", most)
+    files = [tmp_path / f"{number}.npy" for number in range(8)]
+    for file in files:
+        np.save(file, np.ones(2**20, np.uint16))
+    ids = TokenArray(files, [2**20] * 8, np.uint16)
+    starts = np.random.default_rng(0).permutation(np.arange(0, len(ids) - 64, 2**11))
+    peak = 0
+    for begin in range(0, len(starts), 32):
+        ids[starts[begin : begin + 32, None] + np.arange(64)]
+        peak = max(peak, resident(tmp_path))
+    for begin in range(0, len(ids), 2**17):
+        ids[begin : begin + 2**17]
+        peak = max(peak, resident(tmp_path))
+    if most == 2**20:
+        assert 0 < peak <= 2**20 + 32 * stores.MAPPED_BY_A_WINDOW
+    else:
+        assert peak > 15 * 2**20

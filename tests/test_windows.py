@@ -1,0 +1,185 @@
+"""The order of the data: properties over all sizes, seeds and numbers of processes."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lmlight.data.windows import (
+    EvalBatchSampler,
+    TrainBatchSampler,
+    epoch_starts,
+    eval_windows,
+    random_starts,
+    windows_per_epoch,
+)
+
+blocks = st.integers(1, 40)
+seeds = st.integers(0, 2**32)
+epochs = st.integers(0, 1000)
+# (n_tokens, block_size): from the shortest text that holds one window
+sizes = blocks.flatmap(lambda block: st.tuples(st.integers(block + 1, 600), st.just(block)))
+
+
+@given(sizes, seeds, epochs)
+def test_an_epochs_windows_lie_in_the_text_and_share_no_target(size, seed, epoch):
+    n_tokens, block = size
+    starts = epoch_starts(n_tokens, block, seed, epoch)
+    targets = [start + 1 + position for start in starts for position in range(block)]
+    assert len(starts) == windows_per_epoch(n_tokens, block)
+    assert min(starts) >= 0
+    assert max(targets) < n_tokens
+    assert len(set(targets)) == len(targets)
+
+
+@given(sizes, seeds, epochs)
+def test_an_epochs_windows_leave_out_less_than_two_blocks(size, seed, epoch):
+    n_tokens, block = size
+    left_out = (n_tokens - 1) - block * len(epoch_starts(n_tokens, block, seed, epoch))
+    assert 0 <= left_out < 2 * block
+
+
+@given(sizes, seeds, epochs)
+def test_an_epochs_windows_are_a_permutation_of_a_grid(size, seed, epoch):
+    n_tokens, block = size
+    starts = epoch_starts(n_tokens, block, seed, epoch)
+    first = min(starts)
+    assert sorted(starts) == [first + block * i for i in range(len(starts))]
+
+
+@pytest.mark.parametrize("order", [epoch_starts, random_starts])
+@given(size=sizes, seed=seeds, epoch=epochs)
+def test_the_order_is_a_pure_function(order, size, seed, epoch):
+    assert order(*size, seed, epoch).tolist() == order(*size, seed, epoch).tolist()
+
+
+def test_the_order_is_the_one_it_was():
+    """A change of these numbers breaks every run that is to be resumed."""
+    assert epoch_starts(50, 5, seed=1, epoch=0).tolist() == [29, 4, 9, 24, 14, 39, 34, 19]
+    assert epoch_starts(50, 5, seed=1, epoch=1).tolist() == [40, 35, 10, 25, 5, 20, 15, 30]
+    assert random_starts(50, 5, seed=1, epoch=0).tolist() == [21, 23, 33, 42, 1, 6, 37, 42]
+
+
+def test_offsets_and_orders_vary_by_epoch_and_seed():
+    runs = [epoch_starts(1000, 10, seed, epoch) for seed in (0, 1) for epoch in range(50)]
+    assert len({tuple(starts) for starts in runs}) == len(runs)
+    # every offset that leaves room for the windows is met: none is out of reach
+    offsets = {min(epoch_starts(45, 10, 7, epoch)) for epoch in range(300)}
+    assert offsets == set(range(45 - 10 * windows_per_epoch(45, 10)))
+
+
+@given(sizes, seeds, epochs)
+def test_random_windows_lie_in_the_text(size, seed, epoch):
+    n_tokens, block = size
+    starts = random_starts(n_tokens, block, seed, epoch)
+    assert len(starts) == windows_per_epoch(n_tokens, block)
+    assert min(starts) >= 0
+    assert max(starts) + block < n_tokens
+
+
+def test_random_windows_reach_both_ends():
+    met = {start for epoch in range(100) for start in random_starts(12, 3, 0, epoch)}
+    assert met == set(range(12 - 3))
+
+
+# Evaluation
+
+
+def scored_targets(windows):
+    return [start + position for start, length, scored_from in windows for position in range(scored_from, length)]
+
+
+@given(st.integers(2, 400), blocks, st.data())
+def test_every_target_is_scored_exactly_once_in_order(n_tokens, block, data):
+    stride = data.draw(st.integers(1, block))
+    windows = eval_windows(n_tokens, block, stride)
+    assert scored_targets(windows) == list(range(n_tokens - 1))
+    for start, length, scored_from in windows:
+        assert start >= 0
+        assert 0 <= scored_from < length <= block
+        assert start + length <= n_tokens - 1
+
+
+@given(st.integers(2, 400), blocks)
+def test_a_stride_of_one_block_gives_windows_that_do_not_overlap(n_tokens, block):
+    windows = eval_windows(n_tokens, block, stride=block)
+    assert [start for start, _, _ in windows] == list(range(0, n_tokens - 1, block))
+    assert {scored_from for _, _, scored_from in windows} == {0}
+
+
+@given(st.integers(2, 400), blocks)
+def test_a_stride_of_half_a_block_gives_half_a_block_of_context(n_tokens, block):
+    """Beyond the first window, the first scored position has exactly block // 2 inputs to its left."""
+    first, *others = map(tuple, eval_windows(n_tokens, block, stride=-(-block // 2)))
+    assert first == (0, min(block, n_tokens - 1), 0)
+    assert {scored_from for _, _, scored_from in others} <= {block // 2}
+
+
+@given(st.integers(2, 400), blocks, st.data())
+def test_only_the_last_window_is_shorter(n_tokens, block, data):
+    lengths = [length for _, length, _ in eval_windows(n_tokens, block, data.draw(st.integers(1, block)))]
+    assert set(lengths[:-1]) <= {block}
+
+
+@given(st.integers(0, 60), st.integers(0, 2), st.integers(1, 9), st.integers(1, 5))
+def test_every_window_is_scored_once_by_any_number_of_processes(full, shorter, batch_size, world_size):
+    windows = full + shorter
+    ranks = [EvalBatchSampler(full, windows, batch_size, rank, world_size) for rank in range(world_size)]
+    batches = [batch for rank in ranks for batch in rank]
+    assert {len(rank) for rank in ranks} == {len(list(rank)) for rank in ranks} == {-(-len(batches) // world_size)}
+    assert sorted(window for batch in batches for window in batch if window != windows) == list(range(windows))
+    assert all(len(batch) <= batch_size if max(batch) < full else len(batch) == 1 for batch in batches)
+    assert sum(batch == [windows] for batch in batches) < world_size, "no more that score nothing than it takes"
+
+
+# Batches
+
+shares = st.tuples(st.integers(1, 4), st.integers(1, 4), st.integers(1, 4))  # world_size, accumulate, micro-batch
+
+
+def steps_of(n_windows, world_size, accumulate, micro):
+    """The windows of each optimizer step: over its micro-batches, over the ranks."""
+    batch_size = micro * world_size * accumulate
+    ranks = [list(TrainBatchSampler(n_windows, batch_size, rank, world_size, accumulate)) for rank in range(world_size)]
+    n_steps = len(ranks[0]) // accumulate
+    return [
+        [
+            position
+            for micro_batch in range(step * accumulate, (step + 1) * accumulate)
+            for rank in ranks
+            for position in rank[micro_batch]
+        ]
+        for step in range(n_steps)
+    ]
+
+
+@given(shares, st.integers(0, 200))
+def test_a_step_is_a_slice_of_the_global_order_for_any_number_of_processes(share, more):
+    world_size, accumulate, micro = share
+    batch = micro * world_size * accumulate
+    n_windows = batch + more
+    steps = steps_of(n_windows, *share)
+    assert steps == [list(range(s * batch, (s + 1) * batch)) for s in range(n_windows // batch)]
+
+
+@given(shares, st.integers(1, 200))
+def test_every_micro_batch_has_the_same_size_and_len_counts_them(share, n_windows):
+    world_size, accumulate, micro = share
+    for rank in range(world_size):
+        order = TrainBatchSampler(n_windows, micro * world_size * accumulate, rank, world_size, accumulate)
+        batches = list(order)
+        assert len(order) == len(batches) > 0
+        assert {len(batch) for batch in batches} == {micro}
+        assert len(batches) % accumulate == 0
+
+
+@given(shares, st.data())
+def test_an_epoch_shorter_than_a_batch_is_repeated_to_fill_one(share, data):
+    world_size, accumulate, micro = share
+    batch = micro * world_size * accumulate
+    n_windows = data.draw(st.integers(1, batch))
+    assert steps_of(n_windows, *share) == [[position % n_windows for position in range(batch)]]
+
+
+def test_an_order_may_be_walked_twice():
+    order = TrainBatchSampler(n_windows=10, batch_size=4, rank=1, world_size=2)
+    assert list(order) == list(order) == [[2, 3], [6, 7]]
