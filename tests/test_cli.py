@@ -139,7 +139,7 @@ def test_predict_streams_what_it_files(finished, capsys, tmp_path):
     for text, single in zip(texts, alone):
         assert text["logprobs"] == pytest.approx(single.pop("logprobs"), abs=1e-4)
         assert {**text, "logprobs": None} == {**single, "logprobs": None}
-        assert text["finished"] in ("length", "stop")
+        assert text["finish_reason"] in ("length", "stop")
         assert "ee" not in text["completion"]
         begin = model.tokenizer.encode(text["prompt"] or "\n")
         logits = model(torch.tensor([(begin + text["tokens"])[:-1]]))[0, len(begin) - 1 :]

@@ -697,7 +697,7 @@ def test_ranks_score_every_character_once(verse, verse_file, world_size):
 
 
 def test_a_sample_begins_with_a_line_of_the_validation_text(verse, verse_file):
-    beginning = ready(verse_file).opening
+    beginning = ready(verse_file).sample_prompt
     assert 10 < len(beginning) <= 20
     assert any(f"{line} ".startswith(f"{beginning} ") for line in parts(verse)[1].split("\n")[1:])
     for text in ("ab" * 1000, "x\n" * 1000, "x" + "\n" * 2000, "文字" * 1000):  # nothing that could be called a line
@@ -710,7 +710,7 @@ def test_a_sample_begins_with_a_line_of_the_validation_text(verse, verse_file):
 @pytest.mark.parametrize("letters", ["ACGT", "天地玄黄宇宙洪荒"])
 def test_a_sample_of_a_text_without_spaces_begins_with_a_few_characters(letters, kind):
     text = "".join(letters[n * n % 7919 % len(letters)] for n in range(4000))
-    assert len(ready_on(text, tokenizer=TokenizerConfig(kind, 400), block_size=8).opening) == 20
+    assert len(ready_on(text, tokenizer=TokenizerConfig(kind, 400), block_size=8).sample_prompt) == 20
 
 
 @pytest.mark.parametrize(
@@ -732,7 +732,7 @@ def test_the_beginning_of_a_line_ends_between_words_or_whole_characters(line, be
 
 def test_a_sample_begins_without_control_characters(verse):
     text = verse.replace("\n", "\r\n\x1b[0m\u202e")
-    assert "\x1b" not in ready_on(text).opening and "\u202e" not in ready_on(text).opening
+    assert "\x1b" not in ready_on(text).sample_prompt and "\u202e" not in ready_on(text).sample_prompt
 
 
 def test_a_text_in_another_encoding_is_the_same_tokens(verse, verse_file, tmp_path):

@@ -453,7 +453,7 @@ def test_misuse_says_what_to_call_first(data):
         fresh.val_dataloader,
         fresh.test_dataloader,
         lambda: fresh.val_ids,
-        lambda: fresh.opening,
+        lambda: fresh.sample_prompt,
     ]
     for use in [*uses, lambda: fresh.train_sample_dataloader(2), lambda: fresh.characters_seen(1)]:
         with pytest.raises(UserError, match=r"prepare_data\(\) and setup"):
