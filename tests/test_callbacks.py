@@ -221,7 +221,7 @@ def test_the_gap_is_measured_in_the_precision_of_the_run(verse_file, monkeypatch
         return score(self, batch, metric)
 
     monkeypatch.setattr(LanguageModel, "score", spy)
-    options = {"precision": "bf16-mixed", "max_steps": 1, "enable_checkpointing": False}
+    options = {"precision": "bf16-mixed", "max_steps": 1, "val_check_interval": 1, "enable_checkpointing": False}
     trainer = pl.Trainer(**tiny.QUIET, **options, callbacks=[TrainSubsetEval(4)])
     trainer.fit(LanguageModel(net=tiny.net), datamodule=tiny.data(verse_file))
     assert {(True, True), (True, False)} == set(under_autocast)
