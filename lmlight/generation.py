@@ -154,7 +154,10 @@ def generate_ids(
     ids = [list(prompt) for prompt in prompts]
     number = torch.float32 if device.type == "mps" else torch.float64  # MPS has no float64
     uniforms = torch.stack(
-        [torch.rand(sampling.max_new_tokens, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
+        [
+            torch.rand(sampling.max_new_tokens, dtype=torch.float32, generator=torch.Generator().manual_seed(seed))
+            for seed in seeds
+        ]
     ).to(device, number)
     present = torch.zeros(len(ids), net.vocab_size, dtype=torch.bool, device=device)
     if sampling.repetition_penalty != 1:

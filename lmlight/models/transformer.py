@@ -176,7 +176,7 @@ class Transformer(Net):
             dtype = torch.get_autocast_dtype(x.device.type)
             x, weight = x.to(dtype), weight.to(dtype)
         # not its own mean, which adds up the chunks in the type of x: in bfloat16 that is off by up to 0.5 nats
-        options = nn.LinearCrossEntropyOptions()
+        options = nn.LinearCrossEntropyOptions(batch_chunk_size=max(1, 2**25 // self.vocab_size))  # 128 MiB of logits
         return F.linear_cross_entropy(x, weight, targets.flatten(), reduction="none", options=options).float().mean()
 
     def features(self, idx: Tensor, cache: KeyValueCache | None = None) -> Tensor:

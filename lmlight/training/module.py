@@ -28,7 +28,7 @@ from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
-from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
@@ -266,12 +266,17 @@ class LanguageModel(LightningModule):
 
     def configure_model(self) -> None:
         if self.net is None:
-            self.net = self._make_net(*self._take_sizes())
+            with torch.device(
+                "cpu"
+            ):  # Lightning builds on the accelerator, whose generator gives other initial weights
+                self.net = self._make_net(*self._take_sizes())
             if self.init_from is not None:
                 checkpoints.check_compatible(self.init_from, self.net)
                 self.net.load_state_dict(checkpoints.weights_of(self.init_from))
                 self.init_from = None
-        if self.device_mesh is not None:  # ModelParallelStrategy: shard the weights, block by block (FSDP2)
+        if self.device_mesh is not None and not isinstance(
+            self.net, FSDPModule
+        ):  # ModelParallelStrategy: shard the weights, block by block (FSDP2)
             for part in (*getattr(self.net, "blocks", ()), self.net):
                 fully_shard(part, mesh=self.device_mesh["data_parallel"])
             register_fsdp_forward_method(self.net, "loss")

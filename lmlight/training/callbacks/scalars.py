@@ -121,13 +121,14 @@ def _flops_per_second(device: torch.device, dtype: torch.dtype) -> float:
     known = get_available_flops(device, dtype)
     if known:
         return float(known)
-    matrix = torch.ones(1024, 1024, device=device, dtype=dtype)
+    size = 1024 if device.type == "cpu" else 4096  # a GPU is done with less before the next launch
+    matrix = torch.ones(size, size, device=device, dtype=dtype)
     best = float("inf")
     for _ in range(4):
         began = time.perf_counter()
         float((matrix @ matrix)[0, 0])
         best = min(best, time.perf_counter() - began)
-    return 2 * 1024**3 / best
+    return 2 * size**3 / best
 
 
 def _memory(device: torch.device) -> float:
