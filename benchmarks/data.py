@@ -205,14 +205,14 @@ def read(path: Path, cache: str, batches: int) -> None:
 def resegment(path: Path, cache: str, shards: int) -> None:
     """Segments shards of a text afresh, in this process and in as many as there are cores."""
     from lmlight import TextDataModule
-    from lmlight.data import store
+    from lmlight.data import token_store
     from lmlight.data.subword_regularization import SubwordSampling
 
     data = TextDataModule(str(path), cache=cache)
     data.prepare_data()
     data.setup("fit")
     counts = data.tokenizer.char_counts
-    for workers in (0, store._cores()):
+    for workers in (0, token_store._cores()):
         data = TextDataModule(str(path), cache=cache, subword_sampling=SubwordSampling(), num_workers=workers)
         with Peak() as peak:
             data.prepare_data()
@@ -231,12 +231,12 @@ def resegment(path: Path, cache: str, shards: int) -> None:
 
 
 def peers(path: Path, megabytes: int, rounds: int) -> None:
-    from lmlight.data import store
+    from lmlight.data import token_store
     from lmlight.data.corpus import Corpus
     from lmlight.data.reading import TextFormat
     from lmlight.data.tokenizer import SentencePieceTokenizer, TokenizerConfig
 
-    cores = store._cores()
+    cores = token_store._cores()
     with path.open("rb") as file:
         text = file.read(megabytes * 1_000_000).decode("utf-8", "ignore")
     pieces = list(Corpus(str(path), (path,), TextFormat(), "", False).passages(0, len(text)))
@@ -247,7 +247,7 @@ def peers(path: Path, megabytes: int, rounds: int) -> None:
 
     def ours() -> None:
         with tempfile.TemporaryDirectory() as folder:
-            store.TokenStore.write(Path(folder) / "store", "print", {"train": iter(pieces)}, tokenizer)
+            token_store.TokenStore.write(Path(folder) / "store", "print", {"train": iter(pieces)}, tokenizer)
 
     ways: dict[str, Callable[[], Any]] = {
         f"ours, to disk and checked, {cores} processes": ours,

@@ -12,8 +12,9 @@ that are not installed are unpacked into a temporary folder; nothing is installe
 - throughput: GPT-2's smallest shape: tokens/s, the share of the matrix rate, and what Lightning and callbacks add.
 - generation: tokens/s against transformers, beside the time of reading the weights from memory.
 
-Each section is a process with its own time limit. It writes `OUT/SECTION.json` and its rows of `OUT/report.md` after every
-measurement, so that a crash or the limit loses nothing else. `--device cpu --tiny` runs the same code in seconds.
+Each section is a process with its own time limit. It writes `OUT/SECTION.json` after every measurement, so a crash or the
+limit loses nothing else; its table in `OUT/report.md` follows when it has ended. `--device cpu --tiny` runs the same code in
+seconds.
 """
 
 from __future__ import annotations
@@ -45,19 +46,19 @@ ROOT = Path(__file__).resolve().parents[1]
 if importlib.util.find_spec("lmlight") is None:
     sys.path.insert(0, str(ROOT))
 
-WEIGHTS = {
-    "correct": 4,
-    "record": 3,
-    "throughput": 4,
-    "generation": 2,
-}  # of the time limit, in the order in which they run
+# of the time limit, in the order in which they run
+SHARES = {"correct": 4, "record": 3, "throughput": 4, "generation": 2}
 NEEDED = (
     *("torch", "lightning", "sentencepiece", "torchmetrics", "tensorboard", "matplotlib", "psutil", "fsspec"),
     *("jsonargparse", "docstring_parser", "typeshed_client", "pooch", "platformdirs"),
 )
 WHEELS = (
-    *("jsonargparse>=4.53,<5", "docstring-parser", "typeshed-client", "importlib-resources", "pooch", "platformdirs"),
-    "lightning-gpt==0.1.1",  # nanoGPT's model, see peers.py
+    "jsonargparse>=4.53,<5",
+    "docstring-parser",
+    "typeshed-client",
+    "importlib-resources",
+    "pooch",
+    "platformdirs",
 )
 NANOGPT_NATS = 1.4697  # nats/char of nanoGPT's character-level GPU recipe, as its README gives it
 CURVE_ALONE = "--trainer.callbacks=lmlight.training.callbacks.LearningCurve"
@@ -65,18 +66,18 @@ KILL_AT = "GPU_BENCHMARK_KILL_AT"
 
 
 class Report:
-    """The measurements of one section: a JSON file, and a table in `report.md`.
+    """The measurements of one section, in a JSON file.
 
     Args:
-        out: the folder for both.
-        section: names the JSON file and the table.
+        out: the folder for it.
+        section: names the file.
     """
 
     def __init__(self, out: Path, section: str) -> None:
         self._out, self._section, self.rows = out, section, list[dict[str, Any]]()
 
-    def measure(self, name: str, function: Callable[[], dict[str, Any]]) -> bool:
-        """Runs a measurement and adds its row; an exception becomes the row's `error`. Returns whether there was none."""
+    def measure(self, name: str, function: Callable[[], dict[str, Any]]) -> None:
+        """Runs a measurement and adds its row; an exception becomes the row's `error`."""
         began, row = time.perf_counter(), dict[str, Any](name=name)
         print(f"--- {self._section}: {name}", flush=True)
         try:
@@ -88,10 +89,6 @@ class Report:
         self.rows.append(row)
         text = json.dumps({"environment": environment(), "rows": self.rows}, indent=1, default=str)
         (self._out / f"{self._section}.json").write_text(text, encoding="utf-8")
-        return "error" not in row
-
-    def markdown(self) -> str:
-        return markdown(self._section, self.rows)
 
 
 def markdown(section: str, rows: list[dict[str, Any]]) -> str:
@@ -173,6 +170,17 @@ class Bench:
         if self.device != "cpu":
             torch.get_device_module(self.device).synchronize()
 
+    def seconds(self, task: Callable[[], Any], warmup: int, repeats: int) -> float:
+        """The median time of a task on the device."""
+        times = []
+        for _ in range(warmup + repeats):
+            self.synchronize()
+            began = time.perf_counter()
+            task()
+            self.synchronize()
+            times.append(time.perf_counter() - began)
+        return statistics.median(times[warmup:])
+
 
 # correct
 
@@ -215,12 +223,12 @@ def correct(bench: Bench, report: Report) -> None:
         watching = [] if name == "float32" else [CURVE_ALONE]
         run = bench.fit(name, *watching, *common, *flags, accelerator=accelerator)
         losses[name] = losses_of(run)
-        if name == to:
-            return {"final": losses[name][-1]}
-        difference = max(abs(a - b) for a, b in zip(losses[name], losses[to], strict=True))
-        if not difference <= limit:
-            raise AssertionError(f"losses differ by {difference:.3g} from {to}'s, more than {limit}")
-        return {"final": losses[name][-1], "difference": difference, "limit": limit, "from": to}
+        return {"final": losses[name][-1]} if name == to else difference(losses[name], to, limit)
+
+    def difference(found: list[float], to: str, limit: float) -> dict[str, Any]:
+        apart = max(abs(a - b) for a, b in zip(found, losses[to], strict=True))
+        assert apart <= limit, f"losses differ by {apart:.3g} from {to}'s, more than {limit}"
+        return {"final": found[-1], "difference": apart, "limit": limit, "from": to}
 
     def last(name: str) -> Path:
         return bench.run_folder(name) / "checkpoints" / "last.ckpt"
@@ -233,11 +241,9 @@ def correct(bench: Bench, report: Report) -> None:
         assert killed == -signal.SIGKILL, f"exit status {killed} in place of a kill"
         assert checkpoint.read(last("killed"))["global_step"] == every
         run = bench.fit("killed", f"--ckpt_path={last('killed')}")
-        difference = max(abs(a - b) for a, b in zip(losses_of(run), losses["float32"], strict=True))
         weights = [checkpoint.weights_of(checkpoint.read(last(name))) for name in ("killed", "float32")]
         apart = max(float((weights[0][name] - weights[1][name]).abs().max()) for name in weights[0])
-        assert difference <= 5e-3, f"losses differ by {difference:.3g} from the straight run's"
-        return {"difference": difference, "limit": 5e-3, "weights differ by": apart}
+        return {**difference(losses_of(run), "float32", 5e-3), "weights differ by": apart}
 
     def nats(*words: str) -> float:
         out, err, status = bench.command("validate", f"--data.corpus={bench.corpus}", *words)
@@ -249,9 +255,9 @@ def correct(bench: Bench, report: Report) -> None:
             kind: nats(f"--ckpt_path={last('float32')}", f"--trainer.accelerator={kind}")
             for kind in {"cpu", bench.accelerator}
         }
-        difference = max(found.values()) - min(found.values())
-        assert difference <= 1e-4, f"validation differs by {difference:.3g} between {' and '.join(found)}"
-        return {"final": found[bench.accelerator], "difference": difference, "limit": 1e-4}
+        apart = max(found.values()) - min(found.values())
+        assert apart <= 1e-4, f"validation differs by {apart:.3g} between {' and '.join(found)}"
+        return {"final": found[bench.accelerator], "difference": apart, "limit": 1e-4}
 
     def predict() -> dict[str, Any]:
         words = [
@@ -316,10 +322,7 @@ def correct(bench: Bench, report: Report) -> None:
         words = bench.fit_words(name, CURVE_ALONE, *common, *flags)
         status = child(bench, ["-m", "lmlight", *words])
         assert status == 0, f"exit status {status}"
-        found = losses_of(bench.run_folder(name))
-        difference = max(abs(a - b) for a, b in zip(found, losses["float32"], strict=True))
-        assert difference <= 0.02, f"losses differ by {difference:.3g} from one process's"
-        return {"final": found[-1], "difference": difference, "limit": 0.02, "from": "float32"}
+        return difference(losses_of(bench.run_folder(name)), "float32", 0.02)
 
     # Muon's iteration runs in bfloat16 on CUDA and float32 products in TF32, so losses agree to a hundredth
     report.measure("cpu", partial(compare, "cpu", 0, accelerator="cpu"))
@@ -406,7 +409,6 @@ def throughput(bench: Bench, report: Report) -> None:
     batch, steps, warmup = bench.pick((32, 20, 5), (2, 4, 2))
     tokens = batch * shape.block_size
     adamw = partial(torch.optim.AdamW, lr=6e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
-    sizes = [shape.n_layer, shape.n_head, shape.n_embd]
     idx = torch.randint(shape.vocab_size, (batch, shape.block_size + 1), device=bench.device)
     inputs, targets = idx[:, :-1].contiguous(), idx[:, 1:].contiguous()
     rate = 0.0
@@ -416,14 +418,7 @@ def throughput(bench: Bench, report: Report) -> None:
         nonlocal rate
         size, dtype = bench.pick((8192, torch.bfloat16), (256, torch.float32))
         a, b = (torch.randn(size, size, device=bench.device, dtype=dtype) for _ in range(2))
-        seconds = []
-        for _ in range(13):
-            bench.synchronize()
-            began = time.perf_counter()
-            a @ b
-            bench.synchronize()
-            seconds.append(time.perf_counter() - began)
-        rate = 2 * size**3 / statistics.median(seconds[3:])
+        rate = 2 * size**3 / bench.seconds(lambda: a @ b, warmup=3, repeats=10)
         return {"TFLOP/s": rate / 1e12}
 
     flops = 3 * Transformer(**vars(shape), **GPT2).flops_per_token()
@@ -484,7 +479,6 @@ def throughput(bench: Bench, report: Report) -> None:
         data = TextDataModule(
             str(bench.corpus), shape.block_size, batch, tokenizer=TokenizerConfig("unigram", bench.pick(4096, 400))
         )
-        net = lambda _, block_size: Transformer(shape.vocab_size, block_size, *sizes, **GPT2)  # noqa: E731
         times = Times()
         trainer = Trainer(
             accelerator=bench.accelerator,
@@ -500,7 +494,8 @@ def throughput(bench: Bench, report: Report) -> None:
             logger=RunLogger(str(bench.work / "runs" / name)),
             callbacks=[times, *(kind() for kind in callbacks.DEFAULT), BestLastCheckpoint()],
         )
-        trainer.fit(LanguageModel(net, adamw, compile_net=compiled), datamodule=data)
+        model = LanguageModel(lambda *_: ours(shape)[0], adamw, compile_net=compiled)  # whatever the tokenizer's size
+        trainer.fit(model, datamodule=data)
         found = row(name, (times.ended - times.began) / steps, first)
         waiting = trainer.callback_metrics.get("throughput/waiting_for_data")
         return {**found, "waiting for data": float("nan") if waiting is None else float(waiting)}
@@ -522,6 +517,7 @@ def throughput(bench: Bench, report: Report) -> None:
 def generation(bench: Bench, report: Report) -> None:
     import peers
     import torch
+    from generation import seconds_of
 
     from lmlight import Sampling, Transformer
     from lmlight.generation import generate
@@ -535,14 +531,8 @@ def generation(bench: Bench, report: Report) -> None:
 
     def read_rate() -> float:
         """Bytes per second at which a large array is read."""
-        array, seconds = torch.ones(bench.pick(2**29, 2**20), device=bench.device), []
-        for _ in range(5):
-            bench.synchronize()
-            began = time.perf_counter()
-            array.sum()
-            bench.synchronize()
-            seconds.append(time.perf_counter() - began)
-        return array.nbytes / statistics.median(seconds)
+        array = torch.ones(bench.pick(2**29, 2**20), device=bench.device)
+        return array.nbytes / bench.seconds(array.sum, warmup=0, repeats=5)
 
     def run(shape: peers.Shape, streams: int, rate: float) -> dict[str, Any]:
         net = Transformer(**vars(shape), **GPT2).to(bench.device).eval()
@@ -553,16 +543,14 @@ def generation(bench: Bench, report: Report) -> None:
             "lmlight": lambda: generate(net, idx, Sampling(max_new_tokens=new)),
             "transformers": lambda: theirs.generate(idx, attention_mask=torch.ones_like(idx), **options),
         }
-        seconds: dict[str, list[float]] = {name: [] for name in tasks}
+
+        def waited_for(task: Callable[[], Any]) -> None:
+            task()
+            bench.synchronize()
+
         with torch.inference_mode():
-            for _ in range(rounds + 1):
-                for name, task in tasks.items():
-                    bench.synchronize()
-                    began = time.perf_counter()
-                    task()
-                    bench.synchronize()
-                    seconds[name].append((time.perf_counter() - began) / new)
-        ours, other = (statistics.median(seconds[name][1:]) for name in tasks)
+            medians = seconds_of(rounds, {name: partial(waited_for, task) for name, task in tasks.items()})
+        ours, other = (medians[name] / new for name in tasks)
         weights = sum(module.weight.nbytes for module in net.modules() if isinstance(module, torch.nn.Linear))
         return {
             "ms a token": 1e3 * ours,
@@ -586,10 +574,13 @@ SECTIONS = {"correct": correct, "record": record, "throughput": throughput, "gen
 
 def fetch(folder: Path) -> None:
     """Downloads what a GPU machine without network needs."""
+    import peers
+
     from lmlight.data import download
 
     folder.mkdir(parents=True, exist_ok=True)
-    subprocess.run([sys.executable, "-m", "pip", "download", "-q", "--no-deps", "-d", str(folder), *WHEELS], check=True)
+    command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "-d", str(folder), *WHEELS, peers.NANOGPT]
+    subprocess.run(command, check=True)
     shutil.copyfile(download.fetch("tinyshakespeare"), folder / "input.txt")
     names = ", ".join(sorted(path.name for path in folder.iterdir()))
     print(f"Copy {folder} to the GPU machine and pass it as --files: {names}")
@@ -636,7 +627,7 @@ def run_sections(options: argparse.Namespace) -> int:
         sections = [name for name in SECTIONS if name in options.sections]
         for number, name in enumerate(sections):
             left = max(0.0, deadline - time.monotonic())
-            limit = left * WEIGHTS[name] / sum(WEIGHTS[later] for later in sections[number:])
+            limit = left * SHARES[name] / sum(SHARES[later] for later in sections[number:])
             words = [__file__, "--section", name, "--out", str(options.out.resolve()), "--work", str(work)]
             words += ["--device", options.device, *(["--tiny"] if options.tiny else [])]
             variables = {
@@ -696,9 +687,7 @@ def main() -> int:
         fetch(options.fetch)
         return 0
     if options.section:
-        # lmlight's own clean-up of warnings and threads is the command line's
-        report = Report(options.out, options.section)
-        SECTIONS[options.section](Bench(options), report)
+        SECTIONS[options.section](Bench(options), Report(options.out, options.section))
         return 0
     return min(run_sections(options), 1)
 

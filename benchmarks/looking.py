@@ -20,7 +20,8 @@ from typing import Any
 import lightning.pytorch as pl
 from lightning.pytorch.profilers import SimpleProfiler
 
-from lmlight import LanguageModel, TextDataModule, callbacks
+from lmlight import LanguageModel, TextDataModule
+from lmlight.training import callbacks
 from lmlight.training.callbacks import RunLogger
 from lmlight.training.cli import TRAINER_DEFAULTS
 

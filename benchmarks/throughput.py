@@ -35,10 +35,11 @@ from peers import NANOGPT_CPU, Shape
 from torch import Tensor
 
 import lmlight  # first: it bounds how long torch's threads spin
-from lmlight import LanguageModel, TextDataModule, Transformer, callbacks
+from lmlight import LanguageModel, TextDataModule, Transformer
 from lmlight.data.tokenizer import TokenizerConfig
 from lmlight.models import GPT2, LLAMA
 from lmlight.optim import Muon, parameter_groups
+from lmlight.training import callbacks
 from lmlight.training.callbacks import RunLogger, RunProgress
 from lmlight.training.checkpointing import BestLastCheckpoint
 from lmlight.training.cli import TRAINER_DEFAULTS

@@ -5,7 +5,7 @@
 - A kill or a full disk at any moment leaves the file of before (`files.whole`).
 - The end of the file is a *seal*, the SHA-256 of all before it, inside the zip archive's comment, where torch does not mind
   it: torch itself does not notice a flipped bit.
-- TextFormat checks the seal and uses `weights_only=True`, which refuses a pickle that would run code.
+- Reading checks the seal and uses `weights_only=True`, which refuses a pickle that would run code.
 
 Free of lightning.
 """

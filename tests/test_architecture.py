@@ -1,5 +1,8 @@
 """The house keeps its order: imports run one way, and the light parts stay light."""
 
+import ast
+import importlib
+import importlib.util
 import os
 from pathlib import Path
 
@@ -42,6 +45,20 @@ def test_light_parts_do_not_wait_for_heavy_ones(absent, modules):
             assert not found, (module, found)
         """
     processes.run_afresh(absent, *modules, code=code)
+
+
+def test_benchmarks_import_what_there_is():
+    """Also where a function does it, since no test runs most of them."""
+    for path in (ROOT / "benchmarks").glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "lmlight":
+                module = importlib.import_module(node.module)
+                for name in node.names:
+                    submodule = f"{node.module}.{name.name}"
+                    is_package = hasattr(module, "__path__")
+                    assert hasattr(module, name.name) or (is_package and importlib.util.find_spec(submodule)), (
+                        f"{path.name}: {submodule}"
+                    )
 
 
 def test_no_module_is_a_drawer_for_odds_and_ends():

@@ -312,7 +312,7 @@ def test_the_prompt_is_not_searched_for_stop_texts():
 
 @pytest.mark.parametrize("stop", [[], ["abc"]])
 def test_a_text_ends_where_its_document_does(stop):
-    tokenizer = CharTokenizer("abc", eos_id=True)
+    tokenizer = CharTokenizer("abc", add_eos=True)
     stream = TextStream(tokenizer, "", Sampling(stop=stop), 0)
     assert stream.ids == [3], "nothing before it: a document begins"
     assert "".join(stream.push(index) for index in (0, 1, 3)) == stream.text == "ab"
@@ -467,7 +467,7 @@ def test_a_text_without_a_prompt_follows_a_documents_or_a_lines_end():
     for tokenizer, start in (
         (CharTokenizer("ab\n"), [2]),
         (CharTokenizer("ab"), [0]),
-        (CharTokenizer("ab\n", eos_id=True), [3]),
+        (CharTokenizer("ab\n", add_eos=True), [3]),
     ):
         (stream,) = start_streams(tokenizer, [""], Sampling())
         assert stream.ids == start

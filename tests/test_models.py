@@ -92,11 +92,16 @@ def test_loss_begins_near_that_of_knowing_nothing():
     assert abs(loss.item() - math.log(2048)) < 0.1
 
 
+needs_chunked_loss = pytest.mark.skipif(
+    not hasattr(F, "linear_cross_entropy"),
+    reason="torch has it from 2.13 on; before, the loss is always computed whole",
+)
+
+
+@needs_chunked_loss
 @pytest.mark.parametrize("tie", [False, True])
 @pytest.mark.parametrize("autocast", [False, True])
 def test_the_loss_in_chunks_is_the_loss(monkeypatch, tie, autocast):
-    if not hasattr(F, "linear_cross_entropy"):
-        pytest.skip("torch has it from 2.13 on; before, the loss is always computed whole")
     net = make(tie=tie)
     idx, targets = torch.randint(11, (2, 2, 8))
 
@@ -121,9 +126,8 @@ def test_the_loss_in_chunks_is_the_loss(monkeypatch, tie, autocast):
     assert calls
 
 
+@needs_chunked_loss
 def test_chunked_loss_in_bfloat16_does_not_accumulate_rounding_errors(monkeypatch):
-    if not hasattr(F, "linear_cross_entropy"):
-        pytest.skip("torch has it from 2.13 on; before, the loss is always computed whole")
     monkeypatch.setattr("lmlight.models.transformer.CHUNKED_LOSS_MIN_LOGITS", 0)
     net = Transformer(8192, 64, n_layer=1, n_head=2, n_embd=128)
     torch.nn.init.normal_(net.head.weight)

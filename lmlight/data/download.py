@@ -133,7 +133,7 @@ def _not_fetched(url: str, error: Exception) -> UserError:
 
 
 def fetch(name: str, cache: str | None = None) -> Path:
-    """The path of a named corpus in the cache, download it first if it is not there.
+    """The path of a named corpus in the cache, downloading it first if it is not there.
 
     A download goes to a temporary file beside its place, is hashed, and only then renamed: what does not match is
     deleted, and two processes that fetch at once do not meet.

@@ -150,4 +150,4 @@ class CorpusSpec:
         # a line while one waits, without a bar: SentencePiece does not say how far it is
         disable = None if cut > NOTICED_CHARS else True
         with tqdm(desc="training the tokenizer", bar_format="{desc} ...", leave=False, disable=disable):
-            return self.tokenizer.train(passages, cut, eos_id=main.has_documents)
+            return self.tokenizer.train(passages, cut, add_eos=main.has_documents)

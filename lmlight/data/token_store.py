@@ -6,8 +6,8 @@
 - Shards are cut from the text alone, so the same ones come out of any number of processes, and of any number of jobs that
   each write a part of them.
 - A finished store is plain files that name no place: it may be copied anywhere.
-- `TokenArray` reads the shards as one stream. They are memory-mapped, and pages
-  that have been read are released from time to time, so a long run over a large text does not appear to fill the memory.
+- `TokenArray` reads the shards as one stream. They are memory-mapped, and pages that have been read are
+  released from time to time, so a long run over a large text does not appear to fill the memory.
 
 Free of torch.
 """

@@ -116,7 +116,7 @@ class Tokenizer(ABC):
 
     @property
     def bos_ids(self) -> list[int]:
-        """TokenArray to start from when the prompt is empty: EOS if the vocabulary has one, else the end of a line.
+        """Ids to start from when the prompt is empty: EOS if the vocabulary has one, else the end of a line.
 
         For CRLF, only the LF: training windows also start after it, and other engines accept a single id.
         """
@@ -202,13 +202,13 @@ class TokenizerConfig:
             if getattr(self, name) < 1:
                 raise UserError(f"tokenizer.{name} must be at least 1, got {getattr(self, name)}")
 
-    def train(self, text: str | Iterable[str], chars: int | None = None, eos_id: bool = False) -> Tokenizer:
+    def train(self, text: str | Iterable[str], chars: int | None = None, add_eos: bool = False) -> Tokenizer:
         """A tokenizer of this kind for a text.
 
         Args:
             text: a text, or its passages.
             chars: how many characters the passages have together; None learns from all of them.
-            eos_id: give the vocabulary an id for the end of a document.
+            add_eos: give the vocabulary an id for the end of a document.
 
         Raises:
             UserError: `vocab_size` is too small for the characters in the text, or there is no text to learn from.
@@ -219,10 +219,10 @@ class TokenizerConfig:
             characters = set[str]()
             for passage in passages:
                 characters.update(passage)
-            return CharTokenizer(sorted(characters), eos_id, _most_common(newlines))
+            return CharTokenizer(sorted(characters), add_eos, _most_common(newlines))
         if chars is not None and chars > self.sample_chars:
             passages = _sample(passages, self.sample_chars / chars)
-        model = _train_sentencepiece(passages, self, eos_id)
+        model = _train_sentencepiece(passages, self, add_eos)
         newline = _most_common(newlines)
         return SentencePieceTokenizer(model + _NEWLINE_FIELDS[newline] if newline and self.lossless else model)
 
@@ -236,7 +236,7 @@ def from_bytes(data: bytes) -> Tokenizer:
     if data.startswith(b"{"):
         try:
             content = json.loads(data)
-            return CharTokenizer(content["characters"], content.get("eos_id", False), content.get("newline"))
+            return CharTokenizer(content["characters"], content.get("add_eos", False), content.get("newline"))
         except (KeyError, TypeError):
             raise ValueError("not a character vocabulary") from None
     return SentencePieceTokenizer(data)
@@ -247,18 +247,18 @@ class CharTokenizer(Tokenizer):
 
     Args:
         characters: the vocabulary, in the order of the ids.
-        eos_id: whether one more id ends a document.
+        add_eos: whether one more id ends a document.
         newline: the line ending of the training text. None infers it: `"\\r\\n"` if the vocabulary has both characters.
     """
 
-    def __init__(self, characters: Iterable[str], eos_id: bool = False, newline: str | None = None) -> None:
+    def __init__(self, characters: Iterable[str], add_eos: bool = False, newline: str | None = None) -> None:
         self.characters = list(characters)
         self._inferred_newline = "".join(c for c in "\r\n" if c in self.characters) or "\n"
         self.newline = newline or self._inferred_newline
-        self.vocab_size = len(self.characters) + eos_id
-        self.eos_id = len(self.characters) if eos_id else None
+        self.vocab_size = len(self.characters) + add_eos
+        self.eos_id = len(self.characters) if add_eos else None
         self.lossless = True
-        self.char_counts = np.array([1] * len(self.characters) + [0] * eos_id, dtype=np.int64)
+        self.char_counts = np.array([1] * len(self.characters) + [0] * add_eos, dtype=np.int64)
         self._id_of = {character: index for index, character in enumerate(self.characters)}
 
     def encode(self, text: str) -> list[int]:
@@ -279,7 +279,7 @@ class CharTokenizer(Tokenizer):
     def to_bytes(self) -> bytes:
         content: dict[str, Any] = {"kind": "char", "characters": "".join(self.characters)}
         if self.eos_id is not None:
-            content["eos_id"] = True
+            content["add_eos"] = True
         if self.newline != self._inferred_newline:
             content["newline"] = self.newline
         return json.dumps(content).encode()
@@ -400,7 +400,7 @@ def _sample(passages: Iterable[str], share: float) -> Iterator[str]:
         yield "\n".join(compress(lines, draw.random(len(lines)) < share))
 
 
-def _train_sentencepiece(passages: Iterable[str], config: TokenizerConfig, eos_id: bool) -> bytes:
+def _train_sentencepiece(passages: Iterable[str], config: TokenizerConfig, add_eos: bool) -> bytes:
     # what SentencePiece uses as marks of its own: it would pass over lines that have them
     apart = re.compile(f"[\n{SPACE}{UNKNOWN}]" if config.lossless else f"[\n{UNKNOWN}]")
     lines = [
@@ -430,7 +430,7 @@ def _train_sentencepiece(passages: Iterable[str], config: TokenizerConfig, eos_i
             "bos_id": -1,
             "eos_id": -1,
         }
-    if eos_id:  # a control symbol, which no text gives
+    if add_eos:  # a control symbol, which no text gives
         options |= {"eos_id": 1 if config.lossless else 2, "eos_piece": END_OF_TEXT}
     left_out = False
     for _ in range(3):

@@ -38,7 +38,7 @@ def rotary_table(positions: int, head_size: int) -> Tensor:
     Returns:
         (2, positions, D / 2): cosines, then sines.
     """
-    with torch.device("cpu"):  # Lightning builds networks on the accelerator, and MPS has no float64
+    with torch.device("cpu"):  # whichever device networks are built on: MPS has no float64
         frequencies = ROPE_BASE ** (-torch.arange(0, head_size, 2, dtype=torch.float64) / head_size)  # (D / 2,)
         angles = torch.outer(torch.arange(positions, dtype=torch.float64), frequencies)
         table = torch.stack((angles.cos(), angles.sin())).float()

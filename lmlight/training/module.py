@@ -266,9 +266,8 @@ class LanguageModel(LightningModule):
 
     def configure_model(self) -> None:
         if self.net is None:
-            with torch.device(
-                "cpu"
-            ):  # Lightning builds on the accelerator, whose generator gives other initial weights
+            # Lightning builds on the accelerator, whose generator gives other initial weights
+            with torch.device("cpu"):
                 self.net = self._make_net(*self._take_sizes())
             if self.init_from is not None:
                 checkpoints.check_compatible(self.init_from, self.net)
