@@ -1,7 +1,7 @@
-"""Pictures of a net and of its training, as Matplotlib figures from plain arrays. Knows neither torch nor Lightning.
+"""Matplotlib figures of a net and its training, from plain arrays. Independent of torch and Lightning.
 
-Each figure has a white ground of its own, so that it reads on a light page and on a dark one, and as far as it can is no
-wider than the 350 pixels that TensorBoard gives a picture.
+Each figure has a white background, to be readable on light and dark pages, and if possible is at most 350 pixels wide, the
+width of an image in TensorBoard.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ import math
 import unicodedata
 import warnings
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -19,66 +18,80 @@ from matplotlib.figure import Figure
 
 Floats = npt.NDArray[np.floating]
 
-SHOWN = {"\n": "↵", "\t": "⇥", "\r": "←", " ": "▁"}
-CELL = 0.602  # the width of a character of DejaVu Sans Mono, in its height
+SYMBOLS = {"\n": "↵", "\t": "⇥", "\r": "←", " ": "▁"}
+CHARACTER_WIDTH = 0.602  # of DejaVu Sans Mono, relative to its size
 AXES = {"step": "optimizer steps", "characters": "characters of training text seen", "seconds": "seconds"}
 
-# a text in a script that Matplotlib's own font lacks is drawn as boxes: no reason to say so once a glyph
+# Matplotlib draws characters that its font lacks as boxes, and would warn about each
 warnings.filterwarnings("ignore", message="Glyph .* missing from")
 
 
-def visible(piece: str, most: int = 12) -> str:
-    """A token for a label: line breaks and control characters as signs, at most so many characters."""
-    signs = [SHOWN.get(c, "·" if unicodedata.category(c).startswith("C") else c) for c in piece]
-    text = "".join(signs).replace("$", r"\$")  # Matplotlib would begin a formula
-    return text if len(text) <= most else text[: most - 1] + "…"
+def visible(piece: str, max_length: int = 12) -> str:
+    """A token as a label, with symbols for white space and control characters."""
+    symbols = [SYMBOLS.get(c, "·" if unicodedata.category(c).startswith("C") else c) for c in piece]
+    text = "".join(symbols).replace("$", r"\$")  # Matplotlib would start a formula
+    return text if len(text) <= max_length else text[: max_length - 1] + "…"
 
 
 def attention_map(weights: Floats, labels: Sequence[str]) -> Figure:
-    """One head's attention weights (T, T): who looks (rows) at whom (columns)."""
-    figure = Figure(figsize=(3.5, 3.5), dpi=100, facecolor="white")
-    axes = figure.add_axes((0.19, 0.03, 0.79, 0.79))
-    axes.imshow(weights, cmap="viridis", vmin=0.0, vmax=1.0)
-    places = range(len(labels))
-    axes.set_xticks(places, labels, rotation=90, fontsize=6.5, family="monospace")
-    axes.set_yticks(places, labels, fontsize=6.5, family="monospace")
+    """Attention weights of one head, (T, T): query tokens in rows, key tokens in columns."""
+    figure = _labelled_matrix(weights, labels, inches=3.5, margin=0.19, fontsize=6.5, vmax=1.0)
+    figure.text(0.01, 0.98, "rows attend\nto columns", fontsize=6, va="top")
+    return figure
+
+
+def bigram_table(probabilities: Floats, labels: Sequence[str]) -> Figure:
+    """Probabilities of the next token, (K, K): current tokens in rows, next tokens in columns."""
+    vmax = float(np.quantile(probabilities, 0.995))
+    figure = _labelled_matrix(probabilities, labels, inches=6.5, margin=0.14, fontsize=7, vmax=vmax)
+    figure.text(0.01, 0.98, "columns\nfollow rows", fontsize=7, va="top")
+    return figure
+
+
+def _labelled_matrix(
+    matrix: Floats, labels: Sequence[str], inches: float, margin: float, fontsize: float, vmax: float
+) -> Figure:
+    figure = Figure(figsize=(inches, inches), dpi=100, facecolor="white")
+    axes = figure.add_axes((margin, 0.02, 0.98 - margin, 0.98 - margin))
+    axes.imshow(matrix, cmap="viridis", vmin=0.0, vmax=vmax)
+    axes.set_xticks(range(len(labels)), labels, rotation=90, fontsize=fontsize, family="monospace")
+    axes.set_yticks(range(len(labels)), labels, fontsize=fontsize, family="monospace")
     axes.tick_params(top=True, labeltop=True, bottom=False, labelbottom=False, length=2)
-    figure.text(0.01, 0.98, "a row looks\nat columns", fontsize=6, va="top")
     return figure
 
 
 def surprise(pieces: Sequence[str], nats: Floats, width: int = 42) -> Figure:
-    """A text, each token (N,) on the colour of how surprising it was, in nats."""
+    """Text with the loss of each token, (N,) nats, as background colour."""
     lines: list[list[tuple[str, float]]] = [[]]
     for piece, value in zip(pieces, nats):
         for character in piece.replace("▁", " "):
-            sign = " " if character == " " else visible(character)[-1:]
-            lines[-1].append((sign, float(value)))
+            lines[-1].append((" " if character == " " else visible(character)[-1], float(value)))
             if character == "\n" or len(lines[-1]) == width:
                 lines.append([])
     lines = [line for line in lines if line]
-    ground = np.ones((len(lines), width, 3))
-    shades = colormaps["YlOrRd"]
-    most = max(1.0, math.ceil(float(np.quantile(nats, 0.98))))
+    colors, red = colormaps["YlOrRd"], max(1.0, math.ceil(float(np.quantile(nats, 0.98))))
+    background = np.ones((len(lines), width, 3))
     for row, line in enumerate(lines):
         for column, (_, value) in enumerate(line):
-            ground[row, column] = shades(0.75 * min(1.0, value / most))[:3]
-    size = 8 * 72 / (100 * CELL)  # points; a character is 8 pixels wide, for they are set at whole ones
-    wide, high = width * CELL * size / 72, len(lines) * 1.6 * size / 72
-    figure = Figure(figsize=(wide + 0.1, high + 0.4), dpi=100, facecolor="white")
-    axes = figure.add_axes((0.05 / (wide + 0.1), 0.1 / (high + 0.4), wide / (wide + 0.1), high / (high + 0.4)))
-    axes.imshow(ground, aspect="auto", extent=(0, width, len(lines), 0))
+            background[row, column] = colors(0.75 * min(1.0, value / red))[:3]
+    fontsize = (
+        8 * 72 / (100 * CHARACTER_WIDTH)
+    )  # in points; makes characters 8 pixels wide, for they start at whole pixels
+    text_width, text_height = width * CHARACTER_WIDTH * fontsize / 72, len(lines) * 1.6 * fontsize / 72  # inches
+    w, h = text_width + 0.1, text_height + 0.4
+    figure = Figure(figsize=(w, h), dpi=100, facecolor="white")
+    axes = figure.add_axes((0.05 / w, 0.1 / h, text_width / w, text_height / h))
+    axes.imshow(background, aspect="auto", extent=(0, width, len(lines), 0))
     for row, line in enumerate(lines):
-        text = "".join(sign for sign, _ in line)
-        axes.text(0, row + 0.52, text, family="monospace", fontsize=size, va="center", parse_math=False)
+        text = "".join(character for character, _ in line)
+        axes.text(0, row + 0.52, text, family="monospace", fontsize=fontsize, va="center", parse_math=False)
     axes.set_axis_off()
-    mean = float(np.mean(nats))
-    axes.set_title(f"nats per token: white 0, red {most:.0f}; mean {mean:.2f}", fontsize=7, loc="left")
+    axes.set_title(f"nats per token: white 0, red {red:.0f}; mean {np.mean(nats):.2f}", fontsize=7, loc="left")
     return figure
 
 
 def loss_by_position(nats: Floats) -> Figure:
-    """The mean loss (T,) at each position of the block: how much the context helps."""
+    """Mean loss at each position of the block, (T,): how much context helps."""
     figure = Figure(figsize=(3.5, 2.4), dpi=100, facecolor="white", layout="constrained")
     axes = figure.subplots()
     axes.plot(range(1, len(nats) + 1), nats, color="tab:blue", linewidth=1)
@@ -89,51 +102,39 @@ def loss_by_position(nats: Floats) -> Figure:
     return figure
 
 
-def bigram_table(probabilities: Floats, labels: Sequence[str]) -> Figure:
-    """What follows what: (K, K) probabilities, a row for each token that came."""
-    figure = Figure(figsize=(6.5, 6.5), dpi=100, facecolor="white")
-    axes = figure.add_axes((0.14, 0.03, 0.83, 0.83))
-    axes.imshow(probabilities, cmap="viridis", vmin=0.0, vmax=float(np.quantile(probabilities, 0.995)))
-    axes.set_xticks(range(len(labels)), labels, rotation=90, fontsize=7, family="monospace")
-    axes.set_yticks(range(len(labels)), labels, fontsize=7, family="monospace")
-    axes.tick_params(top=True, labeltop=True, bottom=False, labelbottom=False, length=2)
-    figure.text(0.01, 0.98, "after a row\ncome columns", fontsize=7, va="top")
-    return figure
-
-
 def positions(vectors: Floats) -> Figure:
-    """The learned vectors of the positions (T, C), and how alike they are (cosine)."""
+    """Learned position embeddings, (T, C), and their cosine similarities."""
     figure = Figure(figsize=(7, 3.2), dpi=100, facecolor="white", layout="constrained")
     left, right = figure.subplots(1, 2)
-    most = float(np.abs(vectors).max()) or 1.0
-    left.imshow(vectors, aspect="auto", cmap="RdBu", vmin=-most, vmax=most)
-    left.set(xlabel="channel", ylabel="position", title="learned positions")
+    limit = float(np.abs(vectors).max()) or 1.0
+    left.imshow(vectors, aspect="auto", cmap="RdBu", vmin=-limit, vmax=limit)
+    left.set(xlabel="channel", ylabel="position", title="position embeddings")
     lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
-    alike = vectors @ vectors.T / np.maximum(lengths * lengths.T, 1e-12)
-    shown = right.imshow(alike, cmap="RdBu", vmin=-1, vmax=1)
-    right.set(xlabel="position", ylabel="position", title="how alike (cosine)")
-    figure.colorbar(shown, ax=right)
+    similarity = vectors @ vectors.T / np.maximum(lengths * lengths.T, 1e-12)
+    image = right.imshow(similarity, cmap="RdBu", vmin=-1, vmax=1)
+    right.set(xlabel="position", ylabel="position", title="cosine similarity")
+    figure.colorbar(image, ax=right)
     return figure
 
 
-def learning_curves(runs: Mapping[str, Sequence[Mapping[str, Any]]], x: str = "step") -> Figure:
-    """The validation loss of one or more runs, and the loss on training text measured the same way, dashed.
+def learning_curves(runs: Mapping[str, Sequence[Mapping[str, float]]], x: str = "step") -> Figure:
+    """The validation loss of one or more runs and, dashed, the loss on a subset of the training text.
 
     Args:
-        runs: the name of each, and its validations, as `curves.read` gives them.
+        runs: the validations of each run by its name: metrics by their names, and `x`.
         x: `step`, `characters` or `seconds`.
     """
     figure = Figure(figsize=(7.5, 4.5), dpi=100, facecolor="white", layout="constrained")
     axes = figure.subplots()
     for name, rows in runs.items():
-        shade = None
-        for column, style, label in (("val/nats_per_char", ".-", name), ("train_sample/nats_per_char", ".--", None)):
-            points = [(row[x], row[column]) for row in rows if row.get(column) is not None and row.get(x) is not None]
+        color = None
+        for column, style, label in (("val/nats_per_char", ".-", name), ("train_subset/nats_per_char", ".--", None)):
+            points = [(row[x], row[column]) for row in rows if math.isfinite(row.get(column, math.nan))]
             if points:
-                (line,) = axes.plot(*zip(*points), style, color=shade, label=label)
-                shade = line.get_color()
+                (line,) = axes.plot(*zip(*points), style, color=color, label=label)
+                color = line.get_color()
     axes.set(xlabel=AXES[x], ylabel="nats per character")
-    axes.set_title("validation text; dashed: a sample of the training text", fontsize=9)
+    axes.set_title("validation text; dashed: a subset of the training text", fontsize=9)
     axes.legend(fontsize=8)
     axes.grid(alpha=0.3)
     return figure

@@ -79,7 +79,7 @@ def test_a_run_leaves_its_config_checkpoints_and_tensorboard_files(finished):
     scalars = set(events.Tags()["scalars"])
     assert {"train/loss", "val/nats_per_char", "val/bpc", "val/loss", "val/perplexity", "grad_norm"} <= scalars
     assert any(name.startswith("lr-") for name in scalars)
-    assert [event.step for event in events.Tensors("verse/from nothing/text_summary")] == [3, 6]
+    assert [event.step for event in events.Tensors("samples/empty prompt/text_summary")] == [3, 6]
 
 
 def test_best_is_by_nats_per_character(finished):

@@ -1,4 +1,4 @@
-"""Pictures by what they draw, not by their pixels."""
+"""Figures, by what they contain and not by their pixels."""
 
 import numpy as np
 import pytest
@@ -11,49 +11,49 @@ def image_of(figure, axes=0):
     return figure.axes[axes].images[0].get_array()
 
 
-def test_an_attention_map_has_its_tokens_on_both_axes():
+def test_attention_map_has_tokens_on_both_axes():
     weights = np.tril(np.ones((3, 3))) / np.arange(1, 4)[:, None]
     figure = pictures.attention_map(weights, ["a", "▁b", "↵"])
     (axes,) = figure.axes
     assert [label.get_text() for label in axes.get_xticklabels()] == ["a", "▁b", "↵"]
     assert [label.get_text() for label in axes.get_yticklabels()] == ["a", "▁b", "↵"]
-    assert np.array_equal(image_of(figure), weights), "row t looks at column s"
+    assert np.array_equal(image_of(figure), weights), "query tokens in rows"
 
 
-def test_a_surprising_token_is_redder_and_lines_are_kept():
+def test_surprising_tokens_are_redder_and_lines_are_kept():
     figure = pictures.surprise(["▁no", "▁way", "\n", "x"], np.array([0.0, 4.0, 0.0, 2.0]), width=12)
     ground = image_of(figure)
     assert ground.shape[:2] == (2, 12)
     assert [text.get_text() for text in figure.axes[0].texts] == [" no way↵", "x"]
-    assert len({to_hex(shade) for shade in ground[0, :3]}) == 1, "a token is one colour"
+    assert len({to_hex(shade) for shade in ground[0, :3]}) == 1, "one colour per token"
     whiteness = ground.sum(-1)
     assert whiteness[0, 0] > whiteness[1, 0] > whiteness[0, 4]
-    assert (ground[0, 8:] == 1).all(), "behind the line nothing"
+    assert (ground[0, 8:] == 1).all(), "white after the end of the line"
 
 
-def test_a_long_line_is_folded():
+def test_long_line_is_wrapped():
     figure = pictures.surprise(["abcdefgh"], np.ones(1), width=5)
     assert [text.get_text() for text in figure.axes[0].texts] == ["abcde", "fgh"]
 
 
-def test_positions_are_as_alike_as_their_angles():
+def test_position_similarity_is_the_cosine():
     vectors = np.array([[1.0, 0.0], [0.0, 2.0], [3.0, 3.0]])
     figure = pictures.positions(vectors)
     assert np.array_equal(image_of(figure), vectors)
     assert list(image_of(figure, 1)[0]) == pytest.approx([1, 0, 0.5**0.5])
 
 
-def test_the_loss_by_position_counts_from_one():
+def test_loss_by_position_counts_from_one():
     figure = pictures.loss_by_position(np.array([3.0, 2.0, 1.5]))
     (line,) = figure.axes[0].lines
     assert line.get_xydata().tolist() == [[1, 3.0], [2, 2.0], [3, 1.5]]
 
 
 @pytest.mark.parametrize("x", ["step", "characters", "seconds"])
-def test_curves_of_runs_share_an_axis(x):
+def test_learning_curves_share_an_axis(x):
     rows = [{"step": 1.0, "characters": 10.0, "seconds": 5.0, "val/nats_per_char": 2.0}]
     rows += [
-        {"step": 2.0, "characters": 20.0, "seconds": 9.0, "val/nats_per_char": 1.5, "train_sample/nats_per_char": 1.0}
+        {"step": 2.0, "characters": 20.0, "seconds": 9.0, "val/nats_per_char": 1.5, "train_subset/nats_per_char": 1.0}
     ]
     figure = pictures.learning_curves({"one": rows, "two": rows[:1]}, x)
     (axes,) = figure.axes
@@ -70,7 +70,7 @@ def test_curves_of_runs_share_an_axis(x):
     ("piece", "shown"),
     [("\n", "↵"), ("▁the", "▁the"), ("a b", "a▁b"), ("\x00", "·"), ("$x$", r"\$x\$"), ("a" * 20, "a" * 11 + "…")],
 )
-def test_labels_show_what_cannot_be_seen(piece, shown):
+def test_labels_make_control_characters_visible(piece, shown):
     assert pictures.visible(piece) == shown
     figure = pictures.attention_map(np.ones((1, 1)), [pictures.visible(piece)])
-    figure.canvas.draw()  # a formula begun and not ended would raise
+    figure.canvas.draw()  # an unfinished formula would raise

@@ -48,4 +48,4 @@ def test_what_a_run_leaves_and_logs(verse_file, tmp_path):
     files = [path.relative_to(run).as_posix() for path in run.rglob("*") if path.is_file()]
     assert_same(listed("A run's folder"), files)
     tags = EventAccumulator(str(run)).Reload().Tags()["scalars"]
-    assert_same(listed("Logged figures"), [tag for tag in tags if not tag.startswith("hp/")])
+    assert_same(listed("Logged metrics"), [tag for tag in tags if not tag.startswith("hp/")])

@@ -86,7 +86,7 @@ def scalars(folder):
 
     (path,) = folder.glob("runs/*") if (folder / "runs").exists() else [folder]
     events = EventAccumulator(str(path)).Reload()
-    tags = [tag for tag in events.Tags()["scalars"] if not tag.startswith(("throughput/", "by_seconds/"))]
+    tags = [tag for tag in events.Tags()["scalars"] if not tag.startswith("throughput/")]
     return {tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in tags}
 
 
@@ -221,7 +221,7 @@ def test_a_run_of_epochs_is_resumed_to_its_end_and_no_further(trained, tmp_path,
     """Again and again, and although Lightning's count of epochs falls behind; an epoch is 13 steps."""
     monkeypatch.chdir(tmp_path)
     flags = [f"--data.corpus={trained.parents[2] / 'verse.txt'}", *tiny.FLAGS, "--trainer.max_steps=-1"]
-    flags += ["--trainer.callbacks=SmoothLoss", "--data.batch_size=16", "--trainer.val_check_interval=5"]
+    flags += ["--trainer.callbacks=UpdateRatio", "--data.batch_size=16", "--trainer.val_check_interval=5"]
     assert main(["fit", *flags, "--trainer.max_epochs=1"]) == 0
     steps = last(tmp_path)["global_step"]
     for epochs in (1, 2, 2, 3, 4, 4):
@@ -393,7 +393,7 @@ def test_resuming_takes_every_setting_of_the_run_and_flags_win(place, capsys, mo
     """Trainer, model and data; from the run's config.yaml, which a resumed run writes anew."""
     folder = place / "settings"
     flags = [*TINY, "--trainer.max_steps=20", "--trainer.precision=bf16-mixed", "--trainer.gradient_clip_val=0.3"]
-    flags += ["--trainer.callbacks=lmlight.training.callbacks.SmoothLoss", "--trainer.callbacks.over=3"]
+    flags += ["--trainer.callbacks=lmlight.training.callbacks.TrainSubsetEval", "--trainer.callbacks.windows=3"]
     flags += ["--trainer.accumulate_grad_batches=2", "--model.schedule.shape=cosine", "--data.val_fraction=0.2"]
     act = "os.kill(os.getpid(), signal.SIGTERM)"
     run(folder, "fit", *flags, code=ACT_AT_STEP.format(step=3, act=act), status=143)
@@ -408,14 +408,14 @@ def test_resuming_takes_every_setting_of_the_run_and_flags_win(place, capsys, mo
         "--trainer.callbacks+=Timer",
     )
     (line,) = [line for line in out.split("\n") if line.startswith("Resuming")]
-    changed = "trainer.max_steps: 20 -> 6", "trainer.callbacks: [SmoothLoss] -> [SmoothLoss, Timer]"
+    changed = "trainer.max_steps: 20 -> 6", "trainer.callbacks: [TrainSubsetEval] -> [TrainSubsetEval, Timer]"
     assert line.startswith(f"Resuming {path.parent.relative_to(folder)} at step 4, with ")
     assert all(change in line for change in (*changed, "model.sampling.temperature: 1.0 -> 0.5"))
     assert line.count("->") == 3
     after = yaml.safe_load(path.read_text())
     assert after["trainer"].pop("max_steps") == 6
     assert [entry["class_path"].rpartition(".")[2] for entry in after["trainer"].pop("callbacks")] == [
-        "SmoothLoss",
+        "TrainSubsetEval",
         "Timer",
     ]
     assert after["model"]["sampling"].pop("temperature") == 0.5

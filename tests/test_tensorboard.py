@@ -1,4 +1,4 @@
-"""A tiny run in a real TensorBoard, looked at through a real browser: `pytest -m browser`.
+"""A tiny run in TensorBoard, in a real browser: `pytest -m browser`.
 
 Needs `pip install -e '.[test,browser]'` and Chromium with its driver (Debian: `apt-get install chromium chromium-driver`).
 """
@@ -12,7 +12,7 @@ from lmlight.training.cli import main
 
 pytestmark = pytest.mark.browser
 
-# what a person can read on the page, inside its components' shadow trees and frames too, and the size of each picture
+# the visible text of the page, including shadow trees and frames, and the width of each image
 VISIBLE_TEXT = """
 const words = [];
 function walk(node) {
@@ -20,7 +20,7 @@ function walk(node) {
     const text = node.textContent.trim();
     if (text && node.parentElement?.checkVisibility()) words.push(text);
   }
-  if (node.nodeName == 'IMG' && node.complete) words.push(`picture ${node.naturalWidth} wide`);
+  if (node.nodeName == 'IMG' && node.complete) words.push(`image ${node.naturalWidth} wide`);
   if (node.nodeName == 'IFRAME' && node.contentDocument?.body) walk(node.contentDocument.body);
   if (node.shadowRoot) walk(node.shadowRoot);
   if (!['STYLE', 'SCRIPT', 'NOSCRIPT'].includes(node.nodeName)) node.childNodes.forEach(walk);
@@ -32,7 +32,7 @@ return words.join('\\n');
 
 @pytest.fixture(scope="module")
 def address(tmp_path_factory, verse):
-    """Where TensorBoard shows a run of some steps, with two validations."""
+    """The address of a TensorBoard that shows a run of ten steps with two validations."""
     folder = tmp_path_factory.mktemp("run")
     patch = pytest.MonkeyPatch()
     patch.chdir(folder)
@@ -54,7 +54,7 @@ def address(tmp_path_factory, verse):
 
 
 def shows(browser, address, page, *expected, seconds=40):
-    """Opens a page of TensorBoard's afresh and waits until all that is expected can be read there."""
+    """Opens a page of TensorBoard and waits until it shows all expected text."""
     browser.get("about:blank")
     browser.get(f"{address}#{page}")
     missing, end = list(expected), time.monotonic() + seconds
@@ -66,23 +66,23 @@ def shows(browser, address, page, *expected, seconds=40):
 
 
 def test_scalars(browser, address):
-    groups = ("by_characters", "by_seconds", "gap", "grad_norm", "lr-Muon", "throughput", "train", "train_sample")
+    groups = ("gap", "grad_norm", "lr-Muon", "throughput", "train", "train_subset")
     shows(browser, address, "scalars", *groups, "update_ratio", "val")
     shows(browser, address, "scalars&tagFilter=^val", "val/nats_per_char", "val/bpc", "val/perplexity", "val/loss")
-    shows(browser, address, "scalars&tagFilter=^train/", "train/loss", "train/loss_smooth")
+    shows(browser, address, "scalars&tagFilter=^train/", "train/loss")
     speeds = [f"throughput/{name}" for name in ("tokens_per_second", "characters_per_second", "mfu", "memory_gib")]
     shows(browser, address, "scalars&tagFilter=throughput", *speeds, "throughput/waiting_for_data")
 
 
 def test_text(browser, address, opening):
-    shows(browser, address, "text", f"verse/{opening}/text_summary", "temperature 1, seed 1337, step 10", opening)
+    shows(browser, address, "text", f"samples/{opening}/text_summary", "temperature 1, seed 1337, step 10", opening)
 
 
 def test_images(browser, address):
-    shows(browser, address, "images", "attention/block 1 head 1", "picture 350 wide")
-    shows(browser, address, "images&tagFilter=^positions", "positions", "picture 700 wide")
-    shows(browser, address, "images&tagFilter=^loss", "loss by position", "picture 350 wide")
-    shows(browser, address, "images&tagFilter=^surprise", "surprise", "picture 346 wide")
+    shows(browser, address, "images", "attention/block 1 head 1", "image 350 wide")
+    shows(browser, address, "images&tagFilter=^positions", "positions", "image 700 wide")
+    shows(browser, address, "images&tagFilter=^loss", "loss by position", "image 350 wide")
+    shows(browser, address, "images&tagFilter=^surprise", "surprise", "image 346 wide")
 
 
 def test_projector(browser, address):

@@ -336,7 +336,7 @@ def lmlight(place, *flags):
 def test_flags_of_the_trainer_work_and_are_resumed(place, capsys, flags):
     given = [
         "--trainer.val_check_interval=2",
-        "--trainer.callbacks=SmoothLoss",
+        "--trainer.callbacks=UpdateRatio",
         *(f"--trainer.{flag}" for flag in flags),
     ]
     assert lmlight(place, *given) == 0, capsys.readouterr().err

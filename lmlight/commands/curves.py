@@ -1,43 +1,39 @@
-"""`lmlight curves RUN...`: the learning curves of several runs in one picture."""
+"""`lmlight curves RUN...`: plots the learning curves of several runs in one figure."""
 
 from __future__ import annotations
 
+import csv
 import math
-from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-from lmlight import curves
 from lmlight.command_line import Parser
 from lmlight.errors import UserError, say
 
 
 def main(args: Sequence[str]) -> None:
-    """Runs `lmlight curves`.
-
-    Of several runs, those that cannot be drawn are left out, each with a line on stderr.
+    """Runs `lmlight curves`. Entries that cannot be plotted are skipped, each with a line on stderr.
 
     Raises:
-        UserError: no run can be drawn; the picture cannot be written.
+        UserError: no entry can be plotted; the figure cannot be written.
     """
-    parser = Parser("lmlight curves", description="Draws the validation losses of runs in one picture.")
-    parser.add_argument("runs", nargs="+", type=Path, help="folders of runs, such as runs/*; others are left out")
+    parser = Parser("lmlight curves", description="Plots the validation losses of runs in one figure.")
+    parser.add_argument("runs", nargs="+", type=Path, help="folders of runs, such as runs/*; anything else is skipped")
     parser.add_argument("--x", choices=("step", "characters", "seconds"), default="step", help="the horizontal axis")
-    parser.add_argument("--output", type=Path, default=Path("curves.png"), help="the picture: .png, .svg or .pdf")
+    parser.add_argument("--output", type=Path, default=Path("curves.png"), help="the figure: .png, .svg or .pdf")
     options = parser.parse_args(args)
-    runs, left_out = dict[str, list[dict[str, Any]]](), list[UserError]()
-    names = Counter(_name(run) for run in options.runs)
-    for run in options.runs:
+    names = [run.absolute().name for run in options.runs]
+    runs, skipped = dict[str, list[dict[str, float]]](), list[UserError]()
+    for run, name in zip(options.runs, names):
         try:
-            runs[_name(run) if names[_name(run)] == 1 else str(run)] = _drawable(run, options.x)
+            runs[name if names.count(name) == 1 else str(run)] = read(run, options.x)
         except UserError as error:
-            left_out.append(error)
+            skipped.append(error)
     if not runs:
-        others = f" ({len(left_out) - 1} more cannot be drawn either)" if len(left_out) > 1 else ""
-        raise UserError(f"{left_out[0]}{others}")
-    for reason in left_out:
-        say(reason, "left out")
+        others = f" ({len(skipped) - 1} more cannot be plotted either)" if len(skipped) > 1 else ""
+        raise UserError(f"{skipped[0]}{others}")
+    for reason in skipped:
+        say(reason, "skipped")
     from lmlight import pictures  # Matplotlib takes a third of a second to import
 
     try:
@@ -48,25 +44,27 @@ def main(args: Sequence[str]) -> None:
     for name, rows in runs.items():
         best = min(row["val/nats_per_char"] for row in rows)
         print(f"{name}: best {best:.4f} nats per character, {len(rows)} validations")
-    print(f"Picture: {options.output}")
+    print(f"Figure: {options.output}")
 
 
-def _name(run: Path) -> str:
-    return run.absolute().name
+def read(run: Path, x: str) -> list[dict[str, float]]:
+    """The validations in a run's `metrics.csv` whose loss and `x` are finite; NaN for other metrics that are missing.
 
-
-def _drawable(run: Path, x: str) -> list[dict[str, Any]]:
-    """The validations of a run that have a finite score and a place on the horizontal axis.
+    Args:
+        run: the run's folder, or the file.
+        x: a column, see `--x`.
 
     Raises:
-        UserError: see `read`; it has none.
+        UserError: there is no such validation, or no table.
     """
-    names = (x, "val/nats_per_char")
-    rows = [row for row in curves.read(run) if all(_is_finite(row.get(name)) for name in names)]
+    path = run / "metrics.csv" if run.is_dir() else run
+    try:
+        with path.open(encoding="utf-8", newline="") as file:
+            rows = [{name: float(value or "nan") for name, value in row.items()} for row in csv.DictReader(file)]
+    except (OSError, ValueError, TypeError, csv.Error) as error:
+        reason = getattr(error, "strerror", None) or "not a table of numbers"
+        raise UserError(f"'{path}' cannot be read ({reason}): pass the folders of runs, such as runs/*") from None
+    rows = [row for row in rows if all(math.isfinite(row.get(name, math.nan)) for name in (x, "val/nats_per_char"))]
     if not rows:
-        raise UserError(f"'{run}' has no validation with a finite score and {x}")
+        raise UserError(f"'{path}' has no validation with a finite loss and {x}: pass runs that have been validated")
     return rows
-
-
-def _is_finite(value: float | None) -> bool:
-    return value is not None and math.isfinite(value)

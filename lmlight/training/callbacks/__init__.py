@@ -1,13 +1,12 @@
-"""What watches a run and shows it. Each can be left out, or set, in the list `trainer.callbacks`."""
+"""Callbacks that log, plot and print. `trainer.callbacks` lists those of a run with their settings."""
 
 from lmlight.training.callbacks.learning_curve import HParamsLogger, LearningCurve
 from lmlight.training.callbacks.plots import Pictures, TokenEmbedding
 from lmlight.training.callbacks.run import RunLogger, RunProgress
-from lmlight.training.callbacks.scalars import SmoothLoss, Throughput, TrainSubsetEval, UpdateRatio
+from lmlight.training.callbacks.scalars import Throughput, TrainSubsetEval, UpdateRatio
 from lmlight.training.callbacks.text import SampleText, WritePredictions
 
 DEFAULT = (
-    SmoothLoss,
     Throughput,
     UpdateRatio,
     TrainSubsetEval,
@@ -17,7 +16,7 @@ DEFAULT = (
     HParamsLogger,
     LearningCurve,
 )
-"""What `lmlight fit` watches with, in this order."""
+"""The default callbacks of `lmlight fit`, in this order."""
 
 __all__ = [
     "DEFAULT",
@@ -27,7 +26,6 @@ __all__ = [
     "RunLogger",
     "RunProgress",
     "SampleText",
-    "SmoothLoss",
     "Throughput",
     "TokenEmbedding",
     "TrainSubsetEval",

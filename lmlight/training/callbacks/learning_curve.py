@@ -1,131 +1,109 @@
-"""A run as a curve, a table and a line in the table of all runs."""
+"""The validations of a run as a table and a figure, and its settings in TensorBoard's table of runs."""
 
 from __future__ import annotations
 
+import csv
 import time
 from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.loggers import TensorBoardLogger
 from torch.utils.tensorboard.summary import hparams
 
-from lmlight import curves
-from lmlight.training.callbacks.base import run_folder, validates_fit
-from lmlight.training.datamodule import TextDataModule
+from lmlight import files, pictures
+from lmlight.training.callbacks.base import run_folder, summary_writer, text_data, validates_fit
 from lmlight.training.module import LanguageModel
-
-FIGURES = ("val/nats_per_char", "train_sample/nats_per_char")
 
 
 class LearningCurve(Callback):
-    """`metrics.csv` and `curve.png` in the run's folder; and in TensorBoard, the losses of validations with other axes.
+    """Writes `metrics.csv` and `curve.png` to the run's folder: the metrics of each validation, and the losses as a figure.
 
-    `by_characters/…` and `by_seconds/…` count characters of training text seen and seconds where other figures count steps:
-    so runs with different tokenizers and batches lie over each other. Seconds are those of the run, validations included,
-    the time between an interruption and its resumption apart.
+    Besides optimizer steps, the table counts characters of training text seen, which compare across tokenizers and batch
+    sizes, and seconds of training and validation. A resumed run continues both.
     """
 
     def __init__(self) -> None:
         self._rows: list[dict[str, float]] = []
-        self._seconds_before = 0.0
-        self._began: float | None = None
+        self._began, self._seconds_before = time.monotonic(), 0.0
         self._folder: Path | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._folder = run_folder(trainer) if trainer.logger is not None else None
 
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._began = time.monotonic() - self._seconds_before
+
     def state_dict(self) -> dict[str, Any]:
-        return {"rows": self._rows, "seconds": self._seconds()}
+        return {"rows": self._rows, "seconds": time.monotonic() - self._began}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._rows, self._seconds_before = list(state_dict["rows"]), state_dict["seconds"]
 
-    def _seconds(self) -> float:
-        return self._seconds_before + (0.0 if self._began is None else time.monotonic() - self._began)
-
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._began = time.monotonic()
-        # a resumed run hides what comes after its step, and these axes run ahead of steps: say it all again
-        for row in self._rows:
-            self._show(trainer, row)
-
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not validates_fit(trainer):
             return
-        data = getattr(trainer, "datamodule", None)
-        row = {"step": float(trainer.global_step), "seconds": self._seconds()}
-        if isinstance(data, TextDataModule):
+        row = {"step": float(trainer.global_step), "seconds": time.monotonic() - self._began}
+        if data := text_data(trainer):
             row["characters"] = data.characters_seen(trainer.global_step)
-        sections = ("train/", "val/", "train_sample/", "gap/")
+        sections = ("train/", "val/", "train_subset/", "gap/")
         row |= {k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith(sections)}
         self._rows.append(row)
-        self._show(trainer, row)
         if trainer.is_global_zero and self._folder:
-            curves.write(self._rows, self._folder)
-
-    def _show(self, trainer: Trainer, row: dict[str, float]) -> None:
-        if not isinstance(trainer.logger, TensorBoardLogger):
-            return
-        for axis in ("characters", "seconds"):
-            for name in FIGURES:
-                if axis in row and name in row:
-                    tag = f"by_{axis}/{name.replace('/', '_')}"
-                    trainer.logger.experiment.add_scalar(tag, row[name], round(row[axis]))
+            names = dict.fromkeys(name for row in self._rows for name in row)
+            with (
+                files.whole(self._folder / "metrics.csv") as beside,
+                beside.open("w", encoding="utf-8", newline="") as file,
+            ):
+                table = csv.DictWriter(file, list(names))
+                table.writeheader()
+                table.writerows(self._rows)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._draw(trainer)
+        if self._rows and trainer.is_global_zero and self._folder:
+            pictures.learning_curves({self._folder.name: self._rows}).savefig(self._folder / "curve.png")
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        self._draw(trainer)
-
-    def _draw(self, trainer: Trainer) -> None:
-        if self._rows and trainer.is_global_zero and self._folder:
-            from lmlight import pictures
-
-            pictures.learning_curves({self._folder.name: self._rows}).savefig(self._folder / curves.PICTURE)
+        self.on_train_end(trainer, pl_module)
 
 
 class HParamsLogger(Callback):
-    """The settings that matter in TensorBoard's HParams, beside the run's last figures: a table of runs to sort.
+    """Lists the run in TensorBoard's HParams, its settings beside its last metrics: a table of runs to sort.
 
     Args:
-        figures: the columns to sort by.
+        metrics: the metrics to list.
     """
 
-    # what says where and how text is written, and nothing about what is learned
+    # they change what is written and where, but not what is learned
     LEFT_OUT = ("model.sampling", "data.prompts", "data.prompt_batch_size", "data.num_workers", "data.cache")
 
-    def __init__(self, figures: tuple[str, ...] = ("val/nats_per_char", "val/bpc", "gap/nats_per_char")) -> None:
-        self.figures = figures
+    def __init__(self, metrics: tuple[str, ...] = ("val/nats_per_char", "val/bpc", "gap/nats_per_char")) -> None:
+        self.metrics = metrics
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if not isinstance(trainer.logger, TensorBoardLogger) or not trainer.is_global_zero:
+        if (writer := summary_writer(trainer)) is None or not trainer.is_global_zero:
             return
         assert isinstance(pl_module, LanguageModel) and pl_module.net is not None
-        kept = pl_module.settings or {"model": {"net": pl_module.net.config}}
-        settings: dict[str, Any] = {
+        config = pl_module.settings or {"model": {"net": pl_module.net.config}}
+        params: dict[str, Any] = {
             "weights": pl_module.net.num_parameters,
             "steps": pl_module.total_steps,
             "precision": str(trainer.precision),
-            "seed": kept.get("seed_everything", pl_module.seed),
+            "seed": config.get("seed_everything", pl_module.seed),
         }
         for section in ("data", "model"):
-            for name, value in kept.get(section, {}).items():
+            for name, value in config.get(section, {}).items():
                 if f"{section}.{name}" not in self.LEFT_OUT:
-                    settings |= _flat(value, name)
-        # not `logger.log_hyperparams`, which also writes a first value of each figure, and there is none yet
-        for summary in hparams(settings, dict.fromkeys(self.figures, 0.0)):  # type: ignore[no-untyped-call]  # torch's
-            trainer.logger.experiment._get_file_writer().add_summary(summary)
+                    params |= _flatten(value, name)
+        # not logger.log_hyperparams, which also logs a first value of each metric, before there is one
+        for summary in hparams(params, dict.fromkeys(self.metrics, 0.0)):  # type: ignore[no-untyped-call]  # torch's
+            writer._get_file_writer().add_summary(summary)  # type: ignore[no-untyped-call]  # torch's
 
 
-def _flat(settings: Any, prefix: str = "") -> dict[str, Any]:
-    """Nested settings as one level of plain values: `init_args` is not a level, and a class goes by its last name."""
-    if not isinstance(settings, dict):
-        plain = settings if isinstance(settings, (bool, int, float, str)) else str(settings)
-        return {prefix: plain.rpartition(".")[2] if prefix.endswith("class_path") and isinstance(plain, str) else plain}
-    flat: dict[str, Any] = {}
-    for name, value in settings.items():
-        inner = prefix if name == "init_args" else f"{prefix}.{name}" if prefix else name
-        flat |= _flat(value, inner)
-    return flat
+def _flatten(value: Any, name: str) -> dict[str, Any]:
+    """Nested settings with dotted names and plain values; `init_args` is no level, and a class has its short name."""
+    if isinstance(value, dict):
+        inner = {name if key == "init_args" else f"{name}.{key}": content for key, content in value.items()}
+        return {key: plain for path, content in inner.items() for key, plain in _flatten(content, path).items()}
+    if name.endswith("class_path"):
+        value = value.rpartition(".")[2]
+    return {name: value if isinstance(value, (bool, int, float, str)) else str(value)}

@@ -21,12 +21,12 @@ from lmlight.training.module import LanguageModel
 
 
 class RunLogger(TensorBoardLogger):
-    """TensorBoard files in a folder that no other run has: `runs/2025-01-31_12-00-00`, with `-2` and so on if taken.
+    """Writes TensorBoard files to the run's own folder: `runs/2025-01-31_12-00-00`, with `-2` and so on if taken.
 
     Args:
-        save_dir: the folder of all runs; null is `trainer.default_root_dir` on the command line and `runs` in Python.
-        version: the name of this run's; null makes one from the time.
-        purge_step: hide what the folder's earlier files say of this step and later ones: a resumed run says it again.
+        save_dir: parent folder of all runs; null is `trainer.default_root_dir` on the command line and `runs` in Python.
+        version: name of this run's folder; null makes one from the time.
+        purge_step: hide this and later steps in the folder's existing files, because a resumed run logs them again.
     """
 
     def __init__(self, save_dir: str | None = None, version: str | None = None, purge_step: int | None = None) -> None:
@@ -34,7 +34,7 @@ class RunLogger(TensorBoardLogger):
 
     def _get_next_version(self) -> str:  # type: ignore[override]
         if getattr(rank_zero_only, "rank", 0) != 0:
-            return ""  # rank 0's is what counts
+            return ""  # not used: rank 0 broadcasts its folder
         return make_run_dir(Path(self.root_dir)).name
 
     def save(self) -> None:
@@ -43,14 +43,14 @@ class RunLogger(TensorBoardLogger):
 
     def finalize(self, status: str) -> None:
         super().finalize(status)
-        if status == "failed":  # a run that failed before it began leaves no folder: `rmdir` takes empty ones alone
+        if status == "failed":  # before the first step, there are no files: `rmdir` removes only empty folders
             with suppress(OSError):
                 Path(self.log_dir).rmdir()
                 Path(self.root_dir).rmdir()
 
 
 class RunProgress(ProgressBar):
-    """One bar for the whole run, and one line for each validation; without a terminal, the lines alone."""
+    """Shows one bar for the whole run, and one line per validation; if stderr is not a terminal, only the lines."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -64,7 +64,7 @@ class RunProgress(ProgressBar):
         self._enabled = True
 
     def print(self, *args: Any, **kwargs: Any) -> None:
-        """A line above the bar."""
+        """Prints a line above the bar."""
         if self._enabled:
             with tqdm.external_write_mode(file=sys.stdout):
                 print(*args, **kwargs, flush=True)
@@ -77,26 +77,27 @@ class RunProgress(ProgressBar):
         self.print(f"Training {weights:,} weights on {trainer.strategy.root_device}{where}")
         self._steps = pl_module.total_steps if isinstance(pl_module, LanguageModel) else max(0, trainer.max_steps)
         if self._enabled and sys.stderr.isatty():
-            self._bar = tqdm(
-                total=self._steps or None, initial=trainer.global_step, unit="step", dynamic_ncols=True, leave=False
-            )
+            total, step = self._steps or None, trainer.global_step
+            self._bar = tqdm(total=total, initial=step, unit="step", dynamic_ncols=True, leave=False)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        # `refresh` goes to the terminal; `n` is for free, and the bar need not move more often than the figures do
         every: int = trainer.log_every_n_steps or 10  # type: ignore[attr-defined]  # set late
-        if self._bar is not None and trainer.global_step % every == 0:
-            self._bar.set_postfix(_figures(trainer) | _speed(trainer), refresh=False)
+        # only after logged steps: reading a metric waits for the device
+        if self._bar is not None and trainer.global_step % every == 0 and trainer.global_step > self._bar.n:
+            metrics = _metrics(trainer)
+            if (speed := trainer.callback_metrics.get("throughput/tokens_per_second")) is not None:
+                metrics["tokens/s"] = f"{speed:,.0f}"
+            self._bar.set_postfix(metrics, refresh=False)
             self._bar.update(trainer.global_step - self._bar.n)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if not validates_fit(trainer):
-            return
-        figures = "  ".join(f"{name} {value}" for name, value in _figures(trainer).items())
-        seconds = time.monotonic() - self._began
-        of = f"/{self._steps}" if self._steps else ""
-        self.print(f"step {trainer.global_step:>5}{of}  {figures}  {seconds:.0f} s")
+        if validates_fit(trainer):
+            metrics = "  ".join(f"{name} {value}" for name, value in _metrics(trainer).items())
+            of = f"/{self._steps}" if self._steps else ""
+            seconds = time.monotonic() - self._began
+            self.print(f"step {trainer.global_step:>5}{of}  {metrics}  {seconds:.0f} s")
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if self._bar is not None:
@@ -104,14 +105,6 @@ class RunProgress(ProgressBar):
             self._bar = None
 
 
-def _figures(trainer: Trainer) -> dict[str, str]:
-    found, shown = trainer.callback_metrics, dict[str, str]()
-    for name in ("train/loss", "val/loss", "val/nats_per_char"):
-        if name in found:
-            shown[name] = f"{found[name]:.4f}"
-    return shown
-
-
-def _speed(trainer: Trainer) -> dict[str, str]:
-    speed = trainer.callback_metrics.get("throughput/tokens_per_second")
-    return {} if speed is None else {"tokens/s": f"{speed:,.0f}"}
+def _metrics(trainer: Trainer) -> dict[str, str]:
+    names, found = ("train/loss", "val/loss", "val/nats_per_char"), trainer.callback_metrics
+    return {name: f"{found[name]:.4f}" for name in names if name in found}

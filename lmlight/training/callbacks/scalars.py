@@ -1,95 +1,58 @@
-"""Figures of a run beside its losses: how fast, how much the weights move, how far training and validation are apart.
-
-All are logged every `trainer.log_every_n_steps` steps, but for those of validations.
-"""
+"""Scalars besides the losses: speed and memory, relative size of the updates, gap between training and validation."""
 
 from __future__ import annotations
 
+import re
 import time
-from typing import Any, cast
+import warnings
+from typing import Any
 
 import psutil
 import torch
 from lightning.fabric.utilities.throughput import get_available_flops
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from lmlight.data.loader import Batch
 from lmlight.errors import UserError
-from lmlight.training.callbacks.base import validates_fit
-from lmlight.training.datamodule import TextDataModule
+from lmlight.training.callbacks.base import FitCallback, text_data
 from lmlight.training.metrics import TextLoss
 from lmlight.training.module import LanguageModel
 
 
-def logs_now(trainer: Trainer, model: LanguageModel) -> bool:
-    """In `on_train_batch_end`: whether a step has just been made, and is one that reaches the logs."""
-    return model.step_is_logged and not trainer.fit_loop.epoch_loop._should_accumulate()
-
-
-class SmoothLoss(Callback):
-    """`train/loss_smooth`: an exponential mean of the logged training losses, beside the raw `train/loss`.
-
-    Args:
-        over: about so many logged losses count.
-    """
-
-    def __init__(self, over: int = 10) -> None:
-        if over < 1:
-            raise UserError(f"SmoothLoss.over must be at least 1, got {over}")
-        self.over = over
-        self._mean = self._weight = 0.0
-
-    def state_dict(self) -> dict[str, float]:
-        return {"mean": self._mean, "weight": self._weight}
-
-    def load_state_dict(self, state_dict: dict[str, float]) -> None:
-        self._mean, self._weight = state_dict["mean"], state_dict["weight"]
-
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        assert isinstance(pl_module, LanguageModel)
-        if not logs_now(trainer, pl_module):
-            return
-        loss = float(cast(Tensor, trainer.strategy.reduce(pl_module.step_loss.clone(), reduce_op="mean")))
-        keep = 1 - 1 / self.over
-        self._mean = keep * self._mean + (1 - keep) * loss
-        self._weight = keep * self._weight + (1 - keep)
-        pl_module.log("train/loss_smooth", self._mean / self._weight)
-
-
-class Throughput(Callback):
-    """Speed and memory, validations apart:
+class Throughput(FitCallback):
+    """Logs speed and memory; validations do not count.
 
     - `throughput/tokens_per_second` and `characters_per_second`, over all devices;
-    - `throughput/mfu`: the net's operations (`Net.flops_per_token`, three times for training) as a share of what the device
-      can: by its data sheet if Lightning knows it, else the rate of a large matrix product, measured as training begins;
-    - `throughput/waiting_for_data`: the share of the time in which the next batch was waited for;
-    - `throughput/memory_gib`: the device's memory at its fullest; on a CPU, this process's now.
+    - `throughput/mfu`: model FLOP/s (`Net.flops_per_token`, times three for training) as a share of the devices' peak, from
+      the data sheet if Lightning knows it, else measured with a large matrix product when training starts;
+    - `throughput/waiting_for_data`: share of the time spent waiting for the next batch;
+    - `throughput/memory_gib`: the run's peak on CUDA; current memory of the driver on MPS and of the process on a CPU.
     """
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert isinstance(pl_module, LanguageModel) and pl_module.net is not None
+        device = trainer.strategy.root_device
         self._flops_per_token = 3 * pl_module.net.flops_per_token()
-        precision = str(trainer.precision)
-        dtype = torch.bfloat16 if "bf16" in precision else torch.float16 if "16" in precision else torch.float32
-        self._peak = trainer.world_size * _flops_per_second(trainer.strategy.root_device, dtype)
+        self._peak = trainer.world_size * _peak_flops_per_second(device, str(trainer.precision))
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
         self._paused_at: float | None = None
         self._restart(trainer)
 
     def _restart(self, trainer: Trainer) -> None:
         self._began, self._paused = time.perf_counter(), 0.0
         self._waited = getattr(trainer.train_dataloader, "waited", 0.0)
-        self._tokens, self._characters = 0, cast(Any, 0)
+        self._tokens = 0
+        self._characters: Tensor | int = 0
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._paused_at = time.perf_counter()
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        if self._paused_at is not None:  # a validation, and all that was looked at and saved at its end
+        if self._paused_at is not None:  # since the last batch: a validation with its callbacks and checkpoints
             self._paused += time.perf_counter() - self._paused_at
             self._paused_at = None
 
@@ -97,41 +60,48 @@ class Throughput(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Batch, batch_idx: int
     ) -> None:
         self._tokens += batch.targets.numel()
-        self._characters += batch.target_chars.sum()
-        assert isinstance(pl_module, LanguageModel)
-        if not logs_now(trainer, pl_module):
-            return
-        float(pl_module.step_loss)  # a GPU may still be at it
+        self._characters += batch.target_chars.sum()  # on the device, so nothing waits
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+
+    def on_logged_step(self, trainer: Trainer, model: LanguageModel) -> None:
+        characters = float(self._characters)  # waits for the device, so before the clock is read
         seconds = time.perf_counter() - self._began - self._paused
         tokens_per_second = trainer.world_size * self._tokens / seconds
-        figures = {
+        metrics = {
             "tokens_per_second": tokens_per_second,
-            "characters_per_second": trainer.world_size * float(self._characters) / seconds,
+            "characters_per_second": trainer.world_size * characters / seconds,
             "waiting_for_data": (getattr(trainer.train_dataloader, "waited", 0.0) - self._waited) / seconds,
-            "memory_gib": _memory(trainer.strategy.root_device) / 2**30,
+            "memory_gib": _memory_bytes(trainer.strategy.root_device) / 2**30,
         }
-        if self._flops_per_token:  # a table multiplies nothing
-            figures["mfu"] = tokens_per_second * self._flops_per_token / self._peak
-        pl_module.log_dict({f"throughput/{name}": value for name, value in figures.items()})
+        if self._flops_per_token:  # 0 for a bigram table
+            metrics["mfu"] = tokens_per_second * self._flops_per_token / self._peak
+        model.log_dict({f"throughput/{name}": value for name, value in metrics.items()})
         self._restart(trainer)
 
 
-def _flops_per_second(device: torch.device, dtype: torch.dtype) -> float:
-    """Of one device, in matrix products."""
-    known = get_available_flops(device, dtype)
-    if known:
-        return float(known)
-    size = 1024 if device.type == "cpu" else 4096  # a GPU is done with less before the next launch
-    matrix = torch.ones(size, size, device=device, dtype=dtype)
-    best = float("inf")
-    for _ in range(4):
+def _peak_flops_per_second(device: torch.device, precision: str) -> float:
+    """The rate of one device in matrix products of the precision's data type."""
+    dtypes = {"bf16": torch.bfloat16, "16": torch.float16, "64": torch.float64}
+    dtype = next((dtype for name, dtype in dtypes.items() if name in precision), torch.float32)
+    if device.type == "cpu" and dtype == torch.float16:
+        dtype = torch.float32  # a float16 product takes seconds on most CPUs
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # about devices that Lightning does not know
+        if known := get_available_flops(device, dtype):
+            return float(known)
+    n = 1024 if device.type == "cpu" else 4096
+    matrix = torch.ones(n, n, device=device, dtype=dtype)
+
+    def seconds() -> float:
         began = time.perf_counter()
-        float((matrix @ matrix)[0, 0])
-        best = min(best, time.perf_counter() - began)
-    return 2 * size**3 / best
+        float((matrix @ matrix)[0, 0])  # waits for the device
+        return time.perf_counter() - began
+
+    seconds()  # the first product also loads libraries and chooses a kernel
+    return float(2 * n**3 / min(seconds() for _ in range(3)))
 
 
-def _memory(device: torch.device) -> float:
+def _memory_bytes(device: torch.device) -> float:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     if device.type == "mps":
@@ -139,56 +109,48 @@ def _memory(device: torch.device) -> float:
     return float(psutil.Process().memory_info().rss)
 
 
-class UpdateRatio(Callback):
-    """`update_ratio/<part>`: how far a step has moved each part of the net, as a share of its weights' length.
+class UpdateRatio(FitCallback):
+    """Logs `update_ratio/<part>`: the norm of an optimizer step over the norm of the weights, for each part of the net.
 
-    A part is a block, an embedding, the head. About 1e-3 is usual; much less learns slowly, much more is unsteady.
+    A part is a block, an embedding or the head. About 1e-3 is usual; much less learns slowly, much more is unstable.
     """
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         assert isinstance(pl_module, LanguageModel)
-        self._before: dict[str, list[Tensor]] | None = None
         if pl_module.step_is_logged:
-            self._before = {
-                part: [weight.detach().clone() for weight in weights] for part, weights in _parts(pl_module).items()
-            }
+            self._before = {part: [w.detach().clone() for w in weights] for part, weights in _parts(pl_module).items()}
 
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        assert isinstance(pl_module, LanguageModel)
-        if not logs_now(trainer, pl_module) or self._before is None:
-            return
+    def on_logged_step(self, trainer: Trainer, model: LanguageModel) -> None:
         ratios = {}
-        for part, weights in _parts(pl_module).items():
-            before = self._before[part]
-            moved = _length([after.detach() - old for after, old in zip(weights, before)])
-            ratios[f"update_ratio/{part}"] = moved / _length(before).clamp(min=1e-12)
-        pl_module.log_dict(ratios)
-        self._before = None
+        for part, weights in _parts(model).items():
+            before = self._before.pop(part)
+            step = [new.detach() - old for new, old in zip(weights, before)]
+            ratios[f"update_ratio/{part}"] = _norm(step) / _norm(before).clamp(min=1e-12)
+        model.log_dict(ratios)
 
 
 def _parts(model: LanguageModel) -> dict[str, list[Tensor]]:
+    """The weights of each block (`block 1`, ...) and of each other child module of the net."""
     assert model.net is not None
     parts: dict[str, list[Tensor]] = {}
     for name, parameter in model.net.named_parameters():
-        words = name.split(".")
-        part = f"block {int(words[1]) + 1}" if words[0] == "blocks" else words[0]
+        block = re.match(r"blocks\.(\d+)\.", name)
+        part = f"block {int(block[1]) + 1}" if block else name.partition(".")[0]
         parts.setdefault(part, []).append(parameter)
     return parts
 
 
-def _length(tensors: list[Tensor]) -> Tensor:
-    length = torch.nn.utils.get_total_norm(tensors)
-    return length.full_tensor() if isinstance(length, DTensor) else length
+def _norm(tensors: list[Tensor]) -> Tensor:
+    norm = torch.nn.utils.get_total_norm(tensors)
+    return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
 
-class TrainSubsetEval(Callback):
-    """`train_sample/nats_per_char`: the loss on some of the training text, measured exactly as on the validation text, and
-    `gap/nats_per_char`, by how much the latter is larger: what the net knows of the text it has seen and of no other.
+class TrainSubsetEval(FitCallback):
+    """Logs `train_subset/nats_per_char`, the loss on a subset of the training text, measured like the validation loss, and
+    `gap/nats_per_char`, by how much the validation loss exceeds it.
 
     Args:
-        windows: of `block_size` tokens, spread evenly over the training text.
+        windows: windows of `block_size` tokens to score, spread evenly over the training text.
     """
 
     def __init__(self, windows: int = 32) -> None:
@@ -196,15 +158,13 @@ class TrainSubsetEval(Callback):
             raise UserError(f"TrainSubsetEval.windows must be at least 1, got {windows}")
         self.windows = windows
 
-    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        data = getattr(trainer, "datamodule", None)
-        if not validates_fit(trainer) or not isinstance(data, TextDataModule):
+    def on_fit_validation_end(self, trainer: Trainer, model: LanguageModel) -> None:
+        if (data := text_data(trainer)) is None:
             return
-        assert isinstance(pl_module, LanguageModel)
-        metric = TextLoss().to(pl_module.device)
-        with trainer.precision_plugin.val_step_context():  # autocast, as in validation
+        metric = TextLoss().to(model.device)
+        with trainer.precision_plugin.val_step_context():
             for batch in data.train_sample_dataloader(self.windows):
-                pl_module.score(trainer.strategy.batch_to_device(batch), metric)
-        seen = metric.compute()["nats_per_char"]
-        unseen = pl_module.val_loss.compute()["nats_per_char"]
-        pl_module.log_dict({"train_sample/nats_per_char": seen.float(), "gap/nats_per_char": (unseen - seen).float()})
+                model.score(trainer.strategy.batch_to_device(batch), metric)
+        train = metric.compute()["nats_per_char"]
+        val = model.val_loss.compute()["nats_per_char"]
+        model.log_dict({"train_subset/nats_per_char": train.float(), "gap/nats_per_char": (val - train).float()})

@@ -1,33 +1,33 @@
-"""Texts that a model writes: samples at each validation of a run, and what `predict` was asked for."""
+"""Generated text: samples at each validation of a run, and the output of `predict`."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.loggers import TensorBoardLogger
 from tqdm import tqdm
 
 from lmlight import files
 from lmlight.errors import UserError
 from lmlight.generation import TextStream, escape_control_characters
-from lmlight.training.callbacks.base import validates_fit
-from lmlight.training.datamodule import TextDataModule
+from lmlight.training.callbacks.base import FitCallback, summary_writer, text_data
 from lmlight.training.module import LanguageModel
 
+SEPARATOR = "-" * 40 + "\n"
 
-class SampleText(Callback):
-    """Writes texts to TensorBoard at each validation, always from the same prompts and seed: noise that turns into a play.
+
+class SampleText(FitCallback):
+    """Generates text for TensorBoard's Text page at each validation, with the same prompts and seed each time.
 
     Args:
-        prompts: what they continue; an empty one starts from nothing. Null is that, and a line of the text's own.
-        max_new_tokens: how far.
-        temperature: see `Sampling`; null is the model's own.
+        prompts: the prompts; null takes an empty one and a line of the validation text.
+        max_new_tokens: tokens to generate for each prompt.
+        temperature: see `Sampling`; null takes the model's own.
     """
 
     def __init__(
@@ -35,35 +35,34 @@ class SampleText(Callback):
     ) -> None:
         self.prompts, self.max_new_tokens, self.temperature = prompts, max_new_tokens, temperature
 
-    # not `on_validation_end`: a callback that averages the weights has taken the average away by then
-    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if not validates_fit(trainer) or not isinstance(trainer.logger, TensorBoardLogger):
+    def on_fit_validation_end(self, trainer: Trainer, model: LanguageModel) -> None:
+        if (writer := summary_writer(trainer)) is None:
             return
-        assert isinstance(pl_module, LanguageModel)
-        sampling = replace(pl_module.sampling, max_new_tokens=self.max_new_tokens, num_samples=1)
+        sampling = replace(model.sampling, max_new_tokens=self.max_new_tokens, num_samples=1)
         if self.temperature is not None:
             sampling = replace(sampling, temperature=self.temperature)
-        data = getattr(trainer, "datamodule", None)
-        own = ["", data.sample_prompt] if isinstance(data, TextDataModule) and data.sample_prompt else [""]
-        prompts = own if self.prompts is None else list(self.prompts)
-        # on every rank, for the weights may be spread over them
-        texts = pl_module.generate(prompts, **vars(sampling))
+        if self.prompts is not None:
+            prompts = list(self.prompts)
+        else:
+            data = text_data(trainer)
+            prompts = ["", data.sample_prompt] if data and data.sample_prompt else [""]
+        texts = model.generate(prompts, **vars(sampling))  # on every rank, because weights may be sharded
+        settings = f"temperature {sampling.temperature:g}, seed {sampling.seed}, step {trainer.global_step}"
         for prompt, text in zip(prompts, texts):
-            settings = f"temperature {sampling.temperature:g}, seed {sampling.seed}, step {trainer.global_step}"
-            # four spaces: Markdown for "as it is", line breaks and all
-            verse = "\n".join("    " + line for line in escape_control_characters(text).split("\n"))
-            tag = f"verse/{' '.join(prompt.split()) or 'from nothing'}"
-            trainer.logger.experiment.add_text(tag, f"{settings}\n\n{verse}", trainer.global_step)
+            # indented by four spaces, Markdown keeps line breaks and symbols
+            indented = "\n".join("    " + line for line in escape_control_characters(text).split("\n"))
+            tag = f"samples/{' '.join(prompt.split()) or 'empty prompt'}"
+            writer.add_text(tag, f"{settings}\n\n{indented}", trainer.global_step)
 
 
 class WritePredictions(Callback):
-    """Prints what `predict` writes, as it comes, with a line between one text and the next; or files it as JSON Lines.
+    """Prints the texts of `predict` as they are generated, with a line between them; or writes them to a JSON Lines file.
 
-    Texts are in the order of their prompts, whichever process wrote them. The file appears when all are there.
+    Texts are in the order of their prompts, whichever process generated them. The file appears when it is complete.
 
     Args:
-        output: a JSON Lines file with the `prompt`, `completion`, `tokens`, `logprobs`, `seed` and `finish_reason` of each
-            text; None prints the texts.
+        output: JSON Lines file, with `prompt`, `completion`, `tokens`, `logprobs`, `seed` and `finish_reason` of each text;
+            None prints.
 
     Raises:
         UserError: the file exists, or its folder does not.
@@ -75,88 +74,76 @@ class WritePredictions(Callback):
             raise UserError(f"output '{output}' exists already: pass another name, or remove it")
         if self._output is not None and not self._output.parent.is_dir():
             raise UserError(
-                f"output '{output}' lies in a folder that does not exist: make '{self._output.parent}' first"
+                f"output '{output}' is in a folder that does not exist: create '{self._output.parent}' first"
             )
-        self._texts: list[tuple[int, list[TextStream]]] = []
-        self._bar: tqdm[Any] | None = None
+        self._batches: list[tuple[int, list[TextStream]]] = []  # with their place in the order of the prompts
+        self._separator = ""  # printed before each text: none before the first
+        self._live: TextStream | None = None  # the text that is being printed as it is generated
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert isinstance(pl_module, LanguageModel)
-        self._alone = self._output is None and trainer.world_size == 1
+        self._prints_live = self._output is None and trainer.world_size == 1
         pl_module.logprobs = self._output is not None
-        if self._alone:
-            pl_module.on_text = self._show
-        elif trainer.is_global_zero:
-            self._bar = tqdm(total=sum(map(int, trainer.num_predict_batches)), unit="batch", disable=None)
-
-    def on_predict_batch_start(
-        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
-    ) -> None:
-        self._live: TextStream | None = None
-        if self._alone and batch_idx:
-            print("-" * 40)
+        if self._prints_live:
+            pl_module.on_text = self._print_piece
+        batches = sum(map(int, trainer.num_predict_batches))
+        hidden = True if self._prints_live or not trainer.is_global_zero else None  # None: unless stderr is a terminal
+        self._bar = tqdm(total=batches, unit="batch", disable=hidden)
 
     def on_predict_batch_end(
         self,
         trainer: Trainer,
         pl_module: LightningModule,
-        outputs: Any,
+        outputs: list[TextStream],
         batch: Any,
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        if self._alone:
-            self._print([stream for stream in outputs if stream is not self._live], begun=self._live is not None)
-        else:  # batches go round the processes
-            self._texts.append((batch_idx * trainer.world_size + trainer.global_rank, outputs))
-            if self._bar is not None:
-                self._bar.update()
+        if self._prints_live:
+            if self._live is not None:
+                print(flush=True)
+                self._separator = SEPARATOR
+            self._print(stream for stream in outputs if stream is not self._live)
+            self._live = None
+        else:
+            self._batches.append((batch_idx * trainer.world_size + trainer.global_rank, outputs))
+            self._bar.update()
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self._alone:
-            return
-        gathered = [self._texts]
+        self._bar.close()
+        gathered = [self._batches]
         if trainer.world_size > 1:
             gathered = [[] for _ in range(trainer.world_size)]
-            torch.distributed.all_gather_object(gathered, self._texts)
-        if self._bar is not None:
-            self._bar.close()
-        if trainer.is_global_zero:
-            in_order = sorted((batch for part in gathered for batch in part), key=lambda batch: batch[0])
-            self._publish([stream for _, streams in in_order for stream in streams])
+            torch.distributed.all_gather_object(gathered, self._batches)
+        if trainer.is_global_zero and not self._prints_live:
+            batches = sorted((batch for rank in gathered for batch in rank), key=lambda batch: batch[0])
+            streams = [stream for _, batch in batches for stream in batch]
+            if self._output is None:
+                self._print(streams)
+            else:
+                self._write(streams, self._output)
 
-    def _show(self, stream: TextStream, piece: str) -> None:
-        """The first stream of a batch as it comes; the others, which are written beside it, follow."""
+    def _print_piece(self, stream: TextStream, piece: str) -> None:
+        """Prints the first text of a batch as it is generated; the others follow when the batch is complete."""
         if self._live is None:
-            self._live, self._shown = stream, stream.prompt
-            print(escape_control_characters(stream.prompt), end="")
+            self._live, self._before = stream, stream.prompt
+            print(self._separator + escape_control_characters(stream.prompt), end="")
         if stream is self._live:
-            print(escape_control_characters(piece, after=self._shown), end="", flush=True)
-            self._shown = piece
+            print(escape_control_characters(piece, after=self._before), end="", flush=True)
+            self._before = piece
 
-    def _print(self, streams: list[TextStream], begun: bool) -> None:
-        if begun:
-            print(flush=True)
-        for index, stream in enumerate(streams):
-            if begun or index:
-                print("-" * 40)
-            print(escape_control_characters(stream.prompt + stream.text), flush=True)
+    def _print(self, streams: Iterable[TextStream]) -> None:
+        for stream in streams:
+            print(self._separator + escape_control_characters(stream.prompt + stream.text), flush=True)
+            self._separator = SEPARATOR
 
-    def _publish(self, streams: list[TextStream]) -> None:
-        if self._output is None:
-            self._print(streams, begun=False)
-            return
+    def _write(self, streams: Sequence[TextStream], output: Path) -> None:
         try:
-            with files.whole(self._output) as beside, beside.open("w", encoding="utf-8", newline="\n") as file:
+            with files.whole(output) as beside, beside.open("w", encoding="utf-8", newline="\n") as file:
                 for stream in streams:
-                    file.write(json.dumps(_record(stream), ensure_ascii=False) + "\n")
+                    record = {"prompt": stream.prompt, "completion": stream.text}
+                    record |= {name: getattr(stream, name) for name in ("tokens", "logprobs", "seed", "finish_reason")}
+                    file.write(json.dumps(record, ensure_ascii=False) + "\n")
         except OSError as error:
-            raise UserError(
-                f"output '{self._output}' cannot be written ({error.strerror}): pass another place"
-            ) from None
-        print(f"{len(streams):,} texts in {self._output}")
-
-
-def _record(stream: TextStream) -> dict[str, Any]:
-    names = ("tokens", "logprobs", "seed", "finish_reason")
-    return {"prompt": stream.prompt, "completion": stream.text, **{name: getattr(stream, name) for name in names}}
+            raise UserError(f"output '{output}' cannot be written ({error.strerror}): pass another path") from None
+        print(f"{len(streams):,} texts in {output}")

@@ -1,10 +1,10 @@
-"""What does it cost to watch a run learn? The default recipe with all callbacks of `lmlight fit`, and with none.
+"""The cost of the default callbacks: the default recipe with all callbacks of `lmlight fit`, and with none.
 
-    python benchmarks/looking.py [--steps 1000] [--rounds 3]
+    python benchmarks/callbacks.py [--steps 1000] [--rounds 3]
 
-Whole runs take turns, validations included on both sides, everything that is drawn at the end too. On a machine that others
-use too, the difference between two runs says little; so the time inside the callbacks and the logger is added up as well, as
-a share of the run in which it is spent. Prints Markdown tables.
+Complete runs alternate, with validations on both sides and everything that is drawn at the end. On a shared machine, the
+difference between two runs says little, so the time inside the callbacks and the logger is also added up, as a share of the
+run. Prints Markdown tables.
 """
 
 from __future__ import annotations
@@ -22,11 +22,10 @@ from lightning.pytorch.profilers import SimpleProfiler
 
 from lmlight import LanguageModel, TextDataModule
 from lmlight.training import callbacks
-from lmlight.training.callbacks import RunLogger
 from lmlight.training.cli import TRAINER_DEFAULTS
 
 
-class TimedLogger(RunLogger):
+class TimedLogger(callbacks.RunLogger):
     """Adds up the seconds that logging takes."""
 
     seconds = 0.0
@@ -38,9 +37,9 @@ class TimedLogger(RunLogger):
 
 
 def fit(steps: int, watching: list[pl.Callback]) -> tuple[float, dict[str, float]]:
-    """The seconds of a run from beginning to end, and of each callback and the logger."""
-    elsewhere = ("logger", "max_steps", "default_root_dir")
-    defaults: dict[str, Any] = {k: v for k, v in TRAINER_DEFAULTS.items() if k not in elsewhere}
+    """The seconds of a run, and those spent in each callback and the logger."""
+    given = ("logger", "max_steps", "default_root_dir")
+    defaults: dict[str, Any] = {k: v for k, v in TRAINER_DEFAULTS.items() if k not in given}
     with tempfile.TemporaryDirectory() as folder:
         logger, profiler = TimedLogger(folder), SimpleProfiler()
         trainer = pl.Trainer(
@@ -73,26 +72,26 @@ def main() -> None:
     warnings.simplefilter("ignore")
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # the profiler's own tables
 
-    def everything() -> list[pl.Callback]:
+    def defaults() -> list[pl.Callback]:
         return [pl.callbacks.LearningRateMonitor(), *(kind() for kind in callbacks.DEFAULT)]
 
-    fit(20, everything())  # imports, the corpus and the tokenizer
-    bare, watched = [], []
+    fit(20, defaults())  # imports, the corpus and the tokenizer
+    without, watched = [], []
     for _ in range(options.rounds):
-        bare.append(fit(options.steps, []))
-        watched.append(fit(options.steps, everything()))
-    print(f"| {options.steps} steps of the default, watched by | seconds, each run | median |\n|---|---|---|")
-    for name, runs in (("nothing", bare), ("all of it", watched)):
+        without.append(fit(options.steps, []))
+        watched.append(fit(options.steps, defaults()))
+    print(f"| {options.steps} steps of the default run, callbacks | seconds of each run | median |\n|---|---|---|")
+    for name, runs in (("none", without), ("all", watched)):
         each, median = ", ".join(f"{seconds:.1f}" for seconds, _ in runs), statistics.median(s for s, _ in runs)
         print(f"| {name} | {each} | {median:.1f} |")
-    print("\n| of the run's time, median | |\n|---|---|")
+    print("\n| share of the run's time, median | |\n|---|---|")
     shares = {name: [spent[name] / seconds for seconds, spent in watched] for name in watched[0][1]}
-    without = statistics.median(spent["logger"] / seconds for seconds, spent in bare)
-    shares["logger"] = [share - without for share in shares["logger"]]
+    baseline = statistics.median(spent["logger"] / seconds for seconds, spent in without)
+    shares["logger"] = [share - baseline for share in shares["logger"]]
     medians = {name: statistics.median(values) for name, values in shares.items()}
     for name, share in sorted(medians.items(), key=lambda item: -item[1]):
-        print(f"| {name}{', beyond what it takes without' if name == 'logger' else ''} | {share:.2%} |")
-    print(f"| together | {sum(medians.values()):.2%} |")
+        print(f"| {name}{', in excess of a run without callbacks' if name == 'logger' else ''} | {share:.2%} |")
+    print(f"| total | {sum(medians.values()):.2%} |")
 
 
 if __name__ == "__main__":
