@@ -203,7 +203,7 @@ def test_the_gap_is_measured_the_same_way(watched):
     """The plainer truth: the net over the same windows, token by token."""
     _, _, model, data, _, events = watched
     nats = chars = 0.0
-    for batch in data.train_sample_dataloader(7):
+    for batch in data.train_subset_dataloader(7):
         losses = F.cross_entropy(
             model.net.eval()(batch.inputs).flatten(0, 1), batch.targets.flatten(), reduction="none"
         )
@@ -215,12 +215,12 @@ def test_the_gap_is_measured_the_same_way(watched):
 
 def test_the_training_sample_is_spread_over_the_text_and_never_sampled(watched):
     _, _, _, data, *_ = watched
-    starts = [int(start) for start in data.train_sample_dataloader(7).dataset.starts[:-1]]
+    starts = [int(start) for start in data.train_subset_dataloader(7).windows[:, 0]]
     assert len(starts) == 7
     assert starts[0] == 0
-    assert starts[-1] > len(data._train_ids) - 3 * 16
+    assert starts[-1] > len(data.store.ids["train"]) - 3 * 16
     assert all(start % 16 == 0 for start in starts)
-    assert len(data.train_sample_dataloader(10_000).dataset.starts) - 1 == (len(data._train_ids) - 1) // 16
+    assert len(data.train_subset_dataloader(10_000).windows) == (len(data.store.ids["train"]) - 1) // 16
 
 
 def test_verse_keeps_its_lines_and_says_how_it_was_made(watched):

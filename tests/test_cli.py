@@ -321,7 +321,7 @@ MISTAKES = {
     "binary corpus": (["fit", "--data.corpus=binary.txt"], "binary"),
     "not UTF-8": (["fit", "--data.corpus=latin.txt"], "not UTF-8 (byte 0xe9 at offset 3)"),
     "no such encoding": (["fit", "--data.encoding=rot13"], "data.encoding must be a text encoding"),
-    "short text": (["fit", "--data.corpus=short.txt", "--data.tokenizer.kind=char"], "at least some"),
+    "short text": (["fit", "--data.corpus=short.txt", "--data.tokenizer.kind=char"], "at least about"),
     "empty path": (["fit", "--ckpt_path="], "need a checkpoint, and got an empty text"),
     "workers": (["fit", "--data.num_workers=-1"], "num_workers must be 0 or more, got -1"),
     "seed": (["fit", "--seed_everything=-1"], "seed_everything must be in [0, 2**32), got -1"),

@@ -82,7 +82,7 @@ class Throughput(Callback):
 
     def _restart(self, trainer: Trainer) -> None:
         self._began, self._paused = time.perf_counter(), 0.0
-        self._waited = getattr(trainer.train_dataloader, "waited", 0.0)
+        self._waited = getattr(trainer.train_dataloader, "data_wait_seconds", 0.0)
         self._tokens, self._characters = 0, cast(Any, 0)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -107,7 +107,7 @@ class Throughput(Callback):
         figures = {
             "tokens_per_second": tokens_per_second,
             "characters_per_second": trainer.world_size * float(self._characters) / seconds,
-            "waiting_for_data": (getattr(trainer.train_dataloader, "waited", 0.0) - self._waited) / seconds,
+            "waiting_for_data": (getattr(trainer.train_dataloader, "data_wait_seconds", 0.0) - self._waited) / seconds,
             "memory_gib": _memory(trainer.strategy.root_device) / 2**30,
         }
         if self._flops_per_token:  # a table multiplies nothing
@@ -201,7 +201,7 @@ class TrainSubsetEval(Callback):
             return
         assert isinstance(pl_module, LanguageModel)
         metric = TextLoss().to(pl_module.device)
-        for batch in data.train_sample_dataloader(self.windows):
+        for batch in data.train_subset_dataloader(self.windows):
             pl_module.score(trainer.strategy.batch_to_device(batch), metric)
         seen = metric.compute()["nats_per_char"]
         unseen = pl_module.val_loss.compute()["nats_per_char"]
