@@ -118,7 +118,7 @@ def refused(capsys, *arguments):
     ("content", "said"),
     [
         (b"", "is empty"),
-        (b"a", "at least some"),
+        (b"a", "at least about"),
         (b"\n" * 2000, "nothing but newlines"),
         (b"\xff\xfeh\0i\0", "pass --data.encoding utf-16"),
         (VERSE.encode("utf-16-le"), "pass --data.encoding utf-16-le"),

@@ -114,13 +114,17 @@ class StreamedWindows(ShardedWindows):
         assert store.streamed is not None
         page_tokens, pages = store.streamed["page_tokens"], store.streamed["pages"]
         super().__init__([page_tokens * n for n in pages], 1, block_size, seed, order)
-        self.fingerprint = store.streamed["fingerprint"]
+        self._fingerprint: str = store.streamed["fingerprint"]
         self._place, self._ends = place, np.cumsum(pages).tolist()
         self._thread = ThreadPoolExecutor(1)
         package = litdata()
         with self._readable():
             loader = package.TokensLoader(block_size=page_tokens)
             self._pages = package.StreamingDataset(f"{place.rstrip('/')}/{CHUNKS}", item_loader=loader)
+
+    @property
+    def fingerprint(self) -> str:
+        return self._fingerprint
 
     def _request(self, epoch: int, shard: int) -> Future[Tokens]:
         return self._thread.submit(self._read, shard)

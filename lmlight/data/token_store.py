@@ -1,10 +1,8 @@
 """Token ids on disk: reading.
 
-- A token store is a folder with the tokenizer, the ids of each split in shards (`train-00000.npy`; uint16, or uint32 for
-  more than 65,536 ids), and `index.json`, which is written last. A folder without an index is unfinished and never read.
+- A token store is a folder with the tokenizer, the ids of each split in shards (`train-00000.npy`; uint16, or uint32 above
+  65,536 ids), and `index.json`, which is written last. A folder without an index is unfinished and never read.
 - A finished store contains no absolute paths, so it can be copied anywhere.
-- `TokenArray` reads the shards as one array. They are memory-mapped, and unmapped from time to time, so that a long run
-  over a large corpus does not appear to fill the memory.
 
 `token_writer` writes stores. Free of torch.
 """
@@ -25,29 +23,26 @@ import numpy as np
 import numpy.typing as npt
 
 from lmlight import files
-from lmlight.data.reading import TextChunk
-from lmlight.data.tokenizer import Tokenizer, from_bytes
+from lmlight.data.tokenizer import from_bytes
 from lmlight.errors import UserError
 
 # Part of every fingerprint; raised when the same text and settings would give other files.
 FORMAT_VERSION = 5
 INDEX, TOKENIZER = "index.json", "tokenizer"
-# Shards that are open at the same time: some systems allow a process only a few hundred open files.
-MAX_OPEN_SHARDS = 128
-# Bytes of a store that are mapped before all of it is unmapped. Reading a window maps up to 64 kB around it.
+MAX_OPEN_SHARDS = 128  # some systems allow a process only a few hundred open files
+# Bytes that stay mapped, so that reading a large store does not appear to fill the memory. A window maps up to 64 kB.
 MAX_MAPPED_BYTES, MAPPED_BYTES_PER_WINDOW = 2**27, 2**16
-COUNTED_AT_ONCE = 2**18  # ids that `TokenArray.counts` counts at a time
 
 Tokens = npt.NDArray[np.integer]
 
 
 class TokenArray:
-    """Token ids in several files, or in memory, read as one array of shape (N,).
+    """Token ids in memory-mapped `.npy` files or in memory, read as one array of shape (N,).
 
     Indexing with a slice or an array of positions returns an array in memory.
 
     Args:
-        shards: `.npy` files and arrays, in order.
+        shards: files and arrays, in order.
         lengths: the number of ids in each shard.
         dtype: of all shards.
     """
@@ -55,6 +50,7 @@ class TokenArray:
     def __init__(self, shards: Sequence[Path | Tokens], lengths: Sequence[int], dtype: npt.DTypeLike) -> None:
         self.shards, self.lengths, self.dtype = list(shards), np.array(lengths, np.int64), np.dtype(dtype)
         self._ends = np.cumsum(self.lengths)
+        self._begins = self._ends - self.lengths
         self._open: dict[int, Tokens] = {}
         self._offsets: dict[int, int] = {}  # where the ids begin in each file
         self._mapped = 0
@@ -64,34 +60,31 @@ class TokenArray:
 
     def __getitem__(self, index: slice | npt.NDArray[np.integer]) -> Tokens:
         if isinstance(index, slice):
-            start, stop, step = index.indices(len(self))
-            assert step == 1
-            begins = self._ends - self.lengths
-            overlapping = np.flatnonzero((begins < stop) & (self._ends > start))
-            found = [self._shard(n)[max(0, start - begins[n]) : stop - begins[n]] for n in overlapping.tolist()]
-            tokens = np.concatenate([np.empty(0, self.dtype), *found])
-            del found  # the views of the files, which could not be unmapped
+            start, stop, _ = index.indices(len(self))
+            tokens = np.empty(max(0, stop - start), self.dtype)
+            for n in np.flatnonzero((self._begins < stop) & (self._ends > start)).tolist():
+                first, last = max(start, self._begins[n]), min(stop, self._ends[n])
+                tokens[first - start : last - start] = self._shard(n)[first - self._begins[n] : last - self._begins[n]]
             self._release_mmaps(tokens.nbytes + MAPPED_BYTES_PER_WINDOW)
-            return tokens
-        tokens = np.empty(index.shape, self.dtype)
-        shard_of = np.searchsorted(self._ends, index, side="right")
-        for n in np.unique(shard_of).tolist():
-            here = shard_of == n
-            tokens[here] = self._shard(n)[index[here] - (self._ends[n] - self.lengths[n])]
-        self._release_mmaps(MAPPED_BYTES_PER_WINDOW * len(index))
+        else:
+            tokens = np.empty(index.shape, self.dtype)
+            shard_of = np.searchsorted(self._ends, index, side="right")
+            for n in np.unique(shard_of).tolist():
+                here = shard_of == n
+                tokens[here] = self._shard(n)[index[here] - self._begins[n]]
+            self._release_mmaps(MAPPED_BYTES_PER_WINDOW * len(index))
         return tokens
 
     def prepend(self, tokens: Tokens) -> TokenArray:
         """The same ids after `tokens`."""
-        return TokenArray([tokens.astype(self.dtype), *self.shards], [len(tokens), *self.lengths.tolist()], self.dtype)
+        lengths = [len(tokens), *self.lengths.tolist()]
+        return TokenArray([tokens.astype(self.dtype), *self.shards], lengths, self.dtype)
 
     def counts(self, vocab_size: int) -> npt.NDArray[np.int64]:
         """(vocab_size,) occurrences of each id."""
-        total = np.zeros(vocab_size, np.int64)
-        for shard in self._each_shard():
-            for start in range(0, len(shard), COUNTED_AT_ONCE):
-                total += np.bincount(shard[start : start + COUNTED_AT_ONCE], minlength=vocab_size)
-        return total
+        return sum(
+            (np.bincount(shard, minlength=vocab_size) for shard in self._each_shard()), np.zeros(vocab_size, int)
+        )
 
     @cached_property
     def fingerprint(self) -> str:
@@ -110,7 +103,8 @@ class TokenArray:
         shard = self.shards[n]
         if not isinstance(shard, Path):
             return shard
-        if n not in self._open:
+        opened = self._open.get(n)  # another thread may clear `_open` at any time
+        if opened is None:
             if len(self._open) >= MAX_OPEN_SHARDS:
                 self._open.clear()
             # A random batch from a large corpus opens a dozen shards; `np.load` would take longer than everything else.
@@ -118,11 +112,12 @@ class TokenArray:
                 self._offsets[n] = np.load(shard, mmap_mode="r").offset
             with shard.open("rb") as file:
                 mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-            self._open[n] = np.frombuffer(mapped, self.dtype, int(self.lengths[n]), self._offsets[n])
-        return self._open[n]
+            opened = np.frombuffer(mapped, self.dtype, int(self.lengths[n]), self._offsets[n])
+            self._open[n] = opened
+        return opened
 
     def _release_mmaps(self, mapped: int) -> None:
-        """Adds `mapped` bytes to the count and unmaps everything above the limit; the page cache keeps the files."""
+        """Counts `mapped` bytes and unmaps all files above the limit. The operating system still caches them."""
         self._mapped += mapped
         if self._mapped > MAX_MAPPED_BYTES:
             self._open.clear()
@@ -133,7 +128,7 @@ class TokenArray:
 
 
 class TokenStore:
-    """The encoded splits of a corpus, memory-mapped.
+    """The encoded splits of a corpus.
 
     Attributes:
         folder: the store's folder.
@@ -141,8 +136,7 @@ class TokenStore:
         chars: the number of characters in each split's text.
         tokenizer: the tokenizer that encoded them.
         metadata: see `token_writer.write_store`.
-        streamed: for a store whose training text is streamed (`streaming`), the description of its chunks; `ids` then
-            has only the end of the training text.
+        streamed: describes the chunks of a training text that is streamed; `ids["train"]` is then only its end.
 
     Args:
         folder: a finished store.
@@ -166,15 +160,14 @@ class TokenStore:
             self.tokenizer = from_bytes((folder / TOKENIZER).read_bytes())
             self.metadata: dict[str, Any] = index["metadata"]
             self.streamed: dict[str, Any] | None = index.get("streamed")
+            self.chars: dict[str, int] = {split: content["chars"] for split, content in index["splits"].items()}
             self.ids: dict[str, TokenArray] = {}
-            self.chars: dict[str, int] = {}
             for split, content in index["splits"].items():
                 shards = [folder / shard_name(split, number) for number in range(len(content["tokens"]))]
                 for file, tokens in zip(shards, content["tokens"]):
                     if tokens_in(file) != tokens:
                         raise ValueError(f"{file.name} does not have {tokens:,} tokens")
                 self.ids[split] = TokenArray(shards, content["tokens"], index["dtype"])
-                self.chars[split] = content["chars"]
         except UserError:
             raise
         except (OSError, EOFError, KeyError, TypeError, AttributeError, ValueError) as error:
@@ -200,15 +193,12 @@ class TokenStore:
         counts = self.tokenizer.char_counts
         if self.tokenizer.lossless:
             return dict.fromkeys(self.ids, counts)
-        occurrences = {split: ids.counts(len(counts)) for split, ids in self.ids.items()}
-        return {split: counts * (self.chars[split] / (occurrences[split] @ counts)) for split in self.ids}
+        return {
+            split: counts * (self.chars[split] / (ids.counts(len(counts)) @ counts)) for split, ids in self.ids.items()
+        }
 
     def copy(self, target: Path) -> TokenStore:
-        """Copies the store to a new folder.
-
-        Raises:
-            UserError: `target` exists, or cannot be written.
-        """
+        """Copies the store to a new folder; raises like `new_folder`."""
         with new_folder(target) as folder:
             for file in self.folder.iterdir():
                 if file.is_file() and not file.name.startswith("."):
@@ -245,11 +235,3 @@ def new_folder(target: Path) -> Iterator[Path]:
             yield folder
     except OSError as error:
         raise UserError(f"folder '{target}' cannot be written ({error.strerror or error}): pass another") from None
-
-
-def decode_chunks(tokenizer: Tokenizer, ids: Tokens) -> Iterator[TextChunk]:
-    """The text of `ids`, one chunk per document."""
-    ends = ids == (-1 if tokenizer.eos_id is None else tokenizer.eos_id)
-    for document in np.split(ids, np.flatnonzero(ends) + 1):
-        if len(document):
-            yield TextChunk(tokenizer.decode(document.tolist()), document[-1] == tokenizer.eos_id)

@@ -1,8 +1,8 @@
 """Token ids on disk: writing.
 
 - Shards are cut by characters alone, so any number of processes writes the same files.
-- A shard is written beside its final name, flushed and renamed, so an interruption loses at most the shards in progress.
-  The next call continues with the first missing shard.
+- A shard is written beside its final name, flushed and renamed. An interrupted call loses the shards in progress, and the
+  next one continues with the first missing shard.
 - Full shards are encoded in worker processes. SentencePiece's own threads do not help, because turning ids into Python
   objects holds the global interpreter lock (benchmarks/data.py).
 
@@ -30,10 +30,8 @@ from lmlight.data.tokenizer import Tokenizer, from_bytes
 from lmlight.data.workers import WorkerPool, cpu_count
 from lmlight.errors import UserError
 
-# Characters per shard: about one second of encoding, which is what an interruption costs.
-SHARD_CHARS = 2**23
-# Ids cost about 40 bytes each as Python ints, so encode in batches of this many characters.
-BATCH_CHARS = 2**18
+SHARD_CHARS = 2**23  # about one second of encoding, which is what an interruption costs
+BATCH_CHARS = 2**18  # token ids as Python ints cost about 40 bytes each, so encode this many characters at a time
 
 
 def write_store(
@@ -45,12 +43,10 @@ def write_store(
     size: int = 0,
     processes: int | None = None,
 ) -> None:
-    """Writes a token store, or the missing shards of an unfinished one. A finished store is left as it is.
-
-    Several processes may write the same store at the same time: they write the same files.
+    """Writes a token store, or the missing shards of an unfinished one. Several processes may write the same store.
 
     Args:
-        folder: where the store appears.
+        folder: where the store appears. A finished store is left as it is.
         fingerprint: identifies everything that the ids depend on (text, split, tokenizer).
         texts: the text of each split.
         tokenizer: encodes the text, unless the unfinished store already has a tokenizer.
@@ -59,7 +55,7 @@ def write_store(
         processes: worker processes for texts of more than one shard; None is one per core.
 
     Raises:
-        UserError: see `Tokenizer.encode`; the files of this store are deleted.
+        UserError: see `Tokenizer.encode`; the unfinished store is deleted.
         OSError: the disk is full, or the folder is not writable; finished shards stay.
     """
     if TokenStore.is_finished(folder):
@@ -67,33 +63,25 @@ def write_store(
     folder.mkdir(parents=True, exist_ok=True)
     try:
         published = _publish(folder / TOKENIZER, tokenizer.to_bytes())
-        if published != tokenizer.to_bytes():  # of an interrupted call, or of another machine, which rounds differently
+        if published != tokenizer.to_bytes():  # another machine was first, whose training rounds differently
             try:
                 tokenizer = from_bytes(published)
             except ValueError as error:
                 raise UserError(f"the tokens in '{folder}' are damaged ({error}): prepare the text again") from None
         dtype = "uint16" if tokenizer.vocab_size <= 2**16 else "uint32"
-        bar = tqdm(
-            total=size, desc="encoding", unit="B", unit_scale=True, delay=2, leave=False, disable=None if size else True,
-            smoothing=0,  # shards finish in bursts, so only the mean predicts the remaining time
-        )  # fmt: skip
         pool = WorkerPool(processes or cpu_count(), _start_worker, tokenizer.to_bytes(), dtype)
+        # shards finish in bursts, so only their mean speed (smoothing=0) predicts the remaining time
+        options = {"unit": "B", "unit_scale": True, "delay": 2, "leave": False, "smoothing": 0}
         try:
-            with bar:
+            with tqdm(desc="encoding", total=size, disable=None if size else True, **options) as bar:
                 splits = {
                     split: _write_split(folder, split, chunks, tokenizer, dtype, pool, bar)
                     for split, chunks in texts.items()
                 }
         finally:
             pool.shutdown()
-        index = {
-            "format_version": FORMAT_VERSION,
-            "fingerprint": fingerprint,
-            "dtype": dtype,
-            "splits": splits,
-            "metadata": metadata,
-        }
-        _publish(folder / INDEX, json.dumps(index, indent=1).encode())
+        index = {"format_version": FORMAT_VERSION, "fingerprint": fingerprint, "dtype": dtype}
+        _publish(folder / INDEX, json.dumps({**index, "splits": splits, "metadata": metadata}, indent=1).encode())
     except (UserError, AssertionError):  # a second call would fail in the same way
         if not TokenStore.is_finished(folder):
             shutil.rmtree(folder, ignore_errors=True)

@@ -10,15 +10,16 @@ Axes: B windows, T positions. Free of torch.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
+from lmlight.data.reading import TextChunk
 from lmlight.data.subword_regularization import SubwordSampler, SubwordSampling
-from lmlight.data.token_store import TokenArray, Tokens, decode_chunks
+from lmlight.data.token_store import TokenArray, Tokens
 from lmlight.data.tokenizer import Tokenizer, from_bytes
 from lmlight.data.windows import epoch_starts, random_starts, windows_per_epoch
 from lmlight.data.workers import WorkerPool
@@ -31,7 +32,6 @@ class WindowSource(ABC):
     """Training windows, in an order that is a pure function of (seed, epoch, position).
 
     Attributes:
-        fingerprint: identifies the training text and its tokens.
         num_workers: DataLoader processes that should gather windows.
 
     Args:
@@ -40,11 +40,15 @@ class WindowSource(ABC):
         order: `epoch` or `random`, see `windows`.
     """
 
-    fingerprint: str
     num_workers = 0
 
     def __init__(self, block_size: int, seed: int, order: str) -> None:
         self._block_size, self._seed, self._starts_of = block_size, seed, STARTS[order]
+
+    @property
+    @abstractmethod
+    def fingerprint(self) -> str:
+        """Identifies the training text and its tokens."""
 
     @abstractmethod
     def __len__(self) -> int:
@@ -73,7 +77,7 @@ class TokenWindows(WindowSource):
         return windows_per_epoch(len(self._ids), self._block_size)
 
     @property
-    def fingerprint(self) -> str:  # type: ignore[override]
+    def fingerprint(self) -> str:
         return self._ids.fingerprint
 
     def rows(self, epoch: int, positions: npt.NDArray[np.int64]) -> Tokens:
@@ -116,9 +120,8 @@ class ShardedWindows(WindowSource):
         for slot in np.unique(slots):
             self._load([(epoch, int(shard)) for shard in shards[slot : slot + 1 + self._ahead]])
             here = slots == slot
-            rows[here] = self._gather(
-                self._ids, self._starts[positions[here] - ends[slot]]
-            )  # counted from the shard's end
+            from_end = positions[here] - ends[slot]  # negative
+            rows[here] = self._gather(self._ids, self._starts[from_end])
         return rows
 
     def _load(self, wanted: list[tuple[int, int]]) -> None:
@@ -165,12 +168,12 @@ class ResegmentedWindows(ShardedWindows):
         self._single = len(ids.shards) == 1
         super().__init__(ids.lengths.tolist(), 0 if self._single else processes, block_size, seed, order)
         self._stored = ids
-        self._sampler = SubwordSampler(tokenizer, decode_chunks(tokenizer, ids[:]) if self._single else "", sampling)
+        self._sampler = SubwordSampler(tokenizer, _decode_chunks(tokenizer, ids[:]) if self._single else "", sampling)
         self._worker_arguments = tokenizer.to_bytes(), sampling, seed
         self._pool: WorkerPool | None = None
 
     @property
-    def fingerprint(self) -> str:  # type: ignore[override]
+    def fingerprint(self) -> str:
         return self._stored.fingerprint
 
     def _request(self, epoch: int, shard: int) -> Future[Tokens]:
@@ -193,9 +196,17 @@ class ResegmentedWindows(ShardedWindows):
             self._requested.clear()
 
 
+def _decode_chunks(tokenizer: Tokenizer, ids: Tokens) -> Iterator[TextChunk]:
+    """The text of `ids`, one chunk per document."""
+    ends = ids == (-1 if tokenizer.eos_id is None else tokenizer.eos_id)
+    for document in np.split(ids, np.flatnonzero(ends) + 1):
+        if len(document):
+            yield TextChunk(tokenizer.decode(document.tolist()), document[-1] == tokenizer.eos_id)
+
+
 def _segment(sampler: SubwordSampler, path: Path, seed: int, epoch: int, shard: int) -> Tokens:
     ids = np.load(path)
-    return sampler.segment(decode_chunks(sampler.tokenizer, ids), seed, epoch, shard).astype(ids.dtype)
+    return sampler.segment(_decode_chunks(sampler.tokenizer, ids), seed, epoch, shard).astype(ids.dtype)
 
 
 _worker_state: tuple[SubwordSampler, int] | None = None
