@@ -44,14 +44,14 @@ def run_afresh(*arguments, status=0, typed=None, **options):
     return out, err
 
 
-def run(*arguments, status=0, code=None, cwd=".", env=None):
+def run(*arguments, status=0, code=None, cwd=".", env=None, longest=LONGEST):
     """`lmlight ARGUMENTS`, forked, to its end: what it wrote to stdout and stderr."""
     with tempfile.TemporaryDirectory() as folder:
         written = [Path(folder) / name for name in ("out", "err")]
         what = (str(Path(cwd).absolute()), env or environment(), list(map(str, arguments)), code, written)
         process = FORKING.Process(target=_begin, args=what)
         process.start()
-        process.join(LONGEST)
+        process.join(longest)
         if process.is_alive():
             process.kill()
             process.join()

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from lightning.pytorch.trainer.states import TrainerFn
 
+from lmlight.data import loader as loaders
 from lmlight.data import reading, token_writer
 from lmlight.data.cache import cache_dir
 from lmlight.data.loader import IGNORE_INDEX
@@ -252,6 +253,22 @@ def test_batches_hold_batch_size_windows_and_a_shorter_last_window_its_own(verse
         assert len(shapes) == len(loader)
         assert set(shapes[:-2]) == {(4, 7)}
         assert all(count <= 4 and length <= 7 for count, length in shapes)
+
+
+@pytest.mark.filterwarnings("ignore:this tokenizer is lossy")
+def test_batches_hold_no_float64(verse_file):
+    """MPS has none."""
+    data = ready(verse_file, tokenizer=TokenizerConfig("unigram", 120, lossless=False))
+    for loader in (data.train_dataloader(), data.val_dataloader()):
+        assert not any(tensor.dtype == torch.float64 for tensor in next(iter(loader)))
+
+
+def test_evaluation_batches_bound_the_logits(verse_file, monkeypatch):
+    monkeypatch.setattr(loaders, "MAX_EVAL_LOGITS", 5 * 16 * 400)
+    data = ready(verse_file, tokenizer=UNIGRAM, block_size=16, batch_size=1000)
+    batches = list(data.val_dataloader())
+    assert max(len(batch.inputs) for batch in batches) == 5
+    assert sum(int((batch.targets != IGNORE_INDEX).sum()) for batch in batches) == len(data.val_ids) - 1
 
 
 @pytest.mark.filterwarnings("ignore:this tokenizer is lossy")

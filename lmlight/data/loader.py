@@ -26,6 +26,9 @@ from lmlight.errors import UserError
 
 # The target of a context-only position; the default `ignore_index` of `torch.nn.functional.cross_entropy`.
 IGNORE_INDEX = -100
+# Logits of an evaluation batch: 1 GiB in float32. `batch_size` counts a whole optimizer step, which may be many
+# micro-batches, and training does not hold all logits at once.
+MAX_EVAL_LOGITS = 2**28
 
 
 class Batch(NamedTuple):
@@ -55,7 +58,7 @@ class EvalLoader:
         ids: (N,) the tokens.
         windows: (W, 3) see `eval_windows`. Only the last window may be shorter than the others.
         char_counts: (V,) see `Tokenizer`.
-        batch_size: windows per batch.
+        batch_size: windows per batch; fewer if their logits would exceed `MAX_EVAL_LOGITS`.
         rank: this process, counted from 0.
         world_size: number of processes.
     """
@@ -70,7 +73,9 @@ class EvalLoader:
         world_size: int = 1,
     ) -> None:
         self._ids, self.windows, self._char_counts = ids, windows, char_counts
-        full = int((windows[:, 1] == windows[0, 1]).sum())
+        length = int(windows[0, 1])
+        full = int((windows[:, 1] == length).sum())
+        batch_size = min(batch_size, max(1, MAX_EVAL_LOGITS // (length * len(char_counts))))
         self._batches = eval_batches(full, len(windows), batch_size, rank, world_size)
 
     def __len__(self) -> int:

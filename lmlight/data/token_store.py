@@ -193,9 +193,8 @@ class TokenStore:
         counts = self.tokenizer.char_counts
         if self.tokenizer.lossless:
             return dict.fromkeys(self.ids, counts)
-        return {
-            split: counts * (self.chars[split] / (ids.counts(len(counts)) @ counts)) for split, ids in self.ids.items()
-        }
+        scales = {split: self.chars[split] / (ids.counts(len(counts)) @ counts) for split, ids in self.ids.items()}
+        return {split: (counts * scale).astype(np.float32) for split, scale in scales.items()}  # MPS has no float64
 
     def copy(self, target: Path) -> TokenStore:
         """Copies the store to a new folder; raises like `new_folder`."""

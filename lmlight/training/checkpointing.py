@@ -120,11 +120,14 @@ class BestLastCheckpoint(Checkpoint):
         over = trainer.should_stop or 0 < getattr(pl_module, "total_steps", 0) <= step
         if loop.batch_progress.is_last_batch and not over:
             return  # Lightning does not go on exactly from between two epochs; the next step will do
-        leaving = self._agree_to_leave(trainer)
+        due = self.every_n_steps > 0 and step % self.every_n_steps == 0
+        # asking the other processes makes a GPU wait, so they ask only where it waits anyway
+        asks = trainer.world_size == 1 or over or due or getattr(pl_module, "step_is_logged", True)
+        leaving = asks and self._agree_to_leave(trainer)
         assert trainer.fit_loop._data_fetcher is not None
         if trainer.enable_validation and loop._should_check_val_fx(trainer.fit_loop._data_fetcher):
             return  # saved at that validation's end
-        if leaving or over or (self.every_n_steps and step % self.every_n_steps == 0):
+        if leaving or over or due:
             self._save(trainer, "last")
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -44,7 +44,8 @@ class TextLoss(Metric):
             target_chars: (B, T) the characters that the targets stand for; 0 where unscored.
         """
         self.nats = self.nats + losses.sum(dtype=SUM_DTYPE)
-        self.tokens = self.tokens + (targets != IGNORE_INDEX).sum()
+        # in SUM_DTYPE too: precision bf16-true makes the states bfloat16, which does not count beyond 256
+        self.tokens = self.tokens + (targets != IGNORE_INDEX).sum(dtype=SUM_DTYPE)
         self.characters = self.characters + target_chars.sum(dtype=SUM_DTYPE)
 
     def compute(self) -> dict[str, Tensor]:

@@ -24,10 +24,11 @@ from lightning.pytorch.callbacks import (
     StochasticWeightAveraging,
 )
 from lightning.pytorch.cli import OptimizerCallable
+from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
-from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
@@ -221,7 +222,7 @@ class LanguageModel(LightningModule):
                 parameter.grad = torch.ones_like(parameter)
         try:
             self._optimizer(groups).step()
-        except (TypeError, RuntimeError) as error:
+        except (TypeError, RuntimeError, AssertionError) as error:
             raise _unusable(error) from None
         self._check_schedule(max(trainer.max_steps, -1 if trainer.max_epochs is None else trainer.max_epochs) >= 0)
 
@@ -230,6 +231,11 @@ class LanguageModel(LightningModule):
     def setup(self, stage: str) -> None:
         _, block_size = self._take_sizes()
         if stage == "predict":
+            # processes generate from different prompts, so they would wait for each other's shards forever
+            if isinstance(self.trainer.strategy, (FSDPStrategy, ModelParallelStrategy)):
+                raise UserError(
+                    "predict needs the whole model on each device: leave out the sharded strategy (fsdp.yaml)"
+                )
             return
         data = getattr(self.trainer, "datamodule", None)
         if (longer := getattr(data, "block_size", 0)) > block_size:
@@ -260,12 +266,17 @@ class LanguageModel(LightningModule):
 
     def configure_model(self) -> None:
         if self.net is None:
-            self.net = self._make_net(*self._take_sizes())
+            with torch.device(
+                "cpu"
+            ):  # Lightning builds on the accelerator, whose generator gives other initial weights
+                self.net = self._make_net(*self._take_sizes())
             if self.init_from is not None:
                 checkpoints.check_compatible(self.init_from, self.net)
                 self.net.load_state_dict(checkpoints.weights_of(self.init_from))
                 self.init_from = None
-        if self.device_mesh is not None:  # ModelParallelStrategy: shard the weights, block by block (FSDP2)
+        if self.device_mesh is not None and not isinstance(
+            self.net, FSDPModule
+        ):  # ModelParallelStrategy: shard the weights, block by block (FSDP2)
             for part in (*getattr(self.net, "blocks", ()), self.net):
                 fully_shard(part, mesh=self.device_mesh["data_parallel"])
             register_fsdp_forward_method(self.net, "loss")
