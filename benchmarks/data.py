@@ -95,8 +95,9 @@ class Peak:
 def prepare(path: Path, cache: str) -> None:
     from lmlight import TextDataModule
     from lmlight.data import corpus
-    from lmlight.data.token_store import TokenStore, _cores
+    from lmlight.data.token_writer import write_store
     from lmlight.data.tokenizer import TokenizerConfig
+    from lmlight.data.workers import cpu_count
 
     began = time.perf_counter()
 
@@ -113,14 +114,14 @@ def prepare(path: Path, cache: str) -> None:
     with Peak() as peak:
         text = corpus.load(str(path))
         chars, size = text.size
-        print(f"{path}: {size / 1e6:,.0f} MB, {_cores()} cores")
+        print(f"{path}: {size / 1e6:,.0f} MB, {cpu_count()} cores")
         say("hashed and counted", size / 1e6)
         cut = corpus.train_chars(chars, 0.1)
         tokenizer = TokenizerConfig().train((passage.text for passage in text.passages(0, cut)), cut)
         say("tokenizer trained")
         parts = {"train": text.passages(0, cut), "val": text.passages(cut)}
         with tempfile.TemporaryDirectory(dir=cache) as folder:
-            TokenStore.write(Path(folder) / "store", "print", parts, tokenizer, size=size)
+            write_store(Path(folder) / "store", "print", parts, tokenizer, size=size)
             say("encoded", size / 1e6)
         data = TextDataModule(str(path), cache=cache)
         data.prepare_data()
@@ -182,12 +183,12 @@ def read(path: Path, cache: str, batches: int) -> None:
     data.prepare_data()
     data.setup("fit")
     process, began = psutil.Process(), time.perf_counter()
-    ids = data._train_ids
+    ids = data.store.ids["train"]
     loader = data.train_dataloader()
     pages = len(ids) * ids.dtype.itemsize / 4096
     windows = batches * data.batch_size
     print(
-        f"{len(ids):,} tokens in {len(ids.parts)} shards, {pages:,.0f} pages; "
+        f"{len(ids):,} tokens in {len(ids.shards)} shards, {pages:,.0f} pages; "
         f"{windows:,} windows of {len(loader) * data.batch_size:,}"
     )
     for number, _ in enumerate(loader):
@@ -205,22 +206,22 @@ def read(path: Path, cache: str, batches: int) -> None:
 def resegment(path: Path, cache: str, shards: int) -> None:
     """Segments shards of a text afresh, in this process and in as many as there are cores."""
     from lmlight import TextDataModule
-    from lmlight.data import token_store
     from lmlight.data.subword_regularization import SubwordSampling
+    from lmlight.data.workers import cpu_count
 
     data = TextDataModule(str(path), cache=cache)
     data.prepare_data()
     data.setup("fit")
     counts = data.tokenizer.char_counts
-    for workers in (0, token_store._cores()):
+    for workers in (0, cpu_count()):
         data = TextDataModule(str(path), cache=cache, subword_sampling=SubwordSampling(), num_workers=workers)
         with Peak() as peak:
             data.prepare_data()
             data.setup("fit")
             began, characters = time.perf_counter(), 0
             for shard in range(shards):
-                ids = data._resegmenter.get(0, shard, list(range(shard + 1, shards)))
-                characters += int(counts[ids].sum())
+                data._source._load([(0, coming) for coming in range(shard, min(shard + 1 + workers, shards))])
+                characters += int(counts[data._source._ids].sum())
             seconds = time.perf_counter() - began
             data.teardown("fit")
         print(
@@ -231,12 +232,13 @@ def resegment(path: Path, cache: str, shards: int) -> None:
 
 
 def peers(path: Path, megabytes: int, rounds: int) -> None:
-    from lmlight.data import token_store
     from lmlight.data.corpus import Corpus
     from lmlight.data.reading import TextFormat
+    from lmlight.data.token_writer import write_store
     from lmlight.data.tokenizer import SentencePieceTokenizer, TokenizerConfig
+    from lmlight.data.workers import cpu_count
 
-    cores = token_store._cores()
+    cores = cpu_count()
     with path.open("rb") as file:
         text = file.read(megabytes * 1_000_000).decode("utf-8", "ignore")
     pieces = list(Corpus(str(path), (path,), TextFormat(), "", False).passages(0, len(text)))
@@ -247,7 +249,7 @@ def peers(path: Path, megabytes: int, rounds: int) -> None:
 
     def ours() -> None:
         with tempfile.TemporaryDirectory() as folder:
-            token_store.TokenStore.write(Path(folder) / "store", "print", {"train": iter(pieces)}, tokenizer)
+            write_store(Path(folder) / "store", "print", {"train": iter(pieces)}, tokenizer)
 
     ways: dict[str, Callable[[], Any]] = {
         f"ours, to disk and checked, {cores} processes": ours,

@@ -256,7 +256,7 @@ def sizes(table: str) -> tuple[int, float, float]:
         data = prepared()
         assert data.tokenizer is not None
         net = Transformer(data.tokenizer.vocab_size, data.block_size)
-        chars = float(data.tokenizer.char_counts[data._train_ids[:]].mean())
+        chars = float(data.tokenizer.char_counts[data.store.ids["train"][:]].mean())
         return data.batch_size * data.block_size, chars, 3 * net.flops_per_token()
     shape, windows = (SMALL, NANOGPT_CPU["batch_size"]) if table.startswith("nanoGPT") else (LARGER, 4)
     preset = LLAMA if table.startswith("Llama") else GPT2

@@ -12,8 +12,6 @@ import sys
 import tempfile
 from pathlib import Path
 
-from lmlight.data.token_store import nameless_main
-
 FORKING = multiprocessing.get_context("forkserver" if sys.platform == "linux" else "spawn")
 FORKING.set_forkserver_preload(["lmlight.training.cli", "lmlight.pictures", "torch.utils.tensorboard"])
 LONGEST = 100  # seconds: below pytest's own limit, which would leave the process behind
@@ -52,8 +50,7 @@ def run(*arguments, status=0, code=None, cwd=".", env=None, longest=LONGEST):
         written = [Path(folder) / name for name in ("out", "err")]
         what = (str(Path(cwd).absolute()), env or environment(), list(map(str, arguments)), code, written)
         process = FORKING.Process(target=_begin, args=what)
-        with nameless_main():  # whatever has started pytest is not run again
-            process.start()
+        process.start()
         process.join(longest)
         if process.is_alive():
             process.kill()

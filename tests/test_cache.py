@@ -6,7 +6,7 @@ import pytest
 from lmlight.__main__ import main
 from lmlight.commands import cache
 from lmlight.data.reading import TextChunk
-from lmlight.data.token_store import TokenStore
+from lmlight.data.token_writer import write_store
 from lmlight.data.tokenizer import CharTokenizer
 
 
@@ -14,7 +14,7 @@ from lmlight.data.tokenizer import CharTokenizer
 def filled(tmp_path, monkeypatch):
     """A cache with a corpus, a store and half of one, and things of the user's beside them."""
     folder = cache.cache_dir()
-    TokenStore.write(
+    write_store(
         folder / "tokens" / "abc",
         "print",
         {"train": [TextChunk("abc" * 1000)]},

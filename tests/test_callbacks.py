@@ -221,7 +221,7 @@ def test_peak_on_a_cpu_is_measured_in_the_data_type_of_the_run(monkeypatch, prec
 def test_train_subset_is_scored_like_the_validation_text(watched):
     _, _, model, data, _, events = watched
     nats = chars = 0.0
-    for batch in data.train_sample_dataloader(7):
+    for batch in data.train_subset_dataloader(7):
         losses = F.cross_entropy(
             model.net.eval()(batch.inputs).flatten(0, 1), batch.targets.flatten(), reduction="none"
         )
@@ -247,12 +247,12 @@ def test_the_gap_is_measured_in_the_precision_of_the_run(verse_file, monkeypatch
 
 def test_train_subset_is_spread_over_the_text(watched):
     _, _, _, data, *_ = watched
-    starts = [int(start) for start in data.train_sample_dataloader(7).dataset.starts[:-1]]
+    starts = [int(start) for start in data.train_subset_dataloader(7).windows[:, 0]]
     assert len(starts) == 7
     assert starts[0] == 0
-    assert starts[-1] > len(data._train_ids) - 3 * 16
+    assert starts[-1] > len(data.store.ids["train"]) - 3 * 16
     assert all(start % 16 == 0 for start in starts)
-    assert len(data.train_sample_dataloader(10_000).dataset.starts) - 1 == (len(data._train_ids) - 1) // 16
+    assert len(data.train_subset_dataloader(10_000).windows) == (len(data.store.ids["train"]) - 1) // 16
 
 
 def test_samples_keep_line_breaks_and_list_their_settings(watched):
@@ -317,7 +317,7 @@ def test_pictures_show_values_of_the_net(verse_file, tmp_path, drawn):
 def test_bigram_table_shows_probabilities(verse_file, tmp_path, drawn):
     _, model, data = fit(verse_file, tmp_path / "runs", [Pictures(), TokenEmbedding()], Bigram)
     table, labels = drawn["bigram_table"][-1]
-    frequent = np.bincount(data.val_ids).argsort()[::-1][0]
+    frequent = np.bincount(data.val_ids[:]).argsort()[::-1][0]
     assert labels[0] == model.tokenizer.id_to_piece(int(frequent)).replace("\n", "↵")
     assert table[0, 0] == pytest.approx(float(model.net.table.weight[frequent].softmax(-1)[frequent]))
     assert "attention_map" not in drawn

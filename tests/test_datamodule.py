@@ -12,14 +12,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from lightning.pytorch.trainer.states import TrainerFn
 
-from lmlight.data import reading, token_store
+from lmlight.data import loader as loaders
+from lmlight.data import reading, token_writer
 from lmlight.data.cache import cache_dir
 from lmlight.data.loader import IGNORE_INDEX
+from lmlight.data.prompts import first_words
 from lmlight.data.subword_regularization import SubwordSampler, SubwordSampling
 from lmlight.data.tokenizer import CharTokenizer, TokenizerConfig
 from lmlight.errors import UserError
-from lmlight.training import datamodule
-from lmlight.training.datamodule import TextDataModule, _first_words
+from lmlight.training.datamodule import TextDataModule
 
 UNIGRAM = TokenizerConfig("unigram", 400)
 
@@ -162,7 +163,11 @@ def test_random_windows_are_as_many_and_all_from_the_training_part(verse, verse_
 def share(rank=0, world_size=1, accumulate=1, fn=None):
     """As much of a trainer as the data needs."""
     return SimpleNamespace(
-        global_rank=rank, world_size=world_size, accumulate_grad_batches=accumulate, state=SimpleNamespace(fn=fn)
+        global_rank=rank,
+        world_size=world_size,
+        accumulate_grad_batches=accumulate,
+        state=SimpleNamespace(fn=fn),
+        strategy=SimpleNamespace(root_device=torch.device("cpu")),
     )
 
 
@@ -259,7 +264,7 @@ def test_batches_hold_no_float64(verse_file):
 
 
 def test_evaluation_batches_bound_the_logits(verse_file, monkeypatch):
-    monkeypatch.setattr(datamodule, "EVAL_LOGITS", 5 * 16 * 400)
+    monkeypatch.setattr(loaders, "MAX_EVAL_LOGITS", 5 * 16 * 400)
     data = ready(verse_file, tokenizer=UNIGRAM, block_size=16, batch_size=1000)
     batches = list(data.val_dataloader())
     assert max(len(batch.inputs) for batch in batches) == 5
@@ -274,7 +279,7 @@ def test_a_lossy_tokenizer_is_scored_per_character_of_the_original(verse, verse_
     for loader in (data.val_dataloader(), *data.test_dataloader()):
         assert characters(loader) == pytest.approx(len(val))
     ids = data.tokenizer.encode(train)
-    assert data._train_windows(0).char_counts[ids].sum() == pytest.approx(len(train))
+    assert data.store.char_counts["train"][ids].sum() == pytest.approx(len(train))
 
 
 def test_a_lossy_tokenizer_says_so(verse_file):
@@ -371,7 +376,7 @@ def test_documents_end_with_a_token_that_no_text_gives(tokenizer):
         for half, (low, high) in zip(halves, ((0, cut), (cut, len(text)))):
             if low <= last and first < high and (part := text[max(first, low) : min(last, high)]):
                 half += encode(part) + ([end] if last <= high else [])
-    assert data._train_ids[:].tolist() == halves[0]
+    assert data.store.ids["train"][:].tolist() == halves[0]
     assert scored(data.val_dataloader()) == halves[1]
     assert characters(data.val_dataloader()) == pytest.approx(len(text) - cut)
 
@@ -384,7 +389,7 @@ def test_a_text_without_documents_gets_no_such_token(verse_file):
 def test_a_given_tokenizer_without_that_token_says_so():
     data = TextDataModule(stories_file(), block_size=16)
     data.tokenizer = CharTokenizer(sorted(set("".join(STORIES))))
-    with pytest.warns(UserWarning, match="without a mark"):
+    with pytest.warns(UserWarning, match="end-of-document token"):
         data.prepare_data()
     data.setup("fit")
     assert (
@@ -395,8 +400,9 @@ def test_a_given_tokenizer_without_that_token_says_so():
 def test_documents_survive_sampled_segmentations():
     data = ready(stories_file(), subword_sampling=SubwordSampling(0.1), tokenizer=TokenizerConfig("unigram", 280))
     end = data.tokenizer.eos_id
-    drawn = data._train_windows(0).ids
-    plain = np.array(data._train_ids)
+    data._source.rows(0, np.array([0]))
+    drawn = data._source._ids
+    plain = data.store.ids["train"][:]
     assert not np.array_equal(drawn, plain)
 
     def documents(ids):
@@ -409,7 +415,7 @@ def test_a_validation_corpus_of_its_own_leaves_all_of_the_text_to_training(verse
     (tmp_path / "val.txt").write_text("river stone\n" * 20)
     (tmp_path / "test.txt").write_text("lantern market\n" * 20)
     data = ready(verse_file, val_corpus="val.txt", test_corpus="test.txt", stage="test")
-    assert data.tokenizer.decode(data._train_ids[:].tolist()) == verse
+    assert data.tokenizer.decode(data.store.ids["train"][:].tolist()) == verse
     assert data.tokenizer.fingerprint == UNIGRAM.train(verse).fingerprint
     assert data.tokenizer.decode(scored(data.val_dataloader())) == "river stone\n" * 20
     for loader in data.test_dataloader():
@@ -512,7 +518,7 @@ def test_a_text_that_is_too_short_is_refused_with_the_least_that_would_do(n_char
     message = str(caught.value)
     assert "\n" not in message
     assert f"this one has {n_chars}" in message
-    minimum = int(re.search(r"at least some ([\d,]+) characters", message)[1].replace(",", ""))
+    minimum = int(re.search(r"at least about ([\d,]+) characters", message)[1].replace(",", ""))
     assert len(rows(ready_on("a" * minimum, **settings).train_dataloader())) > 0
 
 
@@ -521,7 +527,7 @@ def test_the_shortest_text_that_fits_trains_and_scores():
     data = ready_on("ab" * 80, **settings)
     assert len(rows(data.train_dataloader())) == 8
     assert characters(data.val_dataloader()) == 16
-    with pytest.warns(UserWarning, match=r"the validation text has 15 tokens, fewer than a block of 16"):
+    with pytest.warns(UserWarning, match=r"the validation text has 15 tokens, less than one block of 16"):
         assert characters(ready_on("ab" * 75, **settings).val_dataloader()) == 15
 
 
@@ -536,7 +542,9 @@ def test_from_a_thousand_characters_on_the_defaults_are_made_to_fit(text):
 @pytest.mark.filterwarnings("ignore:the validation text has")
 def test_a_block_that_is_too_long_is_lowered_and_says_so():
     settings = {"tokenizer": TokenizerConfig("char"), "block_size": 1024, "batch_size": 2}
-    with pytest.warns(UserWarning, match=r"the training text has 900 tokens: data.block_size is 224 in place of 1024"):
+    with pytest.warns(
+        UserWarning, match=r"the training text has 900 tokens: lowering data.block_size from 1024 to 224"
+    ):
         data = ready_on("ab" * 500, **settings)
     assert data.block_size == 224
     assert {len(inputs) for inputs, _ in rows(data.train_dataloader())} == {224}
@@ -609,7 +617,7 @@ def test_predicting_needs_no_text():
 
 
 def test_ids_are_read_from_disk_not_held_in_memory(verse_file):
-    assert isinstance(ready(verse_file)._train_ids._part(0).base.obj, mmap.mmap)
+    assert isinstance(ready(verse_file).store.ids["train"]._shard(0).base.obj, mmap.mmap)
 
 
 def test_used_twice_it_prepares_once(verse_file, tmp_path):
@@ -630,7 +638,7 @@ def test_scoring_asks_nothing_of_the_batch_size(verse_file):
 
 @pytest.fixture
 def small_shards(monkeypatch):
-    monkeypatch.setattr(token_store, "SHARD_CHARS", 1000)
+    monkeypatch.setattr(token_writer, "SHARD_CHARS", 1000)
     monkeypatch.setattr(reading, "PASSAGE", 500)
     monkeypatch.setattr(reading, "MAX_LINE", 200)
 
@@ -641,10 +649,10 @@ def sharded(path, **settings):
 
 def test_shards_are_segmented_afresh_and_each_seen_once(verse, verse_file, small_shards):
     data = sharded(verse_file, batch_size=1)
-    assert len(data._train_ids.parts) >= 4
+    assert len(data.store.ids["train"].shards) >= 4
     loader = data.train_dataloader()
     epochs = [[tuple(inputs) for inputs, _ in rows(loader)] for _ in range(2)]
-    plain = data._train_ids[:].tolist()
+    plain = data.store.ids["train"][:].tolist()
     for windows in epochs:
         texts = [data.tokenizer.decode(window) for window in windows]
         assert len(windows) == len(loader)
@@ -666,7 +674,7 @@ def test_sharded_batches_depend_on_seed_and_position_alone(verse_file, small_sha
     for seen in (1, len(loader) - 1, len(loader) + 2):
         resumed = sharded(verse_file).train_dataloader()
         epoch, position = divmod(seen, len(loader))
-        resumed.load_state_dict({"epoch": epoch, "windows": position * 8})
+        resumed.load_state_dict({**loader.state_dict(), "epoch": epoch, "windows": position * 8})
         tail = [rows([batch]) for _ in range(2 - epoch) for batch in resumed]
         assert tail == straight[seen:]
     ranks = []
@@ -744,7 +752,7 @@ def test_a_sample_of_a_text_without_spaces_begins_with_a_few_characters(letters,
     ],
 )
 def test_the_beginning_of_a_line_ends_between_words_or_whole_characters(line, beginning):
-    assert _first_words(line) == beginning
+    assert first_words(line) == beginning
 
 
 def test_a_sample_begins_without_control_characters(verse):
@@ -755,8 +763,8 @@ def test_a_sample_begins_without_control_characters(verse):
 def test_a_text_in_another_encoding_is_the_same_tokens(verse, verse_file, tmp_path):
     (tmp_path / "wide.txt").write_bytes(verse.encode("utf-16"))
     wide, plain = ready("wide.txt", encoding="utf-16"), ready(verse_file)
-    assert np.array_equal(wide._train_ids[:], plain._train_ids[:])
-    assert wide._text.settings()["encoding"] == "utf-16"
+    assert np.array_equal(wide.store.ids["train"][:], plain.store.ids["train"][:])
+    assert wide._spec.settings()["encoding"] == "utf-16"
 
 
 def test_an_unknown_encoding_is_refused_before_anything_is_fetched():

@@ -54,7 +54,7 @@ def text_of(data):
     """The training text and the validation text, as the batches have them."""
     scored = [int(t) for batch in data.val_dataloader() for row in batch.targets for t in row if t != IGNORE_INDEX]
     assert len(list(data.train_dataloader())) > 0
-    return data.tokenizer.decode(data._train_ids[:].tolist()), data.tokenizer.decode(scored)
+    return data.tokenizer.decode(data.store.ids["train"][:].tolist()), data.tokenizer.decode(scored)
 
 
 @pytest.mark.parametrize("kind", ["unigram", "bpe"])
@@ -90,7 +90,7 @@ def test_documents_of_any_unicode_come_through(documents):
         warnings.simplefilter("ignore")
         data.prepare_data()
         data.setup("fit")
-    ids = np.concatenate([data._train_ids[:], data.val_ids[1:]])
+    ids = np.concatenate([data.store.ids["train"][:], data.val_ids[1:]])
     ends = np.flatnonzero(ids == data.tokenizer.eos_id)
     assert ends[-1] == len(ids) - 1
     found = [
@@ -118,7 +118,7 @@ def refused(capsys, *arguments):
     ("content", "said"),
     [
         (b"", "is empty"),
-        (b"a", "at least some"),
+        (b"a", "at least about"),
         (b"\n" * 2000, "nothing but newlines"),
         (b"\xff\xfeh\0i\0", "pass --data.encoding utf-16"),
         (VERSE.encode("utf-16-le"), "pass --data.encoding utf-16-le"),

@@ -1,116 +1,206 @@
-"""Windows are what plain slicing gives, wherever the ids are."""
+"""Batches are what plain slicing gives, wherever the ids are; every source follows its seed and epoch only."""
 
-from types import SimpleNamespace
+import threading
+from concurrent.futures import Future
 
 import numpy as np
 import pytest
 import torch
-from torch.utils.data import DataLoader
 
-from lmlight.data.loader import IGNORE_INDEX, ShardedWindows, Windows, identity_collate
+from lmlight.data import loader as loaders
+from lmlight.data.loader import IGNORE_INDEX, EvalLoader, StatefulTrainLoader, make_batch
 from lmlight.data.reading import TextChunk
-from lmlight.data.resegment import ShardedEpoch
 from lmlight.data.token_store import TokenArray, TokenStore
+from lmlight.data.token_writer import write_store
 from lmlight.data.tokenizer import CharTokenizer
-from lmlight.data.windows import epoch_starts
+from lmlight.data.window_sources import ShardedWindows, TokenWindows
+from lmlight.data.windows import TrainBatchSampler, epoch_starts, random_starts
 
 ABC = CharTokenizer("abc\n")
-
 IDS = np.array([5, 3, 8, 1, 9, 2, 7, 0, 4, 6, 3, 3, 5], dtype=np.uint16)
+ARRAY = TokenArray([IDS[:6], IDS[6:]], [6, 7], IDS.dtype)
 COUNTS = np.array([1, 2, 3, 4, 5, 6, 7, 8, 9, 10])
-STARTS = np.array([0, 8, 3, 7])
 
 
-def test_a_batch_is_what_plain_slicing_gives():
+def lists(batches):
+    return [[tensor.tolist() for tensor in batch] for batch in batches]
+
+
+def test_batch_is_what_plain_slicing_gives():
     ids, counts = IDS.tolist(), COUNTS.tolist()
-    batch = Windows(IDS, STARTS, 4, COUNTS).__getitems__([2, 0, 1])
+    batch = make_batch(np.stack([IDS[start : start + 5] for start in (3, 0, 8)]), COUNTS)
     assert batch.inputs.tolist() == [ids[s : s + 4] for s in (3, 0, 8)]
     assert batch.targets.tolist() == [ids[s + 1 : s + 5] for s in (3, 0, 8)]
     assert batch.target_chars.tolist() == [[counts[i] for i in ids[s + 1 : s + 5]] for s in (3, 0, 8)]
-    assert (batch.inputs.dtype, batch.targets.dtype) == (torch.int64, torch.int64)
-    assert batch.target_chars.dtype == torch.int64
+    assert {tensor.dtype for tensor in batch} == {torch.int64}
+    assert make_batch(IDS[None, :3], COUNTS / 4).target_chars.tolist() == [[1.0, 2.25]]
 
 
-class Rows:
-    """As much of a `ShardedEpoch` as a batch asks for."""
-
-    def rows(self, positions):
-        return IDS[STARTS[positions, None] + np.arange(5)]
+# Evaluation
 
 
-def test_a_batch_of_a_sharded_epoch_is_one_too():
-    for got, expected in zip(
-        ShardedWindows(Rows(), COUNTS).__getitems__([2, 0, 1]), Windows(IDS, STARTS, 4, COUNTS).__getitems__([2, 0, 1])
-    ):
-        assert got.dtype == expected.dtype
-        assert torch.equal(got, expected)
+def test_context_is_neither_a_target_nor_counted():
+    starts, contexts = [0, 8, 3, 7], [0, 1, 2, 4]
+    windows = np.array([[start, 4, context] for start, context in zip(starts, contexts)])
+    (batch,) = EvalLoader(ARRAY, windows, COUNTS, batch_size=4)
+    targets = [IDS[s + 1 : s + 5].tolist() for s in starts]
+    chars = [[COUNTS[i].item() for i in row] for row in targets]
+    for row, context in enumerate(contexts):
+        targets[row][:context] = [IGNORE_INDEX] * context
+        chars[row][:context] = [0] * context
+    assert batch.targets.tolist() == targets
+    assert batch.target_chars.tolist() == chars
+    assert batch.inputs.tolist() == [IDS[s : s + 4].tolist() for s in starts]
+    assert batch.targets.dtype == torch.int64
+
+
+def test_cross_entropy_ignores_context():
+    (batch,) = EvalLoader(ARRAY, np.array([[0, 4, 3]]), COUNTS, batch_size=1)
+    losses = torch.nn.functional.cross_entropy(torch.randn(4, 10), batch.targets[0], reduction="none")
+    assert (losses != 0).tolist() == [False, False, False, True]
+
+
+def test_shorter_last_window_is_a_batch_by_itself():
+    batches = list(EvalLoader(ARRAY, np.array([[0, 4, 0], [4, 4, 0], [8, 2, 0]]), COUNTS, batch_size=3))
+    assert [tuple(batch.inputs.shape) for batch in batches] == [(2, 4), (1, 2)]
+    assert batches[1].targets.tolist() == [IDS[9:11].tolist()]
+
+
+# Training
+
+
+def test_worker_processes_change_nothing(tmp_path):
+    write_store(tmp_path, "print", {"train": [TextChunk("abcabc\ncab" * 3)]}, ABC)
+    ids = TokenStore(tmp_path, "print").ids["train"]  # memory-mapped: opened again in each process
+    alone, together = (
+        lists(StatefulTrainLoader(TokenWindows(ids, 4, 0, "epoch", n), TrainBatchSampler(5, 2), ABC.char_counts))
+        for n in (0, 2)
+    )
+    assert alone == together
+    starts = epoch_starts(30, 4, 0, 0)
+    assert alone[0][0] == [ids[start : start + 4].tolist() for start in starts[:2]]
+
+
+class InMemory(ShardedWindows):
+    """Shards that are lists of arrays; notes what is requested."""
+
+    fingerprint = "print"
+
+    def __init__(self, shards, ahead=1, order="epoch", seed=0):
+        super().__init__(list(map(len, shards)), ahead, 5, seed, order)
+        self.shards, self.requests = shards, []
+
+    def _request(self, epoch, shard):
+        self.requests.append((epoch, shard))
+        future = Future()
+        future.set_result(self.shards[shard])
+        return future
 
 
 @pytest.mark.parametrize("seed", [0, 3])
 @pytest.mark.parametrize("epoch", [0, 2])
-def test_a_sharded_epoch_sees_each_shard_s_windows_in_an_order_of_its_own(seed, epoch):
-    parts = [np.arange(100 * shard, 100 * shard + n) for shard, n in enumerate((60, 90, 4, 45, 60))]
-    segments = SimpleNamespace(
-        ids=TokenArray(parts, list(map(len, parts)), np.int64), get=lambda epoch, shard, next_shards: parts[shard]
-    )
-    sharded = ShardedEpoch(segments, 5, seed, epoch)
-    rows = np.concatenate([sharded.rows(at) for at in np.array_split(np.arange(len(sharded)), 9)])
+@pytest.mark.parametrize(("order", "starts"), [("epoch", epoch_starts), ("random", random_starts)])
+def test_sharded_windows_visit_shards_one_by_one_each_in_its_own_order(seed, epoch, order, starts):
+    shards = [np.arange(100 * shard, 100 * shard + n) for shard, n in enumerate((60, 90, 4, 45, 60))]
+    source = InMemory(shards, order=order, seed=seed)
+    rows = np.concatenate([source.rows(epoch, at) for at in np.array_split(np.arange(len(source)), 9)])
     assert (np.diff(rows) == 1).all()
-    seen = {}  # shards in the order in which they are met, each with where its windows start
+    seen = {}  # the starts of the windows in each shard, in the order in which they are visited
     for start in rows[:, 0].tolist():
         seen.setdefault(start // 100, []).append(start % 100)
     assert len(rows) == sum(map(len, seen.values()))
     assert list(seen) == [s for s in np.random.default_rng((seed, epoch)).permutation(5).tolist() if s != 2]
-    assert seen == {shard: epoch_starts(len(parts[shard]), 5, seed, epoch, shard).tolist() for shard in seen}
-    assert seen[0] != seen[4], "as long, and yet in another order"
+    assert seen == {shard: starts(len(shards[shard]), 5, seed, epoch, shard).tolist() for shard in seen}
+    assert seen[0] != seen[4], "two shards of the same length have the same order"
+    assert source.requests == [(epoch, shard) for shard in seen], "a shard was requested twice"
+    assert source.rows(epoch, np.array([0])).tolist() == rows[:1].tolist(), "positions may go back"
 
 
-def test_one_window_is_a_batch_of_one():
-    windows = Windows(IDS, STARTS, 4, COUNTS)
-    assert len(windows) == 4
-    assert windows[1].inputs.tolist() == [IDS[8:12].tolist()]
+def test_single_shard_has_the_order_of_the_whole_text():
+    ids = np.arange(100)
+    sharded, whole = InMemory([ids], seed=3), TokenWindows(TokenArray([ids], [100], ids.dtype), 5, 3, "epoch")
+    positions = np.arange(len(whole))
+    assert len(sharded) == len(whole)
+    assert sharded.rows(1, positions).tolist() == whole.rows(1, positions).tolist()
 
 
-def test_context_is_neither_a_target_nor_counted():
-    batch = Windows(IDS, STARTS, 4, COUNTS, scored_from=np.array([0, 1, 2, 4])).__getitems__([0, 1, 2, 3])
-    expected = [IDS[s + 1 : s + 5].tolist() for s in STARTS]
-    chars = [[COUNTS[i].item() for i in row] for row in expected]
-    for row, context in enumerate([0, 1, 2, 4]):
-        expected[row][:context] = [IGNORE_INDEX] * context
-        chars[row][:context] = [0] * context
-    assert batch.targets.tolist() == expected
-    assert batch.target_chars.tolist() == chars
-    assert batch.inputs.tolist() == [IDS[s : s + 4].tolist() for s in STARTS]
-    assert batch.targets.dtype == torch.int64
+def test_changed_length_of_a_shard_leaves_the_epoch_its_number_of_windows():
+    source = InMemory([np.arange(100), np.arange(100)])
+    source.shards = [np.arange(80), np.arange(130)]
+    assert source.rows(0, np.arange(len(source))).shape == (len(source), 6)
 
 
-def test_unscored_is_what_cross_entropy_passes_over():
-    targets = Windows(IDS, STARTS, 4, COUNTS, scored_from=np.array([3, 3, 3, 3]))[0].targets[0]
-    losses = torch.nn.functional.cross_entropy(torch.randn(4, 10), targets, reduction="none")
-    assert (losses != 0).tolist() == [False, False, False, True]
+def test_block_longer_than_every_shard_is_refused():
+    with pytest.raises(loaders.UserError, match="longer than data.block_size 5"):
+        InMemory([np.arange(5)])
 
 
-def test_windows_may_have_their_own_lengths():
-    windows = Windows(IDS, np.array([0, 4, 8]), np.array([4, 4, 2]), COUNTS)
-    assert windows[2].targets.tolist() == [IDS[9:11].tolist()]
-    assert windows.__getitems__([0, 1]).inputs.shape == (2, 4)
-
-
-def test_counts_that_are_no_whole_numbers_stay_so():
-    assert Windows(IDS, STARTS, 4, COUNTS / 4)[0].target_chars.tolist() == [[1.0, 2.25, 0.5, 2.5]]
-
-
-def test_loader_processes_change_nothing(tmp_path):
-    TokenStore.write(tmp_path, "print", {"train": [TextChunk("abcabc\ncab" * 3)]}, ABC)
-    ids = TokenStore(tmp_path, "print").ids["train"]  # memory-mapped: opened again in each process
-    windows = Windows(ids, np.arange(0, 24, 4), 4, ABC.char_counts)
-    batches = [[5, 0], [1, 4], [3, 2]]
-    alone, together = (
-        [
-            [part.tolist() for part in batch]
-            for batch in DataLoader(windows, batch_sampler=batches, collate_fn=identity_collate, num_workers=n)
-        ]
-        for n in (0, 2)
+@pytest.fixture
+def _without_gpu(monkeypatch):
+    """Makes a CPU do what a GPU would, except pinning."""
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    dataloader = loaders.DataLoader
+    monkeypatch.setattr(
+        loaders, "DataLoader", lambda *args, **options: dataloader(*args, **options | {"pin_memory": False})
     )
-    assert alone == together
-    assert alone[0][0] == [ids[20:24].tolist(), ids[0:4].tolist()]
+
+
+def test_gpu_batches_are_pinned(monkeypatch):
+    options = {}
+    monkeypatch.setattr(loaders, "DataLoader", lambda *_, **given: options.update(given) or [])
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    for device, pinned in ((torch.device("cuda", 0), True), (None, False)):
+        assert (
+            list(StatefulTrainLoader(TokenWindows(ARRAY, 2, 0, "epoch"), TrainBatchSampler(5, 2), COUNTS, device)) == []
+        )
+        assert options["pin_memory"] is pinned
+
+
+@pytest.mark.usefixtures("_without_gpu")
+def test_prefetching_gives_the_same_batches_and_counts_only_those_returned():
+    def loader(device):
+        return StatefulTrainLoader(TokenWindows(ARRAY, 2, 0, "epoch"), TrainBatchSampler(5, 1), COUNTS, device)
+
+    plain, ahead = loader(None), loader(torch.device("cuda", 0))
+    for _ in range(2):
+        assert lists(plain) == lists(ahead)
+    batches = iter(ahead)
+    for seen in range(1, 4):
+        next(batches)
+        assert ahead.state_dict()["windows"] == seen
+    resumed = loader(torch.device("cuda", 0))
+    resumed.load_state_dict(ahead.state_dict())
+    assert lists(resumed) == lists(batches)
+
+
+@pytest.mark.usefixtures("_without_gpu")
+def test_one_batch_is_fetched_while_the_one_before_is_in_use():
+    fetched, threads = threading.Semaphore(0), set()
+
+    def batches():
+        for number in range(3):
+            threads.add(threading.current_thread())
+            yield number
+            fetched.release()
+
+    device = torch.device("cuda", 0)
+    coming = loaders.prefetch(batches(), device)
+    assert next(coming) == 0
+    assert fetched.acquire(timeout=10), "the next batch was not requested"
+    assert list(coming) == [1, 2]
+    assert threading.current_thread() not in threads
+
+    def failing():
+        yield 0
+        raise ValueError("no more")
+
+    with pytest.raises(ValueError, match="no more"):
+        list(loaders.prefetch(failing(), device))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_batches_are_in_pinned_memory():
+    loader = StatefulTrainLoader(
+        TokenWindows(ARRAY, 2, 0, "epoch"), TrainBatchSampler(5, 1), COUNTS, torch.device("cuda", 0)
+    )
+    assert all(tensor.is_pinned() for batch in loader for tensor in batch)

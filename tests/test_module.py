@@ -455,7 +455,7 @@ def test_misuse_says_what_to_call_first(data):
         lambda: fresh.val_ids,
         lambda: fresh.sample_prompt,
     ]
-    for use in [*uses, lambda: fresh.train_sample_dataloader(2), lambda: fresh.characters_seen(1)]:
+    for use in [*uses, lambda: fresh.train_subset_dataloader(2), lambda: fresh.characters_seen(1)]:
         with pytest.raises(UserError, match=r"prepare_data\(\) and setup"):
             use()
     with pytest.raises(UserError, match=r"prepare_data\(\) before setup"):

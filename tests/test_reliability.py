@@ -385,7 +385,7 @@ def test_averaged_weights_are_resumed_to_the_bit(place):
 def test_a_mistake_with_several_processes_is_one_line(place):
     flags = [*TINY, "--data.batch_size=7", "--trainer.strategy=ddp", "--trainer.devices=2"]
     _, err = run_afresh(place / "mistake", "fit", *flags, status=2)
-    assert err.count("lmlight: error: data.batch_size 7 is the whole step's") == 1
+    assert err.count("lmlight: error: data.batch_size 7 counts the windows") == 1
     assert "Traceback" not in err
 
 

@@ -1,17 +1,18 @@
-"""What is streamed from litdata's chunks is the text; and how far resuming and the number of processes leave it alone."""
+"""A streamed store is the text, in an order that depends on seed, epoch and position only."""
 
 import shutil
 import sys
-from itertools import chain, islice
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from lmlight.data import reading, streaming
-from lmlight.data import token_store as stores
+from lmlight.data import reading, streaming, token_writer
 from lmlight.data.subword_regularization import SubwordSampling
+from lmlight.data.token_store import TokenStore
 from lmlight.data.tokenizer import TokenizerConfig
+from lmlight.data.windows import epoch_starts
 from lmlight.errors import UserError
 from lmlight.training.cli import main
 from lmlight.training.datamodule import TextDataModule
@@ -23,15 +24,16 @@ T, BATCH = 16, 8
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory, verse):
-    """A folder with `store` and, in chunks, `streamed`, both of the verse."""
+    """A folder with `store` and, in litdata's chunks, `streamed`, both of the verse."""
     folder = tmp_path_factory.mktemp("streaming")
     (folder / "verse.txt").write_bytes(verse.encode())
     with pytest.MonkeyPatch.context() as patch:
         for module, name, size in (
-            (stores, "SHARD_CHARS", 1000),
+            (token_writer, "SHARD_CHARS", 1000),
             (reading, "PASSAGE", 500),
             (reading, "MAX_LINE", 200),
             (streaming, "CHUNK_BYTES", 1500),
+            (streaming, "PAGE_TOKENS", 32),
         ):
             patch.setattr(module, name, size)
         data = TextDataModule(
@@ -47,98 +49,63 @@ def made(tmp_path_factory, verse):
     return folder
 
 
-def data_of(folder, **settings):
-    data = TextDataModule(str(folder), **{"block_size": T, "batch_size": BATCH, "seed": 0} | settings)
+def data_of(corpus, **settings):
+    data = TextDataModule(str(corpus), **{"block_size": T, "batch_size": BATCH, "seed": 0} | settings)
     data.prepare_data()
     data.setup("fit")
     return data
 
 
-def windows(batch):
-    return [tuple(row) for row in batch.inputs.tolist()]
+def rows_of(data, epoch=0):
+    return data._source.rows(epoch, np.arange(len(data._source)))
 
 
-def test_each_window_of_the_text_is_seen_once_in_an_epoch(made):
-    data = data_of(made / "streamed")
-    text = stores.TokenStore(made / "store").ids["train"][:].tolist()
-    there = {tuple(text[start : start + T]): start for start in range(len(text) - T)}
+def test_chunks_hold_the_text_up_to_an_incomplete_page(made):
+    text = TokenStore(made / "store").ids["train"][:]
+    source = data_of(made / "streamed")._source
+    chunks = [source._request(0, chunk).result() for chunk in range(len(source._per_shard))]
+    ids = np.concatenate(chunks)
+    assert ids.dtype == text.dtype and len(text) - len(ids) < 32
+    assert np.array_equal(ids, text[: len(ids)])
+    assert TokenStore(made / "streamed").tokens["train"] == len(ids)
+    # windows follow the order of every sharded source
+    order = np.random.default_rng((0, 1)).permutation(len(chunks))
+    expected = [chunks[c][start : start + T + 1] for c in order for start in epoch_starts(len(chunks[c]), T, 0, 1, c)]
+    assert rows_of(data_of(made / "streamed"), epoch=1).tolist() == [row.tolist() for row in expected]
+
+
+def test_batches_are_those_of_every_loader(made):
+    data = data_of(made / "streamed", num_workers=2)
     torch.manual_seed(0)
     before = torch.get_rng_state()
     loader = data.train_dataloader()
     epochs = [list(loader) for _ in range(2)]
-    assert torch.equal(torch.get_rng_state(), before), "training's random numbers are its own"
-    for batches in epochs:
-        starts = [there[window] for batch in batches for window in windows(batch)]
-        assert len(batches) == len(loader) and len(starts) == BATCH * len(loader)
-        assert (np.diff(np.sort(starts)) > T).all(), "two overlap"
-        assert len(starts) > 0.9 * len(text) / (T + 1) - BATCH
-        for batch in batches:
-            assert torch.equal(batch.inputs[:, 1:], batch.targets[:, :-1])
-            assert torch.equal(batch.target_chars, torch.from_numpy(data.tokenizer.char_counts)[batch.targets])
-    assert [windows(batch) for batch in epochs[0]] != [windows(batch) for batch in epochs[1]]
+    assert torch.equal(torch.get_rng_state(), before), "training's random numbers changed"
+    counts = torch.from_numpy(data.tokenizer.char_counts)
+    for number, batches in enumerate(epochs):
+        rows = torch.from_numpy(rows_of(data, number))
+        assert torch.cat([batch.inputs for batch in batches]).equal(rows[: BATCH * len(loader), :-1])
+        assert all(torch.equal(batch.inputs[:, 1:], batch.targets[:, :-1]) for batch in batches)
+        assert all(torch.equal(batch.target_chars, counts[batch.targets]) for batch in batches)
+    loader.load_state_dict({**loader.state_dict(), "epoch": 1, "windows": 3 * BATCH})
+    assert [batch.inputs.tolist() for batch in loader] == [batch.inputs.tolist() for batch in epochs[1][3:]]
 
 
-def test_what_is_validated_on_is_the_stores(made):
+def test_validation_text_is_the_same(made):
     streamed, plain = (data_of(made / name).val_dataloader() for name in ("streamed", "store"))
     assert [[t.tolist() for t in batch] for batch in streamed] == [[t.tolist() for t in batch] for batch in plain]
 
 
-def steps(made, monkeypatch, processes, workers, states=None, most=None, epochs=1):
-    """The windows of each step over all ranks, and the state of the first rank behind the last one."""
-    ranks = []
-    for rank in range(processes):
-        monkeypatch.setenv("WORLD_SIZE", str(processes))
-        monkeypatch.setenv("GLOBAL_RANK", str(rank))
-        counts = stores.TokenStore(made / "streamed").tokenizer.char_counts
-        loader = streaming.StreamedLoader(str(made / "streamed"), T, BATCH // processes, 1, counts, 0, workers)
-        if states:
-            loader.load_state_dict(states)
-        # as Lightning does, which asks for as many batches as there are and not for one more
-        ours = [windows(batch) for _ in range(epochs) for batch in islice(loader, most or len(loader))]
-        ranks.append((ours, loader.state_dict()))
-    return [list(chain(*step)) for step in zip(*(ours for ours, _ in ranks))], ranks[0][1]
+def test_chunks_are_fetched_from_elsewhere(made):
+    """litdata copies `local:` addresses to its cache like those of object storage."""
+    store = TokenStore(made / "streamed")
+    remote = streaming.StreamedWindows(store, f"local:{made / 'streamed'}", T, 0, "epoch")
+    assert remote.rows(0, np.arange(len(remote))).tolist() == rows_of(data_of(made / "streamed")).tolist()
+    remote.close()
+    shutil.rmtree(Path(remote._pages.input_dir.path).parent)
 
 
-LAYOUTS = [(1, 0), (1, 2), (2, 0)]
-
-
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_an_epoch_has_the_same_windows_for_any_number_of_processes_and_workers(made, monkeypatch, layout):
-    """In another order for each, in which the last few do not fill a step."""
-    one, other = (list(chain(*steps(made, monkeypatch, *which)[0])) for which in ((1, 0), layout))
-    assert len(set(other)) == len(other) >= len(one) - 2 * BATCH
-    assert len(set(other) - set(one)) <= 2 * BATCH
-    assert (other == one) == (layout == (1, 0))
-
-
-@pytest.mark.parametrize("after", LAYOUTS)
-@pytest.mark.parametrize("before", LAYOUTS)
-def test_resuming_goes_on_with_the_same_steps(made, monkeypatch, before, after):
-    """With any number of processes and of workers, in the order that the run began with; two workers may leave out the
-    last step of the epoch."""
-    straight, _ = steps(made, monkeypatch, *before)
-    seen, state = steps(made, monkeypatch, *before, most=5)
-    assert seen == straight[:5]
-    rest, _ = steps(made, monkeypatch, *after, states=state)
-    assert rest == straight[5:][: len(rest)]
-    assert len(rest) >= len(straight) - 5 - max(0, after[1] - 1)
-
-
-def test_the_epoch_after_one_that_was_resumed_is_the_next(made, monkeypatch):
-    straight, _ = steps(made, monkeypatch, 1, 0, epochs=2)
-    length = len(straight) // 2
-    for seen in (5, length):
-        _, state = steps(made, monkeypatch, 1, 0, most=seen)
-        counts = stores.TokenStore(made / "streamed").tokenizer.char_counts
-        loader = streaming.StreamedLoader(str(made / "streamed"), T, BATCH, 1, counts, 0, 0)
-        loader.load_state_dict(state)
-        rest = [windows(batch) for batch in islice(loader, (length - seen) or length)]
-        if seen < length:
-            rest += [windows(batch) for batch in islice(loader, length)]
-        assert rest == straight[seen:]
-
-
-def test_a_run_is_resumed_after_its_store_has_moved(made, tmp_path, capsys):
+def test_run_is_resumed_after_its_store_has_moved(made, capsys):
     shutil.copytree(made / "streamed", "here")
     flags = [
         f"--data.block_size={T}",
@@ -153,31 +120,34 @@ def test_a_run_is_resumed_after_its_store_has_moved(made, tmp_path, capsys):
     assert "step 9" in capsys.readouterr().out.replace("step     9", "step 9")
 
 
-def test_without_litdata_it_is_said_what_to_install(made, monkeypatch):
+def test_missing_litdata_is_named(made, monkeypatch):
     monkeypatch.setitem(sys.modules, "litdata", None)
     with pytest.raises(UserError, match=r"pip install 'lmlight\[streaming\]'"):
         data_of(made / "streamed")
 
 
-@pytest.mark.parametrize("settings", [{"subword_sampling": SubwordSampling()}, {"windows": "random"}])
-def test_an_order_of_our_own_is_refused(made, settings):
-    with pytest.raises(UserError, match="litdata's order"):
-        data_of(made / "streamed", **settings)
+def test_sampled_segmentations_are_refused(made):
+    with pytest.raises(UserError, match="streamed: set --data.subword_sampling null"):
+        data_of(made / "streamed", subword_sampling=SubwordSampling())
 
 
-def test_chunks_that_are_not_there_are_one_line(made, capsys):
-    shutil.copytree(made / "streamed", "cut", ignore=shutil.ignore_patterns("train"))
-    assert main(["fit", "--data.corpus=cut", f"--data.block_size={T}"]) == 2
-    (line,) = capsys.readouterr().err.splitlines()
-    assert "chunks in" in line
+@pytest.mark.parametrize("missing", ["index.json", "chunk-0-1.bin"])
+def test_missing_chunks_are_a_one_line_error(made, missing, capsys):
+    shutil.copytree(made / "streamed", "cut")
+    (Path("cut/train") / missing).unlink()
+    assert main(["fit", "--data.corpus=cut", f"--data.block_size={T}", "--model.net=Bigram"]) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert "chunks in" in lines[-1] and "Traceback" not in lines
 
 
-def test_chunks_are_written_once_and_from_a_tokenizer_that_loses_nothing(made, verse_file):
-    with pytest.raises(UserError, match="chunks already"):
-        streaming.write(stores.TokenStore(made / "streamed"), made / "again")
+def test_stores_that_cannot_be_streamed_are_refused(made, verse_file):
+    with pytest.raises(UserError, match="litdata's format already"):
+        streaming.write(TokenStore(made / "streamed"), made / "again")
+    with pytest.raises(UserError, match="needs 4,096 training tokens"):
+        streaming.write(TokenStore(made / "store"), made / "again")
     lossy = TextDataModule(
         "verse.txt", block_size=T, tokenizer=TokenizerConfig(vocab_size=200, lossless=False)
     ).prepare()
-    with pytest.raises(UserError, match="loses nothing"):
+    with pytest.raises(UserError, match="lossless"):
         streaming.write(lossy, made / "again")
     assert not (made / "again").exists()

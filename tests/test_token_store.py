@@ -1,4 +1,4 @@
-"""A token store is whole or not used; its shards are one stream, whoever wrote them and however they are cut."""
+"""Token stores are complete or never read; their shards read as one array, however they were written and cut."""
 
 import errno
 import json
@@ -16,9 +16,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lmlight.data import token_store as stores
+from lmlight.data import token_store, token_writer
 from lmlight.data.reading import TextChunk
 from lmlight.data.token_store import TokenArray, TokenStore
+from lmlight.data.token_writer import read_tokenizer, write_store
 from lmlight.data.tokenizer import CharTokenizer, TokenizerConfig
 from lmlight.errors import UserError
 
@@ -30,7 +31,7 @@ TEXTS = {"train": [TextChunk("abcabc\ncab" * 3)], "val": [TextChunk("cab")]}
 def folder(tmp_path):
     """A store's place, with the store of `TEXTS` in it under the fingerprint `print`."""
     folder = tmp_path / "tokens" / "store"
-    TokenStore.write(folder, "print", TEXTS, ABC)
+    write_store(folder, "print", TEXTS, ABC)
     return folder
 
 
@@ -38,11 +39,11 @@ def folder(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["unigram", "bpe", "char"])
-def test_a_store_gives_back_ids_characters_and_tokenizer(tmp_path, verse, kind):
+def test_store_returns_ids_characters_and_tokenizer(tmp_path, verse, kind):
     tokenizer = TokenizerConfig(kind, 400).train(verse)
     texts = {"train": verse[:4000], "val": verse[4000:]}
     pieces = {split: [TextChunk(text)] for split, text in texts.items()}
-    TokenStore.write(tmp_path / "deep" / "down" / "store", "print", pieces, tokenizer)
+    write_store(tmp_path / "deep" / "down" / "store", "print", pieces, tokenizer)
     store = TokenStore(tmp_path / "deep" / "down" / "store", "print")
     assert {split: ids[:].tolist() for split, ids in store.ids.items()} == {
         split: tokenizer.encode(text) for split, text in texts.items()
@@ -50,21 +51,19 @@ def test_a_store_gives_back_ids_characters_and_tokenizer(tmp_path, verse, kind):
     assert store.chars == {split: len(text) for split, text in texts.items()}
     assert store.tokenizer.fingerprint == tokenizer.fingerprint
     assert {ids.dtype for ids in store.ids.values()} == {np.dtype(np.uint16)}
-    assert all(isinstance(ids._part(0).base.obj, mmap.mmap) for ids in store.ids.values())
+    assert all(isinstance(ids._shard(0).base.obj, mmap.mmap) for ids in store.ids.values())
 
 
 @pytest.mark.parametrize(("vocab_size", "dtype"), [(2**16, np.uint16), (2**16 + 1, np.uint32)])
-def test_the_largest_id_fits_its_type(tmp_path, vocab_size, dtype):
+def test_dtype_fits_the_largest_id(tmp_path, vocab_size, dtype):
     tokenizer = CharTokenizer(chr(0x10000 + index) for index in range(vocab_size))
-    TokenStore.write(
-        tmp_path / "store", "print", {"train": [TextChunk(tokenizer.decode([0, vocab_size - 1]))]}, tokenizer
-    )
+    write_store(tmp_path / "store", "print", {"train": [TextChunk(tokenizer.decode([0, vocab_size - 1]))]}, tokenizer)
     ids = TokenStore(tmp_path / "store", "print").ids["train"]
     assert ids[:].tolist() == [0, vocab_size - 1]
     assert ids.dtype == dtype
 
 
-def test_another_fingerprint_is_refused(folder):
+def test_store_with_another_fingerprint_is_refused(folder):
     with pytest.raises(UserError, match="another text or tokenizer") as caught:
         TokenStore(folder, "another print")
     assert str(folder) in str(caught.value)
@@ -113,7 +112,7 @@ def replace_by_another_json(path):
         (replace_by_another_json, "index.json"),
     ],
 )
-def test_a_damaged_store_is_refused_with_what_to_do(folder, damage, name):
+def test_damaged_store_is_refused_with_a_remedy(folder, damage, name):
     damage(folder / name)
     with pytest.raises(UserError, match="delete that folder") as caught:
         TokenStore(folder, "print")
@@ -121,14 +120,14 @@ def test_a_damaged_store_is_refused_with_what_to_do(folder, damage, name):
     assert "\n" not in str(caught.value)
 
 
-def test_a_store_that_is_not_there_is_refused(tmp_path):
+def test_missing_store_is_refused(tmp_path):
     with pytest.raises(UserError, match="delete that folder"):
         TokenStore(tmp_path / "absent", "print")
 
 
-def test_where_another_was_first_its_store_stays(folder):
+def test_finished_store_is_never_overwritten(folder):
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
-    TokenStore.write(folder, "other", {"train": [TextChunk("a")]}, CharTokenizer("a"))
+    write_store(folder, "other", {"train": [TextChunk("a")]}, CharTokenizer("a"))
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
     assert [path.name for path in folder.parent.iterdir()] == ["store"]
 
@@ -146,19 +145,19 @@ class Forgetful(CharTokenizer):
 
 
 @pytest.mark.parametrize(("tokenizer", "error"), [(Failing, UserError), (Forgetful, AssertionError)])
-def test_a_write_that_fails_leaves_nothing_behind(tmp_path, tokenizer, error):
+def test_failed_write_leaves_nothing_behind(tmp_path, tokenizer, error):
     with pytest.raises(error):
-        TokenStore.write(tmp_path / "tokens" / "store", "print", TEXTS, tokenizer("abc\n"))
+        write_store(tmp_path / "tokens" / "store", "print", TEXTS, tokenizer("abc\n"))
     assert list((tmp_path / "tokens").iterdir()) == []
 
 
-def test_the_index_can_be_read_without_lmlight(folder):
+def test_index_is_readable_without_lmlight(folder):
     assert json.loads((folder / "index.json").read_text()) == {
-        "layout": stores.LAYOUT,
+        "format_version": token_store.FORMAT_VERSION,
         "fingerprint": "print",
         "dtype": "uint16",
         "splits": {"train": {"chars": 30, "tokens": [30]}, "val": {"chars": 3, "tokens": [3]}},
-        "about": {},
+        "metadata": {},
     }
     assert np.load(folder / "val-00000.npy").tolist() == [2, 0, 1]
 
@@ -168,8 +167,8 @@ def test_the_index_can_be_read_without_lmlight(folder):
 
 @pytest.fixture
 def small_shards(monkeypatch):
-    monkeypatch.setattr(stores, "SHARD_CHARS", 1000)
-    monkeypatch.setattr(stores, "BATCH_CHARS", 300)
+    monkeypatch.setattr(token_writer, "SHARD_CHARS", 1000)
+    monkeypatch.setattr(token_writer, "BATCH_CHARS", 300)
 
 
 def pieces_of(text):
@@ -180,12 +179,10 @@ def contents(folder):
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-def test_any_number_of_processes_writes_the_same_shards(tmp_path, small_shards, verse):
+def test_shards_do_not_depend_on_the_number_of_processes(tmp_path, small_shards, verse):
     tokenizer = TokenizerConfig("unigram", 400).train(verse)
     for processes in (1, 2):
-        TokenStore.write(
-            tmp_path / str(processes), "print", {"train": pieces_of(verse)}, tokenizer, processes=processes
-        )
+        write_store(tmp_path / str(processes), "print", {"train": pieces_of(verse)}, tokenizer, processes=processes)
     assert contents(tmp_path / "1") == contents(tmp_path / "2")
     assert len(contents(tmp_path / "1")) == 2 + len(verse) // 1000
     read = TokenStore(tmp_path / "2", "print")
@@ -197,8 +194,8 @@ def full(*args, **options):
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
-def test_what_was_interrupted_goes_on_with_the_next_shard(tmp_path, small_shards, verse, monkeypatch):
-    """A disk that is full after three shards: they stay, are no store, and are not made again."""
+def test_interrupted_write_continues_with_the_next_shard(tmp_path, small_shards, verse, monkeypatch):
+    """The disk is full after three shards: they stay, are not a store, and are not written again."""
     tokenizer = CharTokenizer(sorted(set(verse)))
     save, saved = np.save, []
 
@@ -210,37 +207,37 @@ def test_what_was_interrupted_goes_on_with_the_next_shard(tmp_path, small_shards
 
     monkeypatch.setattr(np, "save", save_three)
     with pytest.raises(OSError, match=os.strerror(errno.ENOSPC)):
-        TokenStore.write(tmp_path / "store", "print", {"train": pieces_of(verse)}, tokenizer, processes=1)
+        write_store(tmp_path / "store", "print", {"train": pieces_of(verse)}, tokenizer, processes=1)
     assert sorted(contents(tmp_path / "store")) == ["tokenizer", *(f"train-0000{n}.npy" for n in range(3))]
-    assert not TokenStore.finished(tmp_path / "store")
+    assert not TokenStore.is_finished(tmp_path / "store")
     with pytest.raises(UserError):
         TokenStore(tmp_path / "store", "print")
-    assert TokenStore.tokenizer_of(tmp_path / "store").fingerprint == tokenizer.fingerprint
+    assert read_tokenizer(tmp_path / "store").fingerprint == tokenizer.fingerprint
     monkeypatch.setattr(np, "save", lambda file, ids: saved.append(len(ids)) or save(file, ids))
-    TokenStore.write(tmp_path / "store", "print", {"train": pieces_of(verse)}, tokenizer, processes=1)
-    assert sum(saved) == len(verse), "each shard was made once"
+    write_store(tmp_path / "store", "print", {"train": pieces_of(verse)}, tokenizer, processes=1)
+    assert sum(saved) == len(verse), "a shard was written twice"
     assert TokenStore(tmp_path / "store", "print").ids["train"][:].tolist() == tokenizer.encode(verse)
 
 
 KILLED = """
 import sys, time
 from pathlib import Path
-from lmlight.data import token_store
+from lmlight.data import token_writer
 from lmlight.data.reading import TextChunk
 from lmlight.data.tokenizer import CharTokenizer
-token_store.SHARD_CHARS = 1000
+token_writer.SHARD_CHARS = 1000
 def pieces():
     for number in range(20):
         yield TextChunk("abcd" * 250)
         time.sleep(0.2)
-token_store.TokenStore.write(Path("store"), "print", {"train": pieces()}, CharTokenizer("abcd"), processes=2)
+token_writer.write_store(Path("store"), "print", {"train": pieces()}, CharTokenizer("abcd"), processes=2)
 """
 
 
 @pytest.mark.skipif(os.name != "posix", reason="kills as POSIX does")
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
-def test_a_killed_preparation_leaves_whole_shards_and_no_processes(tmp_path, small_shards, how):
-    """A script without `if __name__ == "__main__"` may start it, too."""
+def test_killed_write_leaves_whole_shards_and_no_processes(tmp_path, small_shards, how):
+    """Also if the script has no `if __name__ == "__main__"` guard."""
     (tmp_path / "script.py").write_text(KILLED)
     running = subprocess.Popen([sys.executable, "script.py"], stderr=subprocess.PIPE, start_new_session=True)
     while not (tmp_path / "store" / "train-00002.npy").exists():
@@ -251,19 +248,19 @@ def test_a_killed_preparation_leaves_whole_shards_and_no_processes(tmp_path, sma
     running.stderr.read()  # ends when the last process that holds it has
     running.stderr.close()
     folder = tmp_path / "store"
-    assert not TokenStore.finished(folder)
+    assert not TokenStore.is_finished(folder)
     whole = sorted(folder.glob("train-*.npy"))
     assert 3 <= len(whole) < 20
     assert all(np.load(path).tolist() == [0, 1, 2, 3] * 250 for path in whole)
     before = {path: path.stat().st_mtime_ns for path in whole}
-    TokenStore.write(folder, "print", {"train": [TextChunk("abcd" * 250)] * 20}, CharTokenizer("abcd"), processes=1)
+    write_store(folder, "print", {"train": [TextChunk("abcd" * 250)] * 20}, CharTokenizer("abcd"), processes=1)
     assert {path: path.stat().st_mtime_ns for path in whole} == before
     assert len(TokenStore(folder, "print").ids["train"]) == 20_000
 
 
-def test_a_shard_of_another_length_is_noticed(folder):
+def test_shard_of_wrong_length_is_refused(folder):
     np.save(folder / "val-00000.npy", np.zeros(4, np.uint16))
-    with pytest.raises(UserError, match="val-00000.npy has not its 3 tokens"):
+    with pytest.raises(UserError, match="val-00000.npy does not have 3 tokens"):
         TokenStore(folder, "print")
 
 
@@ -271,7 +268,7 @@ def test_a_shard_of_another_length_is_noticed(folder):
 
 
 @given(st.lists(st.lists(st.integers(0, 9), max_size=6), min_size=1, max_size=6), st.data())
-def test_shards_are_read_as_one_array(tmp_path, parts, data):
+def test_shards_read_as_one_array(tmp_path, parts, data):
     plain = np.array([i for part in parts for i in part], np.uint16)
     files = []
     for number, part in enumerate(parts):
@@ -280,8 +277,8 @@ def test_shards_are_read_as_one_array(tmp_path, parts, data):
             np.save(files[-1], np.array(part, np.uint16))
     ids = TokenArray(files, list(map(len, parts)), np.uint16)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(stores, "MOST_OPEN", 1)
-        patch.setattr(stores, "MOST_MAPPED", data.draw(st.sampled_from([0, 2**20])))
+        patch.setattr(token_store, "MAX_OPEN_SHARDS", 1)
+        patch.setattr(token_store, "MAX_MAPPED_BYTES", data.draw(st.sampled_from([0, 2**20])))
         assert len(ids) == len(plain)
         start, stop = data.draw(st.tuples(st.integers(-40, 40), st.integers(-40, 40)))
         for part in (slice(None), slice(start, stop), slice(start, None)):
@@ -292,11 +289,11 @@ def test_shards_are_read_as_one_array(tmp_path, parts, data):
             assert ids[where].tolist() == plain[where].tolist()
             assert ids[where[:, None] * 0].tolist() == plain[where[:, None] * 0].tolist()
         assert ids.counts(10).tolist() == np.bincount(plain, minlength=10).tolist()
-        assert ids.before(np.array([7]))[:].tolist() == [7, *plain]
-        assert np.array(pickle.loads(pickle.dumps(ids))).tolist() == plain.tolist()
+        assert ids.prepend(np.array([7]))[:].tolist() == [7, *plain]
+        assert pickle.loads(pickle.dumps(ids))[:].tolist() == plain.tolist()
 
 
-def test_another_process_is_told_where_the_ids_are_and_not_what(tmp_path):
+def test_pickled_token_array_does_not_contain_the_ids(tmp_path):
     np.save(tmp_path / "large.npy", np.zeros(100_000, np.uint16))
     ids = TokenArray([tmp_path / "large.npy"], [100_000], np.uint16)
     assert ids[5:9].tolist() == [0] * 4
@@ -316,9 +313,9 @@ def resident(folder):
 
 @pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="asks Linux which pages are mapped")
 @pytest.mark.parametrize("most", [2**20, 2**30])
-def test_pages_that_have_been_read_are_let_go(tmp_path, monkeypatch, most):
-    """Of 16 MB, read to the end and all over, no more stays mapped than may; all of it, where that is allowed."""
-    monkeypatch.setattr(stores, "MOST_MAPPED", most)
+def test_mapped_pages_are_released(tmp_path, monkeypatch, most):
+    """Reading 16 MB in order and at random keeps no more mapped than the limit."""
+    monkeypatch.setattr(token_store, "MAX_MAPPED_BYTES", most)
     files = [tmp_path / f"{number}.npy" for number in range(8)]
     for file in files:
         np.save(file, np.ones(2**20, np.uint16))
@@ -332,6 +329,6 @@ def test_pages_that_have_been_read_are_let_go(tmp_path, monkeypatch, most):
         ids[begin : begin + 2**17]
         peak = max(peak, resident(tmp_path))
     if most == 2**20:
-        assert 0 < peak <= 2**20 + 32 * stores.MAPPED_BY_A_WINDOW
+        assert 0 < peak <= 2**20 + 32 * token_store.MAPPED_BYTES_PER_WINDOW
     else:
         assert peak > 15 * 2**20

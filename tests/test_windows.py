@@ -1,17 +1,20 @@
-"""The order of the data: properties over all sizes, seeds and numbers of processes."""
+"""The order of windows: properties over all sizes, seeds and numbers of processes."""
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from lmlight.data.windows import (
-    EvalBatchSampler,
     TrainBatchSampler,
     epoch_starts,
+    eval_batches,
     eval_windows,
     random_starts,
+    subset_windows,
     windows_per_epoch,
 )
+from lmlight.errors import UserError
 
 blocks = st.integers(1, 40)
 seeds = st.integers(0, 2**32)
@@ -21,7 +24,7 @@ sizes = blocks.flatmap(lambda block: st.tuples(st.integers(block + 1, 600), st.j
 
 
 @given(sizes, seeds, epochs)
-def test_an_epochs_windows_lie_in_the_text_and_share_no_target(size, seed, epoch):
+def test_epoch_windows_lie_in_the_text_and_share_no_target(size, seed, epoch):
     n_tokens, block = size
     starts = epoch_starts(n_tokens, block, seed, epoch)
     targets = [start + 1 + position for start in starts for position in range(block)]
@@ -32,14 +35,14 @@ def test_an_epochs_windows_lie_in_the_text_and_share_no_target(size, seed, epoch
 
 
 @given(sizes, seeds, epochs)
-def test_an_epochs_windows_leave_out_less_than_two_blocks(size, seed, epoch):
+def test_epoch_windows_leave_out_less_than_two_blocks(size, seed, epoch):
     n_tokens, block = size
     left_out = (n_tokens - 1) - block * len(epoch_starts(n_tokens, block, seed, epoch))
     assert 0 <= left_out < 2 * block
 
 
 @given(sizes, seeds, epochs)
-def test_an_epochs_windows_are_a_permutation_of_a_grid(size, seed, epoch):
+def test_epoch_windows_are_a_permutation_of_a_grid(size, seed, epoch):
     n_tokens, block = size
     starts = epoch_starts(n_tokens, block, seed, epoch)
     first = min(starts)
@@ -48,12 +51,12 @@ def test_an_epochs_windows_are_a_permutation_of_a_grid(size, seed, epoch):
 
 @pytest.mark.parametrize("order", [epoch_starts, random_starts])
 @given(size=sizes, seed=seeds, epoch=epochs)
-def test_the_order_is_a_pure_function(order, size, seed, epoch):
+def test_order_is_a_pure_function(order, size, seed, epoch):
     assert order(*size, seed, epoch).tolist() == order(*size, seed, epoch).tolist()
 
 
-def test_the_order_is_the_one_it_was():
-    """A change of these numbers breaks every run that is to be resumed."""
+def test_order_matches_recorded_values():
+    """Other values would break resuming."""
     assert epoch_starts(50, 5, seed=1, epoch=0).tolist() == [29, 4, 9, 24, 14, 39, 34, 19]
     assert epoch_starts(50, 5, seed=1, epoch=1).tolist() == [40, 35, 10, 25, 5, 20, 15, 30]
     assert random_starts(50, 5, seed=1, epoch=0).tolist() == [21, 23, 33, 42, 1, 6, 37, 42]
@@ -62,7 +65,7 @@ def test_the_order_is_the_one_it_was():
 def test_offsets_and_orders_vary_by_epoch_and_seed():
     runs = [epoch_starts(1000, 10, seed, epoch) for seed in (0, 1) for epoch in range(50)]
     assert len({tuple(starts) for starts in runs}) == len(runs)
-    # every offset that leaves room for the windows is met: none is out of reach
+    # every offset that leaves room for the windows occurs
     offsets = {min(epoch_starts(45, 10, 7, epoch)) for epoch in range(300)}
     assert offsets == set(range(45 - 10 * windows_per_epoch(45, 10)))
 
@@ -100,14 +103,14 @@ def test_every_target_is_scored_exactly_once_in_order(n_tokens, block, data):
 
 
 @given(st.integers(2, 400), blocks)
-def test_a_stride_of_one_block_gives_windows_that_do_not_overlap(n_tokens, block):
+def test_stride_of_one_block_gives_non_overlapping_windows(n_tokens, block):
     windows = eval_windows(n_tokens, block, stride=block)
     assert [start for start, _, _ in windows] == list(range(0, n_tokens - 1, block))
     assert {scored_from for _, _, scored_from in windows} == {0}
 
 
 @given(st.integers(2, 400), blocks)
-def test_a_stride_of_half_a_block_gives_half_a_block_of_context(n_tokens, block):
+def test_stride_of_half_a_block_gives_half_a_block_of_context(n_tokens, block):
     """Beyond the first window, the first scored position has exactly block // 2 inputs to its left."""
     first, *others = map(tuple, eval_windows(n_tokens, block, stride=-(-block // 2)))
     assert first == (0, min(block, n_tokens - 1), 0)
@@ -123,12 +126,29 @@ def test_only_the_last_window_is_shorter(n_tokens, block, data):
 @given(st.integers(0, 60), st.integers(0, 2), st.integers(1, 9), st.integers(1, 5))
 def test_every_window_is_scored_once_by_any_number_of_processes(full, shorter, batch_size, world_size):
     windows = full + shorter
-    ranks = [EvalBatchSampler(full, windows, batch_size, rank, world_size) for rank in range(world_size)]
+    ranks = [eval_batches(full, windows, batch_size, rank, world_size) for rank in range(world_size)]
     batches = [batch for rank in ranks for batch in rank]
-    assert {len(rank) for rank in ranks} == {len(list(rank)) for rank in ranks} == {-(-len(batches) // world_size)}
+    assert {len(rank) for rank in ranks} == {-(-len(batches) // world_size)}
     assert sorted(window for batch in batches for window in batch if window != windows) == list(range(windows))
     assert all(len(batch) <= batch_size if max(batch) < full else len(batch) == 1 for batch in batches)
-    assert sum(batch == [windows] for batch in batches) < world_size, "no more that score nothing than it takes"
+    assert sum(list(batch) == [windows] for batch in batches) < world_size, "unnecessary windows that score nothing"
+
+
+@pytest.mark.parametrize(("world_size", "accumulate"), [(3, 1), (1, 3), (4, 4), (1, 0)])
+def test_indivisible_batch_is_refused(world_size, accumulate):
+    with pytest.raises(
+        UserError, match=r"data\.batch_size 8.*multiple of \d processes|accumulate_grad_batches"
+    ) as caught:
+        TrainBatchSampler(100, 8, 0, world_size, accumulate)
+    assert "\n" not in str(caught.value)
+
+
+def test_subset_windows_are_whole_distinct_and_evenly_spaced():
+    starts, lengths, scored_from = subset_windows(n_tokens=1000, block_size=16, windows=7).T
+    assert set(lengths) == {16} and set(scored_from) == {0}
+    assert starts[0] == 0 and starts[-1] > 1000 - 3 * 16
+    assert set(np.diff(starts) // 16) <= {10, 11}
+    assert len(subset_windows(1000, 16, 10_000)) == 999 // 16
 
 
 # Batches
@@ -139,7 +159,10 @@ shares = st.tuples(st.integers(1, 4), st.integers(1, 4), st.integers(1, 4))  # w
 def steps_of(n_windows, world_size, accumulate, micro):
     """The windows of each optimizer step: over its micro-batches, over the ranks."""
     batch_size = micro * world_size * accumulate
-    ranks = [list(TrainBatchSampler(n_windows, batch_size, rank, world_size, accumulate)) for rank in range(world_size)]
+    ranks = [
+        list(TrainBatchSampler(n_windows, batch_size, rank, world_size, accumulate).batches())
+        for rank in range(world_size)
+    ]
     n_steps = len(ranks[0]) // accumulate
     return [
         [
@@ -153,7 +176,7 @@ def steps_of(n_windows, world_size, accumulate, micro):
 
 
 @given(shares, st.integers(0, 200))
-def test_a_step_is_a_slice_of_the_global_order_for_any_number_of_processes(share, more):
+def test_step_is_a_slice_of_the_global_order_for_any_number_of_processes(share, more):
     world_size, accumulate, micro = share
     batch = micro * world_size * accumulate
     n_windows = batch + more
@@ -162,24 +185,24 @@ def test_a_step_is_a_slice_of_the_global_order_for_any_number_of_processes(share
 
 
 @given(shares, st.integers(1, 200))
-def test_every_micro_batch_has_the_same_size_and_len_counts_them(share, n_windows):
+def test_micro_batches_have_the_same_size_and_len_counts_them(share, n_windows):
     world_size, accumulate, micro = share
     for rank in range(world_size):
         order = TrainBatchSampler(n_windows, micro * world_size * accumulate, rank, world_size, accumulate)
-        batches = list(order)
+        batches = list(order.batches())
         assert len(order) == len(batches) > 0
         assert {len(batch) for batch in batches} == {micro}
         assert len(batches) % accumulate == 0
 
 
 @given(shares, st.data())
-def test_an_epoch_shorter_than_a_batch_is_repeated_to_fill_one(share, data):
+def test_epoch_shorter_than_a_batch_is_repeated(share, data):
     world_size, accumulate, micro = share
     batch = micro * world_size * accumulate
     n_windows = data.draw(st.integers(1, batch))
     assert steps_of(n_windows, *share) == [[position % n_windows for position in range(batch)]]
 
 
-def test_an_order_may_be_walked_twice():
+def test_batches_can_be_iterated_twice():
     order = TrainBatchSampler(n_windows=10, batch_size=4, rank=1, world_size=2)
-    assert list(order) == list(order) == [[2, 3], [6, 7]]
+    assert list(order.batches()) == list(order.batches()) == [[2, 3], [6, 7]]

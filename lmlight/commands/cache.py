@@ -55,7 +55,7 @@ def _about(path: Path, kind: str) -> str:
     if kind != "tokens":
         return ""
     try:
-        about = json.loads((path / "index.json").read_text("utf-8"))["about"]
+        about = json.loads((path / "index.json").read_text("utf-8"))["metadata"]
         return f"{about['corpus']}, {about['vocab_size']:,} pieces"
     except FileNotFoundError:
         return "not finished"

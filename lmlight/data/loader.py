@@ -1,16 +1,16 @@
-"""Windows of token ids as batches, and the loader of those that are trained on.
+"""Batches of token windows, and the loaders for training and evaluation.
 
-- Windows are gathered a batch at a time, from wherever the ids are.
-- A batch carries the characters that each target stands for, so the loss needs no tokenizer and figures of different
-  vocabularies compare.
+A batch carries the number of characters that each target stands for, so the loss needs no tokenizer and is comparable
+across vocabularies.
 
-Axes: B windows, T positions. Free of lightning.
+Axes: B windows, T positions, V vocabulary, W evaluation windows, N tokens.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -19,22 +19,25 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from lmlight.data.resegment import ShardedEpoch
-from lmlight.data.token_store import TokenArray
-from lmlight.data.windows import TrainBatchSampler
+from lmlight.data.token_store import TokenArray, Tokens
+from lmlight.data.window_sources import WindowSource
+from lmlight.data.windows import TrainBatchSampler, eval_batches
 from lmlight.errors import UserError
 
-# The target of a position that is context only; `torch.nn.functional.cross_entropy` passes over it.
+# The target of a context-only position; the default `ignore_index` of `torch.nn.functional.cross_entropy`.
 IGNORE_INDEX = -100
+# Logits of an evaluation batch: 1 GiB in float32. `batch_size` counts a whole optimizer step, which may be many
+# micro-batches, and training does not hold all logits at once.
+MAX_EVAL_LOGITS = 2**28
 
 
 class Batch(NamedTuple):
-    """What a net sees and what it should say.
+    """The inputs and targets of a net.
 
     Attributes:
         inputs: (B, T) token ids.
-        targets: (B, T) the ids that follow; `IGNORE_INDEX` where a position is context only.
-        target_chars: (B, T) the characters of text that each target stands for; 0 where unscored.
+        targets: (B, T) the next token ids; `IGNORE_INDEX` at context-only positions.
+        target_chars: (B, T) the characters of text that each target stands for; 0 at context-only positions.
     """
 
     inputs: Tensor
@@ -42,143 +45,144 @@ class Batch(NamedTuple):
     target_chars: Tensor
 
 
-def make_batch(ids: npt.NDArray[np.integer], char_counts: npt.NDArray[np.number]) -> Batch:
-    """(B, T + 1) ids as windows of which every target is scored, with the (V,) characters of each id."""
-    ids = ids.astype(np.int64)
-    return Batch(torch.tensor(ids[:, :-1]), torch.tensor(ids[:, 1:]), torch.tensor(char_counts[ids[:, 1:]]))
+def make_batch(rows: Tokens, char_counts: npt.NDArray[np.number]) -> Batch:
+    """A batch of (B, T + 1) token ids whose targets are all scored, given the characters (V,) of each id."""
+    rows = rows.astype(np.int64)
+    return Batch(torch.tensor(rows[:, :-1]), torch.tensor(rows[:, 1:]), torch.tensor(char_counts[rows[:, 1:]]))
 
 
-class Windows(Dataset[Batch]):
-    """Windows of a stream of ids, gathered a batch at a time by one indexing operation.
+class EvalLoader:
+    """One rank's batches of evaluation windows, each window once.
 
     Args:
-        ids: (N,) the stream.
-        starts: where each window begins.
-        lengths: T of each window; it reads T + 1 ids, for the targets are the inputs shifted by one. Windows asked for
-            together must have the same one.
+        ids: (N,) the tokens.
+        windows: (W, 3) see `eval_windows`. Only the last window may be shorter than the others.
         char_counts: (V,) see `Tokenizer`.
-        scored_from: for each window, its first scored position; everything before is context. None scores all.
+        batch_size: windows per batch; fewer if their logits would exceed `MAX_EVAL_LOGITS`.
+        rank: this process, counted from 0.
+        world_size: number of processes.
     """
 
     def __init__(
         self,
-        ids: npt.NDArray[np.integer] | TokenArray,
-        starts: npt.NDArray[np.int64],
-        lengths: npt.NDArray[np.int64] | int,
+        ids: TokenArray,
+        windows: npt.NDArray[np.int64],
         char_counts: npt.NDArray[np.number],
-        scored_from: npt.NDArray[np.int64] | None = None,
+        batch_size: int,
+        rank: int = 0,
+        world_size: int = 1,
     ) -> None:
-        self.ids, self.starts = ids, starts
-        self.lengths = np.broadcast_to(lengths, starts.shape)
-        self.char_counts, self.scored_from = char_counts, scored_from
+        self._ids, self.windows, self._char_counts = ids, windows, char_counts
+        length = int(windows[0, 1])
+        full = int((windows[:, 1] == length).sum())
+        batch_size = min(batch_size, max(1, MAX_EVAL_LOGITS // (length * len(char_counts))))
+        self._batches = eval_batches(full, len(windows), batch_size, rank, world_size)
 
     def __len__(self) -> int:
-        return len(self.starts)
+        return len(self._batches)
 
-    def __getitem__(self, index: int) -> Batch:
-        return self.__getitems__([index])
-
-    def __getitems__(self, indices: Sequence[int]) -> Batch:
-        """The batch of the windows `indices`: the hook through which a DataLoader asks for a whole batch."""
-        which = np.asarray(indices)
-        length = self.lengths[which[0]]
-        assert (self.lengths[which] == length).all()
-        batch = make_batch(self.ids[self.starts[which, None] + np.arange(length + 1)], self.char_counts)
-        if self.scored_from is None:
-            return batch
-        unscored = torch.from_numpy(np.arange(length) < self.scored_from[which, None])
-        targets, chars = batch.targets.masked_fill(unscored, IGNORE_INDEX), batch.target_chars.masked_fill(unscored, 0)
-        return Batch(batch.inputs, targets, chars)
+    def __iter__(self) -> Iterator[Batch]:
+        length = self.windows[0, 1]
+        windows = np.concatenate((self.windows, [[0, length, length]]))  # the last one scores nothing
+        for batch in self._batches:
+            starts, lengths, scored_from = windows[batch].T
+            positions = np.arange(lengths[0] + 1)
+            inputs, targets, chars = make_batch(self._ids[starts[:, None] + positions], self._char_counts)
+            context = torch.from_numpy(positions[:-1] < scored_from[:, None])
+            yield Batch(inputs, targets.masked_fill(context, IGNORE_INDEX), chars.masked_fill(context, 0))
 
 
-class ShardedWindows(Dataset[Batch]):
-    """An epoch that goes from shard to shard, as batches; for positions that do not go back.
+class WindowDataset(Dataset[Batch]):
+    """The training windows of one epoch by position. A DataLoader asks for a whole batch at a time."""
 
-    Args:
-        epoch: gives the ids.
-        char_counts: (V,) see `Tokenizer`.
-    """
+    def __init__(self, source: WindowSource, epoch: int, char_counts: npt.NDArray[np.number]) -> None:
+        self.source, self.epoch, self.char_counts = source, epoch, char_counts
 
-    def __init__(self, epoch: ShardedEpoch, char_counts: npt.NDArray[np.number]) -> None:
-        self.epoch, self.char_counts = epoch, char_counts
-
-    def __len__(self) -> int:
-        return len(self.epoch)
-
-    def __getitems__(self, indices: Sequence[int]) -> Batch:
-        """See `Windows`."""
-        return make_batch(self.epoch.rows(np.asarray(indices)), self.char_counts)
+    def __getitems__(self, positions: list[int]) -> Batch:
+        return make_batch(self.source.rows(self.epoch, np.asarray(positions)), self.char_counts)
 
 
 def identity_collate(batch: Any) -> Batch:
-    """Collates nothing: `Windows` gives whole batches. (A function with a name, so that workers can be spawned.)"""
     return batch
 
 
 class StatefulTrainLoader:
-    """The training batches, epoch after epoch, from wherever a run was interrupted.
+    """Training batches, epoch after epoch, which continue where an interrupted run stopped.
 
     Args:
-        windows: gives the windows of an epoch, in the order in which they are to be seen.
-        order: cuts that order into this process's batches.
-        num_workers: of the DataLoader that gathers them.
-        fingerprint: gives that of the text, which a position in it goes with.
+        source: the windows.
+        sampler: splits an epoch into this process's micro-batches.
+        char_counts: (V,) see `Tokenizer`.
+        device: the GPU that batches are copied to. They are put in pinned memory, one batch ahead of use.
 
     Attributes:
-        waited: seconds that training has spent waiting for batches.
+        data_wait_seconds: time that training has waited for batches.
     """
 
     def __init__(
         self,
-        windows: Callable[[int], Dataset[Batch]],
-        order: TrainBatchSampler,
-        num_workers: int,
-        fingerprint: Callable[[], str],
+        source: WindowSource,
+        sampler: TrainBatchSampler,
+        char_counts: npt.NDArray[np.number],
+        device: torch.device | None = None,
     ) -> None:
-        self._windows, self._order, self._num_workers, self._fingerprint = windows, order, num_workers, fingerprint
-        self._epoch, self._seen = -1, 0  # micro-batches of the epoch that have been handed out
+        self._source, self._sampler, self._char_counts, self._device = source, sampler, char_counts, device
+        self._epoch, self._seen = -1, 0  # `_seen` counts the micro-batches of the epoch that have been returned
         self._resuming = False
-        self.waited = 0.0
+        self.data_wait_seconds = 0.0
 
     def state_dict(self) -> dict[str, Any]:
-        """The epoch, and the position in it in windows over all ranks: it means the same to any number of processes."""
-        seen = self._seen * self._order.windows_per_micro_batch
-        return {"epoch": self._epoch, "windows": seen, "text": self._fingerprint()}
+        """The epoch, and the position in it in windows over all ranks, so that any number of processes can resume."""
+        seen = self._seen * self._sampler.windows_per_micro_batch
+        return {"epoch": self._epoch, "windows": seen, "text": self._source.fingerprint}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Goes on from there at the next `iter`.
+        """Continues from this state at the next `iter`.
 
         Raises:
-            UserError: the position is one in another text.
+            UserError: the state belongs to another text.
         """
-        if state_dict.get("text", self._fingerprint()) != self._fingerprint():
+        if state_dict["text"] != self._source.fingerprint:
             raise UserError(
-                "the training text is not the one that this run has read so far: go on with that one, or begin anew from "
-                "its weights, --init_from in place of --ckpt_path"
+                "the training text is not the one that this run has read so far: resume with that text, or start a new "
+                "run from the weights with --init_from in place of --ckpt_path"
             )
         self._epoch = state_dict["epoch"]
-        self._seen = state_dict["windows"] // self._order.windows_per_micro_batch
-        self._resuming = self._seen < len(self._order)
+        self._seen = state_dict["windows"] // self._sampler.windows_per_micro_batch
+        self._resuming = self._seen < len(self._sampler)
 
     def __len__(self) -> int:
-        return len(self._order)
+        return len(self._sampler)
 
     def __iter__(self) -> Iterator[Batch]:
-        # A generator, so begun at the first batch: Lightning calls `iter` once before it hands over the state. Epochs are
-        # counted here: Lightning's count falls behind when a resumed run is resumed again from the end of an epoch.
+        # A generator, so that it starts at the first batch: Lightning calls `iter` before it restores the state. Epochs are
+        # counted here, because Lightning's count falls behind when a run is resumed twice at the end of an epoch.
         if not self._resuming:
             self._epoch, self._seen = self._epoch + 1, 0
         self._resuming = False
         began = time.perf_counter()
-        batches = DataLoader(
-            self._windows(self._epoch),
-            batch_sampler=self._order.batches(self._seen),
-            collate_fn=identity_collate,
-            num_workers=self._num_workers,
-            generator=torch.Generator(),
+        batches: Iterator[Batch] = iter(
+            DataLoader(
+                WindowDataset(self._source, self._epoch, self._char_counts),
+                batch_sampler=self._sampler.batches(self._seen),
+                collate_fn=identity_collate,
+                num_workers=self._source.num_workers,
+                generator=torch.Generator(),  # otherwise the loader draws a number from the global generator
+                pin_memory=self._device is not None,
+            )
         )
-        for batch in batches:
-            self._seen += 1  # what has been handed out, not what workers have fetched ahead
-            self.waited += time.perf_counter() - began
+        for batch in prefetch(batches, self._device) if self._device else batches:
+            self._seen += 1  # not when it was fetched: that may be ahead of use
+            self.data_wait_seconds += time.perf_counter() - began
             yield batch
             began = time.perf_counter()
+
+
+def prefetch(batches: Iterator[Batch], device: torch.device) -> Iterator[Batch]:
+    """The same batches, each of which is fetched in a thread while the one before it is in use."""
+    # without `set_device`, pinning memory in the thread would open a context on the first GPU
+    with ThreadPoolExecutor(1, initializer=torch.cuda.set_device, initargs=(device,)) as thread:
+        coming = thread.submit(next, batches, None)
+        while (batch := coming.result()) is not None:
+            coming = thread.submit(next, batches, None)
+            yield batch

@@ -1,15 +1,15 @@
-"""From a text to its token store: what a store depends on, where it lies, and how it is made.
+"""From a corpus to its token store: what the tokens depend on, where the store lies and how it is made.
 
-The key of a store is made of the text's hash and of every setting that its tokens depend on, so a changed setting never
-meets a stale cache.
-
-Free of torch.
+A store's key is a hash of the text and of every setting that the tokens depend on, so a changed setting never meets a
+stale cache. Free of torch.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import math
+import os
 import warnings
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -22,89 +22,91 @@ from lmlight.data import corpus as corpora
 from lmlight.data.cache import cache_dir
 from lmlight.data.corpus import Corpus
 from lmlight.data.reading import TextFormat
-from lmlight.data.token_store import LAYOUT, TokenStore
+from lmlight.data.token_store import FORMAT_VERSION, TokenStore
+from lmlight.data.token_writer import read_tokenizer, write_store
 from lmlight.data.tokenizer import Tokenizer, TokenizerConfig
 from lmlight.errors import UserError
 
-# A tokenizer takes a second or more to learn from so many characters.
-NOTICED_CHARS = 1_000_000
+# Training a tokenizer on this many characters takes a second or more.
+NOTICEABLE_CHARS = 1_000_000
+# At or above this length, settings shrink to fit the corpus; below it, we raise.
+MIN_CHARS_TO_FIT = 1000
 
 
 @dataclass(frozen=True)
 class CorpusSpec:
-    """A text as it is to be tokenized; the arguments are those of `TextDataModule`.
+    """A corpus and how it becomes tokens. The arguments are those of `TextDataModule`.
 
-    Args:
-        corpus: for training, and for validation where `val_corpus` is None; or a store that has been prepared.
-        val_fraction: of its characters.
-        val_corpus: another one for validation.
-        test_corpus: another one for the test.
-        reading: how files become text.
-        tokenizer: which tokenizer to train.
-        cache: the cache's folder, if not the usual one.
+    Raises:
+        UserError: a corpus that is not a string; a `val_fraction` outside (0, 1).
     """
 
     corpus: str
-    val_fraction: float
-    val_corpus: str | None
-    test_corpus: str | None
-    reading: TextFormat
-    tokenizer: TokenizerConfig
-    cache: str | None
+    val_fraction: float = 0.1
+    val_corpus: str | None = None
+    test_corpus: str | None = None
+    text_format: TextFormat = TextFormat()
+    tokenizer: TokenizerConfig = TokenizerConfig()
+    cache: str | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("corpus", "val_corpus", "test_corpus"):
+            given = getattr(self, name)
+            if not (isinstance(given, (str, os.PathLike)) or (given is None and name != "corpus")):
+                raise UserError(
+                    f"data.{name} must be a path, a pattern, an address or the name of a corpus, got {given!r}"
+                )
+            object.__setattr__(self, name, given and os.fspath(given))
+        if not 0 < self.val_fraction < 1:
+            raise UserError(f"data.val_fraction must be between 0 and 1, got {self.val_fraction}")
 
     def settings(self) -> dict[str, Any]:
-        """What the tokens depend on, the text apart, by the names of the flags."""
+        """The settings that the tokens depend on, by the names of their flags."""
         return {
             "val_fraction": self.val_fraction,
             "val_corpus": self.val_corpus,
             "test_corpus": self.test_corpus,
-            **asdict(self.reading),
+            **asdict(self.text_format),
             **{f"tokenizer.{name}": value for name, value in asdict(self.tokenizer).items()},
         }
 
-    def store(self, given: Tokenizer | None, part: tuple[int, int]) -> tuple[TokenStore | None, str | None]:
-        """Finds the text's store, or makes it.
+    def prepare_store(self, pretrained_tokenizer: Tokenizer | None = None) -> TokenStore:
+        """Finds the corpus's token store, or makes it.
 
         Args:
-            given: a tokenizer to take in place of training one.
-            part: (k, n): of the shards that are to be encoded, each n-th from the k-th on.
-
-        Returns:
-            the store, or None as long as other parts of it are missing; and its fingerprint, which a store that the user
-            names has no need of.
+            pretrained_tokenizer: encodes the text in place of a tokenizer trained on it.
 
         Raises:
             UserError: see `corpus.load`, `Corpus.passages`, `TokenizerConfig.train` and `TokenStore`; the text is too short
-                to be split; the cache cannot be written.
+                to be split; the cache is not writable; `corpus` is a store, and was made with other settings.
         """
-        named = corpora.find_store(self.corpus, self.cache)
-        if named is not None:
-            return TokenStore(named), None
+        prepared = corpora.find_store(self.corpus, self.cache)
+        if prepared is not None:
+            store = TokenStore(prepared)
+            self._check_settings(store, pretrained_tokenizer)
+            return store
         main, val, test = (
-            corpora.load(source, self.reading, self.cache) if source else None
+            corpora.load(source, self.text_format, self.cache) if source else None
             for source in (self.corpus, self.val_corpus, self.test_corpus)
         )
         assert main is not None
-        folder, fingerprint = self._key(main, val, test, given)
-        whole = TokenStore.finished(folder) or self._write(folder, fingerprint, main, val, test, given, part)
-        return (TokenStore(folder, fingerprint) if whole else None), fingerprint
-
-    def _key(self, main: Corpus, val: Corpus | None, test: Corpus | None, given: Tokenizer | None) -> tuple[Path, str]:
-        """Where the store is, and the fingerprint of all that its content depends on."""
         tokenizer = (
-            {"fingerprint": given.fingerprint}
-            if given
+            {"fingerprint": pretrained_tokenizer.fingerprint}
+            if pretrained_tokenizer
             else {"config": asdict(self.tokenizer), "sentencepiece": sentencepiece.__version__}
         )
         depends_on = {
-            "layout": LAYOUT,
+            "format_version": FORMAT_VERSION,
             "corpus": main.sha256,
             "val": val.sha256 if val else self.val_fraction,
             "test": test and test.sha256,
             "tokenizer": tokenizer,
         }
         fingerprint = hashlib.sha256(json.dumps(depends_on, sort_keys=True).encode()).hexdigest()
-        return cache_dir(self.cache) / "tokens" / fingerprint[:16], fingerprint
+        folder = cache_dir(self.cache) / "tokens" / fingerprint[:16]
+        if not TokenStore.is_finished(folder):
+            self._write(folder, fingerprint, main, val, test, pretrained_tokenizer)
+        return TokenStore(folder, fingerprint)
 
     def _write(
         self,
@@ -114,40 +116,84 @@ class CorpusSpec:
         val: Corpus | None,
         test: Corpus | None,
         given: Tokenizer | None,
-        part: tuple[int, int],
-    ) -> bool:
+    ) -> None:
         chars, _ = main.size
         cut = chars if val else corpora.train_chars(chars, self.val_fraction)
         if not 0 < cut <= chars - (val is None):
             empty = "validation" if cut else "training"
             raise UserError(
-                f"the {empty} part of '{self.corpus}' has no text: pass a text of at least some 1,000 characters (this "
+                f"the {empty} part of '{self.corpus}' has no text: pass a text of at least about 1,000 characters (this "
                 f"one has {chars:,})"
             )
         texts = {"train": main.passages(0, cut), "val": val.passages() if val else main.passages(cut)}
         if test:
             texts["test"] = test.passages()
-        tokenizer = given or TokenStore.tokenizer_of(folder)  # of a preparation that was interrupted
+        tokenizer = given or read_tokenizer(folder)  # of an interrupted preparation
         if tokenizer is None:
-            tokenizer = self._train(main, cut)
+            # SentencePiece reports no progress, so a line without a bar
+            disable = None if cut > NOTICEABLE_CHARS else True
+            with tqdm(desc="training the tokenizer", bar_format="{desc} ...", leave=False, disable=disable):
+                passages = (passage.text for passage in main.passages(0, cut))
+                tokenizer = self.tokenizer.train(passages, cut, add_eos=main.has_documents)
         if main.has_documents and tokenizer.eos_id is None:
             warnings.warn(
-                "this tokenizer has no token for the end of a document: documents follow each other without a mark",
-                stacklevel=2,
+                "this tokenizer has no end-of-document token: documents follow each other without one", stacklevel=2
             )
-        about = {"corpus": self.corpus, "vocab_size": tokenizer.vocab_size, "settings": self.settings()}
+        metadata = {"corpus": self.corpus, "vocab_size": tokenizer.vocab_size, "settings": self.settings()}
         try:
             size = sum(corpus.size[1] for corpus in (main, val, test) if corpus)
-            return TokenStore.write(folder, fingerprint, texts, tokenizer, about, size, part=part)
+            write_store(folder, fingerprint, texts, tokenizer, metadata, size)
         except OSError as error:
             raise UserError(
-                f"cache folder '{folder.parent}' cannot be written ({error.strerror}): free some space, or pass another, "
-                "--data.cache FOLDER, or set LMLIGHT_CACHE"
+                f"cache folder '{folder.parent}' cannot be written ({error.strerror}): free some space, or choose another "
+                "folder with --data.cache FOLDER or LMLIGHT_CACHE"
             ) from None
 
-    def _train(self, main: Corpus, cut: int) -> Tokenizer:
-        passages = (passage.text for passage in main.passages(0, cut))
-        # a line while one waits, without a bar: SentencePiece does not say how far it is
-        disable = None if cut > NOTICED_CHARS else True
-        with tqdm(desc="training the tokenizer", bar_format="{desc} ...", leave=False, disable=disable):
-            return self.tokenizer.train(passages, cut, add_eos=main.has_documents)
+    def _check_settings(self, store: TokenStore, pretrained_tokenizer: Tokenizer | None) -> None:
+        """Refuses settings that a prepared store was not made with."""
+        made_with, defaults = store.metadata["settings"], CorpusSpec("").settings()
+        for name, value in self.settings().items():
+            if value not in (defaults[name], made := made_with.get(name, defaults[name])):
+                raise UserError(
+                    f"the tokens in '{self.corpus}' were made with data.{name} {json.dumps(made)}, not "
+                    f"{json.dumps(value)}: leave that out, or prepare the text again"
+                )
+        if pretrained_tokenizer and pretrained_tokenizer.fingerprint != store.tokenizer.fingerprint:
+            raise UserError(
+                f"the tokens in '{self.corpus}' are of another tokenizer than the checkpoint's: pass the text itself, or "
+                "prepare it with `lmlight prepare --init_from`"
+            )
+
+
+def fit_block_size(store: TokenStore, spec: CorpusSpec, block_size: int) -> int:
+    """The largest block size up to `block_size` that leaves a few windows of training text.
+
+    Warns about a lower block size, and about an evaluation text that is shorter than one block.
+
+    Raises:
+        UserError: a split is too short.
+    """
+    chars, tokens = store.chars["train"] + store.chars["val"], len(store.ids["train"])
+    if tokens <= block_size:  # a window reads one token more
+        if chars < MIN_CHARS_TO_FIT or tokens < 8:
+            share = 1.0 if spec.val_corpus else 1 - spec.val_fraction
+            minimum = math.ceil((block_size + 1) * max(1.0, store.chars["train"] / max(1, tokens)) / share)
+            raise UserError(
+                f"the training part of '{spec.corpus}' has {tokens:,} tokens, fewer than one block of {block_size}: pass a "
+                f"text of at least about {minimum:,} characters (this one has {chars:,}), or lower --data.block_size"
+            )
+        fitting = (tokens - 1) // 4
+        warnings.warn(
+            f"the training text has {tokens:,} tokens: lowering data.block_size from {block_size} to {fitting}",
+            stacklevel=2,
+        )
+        block_size = fitting
+    for split, name in (("val", "validation"), ("test", "test")):
+        if split in store.ids and (tokens := len(store.ids[split])) < block_size:
+            if not tokens:
+                raise UserError(f"the {name} text of '{spec.corpus}' has no tokens: pass a longer text")
+            warnings.warn(
+                f"the {name} text has {tokens:,} tokens, less than one block of {block_size}: its metrics are rough",
+                stacklevel=2,
+            )
+    return block_size

@@ -1,9 +1,11 @@
-"""Which windows of the text make up which step: pure functions of (seed, epoch, position).
+"""Which windows of the token stream make up which step: pure functions of (seed, epoch, position).
 
-- An epoch is a seeded offset into the text and a seeded permutation of the windows that do not overlap from there, so
-  each token is seen once and window borders move from epoch to epoch.
-- Nothing depends on the number of processes or loader workers: every rank takes its slice of one global order.
-- Evaluation scores each token exactly once.
+- A training epoch is a random offset into the stream and a random permutation of the non-overlapping windows from there.
+  Every token is seen once per epoch, and window borders move from epoch to epoch.
+- Evaluation scores every token exactly once.
+- Every rank takes its slice of one global order, so nothing depends on the number of processes or workers.
+
+Axes: W windows, T positions. Free of torch.
 """
 
 from __future__ import annotations
@@ -14,26 +16,28 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from lmlight.errors import UserError
+
 
 def windows_per_epoch(n_tokens: int, block_size: int) -> int:
-    """How many windows fit whichever offset an epoch begins with; at least one."""
+    """Windows per epoch: at least one, and the same for every epoch offset."""
     return max(1, (n_tokens - 1) // block_size - 1)
 
 
 def epoch_starts(
     n_tokens: int, block_size: int, seed: int, epoch: int, shard: int | None = None
 ) -> npt.NDArray[np.int64]:
-    """Where the windows of an epoch begin, in the order in which they are seen.
+    """The start of each window of an epoch, in training order. The targets of two windows do not overlap.
 
     Args:
-        n_tokens: length of the stream; at least `block_size` + 1.
-        block_size: T; a window reads T + 1 tokens.
-        seed: of the run.
+        n_tokens: length of the stream, at least `block_size` + 1.
+        block_size: T. A window reads T + 1 tokens.
+        seed: the run's seed.
         epoch: counted from 0.
-        shard: the number of the part of a text that the stream is, if it is not all of it.
+        shard: the shard's number, if the stream is one of several shards.
 
     Returns:
-        (windows_per_epoch,) starts, no two windows overlapping in their targets.
+        (windows_per_epoch,) positions.
     """
     n_windows = windows_per_epoch(n_tokens, block_size)
     random = np.random.default_rng((seed, epoch) if shard is None else (seed, epoch, shard))
@@ -41,20 +45,25 @@ def epoch_starts(
     return offset + block_size * random.permutation(n_windows)
 
 
-def random_starts(n_tokens: int, block_size: int, seed: int, epoch: int) -> npt.NDArray[np.int64]:
-    """The same number of windows drawn independently, as notebooks do: some text is seen twice, some not at all."""
-    random = np.random.default_rng((seed, epoch))
+def random_starts(
+    n_tokens: int, block_size: int, seed: int, epoch: int, shard: int | None = None
+) -> npt.NDArray[np.int64]:
+    """As many windows, drawn independently as in nanoGPT: an epoch repeats some tokens and misses others."""
+    random = np.random.default_rng((seed, epoch) if shard is None else (seed, epoch, shard))
     return random.integers(n_tokens - block_size, size=windows_per_epoch(n_tokens, block_size))
 
 
 def eval_windows(n_tokens: int, block_size: int, stride: int) -> npt.NDArray[np.int64]:
-    """Windows (W, 3), each `start, length, scored_from`, in which every token but the first is scored exactly once.
+    """Windows that score every token but the first exactly once.
 
     Args:
-        n_tokens: length of the stream; its first token is context only.
+        n_tokens: length of the stream. Its first token is context only.
         block_size: the longest window.
-        stride: from one window to the next. `block_size` gives windows that do not overlap; half of it gives every
-            token, the first few apart, at least half a block of context.
+        stride: distance between windows. `block_size` gives non-overlapping windows; half of it gives every token after
+            the first window at least half a block of context.
+
+    Returns:
+        (W, 3) start, length and first scored position of each window. Only the last one may be shorter than `block_size`.
     """
     targets = max(0, n_tokens - 1)  # target t is token t + 1
     starts = stride * np.arange(max(0, -(-(targets - block_size) // stride)) + (targets > 0), dtype=np.int64)
@@ -63,20 +72,30 @@ def eval_windows(n_tokens: int, block_size: int, stride: int) -> npt.NDArray[np.
     return np.stack((starts, lengths, scored_from), axis=1)
 
 
+def subset_windows(n_tokens: int, block_size: int, windows: int) -> npt.NDArray[np.int64]:
+    """Up to `windows` non-overlapping whole windows, evenly spaced in the stream, in the format of `eval_windows`."""
+    starts = np.linspace(0, n_tokens - 1 - block_size, windows).astype(np.int64) // block_size * block_size
+    starts = np.unique(starts)
+    return np.stack((starts, np.full_like(starts, block_size), np.zeros_like(starts)), axis=1)
+
+
 @dataclass(frozen=True)
 class TrainBatchSampler:
-    """One rank's part of an epoch's order: for each of its micro-batches, the positions of its windows.
+    """One rank's micro-batches of an epoch, as positions in the epoch's order.
 
-    The global batch is cut first into the micro-batches of gradient accumulation, then among the ranks, so that the
-    windows of an optimizer step are the same ones for any number of either. A last batch that is not full is left out;
-    an epoch shorter than one batch is repeated to fill it.
+    A global batch is split into the micro-batches of gradient accumulation and then among the ranks, so an optimizer step
+    sees the same windows for any number of either. An incomplete last batch is dropped; an epoch shorter than one batch
+    is repeated to fill it.
 
     Args:
-        n_windows: in the epoch.
-        batch_size: windows in one optimizer step, over all ranks; a multiple of `world_size * accumulate`.
+        n_windows: windows in the epoch.
+        batch_size: windows per optimizer step over all ranks.
         rank: this process, counted from 0.
         world_size: number of processes.
-        accumulate: micro-batches in one optimizer step.
+        accumulate: micro-batches per optimizer step.
+
+    Raises:
+        UserError: `batch_size` is not a multiple of `world_size * accumulate`.
     """
 
     n_windows: int
@@ -85,57 +104,44 @@ class TrainBatchSampler:
     world_size: int = 1
     accumulate: int = 1
 
+    def __post_init__(self) -> None:
+        if self.accumulate < 1:
+            raise UserError(f"trainer.accumulate_grad_batches must be at least 1, got {self.accumulate}")
+        if self.batch_size % (self.world_size * self.accumulate):
+            raise UserError(
+                f"data.batch_size {self.batch_size} counts the windows of a whole step: it must be a multiple of "
+                f"{self.world_size} processes × {self.accumulate} accumulated batches"
+            )
+
     @property
     def windows_per_micro_batch(self) -> int:
         """Over all ranks."""
         return self.batch_size // self.accumulate
 
     def __len__(self) -> int:
-        """Micro-batches in the epoch."""
+        """Micro-batches per epoch."""
         return max(1, self.n_windows // self.batch_size) * self.accumulate
 
-    def __iter__(self) -> Iterator[list[int]]:
-        return self.batches(0)
-
-    def batches(self, first: int) -> Iterator[list[int]]:
+    def batches(self, first: int = 0) -> Iterator[list[int]]:
         """The micro-batches from number `first` on."""
-        micro = self.windows_per_micro_batch // self.world_size
+        size = self.windows_per_micro_batch // self.world_size
         for step in range(first, len(self)):
-            begin = (step * self.world_size + self.rank) * micro
-            yield [position % self.n_windows for position in range(begin, begin + micro)]
+            begin = (step * self.world_size + self.rank) * size
+            yield [position % self.n_windows for position in range(begin, begin + size)]
 
 
-@dataclass(frozen=True)
-class EvalBatchSampler:
-    """One rank's batches of windows to be scored once.
+def eval_batches(full: int, windows: int, batch_size: int, rank: int = 0, world_size: int = 1) -> list[range]:
+    """One rank's batches of evaluation windows, each window once.
 
     Args:
-        full: windows of a whole block, which come first.
-        windows: in all; each shorter one is a batch of its own. Window number `windows` scores nothing: it fills the last
-            round, so that all ranks have as many batches.
-        batch_size: windows in a batch.
+        full: number of windows of the full length, which come first.
+        windows: number of all windows. A shorter window is a batch by itself. Number `windows` stands for a window that
+            scores nothing: it fills the last round, because ranks wait for one another.
+        batch_size: windows per batch.
         rank: this process, counted from 0.
         world_size: number of processes.
     """
-
-    full: int
-    windows: int
-    batch_size: int
-    rank: int = 0
-    world_size: int = 1
-
-    def __len__(self) -> int:
-        return -(-self._batches // self.world_size)
-
-    @property
-    def _batches(self) -> int:
-        """Over all ranks."""
-        return -(-self.full // self.batch_size) + self.windows - self.full
-
-    def __iter__(self) -> Iterator[list[int]]:
-        of_full = -(-self.full // self.batch_size)
-        for number in range(self.rank, len(self) * self.world_size, self.world_size):
-            if number < of_full:
-                yield list(range(number * self.batch_size, min((number + 1) * self.batch_size, self.full)))
-            else:
-                yield [min(self.full + number - of_full, self.windows)]
+    batches = [range(first, min(first + batch_size, full)) for first in range(0, full, batch_size)]
+    batches += [range(window, window + 1) for window in range(full, windows)]
+    batches += [range(windows, windows + 1)] * (-len(batches) % world_size)
+    return batches[rank::world_size]

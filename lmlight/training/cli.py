@@ -131,7 +131,6 @@ class RunTrainer(Trainer):
         self,
         model: LanguageModel,
         datamodule: TextDataModule,
-        part: str | None = None,
         to: str | None = None,
         format: Literal["store", "litdata"] = "store",
     ) -> None:
@@ -140,35 +139,19 @@ class RunTrainer(Trainer):
         Args:
             model: not used.
             datamodule: whose text is prepared.
-            part: `3/16` encodes only this job's share, the fourth of sixteen, for they count from 0; null does all of it.
-                The last one that is done puts them together.
             to: a folder for a copy of the result, which `--data.corpus` takes in place of the text; null leaves it in the
                 cache.
             format: of that copy: `store` to be read from a disk, `litdata` to be streamed while training.
         """
-        share = _part(part)
         if format == "litdata" and to is None:
             raise UserError("--format litdata writes a folder of its own: pass --to FOLDER")
-        store = datamodule.prepare(share)
-        if store is None:
-            print(f"Part {part} is done; others are not: with the last one the text is prepared")
-            return
+        store = datamodule.prepare()
         if to is not None:
             target = Path(to).expanduser()
             store = streaming.write(store, target) if format == "litdata" else store.copy(target)
         tokens = ", ".join(f"{name} {store.tokens[name]:,}" for name in store.tokens)
         print(f"Prepared: {os.path.relpath(store.folder)} (tokens: {tokens}; {store.tokenizer.vocab_size:,} pieces)")
         print(f"  {_command()} fit --data.corpus {os.path.relpath(store.folder)}")
-
-
-def _part(part: str | None) -> tuple[int, int]:
-    """`3/16` as numbers; all of it where it is None."""
-    if part is None:
-        return 0, 1
-    found = re.fullmatch(r"(\d+)/(\d+)", part)
-    if not found or not int(found[1]) < int(found[2]):
-        raise UserError(f"--part must be such as 0/16 to 15/16, got '{part}'")
-    return int(found[1]), int(found[2])
 
 
 class TimeLimit(Timer):

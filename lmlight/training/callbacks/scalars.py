@@ -44,7 +44,7 @@ class Throughput(FitCallback):
 
     def _restart(self, trainer: Trainer) -> None:
         self._began, self._paused = time.perf_counter(), 0.0
-        self._waited = getattr(trainer.train_dataloader, "waited", 0.0)
+        self._waited = getattr(trainer.train_dataloader, "data_wait_seconds", 0.0)
         self._tokens = 0
         self._characters: Tensor | int = 0
 
@@ -70,7 +70,7 @@ class Throughput(FitCallback):
         metrics = {
             "tokens_per_second": tokens_per_second,
             "characters_per_second": trainer.world_size * characters / seconds,
-            "waiting_for_data": (getattr(trainer.train_dataloader, "waited", 0.0) - self._waited) / seconds,
+            "waiting_for_data": (getattr(trainer.train_dataloader, "data_wait_seconds", 0.0) - self._waited) / seconds,
             "memory_gib": _memory_bytes(trainer.strategy.root_device) / 2**30,
         }
         if self._flops_per_token:  # 0 for a bigram table
@@ -163,7 +163,7 @@ class TrainSubsetEval(FitCallback):
             return
         metric = TextLoss().to(model.device)
         with trainer.precision_plugin.val_step_context():
-            for batch in data.train_sample_dataloader(self.windows):
+            for batch in data.train_subset_dataloader(self.windows):
                 model.score(trainer.strategy.batch_to_device(batch), metric)
         train = metric.compute()["nats_per_char"]
         val = model.val_loss.compute()["nats_per_char"]
