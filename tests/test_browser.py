@@ -171,7 +171,7 @@ def test_seeds_repeat_and_temperature_is_heard(tokenizers, folder, site, browser
 
 
 def test_a_text_ends_where_a_document_does(folder, site, browser):
-    tokenizer = CharTokenizer("abc", eos_id=True)
+    tokenizer = CharTokenizer("abc", add_eos=True)
     net = Bigram(tokenizer.vocab_size, BLOCK)
     net.table.weight.data.zero_()
     for index, follows in ((3, 0), (0, 1), (1, 2), (2, 3)):

@@ -150,7 +150,7 @@ def test_what_the_page_tells_to_type_runs(word, module, words, tokenizer, tmp_pa
 
 
 def test_what_travels_along(tokenizer):
-    about = labels(Model(Bigram(9, BLOCK), CharTokenizer("ab\n", eos_id=True), {}, {}, {}, 0))
+    about = labels(Model(Bigram(9, BLOCK), CharTokenizer("ab\n", add_eos=True), {}, {}, {}, 0))
     assert {name: json.loads(value) for name, value in about.items() if name != "tokenizer.json"} == {
         "vocab_size": 9,
         "block_size": BLOCK,

@@ -175,7 +175,7 @@ def test_what_the_page_tells_to_type_runs(tokenizers, tmp_path, capsys):
 
 @pytest.mark.parametrize("kind", ["unigram", "bpe", "char"])
 def test_the_end_of_a_document_ends_a_text_there_too(kind, verse, tmp_path):
-    ours = TokenizerConfig(kind, 500).train(verse + "<|endoftext|>", eos_id=True)
+    ours = TokenizerConfig(kind, 500).train(verse + "<|endoftext|>", add_eos=True)
     end = ours.eos_id
     assert main(["export", "hf", save(tmp_path / "x.ckpt", make(ours, {}), ours), "out"]) == 0
     config = transformers.GenerationConfig.from_pretrained("out")

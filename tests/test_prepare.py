@@ -28,7 +28,7 @@ JOB = """
 import sys
 from lmlight.training.cli import main
 from lmlight.data import reading, token_store
-token_store.SHARD_CHARS, reading.PASSAGE, reading.MAX_LINE = 1000, 500, 200
+token_store.SHARD_CHARS, reading.CHUNK_SIZE, reading.MAX_LINE = 1000, 500, 200
 sys.exit(main(["prepare", *sys.argv[1:]]))
 """
 
@@ -36,7 +36,7 @@ sys.exit(main(["prepare", *sys.argv[1:]]))
 @pytest.fixture
 def small_shards(monkeypatch):
     monkeypatch.setattr(stores, "SHARD_CHARS", 1000)
-    monkeypatch.setattr(reading, "PASSAGE", 500)
+    monkeypatch.setattr(reading, "CHUNK_SIZE", 500)
     monkeypatch.setattr(reading, "MAX_LINE", 200)
 
 

@@ -74,7 +74,7 @@ class CorpusSpec:
             names has no need of.
 
         Raises:
-            UserError: see `corpus.load`, `Corpus.passages`, `TokenizerConfig.train` and `TokenStore`; the text is too short
+            UserError: see `corpus.load`, `Corpus.chunks`, `TokenizerConfig.train` and `TokenStore`; the text is too short
                 to be split; the cache cannot be written.
         """
         named = corpora.find_store(self.corpus, self.cache)
@@ -98,9 +98,9 @@ class CorpusSpec:
         )
         depends_on = {
             "layout": LAYOUT,
-            "corpus": main.sha256,
-            "val": val.sha256 if val else self.val_fraction,
-            "test": test and test.sha256,
+            "corpus": main.fingerprint,
+            "val": val.fingerprint if val else self.val_fraction,
+            "test": test and test.fingerprint,
             "tokenizer": tokenizer,
         }
         fingerprint = hashlib.sha256(json.dumps(depends_on, sort_keys=True).encode()).hexdigest()
@@ -124,9 +124,9 @@ class CorpusSpec:
                 f"the {empty} part of '{self.corpus}' has no text: pass a text of at least some 1,000 characters (this "
                 f"one has {chars:,})"
             )
-        texts = {"train": main.passages(0, cut), "val": val.passages() if val else main.passages(cut)}
+        texts = {"train": main.chunks(0, cut), "val": val.chunks() if val else main.chunks(cut)}
         if test:
-            texts["test"] = test.passages()
+            texts["test"] = test.chunks()
         tokenizer = given or TokenStore.tokenizer_of(folder)  # of a preparation that was interrupted
         if tokenizer is None:
             tokenizer = self._train(main, cut)
@@ -146,8 +146,8 @@ class CorpusSpec:
             ) from None
 
     def _train(self, main: Corpus, cut: int) -> Tokenizer:
-        passages = (passage.text for passage in main.passages(0, cut))
+        chunks = (chunk.text for chunk in main.chunks(0, cut))
         # a line while one waits, without a bar: SentencePiece does not say how far it is
         disable = None if cut > NOTICED_CHARS else True
         with tqdm(desc="training the tokenizer", bar_format="{desc} ...", leave=False, disable=disable):
-            return self.tokenizer.train(passages, cut, eos_id=main.has_documents)
+            return self.tokenizer.train(chunks, cut, add_eos=main.has_documents)

@@ -120,7 +120,7 @@ def windows_in_shards(ids: TokenArray, block_size: int) -> npt.NDArray[np.int64]
 def _segment(
     sampler: SubwordSampler, ids: npt.NDArray[np.integer], seed: int, epoch: int, shard: int, dtype: npt.DTypeLike
 ) -> npt.NDArray[np.integer]:
-    return sampler.segment(decode(sampler.tokenizer, ids), seed, epoch, shard).astype(dtype)
+    return sampler.sample_shard(decode(sampler.tokenizer, ids), seed, epoch, shard).astype(dtype)
 
 
 _here: tuple[SubwordSampler, int] | None = None  # of a process that segments

@@ -421,7 +421,7 @@ def encode(tokenizer: Tokenizer, passages: Iterable[TextChunk], dtype: npt.DType
     """
     done = [np.empty(0, dtype)]
     for batch in batches(passages, BATCH_CHARS):
-        ids = tokenizer.encode_passages(batch)
+        ids = tokenizer.encode_chunks(batch)
         done.append(np.array(ids, dtype=dtype))
         if tokenizer.lossless:  # counted everywhere; decoded, which takes half as long as encoding, in a sample
             assert tokenizer.char_counts[done[-1]].sum() == sum(len(passage.text) for passage in batch)

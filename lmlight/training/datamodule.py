@@ -163,7 +163,7 @@ class TextDataModule(LightningDataModule):
         """Fetches the corpus, trains the tokenizer and encodes the text, unless the cache has it all.
 
         Raises:
-            UserError: see `corpus.load`, `Corpus.passages` and `TokenizerConfig.train`; the text is too short; the batch
+            UserError: see `corpus.load`, `Corpus.chunks` and `TokenizerConfig.train`; the text is too short; the batch
                 cannot be divided among the devices; the cache is not writable, or the disk is full.
         """
         if self._predicting():
@@ -434,7 +434,7 @@ class TextDataModule(LightningDataModule):
         ids: npt.NDArray[np.integer] | TokenArray = self._train_ids
         counts = self._train_counts
         if self._sampler:
-            ids = self._sampler.draw(self.seed, epoch)
+            ids = self._sampler.sample_segmentation(self.seed, epoch)
             counts = self._char_counts(ids, self._train_chars)
         starts = (epoch_starts if self.windows == "epoch" else random_starts)(
             len(ids), self.block_size, self.seed, epoch
