@@ -117,9 +117,9 @@ def prepare(path: Path, cache: str) -> None:
         print(f"{path}: {size / 1e6:,.0f} MB, {cpu_count()} cores")
         say("hashed and counted", size / 1e6)
         cut = corpus.train_chars(chars, 0.1)
-        tokenizer = TokenizerConfig().train((passage.text for passage in text.passages(0, cut)), cut)
+        tokenizer = TokenizerConfig().train((chunk.text for chunk in text.chunks(0, cut)), cut)
         say("tokenizer trained")
-        parts = {"train": text.passages(0, cut), "val": text.passages(cut)}
+        parts = {"train": text.chunks(0, cut), "val": text.chunks(cut)}
         with tempfile.TemporaryDirectory(dir=cache) as folder:
             write_store(Path(folder) / "store", "print", parts, tokenizer, size=size)
             say("encoded", size / 1e6)
@@ -241,7 +241,7 @@ def peers(path: Path, megabytes: int, rounds: int) -> None:
     cores = cpu_count()
     with path.open("rb") as file:
         text = file.read(megabytes * 1_000_000).decode("utf-8", "ignore")
-    pieces = list(Corpus(str(path), (path,), TextFormat(), "", False).passages(0, len(text)))
+    pieces = list(Corpus(str(path), (path,), TextFormat(), "", False).chunks(0, len(text)))
     tokenizer = TokenizerConfig().train(text, len(text))
     assert isinstance(tokenizer, SentencePieceTokenizer)
     processor = tokenizer._processor

@@ -305,10 +305,9 @@ def test_characters_are_those_of_the_training_part(verse):
     assert not (cache_dir() / "tokens").exists() or not list((cache_dir() / "tokens").iterdir())
 
 
-@pytest.mark.parametrize("nbest_size", [-1, 4])
-def test_training_text_is_sampled_and_validation_text_never(verse, verse_file, nbest_size):
+def test_training_text_is_sampled_and_validation_text_never(verse, verse_file):
     train, val = parts(verse)
-    sampling = SubwordSampling(0.1, nbest_size)
+    sampling = SubwordSampling(0.1)
     data = ready(verse_file, batch_size=1, subword_sampling=sampling, seed=3)
     sampler = SubwordSampler(data.tokenizer, train, sampling)
 
@@ -322,7 +321,7 @@ def test_training_text_is_sampled_and_validation_text_never(verse, verse_file, n
             loader = data.train_dataloader()
         epochs.append([tuple(inputs) for inputs, _ in rows(loader)])
         assert all(data.tokenizer.decode(window) in train for window in epochs[-1])
-        assert set(epochs[-1]) <= windows_of(sampler.draw(3, epoch).tolist())
+        assert set(epochs[-1]) <= windows_of(sampler.sample_segmentation(3, epoch).tolist())
         assert not set(epochs[-1]) <= windows_of(data.tokenizer.encode(train))
         assert len(epochs[-1]) == len(loader)
     assert epochs[0] == epochs[2] != epochs[1]
@@ -639,7 +638,7 @@ def test_scoring_asks_nothing_of_the_batch_size(verse_file):
 @pytest.fixture
 def small_shards(monkeypatch):
     monkeypatch.setattr(token_writer, "SHARD_CHARS", 1000)
-    monkeypatch.setattr(reading, "PASSAGE", 500)
+    monkeypatch.setattr(reading, "CHUNK_SIZE", 500)
     monkeypatch.setattr(reading, "MAX_LINE", 200)
 
 

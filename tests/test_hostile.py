@@ -121,7 +121,7 @@ def refused(capsys, *arguments):
         (b"a", "at least about"),
         (b"\n" * 2000, "nothing but newlines"),
         (b"\xff\xfeh\0i\0", "pass --data.encoding utf-16"),
-        (VERSE.encode("utf-16-le"), "pass --data.encoding utf-16-le"),
+        (VERSE.encode("utf-16-le"), "--data.encoding, such as utf-16-le"),
         (b"\x7fELF\2\1\1" + bytes(57) + VERSE.encode(), "looks binary"),
         (b"x" * 5000 + b"\xe9\n" + b"y" * 5000, "byte 0xe9 at offset 5,000"),
         (VERSE.encode()[:-1] + "é".encode()[:1], "byte 0xc3 at offset 1,199"),

@@ -24,7 +24,7 @@ FLAGS = ["--data.corpus=verse.txt", "--data.tokenizer.vocab_size=400", "--data.b
 @pytest.fixture
 def small_shards(monkeypatch):
     monkeypatch.setattr(token_writer, "SHARD_CHARS", 1000)
-    monkeypatch.setattr(reading, "PASSAGE", 500)
+    monkeypatch.setattr(reading, "CHUNK_SIZE", 500)
     monkeypatch.setattr(reading, "MAX_LINE", 200)
 
 

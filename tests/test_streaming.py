@@ -30,7 +30,7 @@ def made(tmp_path_factory, verse):
     with pytest.MonkeyPatch.context() as patch:
         for module, name, size in (
             (token_writer, "SHARD_CHARS", 1000),
-            (reading, "PASSAGE", 500),
+            (reading, "CHUNK_SIZE", 500),
             (reading, "MAX_LINE", 200),
             (streaming, "CHUNK_BYTES", 1500),
             (streaming, "PAGE_TOKENS", 32),

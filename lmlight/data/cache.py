@@ -1,6 +1,6 @@
 """The cache folder, for everything that can be made again.
 
-    corpora/    named corpora, downloaded once
+    corpora/    built-in corpora
     downloads/  texts read from an address, one folder for each version
     tokens/     token stores, each named after everything that its ids depend on
     peers/      what the benchmarks compare with
@@ -13,29 +13,29 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-import pooch
+import platformdirs
 
 from lmlight.errors import UserError
 
-# The only folders that are ever listed or cleared: whoever points LMLIGHT_CACHE at their home loses nothing else.
+# Only these folders are ever listed or cleared, in case LMLIGHT_CACHE is a folder with other files in it.
 KINDS = ("corpora", "downloads", "tokens", "peers")
 
 
-def cache_dir(flag: str | None = None) -> Path:
-    """Where the cache is: `flag`, or `$LMLIGHT_CACHE`, or the platform's own place (`~/.cache/lmlight` on Linux)."""
-    return Path(flag or os.environ.get("LMLIGHT_CACHE") or pooch.os_cache("lmlight")).expanduser()
+def cache_dir(folder: str | None = None) -> Path:
+    """The cache folder: `folder`, or `$LMLIGHT_CACHE`, or the platform's default (`~/.cache/lmlight` on Linux)."""
+    return Path(folder or os.environ.get("LMLIGHT_CACHE") or platformdirs.user_cache_dir("lmlight")).expanduser()
 
 
 def make_folder(folder: Path) -> None:
-    """Makes a folder of the cache.
+    """Creates a folder in the cache.
 
     Raises:
-        UserError: it cannot be made.
+        UserError: it cannot be created.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(
-            f"cache folder '{folder}' cannot be made ({error.strerror}): pass another, --data.cache FOLDER, or set "
+            f"cache folder '{folder}' cannot be created ({error.strerror}): pass another, --data.cache FOLDER, or set "
             "LMLIGHT_CACHE"
         ) from None

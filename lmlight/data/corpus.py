@@ -1,9 +1,9 @@
-"""Which text: a named corpus, a file, a folder, a pattern, or an address.
+"""A corpus: a built-in one, a file, a folder, a pattern or an address.
 
-- Its files are found (`download` brings those that lie elsewhere), hashed, and read in passages (`reading`).
+- Its files are found, downloaded (`download`), hashed, and read in chunks (`reading`).
 - It is split by characters, before any tokenizer sees it.
 
-Free of torch.
+Does not import torch.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import glob
 import hashlib
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
@@ -21,145 +21,139 @@ from urllib.parse import urlsplit
 from lmlight.data.cache import cache_dir
 from lmlight.data.download import BUILTIN_CORPORA, download, fetch, is_store
 from lmlight.data.reading import (
-    PASSAGE,
+    CHUNK_SIZE,
     RECORD_SUFFIXES,
+    SUPPORTED_FILES,
     TextChunk,
     TextFormat,
-    cut_between_lines,
-    is_text,
-    kind_of,
+    file_format,
+    is_text_file,
+    read_error,
     read_file,
-    slice_passages,
-    suffixes,
-    unreadable,
+    slice_chunks,
+    split_between_lines,
 )
 from lmlight.errors import UserError
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """A text that can be read again and again, without being held in memory.
+    """A text that can be read repeatedly without being held in memory.
 
     Attributes:
-        source: the name, path, pattern or address that the user gave, for messages.
-        files: where its text is, in order.
-        reading: how it is read.
-        sha256: of a single text file's bytes; else of the files' and of what their text depends on. Caches are keyed by it.
-        has_documents: whether it falls into documents.
+        source: the name, path, pattern or address that the user passed, for messages.
+        files: the files with its text, in order.
+        text_format: how they are read.
+        fingerprint: the SHA-256 of everything that the text depends on; part of the names of caches.
+        has_documents: whether it consists of documents.
     """
 
     source: str
     files: tuple[Path, ...]
-    reading: TextFormat
-    sha256: str
+    text_format: TextFormat
+    fingerprint: str
     has_documents: bool
 
-    def passages(self, start: int = 0, stop: int | None = None) -> Iterator[TextChunk]:
-        """The characters from `start` up to `stop`, in passages of about a megabyte.
+    def chunks(self, start: int = 0, stop: int | None = None) -> Iterator[TextChunk]:
+        """The characters `[start:stop]`, in chunks of about a megabyte.
 
-        Passages are cut behind a newline, or inside a line that is longer than `MAX_LINE` where `stretches` cuts it too, so
-        that tokenizing them one by one is tokenizing the whole.
+        Chunks end where tokenizers split text too, so tokenizing them one by one gives the tokens of the whole.
 
         Raises:
-            UserError: a file cannot be read; is binary or in another encoding; has no such field.
+            UserError: a file cannot be read, is binary or in another encoding, or lacks the field.
         """
-        return cut_between_lines(slice_passages(self._read(), start, stop))
+        return split_between_lines(slice_chunks(self._read(), start, stop))
 
     @cached_property
     def size(self) -> tuple[int, int]:
-        """Its characters, and their bytes in UTF-8. Reads all of it, once.
+        """The number of characters and of UTF-8 bytes. The first access reads the whole corpus.
 
         Raises:
-            UserError: see `passages`; there is no text.
+            UserError: see `chunks`; or there is no text.
         """
-        chars = utf8 = 0
+        chars = utf8_bytes = 0
         for text, _ in self._read():
             chars += len(text)
-            utf8 += len(text) if text.isascii() else len(text.encode())
+            utf8_bytes += len(text) if text.isascii() else len(text.encode())
         if not chars:
-            raise UserError(f"corpus '{self.source}' is empty: pass a text of at least some 1,000 characters")
-        return chars, utf8
+            raise UserError(f"corpus '{self.source}' is empty: pass a text of at least 1,000 characters")
+        return chars, utf8_bytes
 
     @property
     def text(self) -> str:
-        """All of it in memory; ends of documents do not show."""
-        return "".join(passage.text for passage in self._read())
+        """The whole text in memory, with nothing between documents."""
+        return "".join(chunk.text for chunk in self._read())
 
     def _read(self) -> Iterator[TextChunk]:
-        """Passages as the files have them; an empty document has no end."""
-        begun = False
+        """The chunks of all files, without documents that are empty."""
+        in_document = False
         for path in self.files:
-            for text, ends in read_file(path, self.reading, self.has_documents, self.source):
-                begun = begun or bool(text)
-                if begun and (text or ends):
-                    yield TextChunk(text, ends)
-                begun = begun and not ends
+            for text, ends_document in read_file(path, self.text_format, self.has_documents, self.source):
+                in_document = in_document or bool(text)
+                if in_document and (text or ends_document):
+                    yield TextChunk(text, ends_document)
+                in_document = in_document and not ends_document
 
 
-def load(source: str, reading: TextFormat = TextFormat(), cache: str | None = None) -> Corpus:
-    """The corpus called `source`: a key of `BUILTIN_CORPORA`, a file, a folder, a pattern, or an address.
-
-    Every byte is read for the hash, so that an edited text is noticed; the text itself is not yet looked at.
+def load(source: str, text_format: TextFormat = TextFormat(), cache: str | None = None) -> Corpus:
+    """Finds, downloads and hashes a corpus. Its text is read later.
 
     Args:
-        source: as the user gave it.
-        reading: how its files become text.
-        cache: the cache's folder, if not the usual one.
+        source: a key of `BUILTIN_CORPORA`, a file, a folder, a pattern, or an address.
+        text_format: how to read its files.
+        cache: the cache folder; None is the default one.
 
     Raises:
-        UserError: nothing there, or no text in it; not readable; empty; nowhere to be fetched from.
+        UserError: there is no such corpus, or it cannot be read or downloaded, or it has no text.
     """
     files = _find(source, cache)
-    with ThreadPoolExecutor() as pool:  # hashing lets other threads run
-        try:
+    try:
+        if not any(path.stat().st_size for path in files):
+            raise UserError(f"corpus '{source}' is empty: pass a file with text in it")
+        with ThreadPoolExecutor() as pool:  # hashing releases the GIL
             hashes = list(pool.map(_sha256, files))
-        except OSError as error:
-            raise unreadable(source, error) from None
-    if not any(size for _, size in hashes):
-        raise UserError(f"corpus '{source}' is empty: pass a file with text in it")
-    kinds = [kind_of(path) for path in files]
-    records = any(kind in RECORD_SUFFIXES for kind, _ in kinds)
-    has_documents = records or len(files) > 1 or reading.separator is not None
-    sha256 = hashes[0][0]
-    encoding = (
-        [reading.encoding] if reading.encoding != "utf-8" and any(kind != ".parquet" for kind, _ in kinds) else []
-    )
-    if has_documents or kinds[0][1] or reading.errors != "strict" or encoding:
-        depends_on = [[*kind, digest] for kind, (digest, _) in zip(kinds, hashes)]
-        how = [reading.field if records else None, reading.separator, reading.errors, *encoding]
-        sha256 = hashlib.sha256(json.dumps([depends_on, how]).encode()).hexdigest()
-    return Corpus(source, tuple(files), reading, sha256, has_documents)
+    except OSError as error:
+        raise read_error(source, error) from None
+    formats = [file_format(path) for path in files]
+    has_records = any(suffix in RECORD_SUFFIXES for suffix, _ in formats)
+    has_documents = has_records or len(files) > 1 or text_format.separator is not None
+    depends_on = [formats, hashes, list(vars(text_format).values())]
+    fingerprint = hashlib.sha256(json.dumps(depends_on).encode()).hexdigest()
+    return Corpus(source, tuple(files), text_format, fingerprint, has_documents)
 
 
 def find_store(source: str, cache: str | None = None) -> Path | None:
-    """The folder of a token store, finished or not, if `source` names one; copied to the cache if it lies elsewhere.
+    """The folder of the token store that `source` names, which may be unfinished; None if it names text.
+
+    A store at an address is copied to the cache.
 
     Raises:
-        UserError: it cannot be fetched.
+        UserError: it cannot be downloaded.
     """
     if source in BUILTIN_CORPORA:
         return None
-    if "://" in source:
-        named_as_text = is_text(urlsplit(source).path) or glob.has_magic(source)
-        folder = None if named_as_text else download(source, cache_dir(cache) / "downloads")[0].parent
-    else:
+    if "://" not in source:
         folder = Path(source).expanduser()
-    return folder if folder and is_store(path.name for path in folder.glob("*")) else None
+    elif is_text_file(urlsplit(source).path) or glob.has_magic(source):
+        return None
+    else:
+        folder = download(source, cache_dir(cache) / "downloads")[0].parent
+    return folder if is_store(path.name for path in folder.glob("*")) else None
 
 
 def train_chars(chars: int, val_fraction: float) -> int:
-    """How many characters, from the first on, are for training: nanoGPT's split, `int(0.9 * n)` with 0.1."""
+    """The number of characters for training, at the beginning of the text; for 0.1 nanoGPT's `int(0.9 * n)`."""
     return int((1 - val_fraction) * chars)
 
 
 def split(text: str, val_fraction: float) -> tuple[str, str]:
-    """The first characters for training and the last `val_fraction` of them for validation."""
+    """Splits a text into a training part and, at the end, a validation part."""
     cut = train_chars(len(text), val_fraction)
     return text[:cut], text[cut:]
 
 
 def _find(source: str, cache: str | None) -> list[Path]:
-    """The files of a source, in an order that does not depend on the platform."""
+    """The files of a corpus, in the same order on every platform."""
     if source in BUILTIN_CORPORA:
         return [fetch(source, cache)]
     if "://" in source:
@@ -167,45 +161,34 @@ def _find(source: str, cache: str | None) -> list[Path]:
     path = Path(source).expanduser()
     try:
         if path.is_dir():
-            found = [
-                file
-                for file in path.rglob("*")
-                if is_text(file.name) and file.is_file() and not _hidden(file.relative_to(path).parts)
-            ]
-            if not found:
+            names = {
+                file.relative_to(path): file for file in path.rglob("*") if is_text_file(file.name) and file.is_file()
+            }
+            visible = [name for name in names if not any(part.startswith(".") for part in name.parts)]
+            if not visible:
                 raise UserError(
-                    f"corpus '{source}' is a folder without text: expected files named {suffixes()}; for others pass a "
+                    f"corpus '{source}' is a folder without text: expected files named {SUPPORTED_FILES}; for others pass a "
                     f"pattern, such as '{path / '**' / '*.py'}'"
                 )
-            return sorted(found, key=lambda file: file.relative_to(path).as_posix())
-        if not path.exists() and glob.has_magic(source):
+            return [names[name] for name in sorted(visible, key=Path.as_posix)]
+        if path.exists():
+            return [path]
+        if glob.has_magic(source):
             matches = glob.glob(str(path), recursive=True)  # noqa: PTH207  (pathlib has no absolute patterns)
-            found = [file for match in matches if (file := Path(match)).is_file()]
-            if not found:
-                raise UserError(f"no file matches the pattern '{source}': check --data.corpus")
-            return sorted(found, key=lambda file: file.as_posix())
-        if not path.exists():
-            raise FileNotFoundError
-    except (FileNotFoundError, NotADirectoryError):
-        names = ", ".join(BUILTIN_CORPORA)
-        raise UserError(
-            f"no corpus at '{source}': expected the path of a text file or folder, an address, or a corpus's name "
-            f"({names}); check --data.corpus"
-        ) from None
+            if found := [file for match in matches if (file := Path(match)).is_file()]:
+                return sorted(found, key=Path.as_posix)
+            raise UserError(f"no file matches the pattern '{source}': check --data.corpus")
     except OSError as error:
-        raise unreadable(source, error) from None
-    return [path]
+        raise read_error(source, error) from None
+    raise UserError(
+        f"no corpus at '{source}': expected a text file, a folder, a pattern, an address, or a built-in corpus "
+        f"({', '.join(BUILTIN_CORPORA)}); check --data.corpus"
+    )
 
 
-def _hidden(parts: Iterable[str]) -> bool:
-    return any(part.startswith(".") for part in parts)
-
-
-def _sha256(path: Path) -> tuple[str, int]:
-    """A file's hash and size."""
-    digest, size = hashlib.sha256(), 0
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
     with path.open("rb") as file:
-        while block := file.read(PASSAGE):
+        while block := file.read(CHUNK_SIZE):
             digest.update(block)
-            size += len(block)
-    return digest.hexdigest(), size
+    return digest.hexdigest()

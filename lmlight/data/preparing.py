@@ -77,7 +77,7 @@ class CorpusSpec:
             pretrained_tokenizer: encodes the text in place of a tokenizer trained on it.
 
         Raises:
-            UserError: see `corpus.load`, `Corpus.passages`, `TokenizerConfig.train` and `TokenStore`; the text is too short
+            UserError: see `corpus.load`, `Corpus.chunks`, `TokenizerConfig.train` and `TokenStore`; the text is too short
                 to be split; the cache is not writable; `corpus` is a store, and was made with other settings.
         """
         prepared = corpora.find_store(self.corpus, self.cache)
@@ -97,9 +97,9 @@ class CorpusSpec:
         )
         depends_on = {
             "format_version": FORMAT_VERSION,
-            "corpus": main.sha256,
-            "val": val.sha256 if val else self.val_fraction,
-            "test": test and test.sha256,
+            "corpus": main.fingerprint,
+            "val": val.fingerprint if val else self.val_fraction,
+            "test": test and test.fingerprint,
             "tokenizer": tokenizer,
         }
         fingerprint = hashlib.sha256(json.dumps(depends_on, sort_keys=True).encode()).hexdigest()
@@ -125,16 +125,16 @@ class CorpusSpec:
                 f"the {empty} part of '{self.corpus}' has no text: pass a text of at least about 1,000 characters (this "
                 f"one has {chars:,})"
             )
-        texts = {"train": main.passages(0, cut), "val": val.passages() if val else main.passages(cut)}
+        texts = {"train": main.chunks(0, cut), "val": val.chunks() if val else main.chunks(cut)}
         if test:
-            texts["test"] = test.passages()
+            texts["test"] = test.chunks()
         tokenizer = given or read_tokenizer(folder)  # of an interrupted preparation
         if tokenizer is None:
             # SentencePiece reports no progress, so a line without a bar
             disable = None if cut > NOTICEABLE_CHARS else True
             with tqdm(desc="training the tokenizer", bar_format="{desc} ...", leave=False, disable=disable):
-                passages = (passage.text for passage in main.passages(0, cut))
-                tokenizer = self.tokenizer.train(passages, cut, add_eos=main.has_documents)
+                chunks = (chunk.text for chunk in main.chunks(0, cut))
+                tokenizer = self.tokenizer.train(chunks, cut, add_eos=main.has_documents)
         if main.has_documents and tokenizer.eos_id is None:
             warnings.warn(
                 "this tokenizer has no end-of-document token: documents follow each other without one", stacklevel=2

@@ -1,80 +1,67 @@
-"""Files to text: what a text file, a `.jsonl` or a `.parquet` gives, in passages.
+"""Reads text from plain text files, `.jsonl` and `.parquet`, compressed or not.
 
-- Text is read as it is: no newline is translated, no mark dropped, so offsets and figures are exact.
-- Files are UTF-8 unless an encoding is given. The error for one that is not names the encoding that it seems to have.
-- It is read in passages, never as a whole, and cut between lines, so that a text may be larger than memory.
-- *Documents* are the lines of `.jsonl`, the rows of `.parquet`, several files, or what a separator keeps apart. A single
-  text file is one text without an end.
+- Text is exact: no newline is translated and no character dropped.
+- Files are UTF-8 unless an encoding is given. The error for other files suggests an encoding.
+- Files are read in chunks that end between lines, so a corpus may be larger than memory.
+- *Documents* are the lines of a `.jsonl` file, the rows of a `.parquet` file, the parts of a text file between two
+  separators, or whole text files if there are several. A single text file has no documents.
 
-Free of torch.
+Does not import torch.
 """
 
 from __future__ import annotations
 
-import bz2
 import codecs
-import gzip
-import importlib
 import json
-import lzma
 import re
-import sys
-import zlib
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from pathlib import Path, PurePath, PurePosixPath
-from typing import Any, BinaryIO, Literal, NamedTuple
+from itertools import chain
+from pathlib import Path, PurePath
+from typing import Any, Literal, NamedTuple
+
+import fsspec
 
 from lmlight.errors import UserError
 
-# Bytes read, and characters handed on, at a time.
-PASSAGE = 2**20
+# Bytes read, and characters yielded, at a time.
+CHUNK_SIZE = 2**20
 
-# A line longer than this is tokenized in stretches, cut before a space where there is one. Pieces of a vocabulary do not
-# cross a space, so a cut there changes nothing; and no line, however long, needs more memory than this.
+# Longer lines are split before tokenization, before a space if possible. Pieces never cross a space, so such a split
+# changes no token, and it bounds the memory that a line needs.
 MAX_LINE = 4096
 
 TEXT_SUFFIXES, RECORD_SUFFIXES = (".txt", ".md"), (".jsonl", ".parquet")
+COMPRESSIONS = {".gz": "gzip", ".bz2": "bz2", ".xz": "xz", ".zst": "zstd"}  # fsspec's names
+SUPPORTED_FILES = f"{', '.join(TEXT_SUFFIXES + RECORD_SUFFIXES)} (also compressed: {', '.join(COMPRESSIONS)})"
 
-HEAD = 8192  # bytes of a file that are looked at to tell whether it is text
-# UTF-32's little-endian mark begins with UTF-16's
-BYTE_ORDER_MARKS = {
-    codecs.BOM_UTF32_LE: "utf-32",
-    codecs.BOM_UTF32_BE: "utf-32",
-    codecs.BOM_UTF16_LE: "utf-16",
-    codecs.BOM_UTF16_BE: "utf-16",
-}
-
-PACKED: dict[str, Callable[[Path], Any]] = {
-    ".gz": gzip.open,
-    ".bz2": bz2.open,
-    ".xz": lzma.open,
-    ".zst": lambda path: _zstd(path),
-}
+HEAD_SIZE = 8192  # bytes at the beginning of a file that are checked for being text
 
 
 class TextChunk(NamedTuple):
-    """Some text of a corpus.
+    """Part of the text of a corpus.
 
     Attributes:
-        text: never empty, but for an end that comes alone.
-        ends: whether a document ends behind it.
+        text: not empty, except to end a document whose text has been yielded before.
+        ends_document: whether a document ends after it.
     """
 
     text: str
-    ends: bool = False
+    ends_document: bool = False
 
 
 @dataclass(frozen=True)
 class TextFormat:
-    """How files become text.
+    """How files are read as text.
 
     Args:
-        field: of the records in `.jsonl` and `.parquet`, the one that is the text.
-        separator: in text files, what stands between two documents, and is no part of either; such as `<|endoftext|>`.
-        errors: bytes that are invalid in the encoding: `strict` refuses them, `replace` makes each U+FFFD.
-        encoding: of text files and `.jsonl`, by any name that Python has for it; kept as the codec's own name.
+        field: the text field of `.jsonl` and `.parquet` records.
+        separator: separates documents in text files, such as `<|endoftext|>`; belongs to neither of them.
+        errors: what to do with bytes that are invalid in the encoding: `strict` raises, `replace` reads U+FFFD.
+        encoding: the encoding of text files and `.jsonl`, by any name that Python knows; stored as the codec's name.
+
+    Raises:
+        UserError: the separator is empty, or the encoding is unknown.
     """
 
     field: str = "text"
@@ -84,11 +71,9 @@ class TextFormat:
 
     def __post_init__(self) -> None:
         if self.separator == "":
-            raise UserError("data.separator must be a text of at least one character, or null")
-        if self.errors not in ("strict", "replace"):
-            raise UserError(f"data.errors must be strict or replace, got '{self.errors}'")
+            raise UserError("data.separator must have at least one character, or be null; got an empty string")
         try:
-            b"text".decode(self.encoding, "ignore")  # refuses codecs that are not for text, as `codecs.lookup` does not
+            b"text".decode(self.encoding, "ignore")  # unlike `codecs.lookup`, rejects codecs that are not for text
             object.__setattr__(self, "encoding", codecs.lookup(self.encoding).name)
         except (LookupError, ValueError, TypeError):
             raise UserError(
@@ -96,306 +81,229 @@ class TextFormat:
             ) from None
 
 
-def stretches(line: str) -> Iterator[str]:
-    """A line, cut into stretches of at most `MAX_LINE` characters, before a space where there is one."""
+def split_long_line(line: str) -> Iterator[str]:
+    """Splits a line into parts of at most `MAX_LINE` characters, before a space if possible."""
     start = 0
     while len(line) - start > MAX_LINE:
-        end = _end_of_stretch(line, start)
+        end = _end_of_part(line, start)
         yield line[start:end]
         start = end
     yield line[start:]
 
 
-def _end_of_stretch(line: str, start: int) -> int:
-    """Where the stretch from `start` on ends, in a line that goes on for more than `MAX_LINE` characters."""
+def _end_of_part(line: str, start: int) -> int:
     space = line.rfind(" ", start + 1, start + MAX_LINE + 1)
     return start + MAX_LINE if space == -1 else space
 
 
-def slice_passages(passages: Iterable[TextChunk], start: int, stop: int | None) -> Iterator[TextChunk]:
+def slice_chunks(chunks: Iterable[TextChunk], start: int, stop: int | None) -> Iterator[TextChunk]:
+    """The characters `[start:stop]` of a text in chunks. The end of a document belongs to its last character."""
     position = 0
-    for text, ends in passages:
+    for text, ends_document in chunks:
         first, position = position, position + len(text)
         if stop is not None and first >= stop and text:
             return
         if position > start:
-            kept = text[max(0, start - first) : None if stop is None else stop - first]
-            yield TextChunk(kept, ends and (stop is None or position <= stop))  # an end goes with what it ends
+            part = text[max(0, start - first) : None if stop is None else stop - first]
+            yield TextChunk(part, ends_document and (stop is None or position <= stop))
 
 
-def cut_between_lines(passages: Iterable[TextChunk]) -> Iterator[TextChunk]:
-    held = ""
-    for text, ends in passages:
-        held += text
-        if ends:
-            yield TextChunk(held, True)
-            held = ""
-        elif len(held) >= PASSAGE:
-            end = held.rfind("\n") + 1
-            while not end or len(held) - end >= PASSAGE:  # inside a line longer than that
-                end = _end_of_stretch(held, end)
-            yield TextChunk(held[:end])
-            held = held[end:]
-    if held:
-        yield TextChunk(held)
+def split_between_lines(chunks: Iterable[TextChunk]) -> Iterator[TextChunk]:
+    """The same text in chunks of about `CHUNK_SIZE`, each ending after a newline or where `split_long_line` splits."""
+    pending = ""
+    for text, ends_document in chunks:
+        pending += text
+        if ends_document:
+            yield TextChunk(pending, True)
+            pending = ""
+        elif len(pending) >= CHUNK_SIZE:
+            end = pending.rfind("\n") + 1
+            while not end or len(pending) - end >= CHUNK_SIZE:
+                end = _end_of_part(pending, end)
+            yield TextChunk(pending[:end])
+            pending = pending[end:]
+    if pending:
+        yield TextChunk(pending)
 
 
-def _suffixes(path: PurePath) -> tuple[str, str]:
-    """A file's last suffix, that of its packing apart, and that of its packing; empty where there is none."""
-    found = [suffix.lower() for suffix in path.suffixes]
-    packed = found.pop() if found and found[-1] in PACKED else ""
-    return (found[-1] if found else ""), packed
+def file_format(path: PurePath) -> tuple[str, str]:
+    """A file's suffix without that of its compression, and that of its compression; empty if it has none."""
+    suffixes = [suffix.lower() for suffix in path.suffixes]
+    compression = suffixes.pop() if suffixes and suffixes[-1] in COMPRESSIONS else ""
+    return (suffixes[-1] if suffixes else ""), compression
 
 
-def kind_of(path: Path) -> tuple[str, str]:
-    """The suffix that tells what a file holds, and the one that tells how it is packed, if it is."""
-    suffix, packed = _suffixes(path)
-    return (suffix if suffix in RECORD_SUFFIXES else ".txt"), packed
+def is_text_file(name: str) -> bool:
+    """Whether a file in a folder is read. A file that the user names is read whatever its name is."""
+    return file_format(PurePath(name))[0] in TEXT_SUFFIXES + RECORD_SUFFIXES
 
 
-def is_text(name: str) -> bool:
-    """Whether a file in a folder is one to read; one that the user names is read whatever it is called."""
-    return _suffixes(PurePosixPath(name))[0] in TEXT_SUFFIXES + RECORD_SUFFIXES
-
-
-def suffixes() -> str:
-    return ", ".join(TEXT_SUFFIXES + RECORD_SUFFIXES) + f" (also packed: {', '.join(PACKED)})"
-
-
-def unreadable(source: object, error: BaseException) -> UserError:
-    reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
+def read_error(source: object, error: OSError) -> UserError:
+    """The error for a file or folder that the system cannot read."""
+    reason = error.strerror or str(error) or type(error).__name__
     return UserError(f"corpus '{source}' cannot be read ({reason}): check the file and its permissions")
 
 
-def read_file(path: Path, reading: TextFormat, has_documents: bool, source: str) -> Iterator[TextChunk]:
-    name = source if str(path) == str(Path(source).expanduser()) else f"{source}: {path.name}"
-    kind, packed = kind_of(path)
-    try:
-        if kind == ".parquet":
-            yield from _parquet(path, packed, reading, name)
-            return
-        with PACKED[packed](path) if packed else path.open("rb") as file:
-            if kind == ".jsonl":
-                yield from _jsonl(file, reading, name)
-            else:
-                chunks = _decoded(file, reading, name)
-                yield from _separated(chunks, reading.separator) if reading.separator else map(TextChunk, chunks)
-                if has_documents:
-                    yield TextChunk("", True)
-    except (EOFError, zlib.error, lzma.LZMAError, gzip.BadGzipFile) as error:
-        raise UserError(f"corpus '{name}' is damaged or cut ({error}): unpack or fetch it again") from None
-    except OSError as error:
-        raise unreadable(name, error) from None
+def read_file(path: Path, text_format: TextFormat, has_documents: bool, source: str) -> Iterator[TextChunk]:
+    """The text of a file.
 
-
-def _zstd(path: Path) -> Any:
-    """Opens it with Python's own module, from 3.14 on, or with the same for earlier ones."""
-    name = "compression.zstd" if sys.version_info >= (3, 14) else "backports.zstd"
-    try:
-        zstd = importlib.import_module(name)
-    except ImportError:
-        raise UserError(f"'{path}' needs {name} to be read: pip install 'lmlight[formats]'") from None
-
-    def opened() -> Any:
-        with zstd.open(path, "rb") as file:
-            try:
-                yield file
-            except zstd.ZstdError as error:
-                raise EOFError(str(error)) from None
-
-    return contextmanager(opened)()
-
-
-def _decoded(file: BinaryIO, reading: TextFormat, name: str) -> Iterator[str]:
-    """A file's characters, a block at a time.
+    Args:
+        path: the file.
+        text_format: how to read it.
+        has_documents: whether a text file without separator is a document.
+        source: the corpus as the user named it, for errors.
 
     Raises:
-        UserError: it looks binary, or as if it had another encoding; a byte is invalid, whose offset is given.
+        UserError: the file cannot be read or decompressed, is binary or in another encoding, or lacks the field.
     """
-    decoder = codecs.getincrementaldecoder(reading.encoding)(reading.errors)
-    offset, ascii_so_far = 0, True
-    while True:
-        block = file.read(PASSAGE)
+    name = source if path == Path(source).expanduser() else f"{source}: {path.name}"
+    suffix, compression = file_format(path)
+    if suffix == ".parquet":
+        yield from _read_parquet(path, text_format, name)
+        return
+    text = _decode(_read_blocks(path, compression, name), text_format, name)
+    if suffix == ".jsonl":
+        yield from _read_jsonl(text, text_format, name)
+    elif text_format.separator:
+        yield from _split_documents(text, text_format.separator)
+    else:
+        yield from map(TextChunk, text)
+        if has_documents:
+            yield TextChunk("", True)
+
+
+def _read_blocks(path: Path, compression: str, name: str) -> Iterator[bytes]:
+    codec = COMPRESSIONS.get(compression)
+    if codec and codec not in fsspec.available_compressions():
+        raise UserError(f"reading '{path}' requires {codec}: pip install 'lmlight[formats]'")
+    try:
+        with fsspec.core.OpenFile(fsspec.filesystem("file"), str(path.absolute()), compression=codec) as file:
+            while block := file.read(CHUNK_SIZE):
+                yield block
+    except Exception as error:  # each decompressor raises its own
+        if isinstance(error, OSError) and (error.errno or not codec):
+            raise read_error(name, error) from None
+        raise UserError(
+            f"corpus '{name}' is not a complete {compression} file ({error}): download it again, or decompress it yourself"
+        ) from None
+
+
+def _decode(blocks: Iterable[bytes], text_format: TextFormat, name: str) -> Iterator[str]:
+    encoding = text_format.encoding
+    decoder = codecs.getincrementaldecoder(encoding)(text_format.errors)
+    offset, line = 0, 1
+    for block in chain(blocks, [b""]):
         if not offset:
-            _check_head(block, reading, name)
-        held = len(decoder.getstate()[0])  # bytes of a character that goes on in this block
+            _check_head(block[:HEAD_SIZE], encoding, name)
+        pending = len(decoder.getstate()[0])  # bytes of a character that began in the previous block
         try:
             text = decoder.decode(block, final=not block)
         except UnicodeDecodeError as error:
-            where = f"offset {offset - held + error.start:,}"
-            raise _undecodable(error, where, reading, name, ascii_so_far) from None
-        except UnicodeError as error:  # UTF-16 and UTF-32 without the mark that tells the byte order
-            likely = _wide_encoding(block[:HEAD])
-            advice = (
-                f"it looks like {likely}, pass --data.encoding {likely}" if likely else "pass another --data.encoding"
-            )
-            raise UserError(f"corpus '{name}' is not {reading.encoding} ({error}): {advice}") from None
-        if reading.encoding != "utf-8":  # UTF-7 and escapes can stand for an unpaired surrogate
-            text = _whole_characters(text, reading, name, f"the block at offset {offset:,}")
+            line += error.object[: error.start].decode(encoding, "ignore").count("\n")
+            raise UserError(
+                f"corpus '{name}' is not {encoding} (byte 0x{error.object[error.start]:02x} at offset "
+                f"{offset - pending + error.start:,}, line {line:,}): pass --data.encoding (cp1252 for most Western "
+                "European files), or --data.errors replace to read invalid bytes as U+FFFD"
+            ) from None
+        except UnicodeError as error:  # UTF-16 or UTF-32 without a byte order mark
+            raise UserError(f"corpus '{name}' is not {encoding} ({error}): pass another --data.encoding") from None
+        if encoding != "utf-8":  # UTF-7 and escapes can encode half a surrogate pair
+            text = _replace_surrogates(text, text_format, name, f"the block at offset {offset:,}")
         if text:
             yield text
-        if not block:
-            return
         offset += len(block)
-        ascii_so_far = ascii_so_far and text.isascii()
+        line += text.count("\n")
 
 
-def _check_head(block: bytes, reading: TextFormat, name: str) -> None:
-    """Refuses what the first bytes of a file show not to be text in this encoding."""
-    head = block[:HEAD]
-    # A stray NUL is a character like others. UTF-16, archives and programs have many more, though much of them is UTF-8.
-    nuls = head.decode(reading.encoding, "ignore").count("\0")
-    if nuls <= len(head) / 100 and not (reading.encoding == "utf-8" and head.startswith(tuple(BYTE_ORDER_MARKS))):
-        return
-    if likely := _wide_encoding(head):
+def _check_head(head: bytes, encoding: str, name: str) -> None:
+    if encoding == "utf-8" and head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        raise UserError(f"corpus '{name}' looks like utf-16, not utf-8: pass --data.encoding utf-16")
+    # Texts may have a stray NUL. UTF-16, archives and programs have many more, though much of them is valid UTF-8.
+    nuls = head.decode(encoding, "ignore").count("\0")
+    if nuls > len(head) / 100:
         raise UserError(
-            f"corpus '{name}' looks like {likely} but is being read as {reading.encoding}: pass --data.encoding {likely}"
+            f"corpus '{name}' looks binary ({nuls:,} of its first {len(head):,} bytes are NUL): pass a text file, and "
+            "--data.encoding, such as utf-16-le, if it is not UTF-8"
         )
-    raise UserError(
-        f"corpus '{name}' looks binary ({nuls:,} of its first {len(head):,} bytes are NUL): pass a text file, and "
-        "--data.encoding if it is not UTF-8"
-    )
 
 
-def _wide_encoding(head: bytes) -> str | None:
-    """UTF-16 or UTF-32, if a file begins with a byte order mark or its zero bytes are where one of them has them."""
-    for mark, encoding in BYTE_ORDER_MARKS.items():
-        if head.startswith(mark):
-            return encoding
-    for encoding in ("utf-32-le", "utf-32-be", "utf-16-le", "utf-16-be"):
-        try:
-            text = codecs.getincrementaldecoder(encoding)().decode(head)
-        except UnicodeDecodeError:
-            continue
-        # spaces and line breaks alone are a tenth of most scripts; with the bytes swapped, hardly anything is ASCII
-        if "\0" not in text and sum(map(str.isascii, text)) > len(text) / 10:
-            return encoding
-    return None
-
-
-def _undecodable(
-    error: UnicodeDecodeError, where: str, reading: TextFormat, name: str, ascii_before: bool
-) -> UserError:
-    """The error for an invalid byte.
-
-    Args:
-        error: gives the bytes of the block or line.
-        where: the place of the byte.
-        reading: gives the encoding.
-        name: of the file.
-        ascii_before: whether all that came before them is ASCII.
-    """
-    data, advice = error.object, "set --data.encoding to the file's encoding"
-    encoding = "UTF-8" if reading.encoding == "utf-8" else reading.encoding
-    if reading.encoding == "utf-8" and ascii_before and data[: error.start].isascii():
-        # Western European: some letters beyond ASCII among many in it
-        if sum(byte > 0x7F for byte in data) < len(data) / 4 and error.reason != "unexpected end of data":
-            likely = "latin-1" if re.search(rb"[\x81\x8d\x8f\x90\x9d]", data) else "cp1252"  # undefined in cp1252
-            advice = f"it looks like {likely}, pass --data.encoding {likely}"
-    elif reading.encoding == "utf-8":  # what came before has characters of several bytes: UTF-8 with a damaged place
-        advice = "repair the file"
-    return UserError(
-        f"corpus '{name}' is not {encoding} (byte 0x{data[error.start]:02x} at {where}): {advice}, or pass --data.errors "
-        "replace to read invalid bytes as U+FFFD"
-    )
-
-
-def _separated(chunks: Iterable[str], separator: str) -> Iterator[TextChunk]:
-    held = ""
+def _split_documents(chunks: Iterable[str], separator: str) -> Iterator[TextChunk]:
+    pending = ""
     for chunk in chunks:
-        *whole, held = (held + chunk).split(separator)
-        yield from (TextChunk(text, True) for text in whole)
-        safe = len(held) - len(separator) + 1  # from here on it may be the beginning of a separator
+        *documents, pending = (pending + chunk).split(separator)
+        yield from (TextChunk(document, True) for document in documents)
+        safe = len(pending) - len(separator) + 1  # a separator may begin here
         if safe > 0:
-            yield TextChunk(held[:safe])
-            held = held[safe:]
-    yield TextChunk(held, True)
+            yield TextChunk(pending[:safe])
+            pending = pending[safe:]
+    yield TextChunk(pending, True)
 
 
-def _jsonl(file: BinaryIO, reading: TextFormat, name: str) -> Iterator[TextChunk]:
-    for number, content in enumerate(_lines(file, reading, name), start=1):
+def _read_jsonl(chunks: Iterable[str], text_format: TextFormat, name: str) -> Iterator[TextChunk]:
+    for number, line in enumerate(_lines(chunks), start=1):
         where = f"line {number:,}"
         if number == 1:
-            content = content.removeprefix("\ufeff")  # a byte order mark, which JSON has no use for
-        if not content.strip():
+            line = line.removeprefix("\ufeff")  # a byte order mark, which is not JSON
+        if not line.strip():
             continue
         try:
-            record = json.loads(content)
+            record = json.loads(line)
         except (ValueError, RecursionError):
             raise UserError(f"corpus '{name}' is not JSON Lines ({where}): expected one object in each line") from None
-        if not isinstance(record, dict) or reading.field not in record:
-            there = ", ".join(map(str, record)) if isinstance(record, dict) else "no fields"
-            raise _no_field(name, reading.field, where, there)
-        yield from _record(record[reading.field], reading, name, where)
+        _check_field(list(record) if isinstance(record, dict) else [], text_format, name, where)
+        yield from _document(record[text_format.field], text_format, name, where)
 
 
-def _lines(file: BinaryIO, reading: TextFormat, name: str) -> Iterator[str]:
-    """A file's lines. Those of UTF-8 are decoded one by one, so that an error can tell which."""
-    if reading.encoding != "utf-8":
-        held = list[str]()
-        for text in _decoded(file, reading, name):
-            *whole, rest = text.split("\n")
-            for line in whole:
-                yield "".join((*held, line))
-                held.clear()
-            held.append(rest)
-        yield "".join(held)
-        return
-    ascii_so_far = True
-    for number, encoded in enumerate(file, start=1):
-        if number == 1:
-            _check_head(encoded, reading, name)
-        try:
-            content = encoded.decode("utf-8", reading.errors)
-        except UnicodeDecodeError as error:
-            where = f"line {number:,}, offset {error.start:,}"
-            raise _undecodable(error, where, reading, name, ascii_so_far) from None
-        ascii_so_far = ascii_so_far and encoded.isascii()
-        yield content
+def _lines(chunks: Iterable[str]) -> Iterator[str]:
+    pending = ""
+    for chunk in chunks:
+        *lines, pending = (pending + chunk).split("\n")
+        yield from lines
+    yield pending
 
 
-def _no_field(name: str, field: str, where: str, there: str) -> UserError:
-    return UserError(f"corpus '{name}' has no field '{field}' in {where} (there is {there}): pass --data.field")
-
-
-def _record(text: Any, reading: TextFormat, name: str, where: str) -> Iterator[TextChunk]:
-    """A record's text as a document; nothing where it is null."""
-    if text is None:
-        return
-    if not isinstance(text, str):
-        raise UserError(
-            f"corpus '{name}' has a {type(text).__name__} as '{reading.field}' in {where}, where text is wanted: "
-            "pass --data.field"
-        )
-    yield TextChunk(_whole_characters(text, reading, name, where), True)
-
-
-def _whole_characters(text: str, reading: TextFormat, name: str, where: str) -> str:
-    """Text without lone surrogates, which JSON and some encodings can write and UTF-8 cannot."""
-    lone = re.search("[\ud800-\udfff]", text)
-    if lone and reading.errors == "strict":
-        raise UserError(
-            f"corpus '{name}' has an unpaired surrogate (\\u{ord(lone[0]):04x}) in {where}: pass --data.errors replace to "
-            "continue with U+FFFD in such places"
-        )
-    return re.sub("[\ud800-\udfff]", "\ufffd", text) if lone else text
-
-
-def _parquet(path: Path, packed: str, reading: TextFormat, name: str) -> Iterator[TextChunk]:
+def _read_parquet(path: Path, text_format: TextFormat, name: str) -> Iterator[TextChunk]:
     try:
         from pyarrow import ArrowException, parquet
     except ImportError:
-        raise UserError(f"'{path}' needs pyarrow to be read: pip install 'lmlight[formats]'") from None
-    if packed:
-        raise UserError(f"'{path}' is packed twice: unpack it, a .parquet file is compressed inside")
+        raise UserError(f"reading '{path}' requires pyarrow: pip install 'lmlight[formats]'") from None
     try:
         with parquet.ParquetFile(path) as file:
-            if reading.field not in file.schema_arrow.names:
-                raise _no_field(name, reading.field, "its columns", ", ".join(file.schema_arrow.names))
-            row = 0
-            for batch in file.iter_batches(batch_size=256, columns=[reading.field]):
-                for text in batch.column(0).to_pylist():
-                    row += 1
-                    yield from _record(text, reading, name, f"row {row:,}")
-    except ArrowException as error:
-        raise UserError(f"corpus '{name}' is not a readable .parquet file ({str(error).splitlines()[0]})") from None
+            _check_field(file.schema_arrow.names, text_format, name, "its columns")
+            batches = file.iter_batches(batch_size=256, columns=[text_format.field])
+            values = chain.from_iterable(batch.column(0).to_pylist() for batch in batches)
+            for row, value in enumerate(values, start=1):
+                yield from _document(value, text_format, name, f"row {row:,}")
+    except (ArrowException, OSError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"corpus '{name}' is not a readable .parquet file ({reason}): download it again") from None
+
+
+def _check_field(fields: list[str], text_format: TextFormat, name: str, where: str) -> None:
+    if text_format.field not in fields:
+        there = ", ".join(fields) or "no fields"
+        raise UserError(
+            f"corpus '{name}' has no field '{text_format.field}' in {where} (found {there}): pass --data.field"
+        )
+
+
+def _document(value: Any, text_format: TextFormat, name: str, where: str) -> Iterator[TextChunk]:
+    if value is None:
+        return
+    if not isinstance(value, str):
+        raise UserError(
+            f"corpus '{name}' has a value of type {type(value).__name__} as '{text_format.field}' in {where}, expected "
+            "text: pass --data.field"
+        )
+    yield TextChunk(_replace_surrogates(value, text_format, name, where), True)
+
+
+def _replace_surrogates(text: str, text_format: TextFormat, name: str, where: str) -> str:
+    """Replaces unpaired surrogates, which JSON and some encodings can write and UTF-8 cannot."""
+    unpaired = re.search("[\ud800-\udfff]", text)
+    if unpaired and text_format.errors == "strict":
+        raise UserError(
+            f"corpus '{name}' has an unpaired surrogate (\\u{ord(unpaired[0]):04x}) in {where}: pass --data.errors replace "
+            "to read it as U+FFFD"
+        )
+    return re.sub("[\ud800-\udfff]", "\ufffd", text) if unpaired else text

@@ -137,7 +137,7 @@ def _write_shard(tokenizer: Tokenizer, dtype: str, path: Path, chunks: Sequence[
 def _encode(tokenizer: Tokenizer, chunks: Iterable[TextChunk], dtype: str) -> Tokens:
     encoded = [np.empty(0, dtype)]
     for batch in _batches(chunks, BATCH_CHARS):
-        ids = tokenizer.encode_passages(batch)
+        ids = tokenizer.encode_chunks(batch)
         encoded.append(np.array(ids, dtype=dtype))
         if tokenizer.lossless:  # characters are counted in every batch; the first two are decoded, which takes longer
             assert tokenizer.char_counts[encoded[-1]].sum() == sum(len(chunk.text) for chunk in batch)

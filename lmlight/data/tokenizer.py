@@ -1,66 +1,52 @@
 """Text to token ids and back.
 
-- SentencePiece, unigram or BPE, made *lossless*: `decode(encode(text)) == text` for every Unicode string. Nothing is
-  normalised, newlines are a piece of their own, and a character that no piece covers becomes its UTF-8 bytes.
-  `lossless=False` is SentencePiece's default instead, which folds newlines and runs of spaces into one space.
-- The character vocabulary, as the baseline with the same interface.
-- The end of a document is a token of its own, in the vocabularies of corpora that have documents. No text gives it, not
-  even its own name, and it stands for no text.
+- SentencePiece, unigram or BPE, is *lossless*: `decode(encode(text)) == text` for every Unicode string. Nothing is
+  normalized, a newline is a piece, and a character without a piece becomes its UTF-8 bytes. `lossless=False` is
+  SentencePiece's default, which turns newlines and runs of spaces into one space.
+- The character vocabulary is a baseline with the same interface.
+- Vocabularies of corpora with documents have an EOS token. No text encodes to it, not even its name, and it decodes to
+  no text.
 
-Text is encoded line by line, and very long lines in stretches. Over a whole file SentencePiece adds up scores in fp32
-until they are too large to tell two segmentations apart. Free of torch.
+Text is encoded line by line: over longer texts SentencePiece adds up scores in fp32 until rounding changes which
+segmentation wins. Does not import torch.
 """
 
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import re
-import warnings
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain, compress
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
 import sentencepiece as spm
 
-from lmlight.data.reading import MAX_LINE, TextChunk, stretches
+from lmlight.data.reading import MAX_LINE, TextChunk, split_long_line
+from lmlight.data.sentencepiece_training import END_OF_TEXT, SPACE, train_sentencepiece
 from lmlight.errors import UserError
 
-# What the end of a document is called in a vocabulary: the name that GPT-2 gave it.
-END_OF_TEXT = "<|endoftext|>"
-SPACE = "\u2581"  # "▁": how SentencePiece writes a space inside its pieces
-UNKNOWN = "\u2585"  # "▅": how its trainer writes a character that it leaves out
-UNKNOWN_PENALTY = 10.0  # SentencePiece's kUnkPenalty: a character that no piece covers scores so much below the least
-# What could move a terminal's cursor, or turn text around: control characters but for tab and line feed, line and paragraph
+# Could move a terminal's cursor or reorder text: control characters except tab and line feed, line and paragraph
 # separators, bidirectional embeddings, overrides and isolates.
 CONTROL_CHARACTERS = re.compile(r"[\0-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]")
-# Fixed, since the result of unigram training depends on it: the same text gives the same pieces on any machine.
-TRAINING_THREADS = 4
-# SentencePiece silently skips training lines of more than 4,192 bytes: longer ones are cut, at 4 bytes a character.
-MAX_LINE_CHARS = 1000
-# From this size on, a vocabulary that cannot hold all characters of a text leaves the rarest to the bytes.
-FEWEST_TO_LEAVE_OUT = 512
-# Appended to the SentencePiece model of a text whose lines do not end in LF: protobuf field 200, the first extension number,
-# a string that SentencePiece ignores. The vocabulary alone does not tell the line ending: a carriage return in it may come
-# from a few lines of a large text.
-_NEWLINE_FIELDS = {"\n": b"", "\r\n": b"\xc2\x0c\x02\r\n", "\r": b"\xc2\x0c\x01\r"}
+# Appended to the SentencePiece model of a text whose lines do not end in LF. SentencePiece ignores this protobuf field
+# (200, a string). The vocabulary does not tell: a carriage return in it may come from a few lines.
+NEWLINE_FIELDS = {"\n": b"", "\r\n": b"\xc2\x0c\x02\r\n", "\r": b"\xc2\x0c\x01\r"}
 
 
 class Tokenizer(ABC):
-    """What the rest of the package needs of a tokenizer.
+    """The interface of all tokenizers.
 
     Attributes:
-        vocab_size: number of ids; they run from 0.
+        vocab_size: the number of ids, which start at 0.
         lossless: whether `decode(encode(text)) == text` for every text that can be encoded.
-        char_counts: (vocab_size,) the characters of text that each id stands for; a byte piece counts at the first byte
-            of its character, so a text's counts add up to its length where the tokenizer is lossless. The end of a
-            document stands for none.
+        char_counts: (vocab_size,) the number of characters that each id stands for. A byte piece counts if it is the first
+            byte of a character, so the counts of a text add up to its length if the tokenizer is lossless. EOS counts 0.
         eos_id: the id that ends a document; None if the vocabulary has none.
         newline: the line ending of the training text, `"\\n"`, `"\\r\\n"` or `"\\r"`.
     """
@@ -72,108 +58,84 @@ class Tokenizer(ABC):
     eos_id: int | None = None
 
     @abstractmethod
+    def encode_chunks(self, chunks: Iterable[TextChunk]) -> list[int]:
+        """The ids of a text, with `eos_id`, if there is one, after each document.
+
+        Raises:
+            UserError: a character is not in the vocabulary (`CharTokenizer` only).
+        """
+
     def encode(self, text: str) -> list[int]:
-        """The ids of `text`, always the same ones.
-
-        Raises:
-            UserError: a character that the vocabulary has no id for (the character vocabulary only).
-        """
-
-    def encode_passages(self, passages: Iterable[TextChunk]) -> list[int]:
-        """The ids of a corpus's passages, with `eos_id`, if there is such an id, behind each document.
-
-        Raises:
-            UserError: see `encode`.
-        """
-        end = [] if self.eos_id is None else [self.eos_id]
-        return [index for text, ends in passages for index in (self.encode(text) + end if ends else self.encode(text))]
+        """The ids of `text`; see `encode_chunks`."""
+        return self.encode_chunks([TextChunk(text)])
 
     @abstractmethod
     def decode(self, ids: Iterable[int]) -> str:
-        """The text that `ids` stand for; bytes that are not UTF-8 become U+FFFD."""
+        """The text of `ids`; bytes that are not UTF-8 become U+FFFD."""
 
     @abstractmethod
     def to_bytes(self) -> bytes:
-        """All of it, for a file or a checkpoint; `from_bytes` is the way back."""
+        """The serialized tokenizer, for `from_bytes`."""
 
     @abstractmethod
     def id_to_piece(self, index: int) -> str:
-        """What an id stands for, as it is called in the vocabulary: SentencePiece writes a space as ▁."""
-
-    def byte_of(self, index: int) -> bytes:
-        """The byte that an id stands for, if it is a byte piece; else nothing."""
-        return b""
+        """The piece with this id; SentencePiece writes a space as ▁."""
 
     def encode_prompt(self, prompt: str) -> list[int]:
-        """The ids of a prompt, with its line endings changed to those of the training text.
-
-        Raises:
-            UserError: see `encode`.
-        """
-        # a vocabulary with carriage returns may also use them alone
+        """The ids of a prompt, after changing its line endings to those of the training text."""
+        # A vocabulary with carriage returns may also use them alone.
         line_ending = "\r?\n" if "\r" in self.newline else "\r\n?"
         return self.encode(re.sub(line_ending, self.newline, prompt))
 
     @property
     def bos_ids(self) -> list[int]:
-        """Ids to start from when the prompt is empty: EOS if the vocabulary has one, else the end of a line.
+        """Ids to start from when the prompt is empty: EOS if the vocabulary has one, else newline, else 0.
 
         For CRLF, only the LF: training windows also start after it, and other engines accept a single id.
         """
         if self.eos_id is not None:
             return [self.eos_id]
         try:
-            return self.encode(self.newline[-1]) or [0]  # a lossy tokenizer has no newline: the notebook's token 0
-        except UserError:  # nor has a character vocabulary of a text without one
+            return self.encode(self.newline[-1]) or [0]
+        except UserError:
             return [0]
 
     @property
     def fingerprint(self) -> str:
-        """The SHA-256 of `to_bytes()`: equal for equal tokenizers only."""
+        """The SHA-256 of `to_bytes()`."""
         return hashlib.sha256(self.to_bytes()).hexdigest()
 
 
 class StreamingDecoder:
-    """The text of ids that come one by one; what it gives, joined, is what `decode` gives for all of them.
+    """Decodes ids one by one. The texts that it returns add up to `tokenizer.decode` of all ids.
 
-    Bytes of a character are held back until it is whole, or known to be broken.
+    The bytes of a character are held back until it is complete or known to be invalid.
 
     Args:
         tokenizer: decodes.
-        before: the ids that the text follows, if any; a lossy tokenizer drops a space at the beginning of a text.
+        prefix: the ids before the first one. A lossy tokenizer drops a space at the beginning of a text.
     """
 
-    def __init__(self, tokenizer: Tokenizer, before: Sequence[int] = ()) -> None:
+    def __init__(self, tokenizer: Tokenizer, prefix: Sequence[int] = ()) -> None:
         self._tokenizer = tokenizer
-        self._before: list[int] = []  # what a lossy tokenizer needs to see: from the last id that is text of its own on
-        for index in before:
-            self._remember(index)
-        self._bytes: list[int] = []
+        self._context = list(prefix)  # the last ids that gave text
+        self._pending: list[int] = []
 
     def push(self, index: int) -> str:
-        """The text that has become certain with this id."""
-        if self._tokenizer.byte_of(index):
-            self._bytes.append(index)
-            try:
-                b"".join(map(self._tokenizer.byte_of, self._bytes)).decode()
-            except UnicodeDecodeError:
-                return ""
-            return self.flush()
-        text = self.flush() + self._decode([index])
-        self._remember(index)
-        return text
+        """The text that is complete with this id."""
+        self._pending.append(index)
+        is_partial = self._tokenizer.decode([index]) == "\ufffd" and self._text().endswith("\ufffd")
+        return "" if is_partial else self.flush()
 
     def flush(self) -> str:
-        """The text of what is held back."""
-        text, self._bytes = self._decode(self._bytes), []
+        """The text that was held back."""
+        text = self._text()
+        self._context = self._pending if text else self._context + self._pending
+        self._pending = []
         return text
 
-    def _remember(self, index: int) -> None:
-        if not self._tokenizer.lossless:
-            self._before = [index] if self._tokenizer.decode([index]) else [*self._before, index]
-
-    def _decode(self, ids: list[int]) -> str:
-        return self._tokenizer.decode(self._before + ids)[len(self._tokenizer.decode(self._before)) :]
+    def _text(self) -> str:
+        return self._tokenizer.decode(self._context + self._pending)[len(self._tokenizer.decode(self._context)) :]
 
 
 @dataclass(frozen=True)
@@ -181,15 +143,15 @@ class TokenizerConfig:
     """Which tokenizer to train on the training text.
 
     Args:
-        kind: SentencePiece's unigram or BPE model, or the plain set of characters.
-        vocab_size: number of pieces, the 256 bytes of the lossless ones included; fewer where the text cannot fill them.
-            The character vocabulary has as many as there are characters.
-        lossless: keep every character. False is SentencePiece's default normalisation, which loses newlines.
-        sample_chars: characters of the training text that SentencePiece learns from; of a longer one, lines are drawn at
-            random, always the same. 10 million take some 20 s and 300 MB.
+        kind: SentencePiece's unigram or BPE model, or the set of characters.
+        vocab_size: number of pieces, including the 256 bytes of lossless tokenizers. A text that cannot fill them gets
+            fewer. Ignored for characters.
+        lossless: keep every character. False is SentencePiece's default normalization, which drops newlines.
+        sample_chars: number of characters that SentencePiece is trained on. From a longer text, random lines are taken,
+            always the same ones. 10 million take about 20 s and 300 MB.
 
     Raises:
-        UserError: a size that is not positive.
+        UserError: a size is not positive.
     """
 
     kind: Literal["unigram", "bpe", "char"] = "unigram"
@@ -203,43 +165,40 @@ class TokenizerConfig:
                 raise UserError(f"tokenizer.{name} must be at least 1, got {getattr(self, name)}")
 
     def train(self, text: str | Iterable[str], chars: int | None = None, add_eos: bool = False) -> Tokenizer:
-        """A tokenizer of this kind for a text.
+        """Trains a tokenizer.
 
         Args:
-            text: a text, or its passages.
-            chars: how many characters the passages have together; None learns from all of them.
-            add_eos: give the vocabulary an id for the end of a document.
+            text: a text, or its chunks.
+            chars: the number of characters in all chunks; None trains on all of them.
+            add_eos: add an EOS token to the vocabulary.
 
         Raises:
-            UserError: `vocab_size` is too small for the characters in the text, or there is no text to learn from.
+            UserError: `vocab_size` is too small for the characters of the text, or the text has nothing to train on.
         """
         newlines = Counter[str]()
-        passages = _counting_newlines([text] if isinstance(text, str) else text, newlines)
+        chunks = _count_newlines([text] if isinstance(text, str) else text, newlines)
         if self.kind == "char":
-            characters = set[str]()
-            for passage in passages:
-                characters.update(passage)
-            return CharTokenizer(sorted(characters), add_eos, _most_common(newlines))
+            characters = sorted(set[str]().union(*chunks))
+            return CharTokenizer(characters, add_eos, _most_common(newlines))
         if chars is not None and chars > self.sample_chars:
-            passages = _sample(passages, self.sample_chars / chars)
-        model = _train_sentencepiece(passages, self, add_eos)
-        newline = _most_common(newlines)
-        return SentencePieceTokenizer(model + _NEWLINE_FIELDS[newline] if newline and self.lossless else model)
+            chunks = _sample_lines(chunks, self.sample_chars / chars)
+        model = train_sentencepiece(chunks, self.kind, self.vocab_size, self.lossless, add_eos)
+        return SentencePieceTokenizer(model + NEWLINE_FIELDS[_most_common(newlines)] if self.lossless else model)
 
 
 def from_bytes(data: bytes) -> Tokenizer:
-    """The tokenizer that `to_bytes` wrote.
+    """The tokenizer that `to_bytes` serialized.
 
     Raises:
-        ValueError: `data` is no tokenizer.
+        ValueError: `data` is not a tokenizer.
     """
-    if data.startswith(b"{"):
-        try:
-            content = json.loads(data)
-            return CharTokenizer(content["characters"], content.get("add_eos", False), content.get("newline"))
-        except (KeyError, TypeError):
-            raise ValueError("not a character vocabulary") from None
-    return SentencePieceTokenizer(data)
+    if not data.startswith(b"{"):
+        return SentencePieceTokenizer(data)
+    try:
+        content = json.loads(data)
+        return CharTokenizer(content["characters"], content["add_eos"], content["newline"])
+    except (KeyError, TypeError):
+        raise ValueError("not a character vocabulary") from None
 
 
 class CharTokenizer(Tokenizer):
@@ -253,22 +212,26 @@ class CharTokenizer(Tokenizer):
 
     def __init__(self, characters: Iterable[str], add_eos: bool = False, newline: str | None = None) -> None:
         self.characters = list(characters)
-        self._inferred_newline = "".join(c for c in "\r\n" if c in self.characters) or "\n"
-        self.newline = newline or self._inferred_newline
+        self.newline = newline or "".join(c for c in "\r\n" if c in self.characters) or "\n"
         self.vocab_size = len(self.characters) + add_eos
         self.eos_id = len(self.characters) if add_eos else None
         self.lossless = True
         self.char_counts = np.array([1] * len(self.characters) + [0] * add_eos, dtype=np.int64)
         self._id_of = {character: index for index, character in enumerate(self.characters)}
 
-    def encode(self, text: str) -> list[int]:
+    def encode_chunks(self, chunks: Iterable[TextChunk]) -> list[int]:
+        ids: list[int] = []
         try:
-            return [self._id_of[character] for character in text]
+            for text, ends_document in chunks:
+                ids += [self._id_of[character] for character in text]
+                if ends_document and self.eos_id is not None:
+                    ids.append(self.eos_id)
         except KeyError as error:
             raise UserError(
                 f"the character {error.args[0]!r} is not among the {len(self.characters)} of this character vocabulary, "
-                "which has those of the training text alone: leave it out, or use a unigram or bpe tokenizer"
+                "which come from the training text: leave it out, or use a unigram or bpe tokenizer"
             ) from None
+        return ids
 
     def decode(self, ids: Iterable[int]) -> str:
         return "".join(self.characters[index] for index in ids if index != self.eos_id)
@@ -277,11 +240,7 @@ class CharTokenizer(Tokenizer):
         return END_OF_TEXT if index == self.eos_id else self.characters[index]
 
     def to_bytes(self) -> bytes:
-        content: dict[str, Any] = {"kind": "char", "characters": "".join(self.characters)}
-        if self.eos_id is not None:
-            content["add_eos"] = True
-        if self.newline != self._inferred_newline:
-            content["newline"] = self.newline
+        content = {"characters": "".join(self.characters), "add_eos": self.eos_id is not None, "newline": self.newline}
         return json.dumps(content).encode()
 
 
@@ -292,14 +251,14 @@ class SentencePieceTokenizer(Tokenizer):
         model: the bytes of a `.model` file.
 
     Raises:
-        ValueError: they are not one.
+        ValueError: they are not a model.
     """
 
     def __init__(self, model: bytes) -> None:
         self._model = model
         try:
             if not model:
-                raise RuntimeError("no bytes")  # which SentencePiece would take for one to be loaded later
+                raise RuntimeError("no bytes")  # SentencePiece would wait for a model to be loaded later
             self._processor = spm.SentencePieceProcessor(model_proto=model)
         except RuntimeError as error:
             raise ValueError(f"not a SentencePiece model: {error}") from None
@@ -307,24 +266,22 @@ class SentencePieceTokenizer(Tokenizer):
         self.pieces: list[str] = [self._processor.id_to_piece(index) for index in range(self.vocab_size)]
         probe = "  a \n\n b "
         self.lossless = self._processor.decode(self._processor.encode(probe)) == probe
-        self.newline = next((end for end, field in _NEWLINE_FIELDS.items() if field and model.endswith(field)), "\n")
+        self.newline = next((end for end, field in NEWLINE_FIELDS.items() if field and model.endswith(field)), "\n")
         self._newline: list[int] = self._processor.encode("\n") if self.lossless else []
-        self.char_counts = np.array(
-            [_starts_character(p) if self._processor.is_byte(i) else len(p) for i, p in enumerate(self.pieces)]
-        )
-        end = self._processor.eos_id()
-        if end >= 0 and self.pieces[end] == END_OF_TEXT:  # SentencePiece's own "</s>" has never been seen in training
-            self.eos_id = end
-            self.char_counts[end] = 0
+        self.char_counts = np.array([len(piece) for piece in self.pieces])
+        for index in filter(self._processor.is_byte, range(self.vocab_size)):
+            byte = int(self.pieces[index][3:5], 16)  # "<0xE2>"
+            self.char_counts[index] = byte & 0xC0 != 0x80  # 0b10xxxxxx continues a character
+        eos = self._processor.eos_id()
+        if eos >= 0 and self.pieces[eos] == END_OF_TEXT:  # SentencePiece's own "</s>" does not occur in training
+            self.eos_id = eos
+            self.char_counts[eos] = 0
 
-    def encode(self, text: str) -> list[int]:
-        return self.encode_passages([TextChunk(text)])
-
-    def encode_passages(self, passages: Iterable[TextChunk]) -> list[int]:
-        lines, ends = split_passages(passages, self.lossless)
-        encoded = self._processor.encode(lines)
-        ids_of = {end: self._end_ids(end) for end in set(ends)}
-        return list(chain.from_iterable(chain(ids, ids_of[end]) for ids, end in zip(encoded, ends)))
+    def encode_chunks(self, chunks: Iterable[TextChunk]) -> list[int]:
+        lines, ends = split_chunks(chunks, self.lossless)
+        ids_of = {end: self.end_ids(end) for end in set(ends)}
+        encoded = zip(self._processor.encode(lines), ends)
+        return list(chain.from_iterable(chain(ids, ids_of[end]) for ids, end in encoded))
 
     def decode(self, ids: Iterable[int]) -> str:
         return self._processor.decode(list(ids))
@@ -332,149 +289,82 @@ class SentencePieceTokenizer(Tokenizer):
     def id_to_piece(self, index: int) -> str:
         return self.pieces[index]
 
-    def byte_of(self, index: int) -> bytes:
-        return bytes.fromhex(self.pieces[index][3:5]) if self._processor.is_byte(index) else b""
-
     def to_bytes(self) -> bytes:
         return self._model
 
-    def _end_ids(self, end: str) -> list[int]:
+    @property
+    def is_unigram(self) -> bool:
+        """Whether scores are log-probabilities. Those of BPE are the negated ranks of its merges, whole numbers."""
+        return any(not score.is_integer() for _, score in self.scores().values())
+
+    @property
+    def unknown_id(self) -> int:
+        """The id of characters that a lossy tokenizer does not know."""
+        return self._processor.unk_id()
+
+    def scores(self) -> dict[str, tuple[int, float]]:
+        """The pieces that match text, with their ids and scores: all but bytes, unknown and control pieces."""
+        processor = self._processor
+        special = (processor.is_byte, processor.is_unknown, processor.is_control)
+        return {
+            piece: (index, processor.get_score(index))
+            for index, piece in enumerate(self.pieces)
+            if not any(is_kind(index) for is_kind in special)
+        }
+
+    def normalize(self, text: str) -> str:
+        """Text as SentencePiece matches its pieces against it."""
+        return text.replace(" ", SPACE) if self.lossless else self._processor.normalize(text)
+
+    def end_ids(self, end: str) -> list[int]:
+        """The ids of an end that `split_chunks` returns."""
         if end == END_OF_TEXT:
             return [] if self.eos_id is None else [self.eos_id]
-        return self._newline if end == "\n" else self._bytes(end)
+        return self._newline if end == "\n" else self.byte_ids(end)
 
-    def _bytes(self, text: str) -> list[int]:
+    def byte_ids(self, text: str) -> list[int]:
+        """The byte pieces of a text."""
         return [self._processor.piece_to_id(f"<0x{byte:02X}>") for byte in text.encode()]
 
 
-def split_passages(passages: Iterable[TextChunk], lossless: bool) -> tuple[list[str], list[str]]:
-    """What SentencePiece may see, line by line, and what comes behind each: a newline, nothing, a literal "▁",
-    `END_OF_TEXT` for the end of a document.
+def split_chunks(chunks: Iterable[TextChunk], lossless: bool) -> tuple[list[str], list[str]]:
+    """Splits text into what SentencePiece encodes and what follows each part: "\\n", "", "▁" or `END_OF_TEXT`.
 
-    A literal "▁" would come back as a space, so `encode` writes it as bytes. Long lines are cut into stretches.
+    A literal "▁" would decode to a space, so a lossless tokenizer encodes it as bytes.
     """
-    lines, ends = list[str](), list[str]()
-    for text, ends_document in passages:
-        whole = text.split("\n")
-        if SPACE not in text and max(map(len, whole)) <= MAX_LINE:
-            lines += whole
-            ends += ["\n"] * (len(whole) - 1) + [""]
+    parts, ends = list[str](), list[str]()
+    for text, ends_document in chunks:
+        lines = text.split("\n")
+        if SPACE not in text and max(map(len, lines)) <= MAX_LINE:  # the usual case
+            parts += lines
+            ends += ["\n"] * (len(lines) - 1) + [""]
         else:
-            for line in whole:
-                for stretch in stretches(line):
-                    parts = stretch.split(SPACE) if lossless else [stretch]
-                    lines += parts
-                    ends += [SPACE] * (len(parts) - 1) + [""]
+            for line in lines:
+                for short in split_long_line(line):
+                    between_spaces = short.split(SPACE) if lossless else [short]
+                    parts += between_spaces
+                    ends += [SPACE] * (len(between_spaces) - 1) + [""]
                 ends[-1] = "\n"
             ends[-1] = ""
         if ends_document:
             ends[-1] = END_OF_TEXT
-    return lines, ends
+    return parts, ends
 
 
-def _starts_character(byte_piece: str) -> int:
-    """1 if this byte piece (`<0xE2>`) is the first of a character's UTF-8 bytes, 0 if it continues one."""
-    return int(int(byte_piece[3:5], 16) & 0xC0 != 0x80)
-
-
-def _counting_newlines(passages: Iterable[str], counts: Counter[str]) -> Iterator[str]:
-    for text in passages:
-        if "\r" in text:
-            crlf = text.count("\r\n")
-            counts.update({"\n": text.count("\n") - crlf, "\r\n": crlf, "\r": text.count("\r") - crlf})
-        else:
-            counts["\n"] += text.count("\n")
+def _count_newlines(chunks: Iterable[str], counts: Counter[str]) -> Iterator[str]:
+    for text in chunks:
+        crlf = text.count("\r\n")
+        counts.update({"\n": text.count("\n") - crlf, "\r\n": crlf, "\r": text.count("\r") - crlf})
         yield text
 
 
-def _most_common(newlines: Counter[str]) -> str | None:
-    """The line ending that was counted most often; None if there were none."""
-    return max(newlines, key=newlines.__getitem__) if newlines.total() else None
+def _most_common(newlines: Counter[str]) -> str:
+    return max(newlines, key=newlines.__getitem__, default="\n")
 
 
-def _sample(passages: Iterable[str], share: float) -> Iterator[str]:
-    """Lines, each with the same probability; of lines that are very long, stretches."""
-    draw = np.random.default_rng(0)
-    for text in passages:
-        lines = [stretch for line in text.split("\n") for stretch in stretches(line)]
-        yield "\n".join(compress(lines, draw.random(len(lines)) < share))
-
-
-def _train_sentencepiece(passages: Iterable[str], config: TokenizerConfig, add_eos: bool) -> bytes:
-    # what SentencePiece uses as marks of its own: it would pass over lines that have them
-    apart = re.compile(f"[\n{SPACE}{UNKNOWN}]" if config.lossless else f"[\n{UNKNOWN}]")
-    lines = [
-        line[start : start + MAX_LINE_CHARS]
-        for text in passages
-        for line in apart.split(text)
-        for start in range(0, len(line), MAX_LINE_CHARS)
-    ]
-    options: dict[str, Any] = {
-        "model_type": config.kind,
-        "vocab_size": config.vocab_size,
-        "num_threads": TRAINING_THREADS,
-        "max_sentence_length": 4 * MAX_LINE_CHARS,
-        "minloglevel": 2,
-    }
-    if config.lossless:
-        options |= {
-            "normalization_rule_name": "identity",
-            "remove_extra_whitespaces": False,
-            "add_dummy_prefix": False,
-            "byte_fallback": True,
-            "character_coverage": 1.0,
-            # alone: overlapping user symbols ("\n\n") can tie
-            "user_defined_symbols": ["\n"],
-            # a text without spaces would leave no piece for one, and its bytes would come back as "▁"
-            "required_chars": SPACE,
-            "bos_id": -1,
-            "eos_id": -1,
-        }
-    if add_eos:  # a control symbol, which no text gives
-        options |= {"eos_id": 1 if config.lossless else 2, "eos_piece": END_OF_TEXT}
-    left_out = False
-    for _ in range(3):
-        model = io.BytesIO()
-        try:
-            spm.SentencePieceTrainer.train(sentence_iterator=iter(lines), model_writer=model, **options)
-            return model.getvalue()
-        except RuntimeError as error:
-            if too_high := re.search(r"Vocabulary size too high .* value <= (\d+)", str(error)):
-                largest = int(too_high[1])
-                warnings.warn(
-                    f"vocab_size {config.vocab_size:,} is more than this text can fill: training {largest:,} pieces, "
-                    "the most that it gives",
-                    stacklevel=2,
-                )
-                options["vocab_size"] = largest
-            elif too_small := re.search(r"smaller than required_chars\. \d+ vs (\d+)", str(error)):
-                if config.lossless and config.vocab_size >= FEWEST_TO_LEAVE_OUT and not left_out:
-                    left_out, lines = True, _without_rare_characters(lines, config.vocab_size)
-                    continue
-                raise UserError(
-                    f"vocab_size {config.vocab_size:,} is too small: this text's characters"
-                    f"{' and the 256 bytes' if config.lossless else ''} need at least {int(too_small[1]):,} pieces; "
-                    "raise --data.tokenizer.vocab_size"
-                ) from None
-            else:
-                reason = "it has nothing but newlines" if "sentences_.empty()" in str(error) else error
-                raise UserError(
-                    f"SentencePiece cannot learn pieces from this text ({reason}): pass more of it, or set "
-                    "--data.tokenizer.kind char"
-                ) from None
-    raise AssertionError("SentencePiece refused the size that it had asked for")
-
-
-def _without_rare_characters(lines: list[str], vocab_size: int) -> list[str]:
-    """Lines cut at all but the most frequent characters, as many as fill half of what the 256 bytes leave of a vocabulary:
-    the others will be written as bytes. Says so. (SentencePiece can leave out 2% of a text at the most.)"""
-    counts = Counter(chain.from_iterable(lines))
-    frequent = dict(counts.most_common((vocab_size - 256) // 2))
-    warnings.warn(
-        f"this text has {len(counts):,} different characters, too many for {vocab_size:,} pieces: the rarest, "
-        f"{1 - sum(frequent.values()) / counts.total():.1%} of it, are written as bytes; raise "
-        "--data.tokenizer.vocab_size to make room",
-        stacklevel=2,
-    )
-    cut = str.maketrans(dict.fromkeys(counts.keys() - frequent.keys(), "\n"))
-    return [part for line in lines for part in line.translate(cut).split("\n") if part]
+def _sample_lines(chunks: Iterable[str], share: float) -> Iterator[str]:
+    """Keeps each line, or part of a long line, with the same probability."""
+    rng = np.random.default_rng(0)
+    for text in chunks:
+        lines = [part for line in text.split("\n") for part in split_long_line(line)]
+        yield "\n".join(compress(lines, rng.random(len(lines)) < share))

@@ -184,7 +184,7 @@ class ResegmentedWindows(ShardedWindows):
             return self._pool.submit(_segment_in_worker, path, epoch, shard)
         future = Future[Tokens]()
         if self._single:
-            future.set_result(self._sampler.draw(self._seed, epoch))
+            future.set_result(self._sampler.sample_segmentation(self._seed, epoch))
         else:
             future.set_result(_segment(self._sampler, path, self._seed, epoch, shard))
         return future
@@ -206,7 +206,7 @@ def _decode_chunks(tokenizer: Tokenizer, ids: Tokens) -> Iterator[TextChunk]:
 
 def _segment(sampler: SubwordSampler, path: Path, seed: int, epoch: int, shard: int) -> Tokens:
     ids = np.load(path)
-    return sampler.segment(_decode_chunks(sampler.tokenizer, ids), seed, epoch, shard).astype(ids.dtype)
+    return sampler.sample_shard(_decode_chunks(sampler.tokenizer, ids), seed, epoch, shard).astype(ids.dtype)
 
 
 _worker_state: tuple[SubwordSampler, int] | None = None

@@ -14,7 +14,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from lmlight.data.tokenizer import END_OF_TEXT, UNKNOWN_PENALTY, CharTokenizer, SentencePieceTokenizer, Tokenizer
+from lmlight.data.sentencepiece_training import END_OF_TEXT, UNKNOWN_PENALTY
+from lmlight.data.tokenizer import CharTokenizer, SentencePieceTokenizer, Tokenizer
 from lmlight.export.vocabulary import Vocabulary
 
 

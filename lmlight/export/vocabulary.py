@@ -6,7 +6,8 @@ import warnings
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
-from lmlight.data.tokenizer import SPACE, UNKNOWN_PENALTY, SentencePieceTokenizer
+from lmlight.data.sentencepiece_training import SPACE, UNKNOWN_PENALTY
+from lmlight.data.tokenizer import SentencePieceTokenizer
 from lmlight.errors import UserError
 
 Kind = Literal["normal", "unknown", "control", "user", "unused", "byte"]

@@ -1,0 +1,112 @@
+"""Trains SentencePiece models (https://arxiv.org/abs/1808.06226), lossless or with SentencePiece's default options.
+
+Does not import torch.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+import warnings
+from collections import Counter
+from collections.abc import Iterable
+from itertools import chain
+from typing import Any
+
+import sentencepiece as spm
+
+from lmlight.errors import UserError
+
+END_OF_TEXT = "<|endoftext|>"  # the name of the EOS token, as in GPT-2
+SPACE = "\u2581"  # "▁": how SentencePiece writes a space in its pieces
+UNKNOWN = "\u2585"  # "▅": how its trainer writes characters that it leaves out
+UNKNOWN_PENALTY = 10.0  # SentencePiece's kUnkPenalty: an unknown character scores this much below the lowest piece
+# The pieces that unigram training finds depend on it, so it is the same on every machine.
+TRAINING_THREADS = 4
+# SentencePiece silently skips training lines over 4,192 bytes, so longer lines are split, at 4 bytes a character.
+MAX_TRAINING_LINE = 1000
+# At or above this size, a vocabulary too small for all characters of a text encodes the rarest as bytes.
+MIN_SIZE_FOR_BYTES = 512
+
+
+def train_sentencepiece(chunks: Iterable[str], kind: str, vocab_size: int, lossless: bool, add_eos: bool) -> bytes:
+    """Trains a model and returns the bytes of its `.model` file. For the arguments see `TokenizerConfig`.
+
+    Raises:
+        UserError: `vocab_size` is too small for the characters of the text, or the text has nothing to train on.
+    """
+    # The trainer would skip lines with the characters that it uses itself.
+    separators = re.compile(f"[\n{SPACE}{UNKNOWN}]" if lossless else f"[\n{UNKNOWN}]")
+    lines = [
+        line[start : start + MAX_TRAINING_LINE]
+        for text in chunks
+        for line in separators.split(text)
+        for start in range(0, len(line), MAX_TRAINING_LINE)
+    ]
+    options: dict[str, Any] = {
+        "model_type": kind,
+        "vocab_size": vocab_size,
+        "num_threads": TRAINING_THREADS,
+        "max_sentence_length": 4 * MAX_TRAINING_LINE,
+        "minloglevel": 2,
+    }
+    if lossless:
+        options |= {
+            "normalization_rule_name": "identity",
+            "remove_extra_whitespaces": False,
+            "add_dummy_prefix": False,
+            "byte_fallback": True,
+            "character_coverage": 1.0,
+            "user_defined_symbols": ["\n"],  # a single one: overlapping symbols ("\n\n") can tie
+            "required_chars": SPACE,  # without a piece for it, the bytes of a space would decode to "▁"
+            "bos_id": -1,
+            "eos_id": -1,
+        }
+    if add_eos:  # a control symbol, to which no text encodes
+        options |= {"eos_id": 1 if lossless else 2, "eos_piece": END_OF_TEXT}
+    rare_removed = False
+    for _ in range(3):
+        model = io.BytesIO()
+        try:
+            spm.SentencePieceTrainer.train(sentence_iterator=iter(lines), model_writer=model, **options)
+            return model.getvalue()
+        except RuntimeError as error:
+            message = str(error)
+        if too_high := re.search(r"Vocabulary size too high .* value <= (\d+)", message):
+            options["vocab_size"] = int(too_high[1])
+            warnings.warn(
+                f"vocab_size {vocab_size:,} is more than this text can fill: training {int(too_high[1]):,} pieces",
+                stacklevel=2,
+            )
+        elif too_small := re.search(r"smaller than required_chars\. \d+ vs (\d+)", message):
+            if rare_removed or not lossless or vocab_size < MIN_SIZE_FOR_BYTES:
+                raise UserError(
+                    f"vocab_size {vocab_size:,} is too small: the characters of this text"
+                    f"{' and the 256 bytes' if lossless else ''} need at least {int(too_small[1]):,} pieces; "
+                    "raise --data.tokenizer.vocab_size"
+                )
+            rare_removed, lines = True, _remove_rare_characters(lines, vocab_size)
+        else:
+            reason = "it has nothing but newlines" if "sentences_.empty()" in message else message
+            raise UserError(
+                f"SentencePiece cannot be trained on this text ({reason}): pass more text, or set "
+                "--data.tokenizer.kind char"
+            )
+    raise AssertionError("SentencePiece rejected the size that it had suggested")
+
+
+def _remove_rare_characters(lines: list[str], vocab_size: int) -> list[str]:
+    """Splits lines at rare characters, which will be encoded as bytes, so that the others fill half of the vocabulary.
+
+    SentencePiece itself can leave out 2% of a text at most.
+    """
+    counts = Counter(chain.from_iterable(lines))
+    frequent = dict(counts.most_common((vocab_size - 256) // 2))
+    warnings.warn(
+        f"this text has {len(counts):,} different characters, too many for {vocab_size:,} pieces: the rarest, "
+        f"{1 - sum(frequent.values()) / counts.total():.1%} of the text, are encoded as bytes; raise "
+        "--data.tokenizer.vocab_size to avoid it",
+        stacklevel=2,
+    )
+    rare = str.maketrans(dict.fromkeys(counts.keys() - frequent.keys(), "\n"))
+    return [part for line in lines for part in line.translate(rare).split("\n") if part]
