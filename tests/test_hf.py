@@ -175,7 +175,13 @@ def test_model_card_and_files(tokenizers, tmp_path):
     checkpoint.write(content, path)
     assert main(["export", "hf", path, "out", "--licence", "cc0-1.0"]) == 0
     card = (tmp_path / "out" / "README.md").read_text()
-    for part in ("license: cc0-1.0", "| nats per character | 1.5000 |", "for 9 steps", "model of verse.txt", "qwen3"):
+    for part in (
+        "license: cc0-1.0",
+        "1.5000 nats per character, 2.1640 bits per character.",
+        "for 9 steps",
+        "model of verse.txt",
+        "qwen3",
+    ):
         assert part in card
     assert "somewhere" not in card, "the folder of the corpus is private"
     assert {path.name for path in (tmp_path / "out").iterdir()} == hf.FILES

@@ -1,6 +1,6 @@
 """The architectures that other engines have code for, and what they call a network's weights.
 
-These are the only such tables: Hugging Face export and import and GGUF export all use them.
+Hugging Face export and import and GGUF export all use these two tables.
 """
 
 from __future__ import annotations
@@ -14,42 +14,31 @@ from torch import Tensor
 from lmlight.errors import UserError
 from lmlight.models import Net, Transformer
 
-ModuleNames = dict[str, list[tuple[str, str]]]
-"""Maps a module of `Transformer` to its names in transformers and llama.cpp, with `*` for the block number. A module with
-several names is split there: each name holds some of the rows of its weight."""
-
-LLAMA_MODULES: ModuleNames = {
-    "embedding": [("model.embed_tokens", "token_embd")],
-    "blocks.*.attention_norm": [("model.layers.*.input_layernorm", "blk.*.attn_norm")],
-    "blocks.*.attention.qkv": [
-        ("model.layers.*.self_attn.q_proj", "blk.*.attn_q"),
-        ("model.layers.*.self_attn.k_proj", "blk.*.attn_k"),
-        ("model.layers.*.self_attn.v_proj", "blk.*.attn_v"),
-    ],
-    "blocks.*.attention.q_norm": [("model.layers.*.self_attn.q_norm", "blk.*.attn_q_norm")],
-    "blocks.*.attention.k_norm": [("model.layers.*.self_attn.k_norm", "blk.*.attn_k_norm")],
-    "blocks.*.attention.output": [("model.layers.*.self_attn.o_proj", "blk.*.attn_output")],
-    "blocks.*.mlp_norm": [("model.layers.*.post_attention_layernorm", "blk.*.ffn_norm")],
-    "blocks.*.mlp.up": [
-        ("model.layers.*.mlp.gate_proj", "blk.*.ffn_gate"),
-        ("model.layers.*.mlp.up_proj", "blk.*.ffn_up"),
-    ],
-    "blocks.*.mlp.down": [("model.layers.*.mlp.down_proj", "blk.*.ffn_down")],
-    "norm": [("model.norm", "output_norm")],
-    "head": [("lm_head", "output")],
-}
-GPT2_MODULES: ModuleNames = {
-    "embedding": [("transformer.wte", "token_embd")],
-    "positions": [("transformer.wpe", "position_embd")],
-    "blocks.*.attention_norm": [("transformer.h.*.ln_1", "blk.*.attn_norm")],
-    "blocks.*.attention.qkv": [("transformer.h.*.attn.c_attn", "blk.*.attn_qkv")],
-    "blocks.*.attention.output": [("transformer.h.*.attn.c_proj", "blk.*.attn_output")],
-    "blocks.*.mlp_norm": [("transformer.h.*.ln_2", "blk.*.ffn_norm")],
-    "blocks.*.mlp.up": [("transformer.h.*.mlp.c_fc", "blk.*.ffn_up")],
-    "blocks.*.mlp.down": [("transformer.h.*.mlp.c_proj", "blk.*.ffn_down")],
-    "norm": [("transformer.ln_f", "output_norm")],
-    "head": [("lm_head", "output")],
-}
+# Our module, its name in transformers as Llama's and as GPT-2's, and its name in llama.cpp; `*` is the number of a block.
+# A module with several rows is split: each row holds some of the rows of its weight.
+MODULES = [
+    ("embedding", "model.embed_tokens", "transformer.wte", "token_embd"),
+    ("positions", "", "transformer.wpe", "position_embd"),
+    ("blocks.*.attention_norm", "model.layers.*.input_layernorm", "transformer.h.*.ln_1", "blk.*.attn_norm"),
+    ("blocks.*.attention.qkv", "", "transformer.h.*.attn.c_attn", "blk.*.attn_qkv"),
+    ("blocks.*.attention.qkv", "model.layers.*.self_attn.q_proj", "", "blk.*.attn_q"),
+    ("blocks.*.attention.qkv", "model.layers.*.self_attn.k_proj", "", "blk.*.attn_k"),
+    ("blocks.*.attention.qkv", "model.layers.*.self_attn.v_proj", "", "blk.*.attn_v"),
+    ("blocks.*.attention.q_norm", "model.layers.*.self_attn.q_norm", "", "blk.*.attn_q_norm"),
+    ("blocks.*.attention.k_norm", "model.layers.*.self_attn.k_norm", "", "blk.*.attn_k_norm"),
+    (
+        "blocks.*.attention.output",
+        "model.layers.*.self_attn.o_proj",
+        "transformer.h.*.attn.c_proj",
+        "blk.*.attn_output",
+    ),
+    ("blocks.*.mlp_norm", "model.layers.*.post_attention_layernorm", "transformer.h.*.ln_2", "blk.*.ffn_norm"),
+    ("blocks.*.mlp.up", "model.layers.*.mlp.gate_proj", "", "blk.*.ffn_gate"),
+    ("blocks.*.mlp.up", "model.layers.*.mlp.up_proj", "transformer.h.*.mlp.c_fc", "blk.*.ffn_up"),
+    ("blocks.*.mlp.down", "model.layers.*.mlp.down_proj", "transformer.h.*.mlp.c_proj", "blk.*.ffn_down"),
+    ("norm", "model.norm", "transformer.ln_f", "output_norm"),
+    ("head", "lm_head", "lm_head", "output"),
+]
 
 
 class Architecture(NamedTuple):
@@ -58,11 +47,8 @@ class Architecture(NamedTuple):
     model_type: str  # its name in transformers
     class_name: str  # the class of its language model in transformers
     gguf_name: str  # its name in llama.cpp
-    sliding_window: (
-        bool  # whether transformers attends to the last `block_size` tokens of a longer text, as lmlight does
-    )
+    sliding_window: bool  # beyond `block_size` tokens, transformers attends to the last ones, as lmlight does
     options: dict[str, list[Any]]  # the `Transformer` options that it prescribes, with the allowed values
-    modules: ModuleNames
 
 
 _LLAMA: dict[str, list[Any]] = {"norm": ["rmsnorm"], "positions": ["rotary"], "qk_norm": [False], "mlp": ["swiglu"]}
@@ -70,11 +56,11 @@ _GPT2: dict[str, list[Any]] = {"norm": ["layernorm"], "positions": ["learned"], 
 # ReLU² in Qwen3 is a gated ReLU with equal gate and value: relu(h) h = relu(h)².
 _QWEN3 = _LLAMA | {"qk_norm": [True], "mlp": ["relu2", "swiglu"], "bias": [False]}
 ARCHITECTURES = [
-    Architecture("qwen3", "Qwen3ForCausalLM", "qwen3", True, _QWEN3, LLAMA_MODULES),
+    Architecture("qwen3", "Qwen3ForCausalLM", "qwen3", True, _QWEN3),
     # Mistral is Llama with a sliding window and without biases.
-    Architecture("mistral", "MistralForCausalLM", "llama", True, _LLAMA | {"bias": [False]}, LLAMA_MODULES),
-    Architecture("llama", "LlamaForCausalLM", "llama", False, _LLAMA | {"bias": [True]}, LLAMA_MODULES),
-    Architecture("gpt2", "GPT2LMHeadModel", "gpt2", False, _GPT2 | {"n_kv_head": [None]}, GPT2_MODULES),
+    Architecture("mistral", "MistralForCausalLM", "llama", True, _LLAMA | {"bias": [False]}),
+    Architecture("llama", "LlamaForCausalLM", "llama", False, _LLAMA | {"bias": [True]}),
+    Architecture("gpt2", "GPT2LMHeadModel", "gpt2", False, _GPT2 | {"n_kv_head": [None]}),
 ]
 
 
@@ -110,12 +96,12 @@ def _yaml(value: Any) -> str:
     return "null" if value is None else str(value).lower()
 
 
-def weight_names(modules: ModuleNames, name: str) -> list[tuple[str, str]]:
+def weight_names(name: str, gpt2: bool = False) -> list[tuple[str, str]]:
     """The names in transformers and llama.cpp of the tensors that make up the parameter `name` of a `Transformer`."""
     module, _, kind = name.rpartition(".")
-    block = re.sub(r"\D", "", module)
-    names = modules[re.sub(r"\d+", "*", module)]
-    return [(f"{hf}.{kind}".replace("*", block), f"{gguf}.{kind}".replace("*", block)) for hf, gguf in names]
+    block, module = re.sub(r"\D", "", module), re.sub(r"\d+", "*", module)
+    found = [(gpt2_name if gpt2 else llama, gguf) for ours, llama, gpt2_name, gguf in MODULES if ours == module]
+    return [(f"{hf}.{kind}".replace("*", block), f"{gguf}.{kind}".replace("*", block)) for hf, gguf in found if hf]
 
 
 def named_weights(net: Transformer) -> Iterator[tuple[str, str, Tensor]]:
@@ -126,15 +112,16 @@ def named_weights(net: Transformer) -> Iterator[tuple[str, str, Tensor]]:
     Raises:
         UnsupportedArchitecture: see `match_architecture`.
     """
-    modules, kv_size = match_architecture(net).modules, net.n_kv_head * net.head_size
+    is_gpt2 = match_architecture(net).model_type == "gpt2"
+    kv_size = net.n_kv_head * net.head_size
     for name, value in net.state_dict().items():
-        names, parts = weight_names(modules, name), [value]
+        names, parts = weight_names(name, is_gpt2), [value]
         if len(names) == 3:
             parts = list(value.split([net.config["n_embd"], kv_size, kv_size]))
         elif len(names) == 2:
             parts = list(value.chunk(2)) if net.config["mlp"] == "swiglu" else [value, value]
         for (hf, gguf), part in zip(names, parts, strict=True):
             yield hf, gguf, part
-        if modules is GPT2_MODULES and not net.config["bias"] and name.startswith(("blocks", "norm")):
+        if is_gpt2 and not net.config["bias"] and name.startswith(("blocks", "norm")):
             hf, gguf = (one.removesuffix("weight") + "bias" for one in names[0])
             yield hf, gguf, value.new_zeros(value.size(0))

@@ -11,7 +11,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from torch import Tensor
 
@@ -23,20 +23,16 @@ from lmlight.export.tokenizer import NORMAL, Piece, Vocabulary
 from lmlight.models import Transformer
 from lmlight.models.attention import NORM_EPS, ROPE_BASE
 
-Precision = Literal["f32", "f16", "q8_0"]
 # k of the module docstring. A power of two, so scaling is exact; its root is shared by the matrices after the gate, which
 # keeps all of them in float16's range.
 SHARPNESS, ROOT = 4096.0, 64.0
 
 
-def write(model: Model, path: Path, precision: Precision = "f32") -> None:
+def write(model: Model, path: Path, precision: str = "f32") -> None:
     """Writes a `.gguf` file.
 
-    Args:
-        model: the model to export.
-        path: the file.
-        precision: of the matrices; everything else is float32. With q8_0, matrices whose rows are not a multiple of 32
-            long are float16.
+    `precision` (f32, f16 or q8_0) is that of the matrices; everything else is float32. With q8_0, matrices whose rows are
+    not a multiple of 32 long are float16.
 
     Raises:
         UserError: llama.cpp has no such network or tokenizer; gguf is not installed.

@@ -101,7 +101,7 @@ def write_onnx(model: Model, path: Path) -> None:
     Raises:
         UserError: onnx or onnxscript is not installed.
     """
-    require_extra("onnx", "onnx", "onnxscript")
+    *_, passes = require_extra("onnx", "onnx", "onnxscript", "onnx_ir.passes.common")
     net = model.net.float()
     batch, time, past = Dim("batch"), Dim("time", max=net.block_size), Dim("past", max=net.block_size)
     graph: nn.Module = net
@@ -126,18 +126,9 @@ def write_onnx(model: Model, path: Path) -> None:
             verbose=False,
         )
     assert program is not None
-    proto: Any = program.model_proto
-    graph_proto = proto.graph
-    entries = [graph_proto, *graph_proto.node, *graph_proto.value_info, *graph_proto.initializer]
-    entries += [*graph_proto.input, *graph_proto.output]
-    for function in proto.functions:
-        entries += [function, *function.node, *function.value_info]
-    for entry in entries:  # the exporter records local paths of source files
-        del entry.metadata_props[:]
-        entry.doc_string = ""
-    for name, value in metadata(model).items():
-        proto.metadata_props.add(key=name, value=value)
-    path.write_bytes(proto.SerializeToString())
+    passes.ClearMetadataAndDocStringPass()(program.model)  # local paths of source files
+    program.model.metadata_props.update(metadata(model))
+    path.write_bytes(program.model_proto.SerializeToString())
 
 
 def write_torch(model: Model, path: Path) -> None:

@@ -154,13 +154,9 @@ def model_card(model: Model, licence: str) -> str:
     held_out = f"the last {100 * data.get('val_fraction', 0.1):.3g}% of the text, which was not used for training"
     if data.get("val_corpus"):
         held_out = f"a separate text, {Path(str(data['val_corpus'])).name}"
-    labels = {
-        "val/nats_per_char": "nats per character",
-        "val/bpc": "bits per character",
-        "val/perplexity": "perplexity per token",
-    }
-    rows = [f"| {label} | {model.metrics[tag]:.4f} |" for tag, label in labels.items() if tag in model.metrics]
-    results = "\n".join([f"On {held_out}:", "", "| | |", "|---|---|", *rows]) if rows else "Not evaluated."
+    units = {"nats_per_char": "nats per character", "bpc": "bits per character", "perplexity": "perplexity per token"}
+    metrics = {unit: model.metrics.get(f"val/{name}") for name, unit in units.items()}
+    results = ", ".join(f"{value:.4f} {unit}" for unit, value in metrics.items() if value is not None)
     return f"""---
 library_name: transformers
 pipeline_tag: text-generation
@@ -172,16 +168,12 @@ tags:
 # A small language model of {corpus}
 
 {model.net.num_parameters:,} parameters (`{match_architecture(model.net).model_type}`), trained with lmlight \
-{lmlight.__version__} for {model.step:,} steps on {corpus}, with a context of {model.net.block_size} tokens. The licence of \
-the weights is {licence}.
+{lmlight.__version__} for {model.step:,} steps on {corpus}, with a context of {model.net.block_size} tokens. \
+{f"On {held_out}: {results}." if results else "Not evaluated."} The licence of the weights is {licence}.
 
 ```python
 from transformers import pipeline
 
 print(pipeline("text-generation", ".")("ROMEO:")[0]["generated_text"])
 ```
-
-## Evaluation
-
-{results}
 """

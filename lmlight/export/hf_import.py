@@ -19,7 +19,7 @@ from torch import Tensor
 
 from lmlight.data.tokenizer import SentencePieceTokenizer
 from lmlight.errors import UserError
-from lmlight.export.architectures import LLAMA_MODULES, weight_names
+from lmlight.export.architectures import weight_names
 from lmlight.export.model import Model, require_extra
 from lmlight.export.tokenizer import parse_model
 from lmlight.models import Transformer
@@ -148,7 +148,7 @@ def _state(net: Transformer, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     state: dict[str, Tensor] = {}
     unused = {name for name in tensors if not name.endswith("rotary_emb.inv_freq")}
     for name, parameter in net.state_dict().items():
-        names = [hf for hf, _ in weight_names(LLAMA_MODULES, name)]
+        names = [hf for hf, _ in weight_names(name)]
         unused -= {*names}
         if name == "head.weight" and net.config["tie"]:
             state[name] = state["embedding.weight"]

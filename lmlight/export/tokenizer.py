@@ -36,13 +36,7 @@ class Piece(NamedTuple):
 
 
 class Vocabulary:
-    """The pieces of a SentencePiece model.
-
-    Attributes:
-        pieces: by id.
-        unknown_id: the id of `<unk>`.
-        unknown_score: what a unigram segmentation pays for a character that no piece matches.
-        unseen_ascii: the ASCII characters that no piece matches, by the ids of their byte pieces.
+    """The pieces of a SentencePiece model, by id.
 
     Raises:
         UserError: the tokenizer is lossy.
@@ -58,9 +52,11 @@ class Vocabulary:
         self.is_unigram = proto.trainer_spec.model_type == 1
         self.pieces = [Piece(piece.piece, piece.score, piece.type) for piece in proto.pieces]
         self.unknown_id = next(index for index, piece in enumerate(self.pieces) if piece.type == UNKNOWN)
+        # what a unigram segmentation pays for a character that no piece matches
         self.unknown_score = min(piece.score for piece in self.pieces if piece.type == NORMAL) - UNKNOWN_PENALTY
         texts = {piece.text for piece in self.pieces}
         bytes_ = {i: chr(int(piece.piece[3:5], 16)) for i, piece in enumerate(self.pieces) if piece.type == BYTE}
+        # the ASCII characters that no piece matches, by the ids of their byte pieces
         self.unseen_ascii = {i: char for i, char in bytes_.items() if char.isascii() and char not in texts}
 
 
@@ -91,17 +87,9 @@ def tokenizer_json(tokenizer: Tokenizer) -> dict[str, Any]:
         model = _unigram(vocabulary) if vocabulary.is_unigram else _bpe(vocabulary)
     special = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
     eos = [] if tokenizer.eos_id is None else [{"id": tokenizer.eos_id, "content": END_OF_TEXT, **special}]
-    return {
-        "version": "1.0",
-        "truncation": None,
-        "padding": None,
-        "added_tokens": eos,
-        "normalizer": None,
-        "pre_tokenizer": None,
-        "post_processor": None,
-        "decoder": {"type": "Sequence", "decoders": decoders},
-        "model": model,
-    }
+    decoder = {"type": "Sequence", "decoders": decoders}
+    unused = dict.fromkeys(("truncation", "padding", "normalizer", "pre_tokenizer", "post_processor"))
+    return {"version": "1.0", "added_tokens": eos, **unused, "decoder": decoder, "model": model}
 
 
 def _unigram(vocabulary: Vocabulary) -> dict[str, Any]:
@@ -128,13 +116,8 @@ def _bpe(vocabulary: Vocabulary) -> dict[str, Any]:
     cuts = ((text[:at], text[at:]) for text in ranked for at in range(1, len(text)))  # best first
     return {
         "type": "BPE",
-        "dropout": None,
         "unk_token": pieces[vocabulary.unknown_id].piece,
-        "continuing_subword_prefix": None,
-        "end_of_word_suffix": None,
-        "fuse_unk": False,
         "byte_fallback": True,
-        "ignore_merges": False,
         "vocab": {piece.text: index for index, piece in enumerate(pieces)},
         "merges": [[left, right] for left, right in cuts if left in known and right in known],
     }
