@@ -81,8 +81,8 @@ export class Model {
       const { logits, present } = await this.session.run(past ? { ids: input, past } : { ids: input });
       const id = sample(logits.data.subarray(-logits.dims[2]), temperature, random);
       if (id === eos_id) return;
-      [past, newIds] = [present, [id]];
       ids.push(id);
+      [past, newIds] = [present, present ? [id] : ids.slice(-block_size)];
       generated.push(id);
       yield generated;
     }
