@@ -258,7 +258,7 @@ def peers(path: Path, megabytes: int, rounds: int) -> None:
     }
     from tokenizers import Tokenizer
 
-    from lmlight.export.hf_tokenizer import tokenizer_json
+    from lmlight.export.tokenizer import tokenizer_json
 
     exported = json.dumps(tokenizer_json(tokenizer))
     other = Tokenizer.from_str(exported)

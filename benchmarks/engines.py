@@ -163,7 +163,7 @@ def page(file: Path) -> Iterator[Run]:
     options.binary_location = shutil.which("chromium") or ""
     for flag in ("headless=new", "no-sandbox", "disable-gpu", "disable-background-networking", "disable-sync"):
         options.add_argument(f"--{flag}")
-    for name in ("index.html", "page.js", "verse.js", "node_modules"):
+    for name in ("index.html", "page.js", "model.js", "node_modules"):
         (file.parent / name).symlink_to(PAGE / name)
 
     class Quiet(http.server.SimpleHTTPRequestHandler):
@@ -177,11 +177,11 @@ def page(file: Path) -> Iterator[Run]:
             threading.Thread(target=server.serve_forever, daemon=True).start()
             driver.get(f"http://127.0.0.1:{server.server_port}/index.html?model=none")
             code = """const [name, prompt, count, done] = arguments;
-                import(new URL("verse.js", location)).then(async ({ Model }) => {
+                import(new URL("model.js", location)).then(async ({ Model }) => {
                   globalThis.model ??= await Model.open(new Uint8Array(await (await fetch(name)).arrayBuffer()));
                   const began = performance.now();
                   let written;
-                  for await (const ids of model.write(prompt, count, 0, 0)) written = ids;
+                  for await (const ids of model.generate(prompt, count, 0, 0)) written = ids;
                   return [(performance.now() - began) / 1000, written];
                 }).then(done);"""
             yield lambda prompt, new: driver.execute_async_script(code, file.name, PROMPT, new)
@@ -213,7 +213,7 @@ def export(checkpoint: Path, folder: Path) -> dict[str, Path]:
         "torch": ["torch"],
         **{f"gguf {kind}": ["gguf", "--precision", kind] for kind in ("f32", "f16", "q8_0")},
     }.items():
-        target = folder / {"hf": "hf", "torch": "verse.pt2"}.get(name, "verse-" + name.replace(" ", "."))
+        target = folder / {"hf": "hf", "torch": "model.pt2"}.get(name, "model-" + name.replace(" ", "."))
         with contextlib.redirect_stdout(io.StringIO()):
             command.export([*words, str(checkpoint), str(target)])
         paths[name] = target

@@ -1,5 +1,5 @@
-"""What the tests of exports share: small nets and checkpoints of them, hostile texts, the shipped configs in small, and
-what docs/export.md tells its reader to type. Needs no extra."""
+"""Shared by the export tests: small networks and checkpoints, hostile texts, scaled-down shipped configs, and the code in
+docs/export.md. Needs no extra."""
 
 import re
 from pathlib import Path
@@ -14,15 +14,13 @@ from lmlight.models import GPT2, LLAMA, NETS, Transformer
 ROOT = Path(__file__).parents[1]
 BLOCK = 32
 SIZES = {"n_layer": 2, "n_head": 4, "n_embd": 32}
-LAYERNORM = {"norm": "layernorm", "qk_norm": False}
-ONE_OF_EACH = {  # by the architecture that transformers has for it
+OPTIONS = {  # by model_type
     "qwen3": {},
-    "mistral": LLAMA,
+    "qwen3, SwiGLU": {**LLAMA, "qk_norm": True, "tie": True},
+    "mistral": {**LLAMA, "n_kv_head": 2},
     "llama": {**LLAMA, "bias": True, "n_kv_head": 2},
-    "arcee": {"qk_norm": False, "mlp": "gelu", "tie": True},
-    "starcoder2": {**LAYERNORM, "mlp": "relu2"},
-    "stablelm": {**LAYERNORM, "mlp": "swiglu"},
     "gpt2": GPT2,
+    "gpt2, no bias": {**GPT2, "bias": False, "tie": False},
 }
 HOSTILE = [
     "",
@@ -44,7 +42,7 @@ def make(tokenizer, options, block_size=BLOCK):
 
 
 def stirred(kind, *sizes, **options):
-    """A net whose weights are moved away from their initial zeros and ones, where much goes unnoticed."""
+    """A network with noise added to its weights: initial zeros and ones would hide mistakes."""
     torch.manual_seed(0)
     net = kind(*sizes, **options)
     for name, parameter in net.named_parameters():
@@ -65,7 +63,7 @@ def save(path, net, tokenizer, **more):
 
 
 def shipped(kind):
-    """The configs that come with lmlight, by name, whose net is of this class; they need not name it."""
+    """The names of the shipped configs whose network is of this class."""
     default = {"class_path": "Transformer"}
     return [
         path.name
@@ -75,7 +73,7 @@ def shipped(kind):
 
 
 def in_small(name, text, block_size=BLOCK):
-    """A shipped config's net and tokenizer: its own options, but few and narrow layers, and a small vocabulary of a text."""
+    """A shipped config's network and tokenizer with fewer and narrower layers and a small vocabulary."""
     config = yaml.safe_load((ROOT / "configs" / name).read_text("utf-8"))
     tokenizer = TokenizerConfig(**{**config.get("data", {}).get("tokenizer", {}), "vocab_size": 400}).train(text)
     net = config.get("model", {}).get("net", {"class_path": "Transformer"})
@@ -86,7 +84,7 @@ def in_small(name, text, block_size=BLOCK):
 
 
 def documented(word):
-    """The first block of Python in docs/export.md that has this word."""
+    """The first block of Python in docs/export.md that contains this word."""
     page = (ROOT / "docs" / "export.md").read_text("utf-8")
     return next(
         block for block in re.findall(r"^```python\n(.*?)^```$", page, re.MULTILINE | re.DOTALL) if word in block

@@ -1,4 +1,4 @@
-"""The page of examples/browser in a real browser, from a server that knows nothing but files: `pytest -m browser`.
+"""examples/browser in a real browser, from a static file server: `pytest -m browser`.
 
 Needs `pip install -e '.[test,engines,browser]'`, `npm install --prefix examples/browser` and Chromium with its driver.
 """
@@ -39,7 +39,7 @@ def tokenizers(verse):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """The page's folder, with room for models."""
+    """A copy of the page's folder for models."""
     if not (PAGE / "node_modules" / "onnxruntime-web").is_dir():
         pytest.skip("needs onnxruntime-web: npm install --prefix examples/browser")
     folder = tmp_path_factory.mktemp("page")
@@ -63,14 +63,13 @@ def export(folder, name, net, tokenizer):
 
 
 def status(browser, *beginnings, seconds=30):
-    """What the page says once it is one of these."""
+    """Waits until the status line starts with one of `beginnings`, and returns it."""
     end = time.monotonic() + seconds
-    while not (said := browser.execute_script("return document.getElementById('status').textContent")).startswith(
-        beginnings
-    ):
-        assert time.monotonic() < end, f"still: {said}"
+    script = "return document.getElementById('status').textContent"
+    while not (text := browser.execute_script(script)).startswith(beginnings):
+        assert time.monotonic() < end, f"still: {text}"
         time.sleep(0.02)
-    return said
+    return text
 
 
 def opened(browser, site, name):
@@ -78,22 +77,22 @@ def opened(browser, site, name):
     assert status(browser, f"{name}.onnx is open", f"{name}.onnx:") == f"{name}.onnx is open."
 
 
-def written(browser, **fields):
-    """Fills in the page's fields, presses its button, and gives what it writes behind the prompt."""
+def generated(browser, **fields):
+    """Fills in the page's fields, clicks Generate, and returns the text after the prompt."""
     for name, value in fields.items():
         browser.execute_script("document.getElementById(arguments[0]).value = arguments[1]", name, value)
-    browser.execute_script("document.getElementById('status').textContent = 'Writing'")
-    browser.find_element("id", "write").click()
+    browser.execute_script("document.getElementById('status').textContent = 'Generating'")
+    browser.find_element("id", "generate").click()
     assert status(browser, "Done", "the model does not").startswith("Done: ")
-    shown = browser.execute_script("return document.getElementById('verse').textContent")
+    shown = browser.execute_script("return document.getElementById('text').textContent")
     assert shown.startswith(fields["prompt"])
     return shown.removeprefix(fields["prompt"])
 
 
 def from_module(browser, body, *arguments):
-    """What a function's body returns that has verse.js as `verse` and the arguments as `given`."""
+    """Runs the body of a function with model.js as `lmlight` and the arguments as `given`, and returns its result."""
     code = f"""const [given, done] = [[...arguments].slice(0, -1), arguments[arguments.length - 1]];
-        import(new URL("verse.js", location)).then(async (verse) => {{ {body} }})
+        import(new URL("model.js", location)).then(async (lmlight) => {{ {body} }})
         .then(done, (error) => done("Error: " + error.message));"""
     return browser.execute_async_script(code, *arguments)
 
@@ -107,7 +106,7 @@ NETS = {
 
 
 @pytest.mark.parametrize("name", NETS)
-def test_greedy_text_is_ours_and_goes_on_beyond_the_block(name, tokenizers, folder, site, browser):
+def test_greedy_text_is_the_same_beyond_block_size(name, tokenizers, folder, site, browser):
     kind, options = NETS[name]
     tokenizer = tokenizers[kind]
     net = Bigram(tokenizer.vocab_size, BLOCK) if options is None else make(tokenizer, options, BLOCK)
@@ -117,13 +116,13 @@ def test_greedy_text_is_ours_and_goes_on_beyond_the_block(name, tokenizers, fold
     for prompt in ("MIRA:\n  river", "", "a much longer prompt than the block of this small net has room for, by far "):
         (stream,) = start_streams(tokenizer, [prompt], sampling)
         ours = "".join(piece for _, piece in generate_text(net, [stream], sampling))
-        theirs = written(browser, prompt=prompt, temperature=0, tokens=4 * BLOCK)
-        # how many U+FFFD stand for bytes that are no character is each decoder's own affair
+        theirs = generated(browser, prompt=prompt, temperature=0, tokens=4 * BLOCK)
+        # decoders differ in the number of U+FFFD for invalid bytes
         assert re.sub("\ufffd+", "\ufffd", theirs) == re.sub("\ufffd+", "\ufffd", ours)
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_ids_are_ours_for_any_text(kind, tokenizers, verse, folder, site, browser):
+def test_ids_are_the_same_for_any_text(kind, tokenizers, verse, folder, site, browser):
     tokenizer = tokenizers[kind]
     export(folder, kind, Bigram(tokenizer.vocab_size, BLOCK), tokenizer)
     browser.get(f"{site}/index.html?model=none")
@@ -133,7 +132,7 @@ def test_ids_are_ours_for_any_text(kind, tokenizers, verse, folder, site, browse
     found = from_module(
         browser,
         """const file = await (await fetch(given[0])).arrayBuffer();
-        const model = await verse.Model.open(new Uint8Array(file));
+        const model = await lmlight.Model.open(new Uint8Array(file));
         return given[1].map((text) => {
           try { const ids = model.encode(text); return [ids, model.decode(ids)]; } catch (error) { return error.message; }
         });""",
@@ -150,19 +149,19 @@ def test_ids_are_ours_for_any_text(kind, tokenizers, verse, folder, site, browse
     assert (refused > 100) == (kind == "char")
 
 
-def test_seeds_repeat_and_temperature_is_heard(tokenizers, folder, site, browser):
+def test_seed_and_temperature_are_used(tokenizers, folder, site, browser):
     export(folder, "sampled", make(tokenizers["unigram"], {}, BLOCK), tokenizers["unigram"])
     opened(browser, site, "sampled")
     one, again, other, colder = (
-        written(browser, prompt="MIRA:", tokens=20, seed=seed, temperature=temperature)
+        generated(browser, prompt="MIRA:", tokens=20, seed=seed, temperature=temperature)
         for seed, temperature in ((1, 1), (1, 1), (2, 1), (1, 0.01))
     )
     assert one == again
     assert len({one, other, colder}) == 3
     counts = from_module(
         browser,
-        """const random = verse.randomNumbers(7), counts = [0, 0, 0, 0];
-        for (let n = 0; n < 20000; n++) counts[verse.sample(new Float32Array([0, 2, -99, 1]), 2, random)]++;
+        """const random = lmlight.randomNumbers(7), counts = [0, 0, 0, 0];
+        for (let n = 0; n < 20000; n++) counts[lmlight.sample(new Float32Array([0, 2, -99, 1]), 2, random)]++;
         return counts;""",
     )
     weights = [1, 2.718282, 0, 1.648721]  # exp(logit / 2)
@@ -170,7 +169,7 @@ def test_seeds_repeat_and_temperature_is_heard(tokenizers, folder, site, browser
     assert [n / 20000 for n in counts] == pytest.approx([w / sum(weights) for w in weights], abs=0.015)
 
 
-def test_a_text_ends_where_a_document_does(folder, site, browser):
+def test_end_of_text_ends_the_text(folder, site, browser):
     tokenizer = CharTokenizer("abc", add_eos=True)
     net = Bigram(tokenizer.vocab_size, BLOCK)
     net.table.weight.data.zero_()
@@ -178,30 +177,30 @@ def test_a_text_ends_where_a_document_does(folder, site, browser):
         net.table.weight.data[index, follows] = 9.0
     export(folder, "document", net, tokenizer)
     opened(browser, site, "document")
-    assert written(browser, prompt="", temperature=0, tokens=50) == "abc"
+    assert generated(browser, prompt="", temperature=0, tokens=50) == "abc"
 
 
-def test_what_cannot_be_opened_is_said(tokenizers, verse, folder, site, browser):
+def test_the_status_line_names_files_that_cannot_be_opened(tokenizers, verse, folder, site, browser):
     browser.get(f"{site}/index.html?model=nowhere.onnx")
     status(browser, "There is no nowhere.onnx beside this page: choose a file")
     (folder / "text.onnx").write_text(verse)
     browser.find_element("id", "file").send_keys(str(folder / "text.onnx"))
-    status(browser, "text.onnx: this is no file of lmlight export onnx")
+    status(browser, "text.onnx: not a file of lmlight export onnx")
     lossy = TokenizerConfig("unigram", 200, lossless=False).train(verse)
     export(folder, "lossy", Bigram(lossy.vocab_size, BLOCK), lossy)
     browser.find_element("id", "file").send_keys(str(folder / "lossy.onnx"))
-    status(browser, "lossy.onnx: this model's tokenizer is lossy")
-    assert not browser.find_element("id", "write").is_enabled()
+    status(browser, "lossy.onnx: the model's tokenizer is lossy")
+    assert not browser.find_element("id", "generate").is_enabled()
     char = tokenizers["char"]
     export(folder, "file", Bigram(char.vocab_size, BLOCK), char)
     browser.find_element("id", "file").send_keys(str(folder / "file.onnx"))
     status(browser, "file.onnx is open")
     browser.execute_script("document.getElementById('prompt').value = '日'")
-    browser.find_element("id", "write").click()
+    browser.find_element("id", "generate").click()
     status(browser, "the model does not know '日'")
 
 
-def test_nothing_is_fetched_from_elsewhere(tokenizers, folder, site, browser):
+def test_the_page_loads_from_its_own_server_only(tokenizers, folder, site, browser):
     export(folder, "here", Bigram(tokenizers["char"].vocab_size, BLOCK), tokenizers["char"])
     opened(browser, site, "here")
     names = browser.execute_script("return performance.getEntriesByType('resource').map((entry) => entry.name)")

@@ -203,7 +203,7 @@ def crlf(tmp_path):
     tokenizer, net = CharTokenizer("\n\ra"), Bigram(3, 8)
     net.table.weight.data = 9 * torch.eye(3)[[2, 0, 1]]  # what follows LF, CR, `a`
     model = Model(net, tokenizer, {"temperature": 0.0, "max_new_tokens": 7}, {}, {}, 0)
-    checkpoint.write(model.content(), tmp_path / "crlf.ckpt")
+    checkpoint.write(model.to_checkpoint(), tmp_path / "crlf.ckpt")
     return tmp_path / "crlf.ckpt"
 
 

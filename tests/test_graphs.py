@@ -1,4 +1,4 @@
-"""Nets as graphs for torch alone and for onnxruntime: the same logits at any size, and nothing of this machine in them."""
+"""ONNX and torch.export: the same logits at any size, and no local paths in the files."""
 
 import json
 import subprocess
@@ -12,7 +12,7 @@ from exporting import documented, in_small, make, save, shipped
 from lmlight import checkpoint
 from lmlight.__main__ import main
 from lmlight.data.tokenizer import CharTokenizer, TokenizerConfig
-from lmlight.export.graph import labels
+from lmlight.export.graph import metadata
 from lmlight.export.model import Model
 from lmlight.generation import Sampling, generate
 from lmlight.models import GPT2, LLAMA, Bigram, Transformer
@@ -22,7 +22,7 @@ NETS = {
     "default": {},
     "gpt2": GPT2,
     "llama": {**LLAMA, "n_kv_head": 2},
-    "none-has-it": {
+    "unusual": {
         "positions": "learned",
         "norm": "rmsnorm",
         "mlp": "swiglu",
@@ -46,9 +46,9 @@ def build(name, tokenizer, block_size=BLOCK):
 
 
 @pytest.mark.filterwarnings("ignore:vocab_size")
-@pytest.mark.parametrize("name", ["default", "none-has-it", "bigram"])
-def test_torch_alone_gives_the_same_logits(name, tokenizer, tmp_path):
-    net = build(name, tokenizer, 300)  # positions: beyond 256 our attention takes another path
+@pytest.mark.parametrize("name", ["default", "unusual", "bigram"])
+def test_torch_without_lmlight_gives_the_same_logits(name, tokenizer, tmp_path):
+    net = build(name, tokenizer, 300)  # beyond 256 positions, our attention takes another path
     assert main(["export", "torch", save(tmp_path / "x.ckpt", net, tokenizer), "x.pt2"]) == 0
     code = """if True:
         import sys
@@ -67,35 +67,35 @@ def test_torch_alone_gives_the_same_logits(name, tokenizer, tmp_path):
     with torch.no_grad():
         for one, logits in zip(ids, torch.load("logits.pt")):
             torch.testing.assert_close(logits, net(one), atol=1e-4, rtol=0)
-    assert is_free_of_us(tmp_path / "x.pt2")
+    assert has_no_source_paths(tmp_path / "x.pt2")
 
 
-def is_free_of_us(path):
-    """Whether a file says nothing of where our code lies."""
+def has_no_source_paths(path):
+    """Whether a file does not name the source files that made it."""
     data = path.read_bytes()
     return not any(word in data for word in (b"transformer.py", b"graph.py", b"site-packages"))
 
 
 @pytest.mark.filterwarnings("ignore:vocab_size")
 @pytest.mark.parametrize("name", [*NETS, "bigram"])
-def test_onnxruntime_gives_the_same_logits_whole_and_in_steps(name, tokenizer, tmp_path, capfd):
-    runs_in_onnxruntime(build(name, tokenizer), tokenizer, tmp_path, capfd)
+def test_onnxruntime_gives_the_same_logits_at_once_and_step_by_step(name, tokenizer, tmp_path, capfd):
+    matches_in_onnxruntime(build(name, tokenizer), tokenizer, tmp_path, capfd)
 
 
 @pytest.mark.filterwarnings("ignore:vocab_size")
 @pytest.mark.parametrize("name", [*shipped("Transformer"), *shipped("Bigram")])
-def test_every_shipped_net_runs_in_onnxruntime(name, tmp_path, verse, capfd):
-    runs_in_onnxruntime(*in_small(name, verse, BLOCK), tmp_path, capfd)
+def test_each_shipped_network_matches_in_onnxruntime(name, tmp_path, verse, capfd):
+    matches_in_onnxruntime(*in_small(name, verse, BLOCK), tmp_path, capfd)
 
 
-def runs_in_onnxruntime(net, tokenizer, tmp_path, capfd):
+def matches_in_onnxruntime(net, tokenizer, tmp_path, capfd):
     pytest.importorskip("onnxscript", reason="needs the extra `engines`")
     onnxruntime = pytest.importorskip("onnxruntime", reason="needs the extra `engines`")
     path = save(tmp_path / "x.ckpt", net, tokenizer)
     assert main(["export", "onnx", path, "x.onnx"]) == 0
     assert capfd.readouterr() == ("Wrote x.onnx\n", "")
     assert {entry.name for entry in tmp_path.iterdir()} == {"x.ckpt", "x.onnx"}, "weights included"
-    assert is_free_of_us(tmp_path / "x.onnx")
+    assert has_no_source_paths(tmp_path / "x.onnx")
     session = onnxruntime.InferenceSession("x.onnx", providers=["CPUExecutionProvider"])
     assert session.get_modelmeta().custom_metadata_map["block_size"] == str(BLOCK)
     cached = isinstance(net, Transformer)
@@ -117,7 +117,7 @@ def runs_in_onnxruntime(net, tokenizer, tmp_path, capfd):
             some, past = run(ids[:, first:last], past)
             logits.append(some)
         np.testing.assert_allclose(np.concatenate(logits, 1), net(ids), atol=1e-4)
-    if cached and net.slides:  # beyond the block: the oldest of the past is dropped, and the text is ours
+    if cached and net.slides:  # a sliding window beyond block_size
         written = generate(net, ids[:1, :5], Sampling(max_new_tokens=2 * BLOCK, temperature=0))
         logits, past = run(ids[:1, :5])
         for token in written[0, 5:]:
@@ -129,11 +129,11 @@ def runs_in_onnxruntime(net, tokenizer, tmp_path, capfd):
 @pytest.mark.parametrize(
     ("word", "module", "words"),
     [
-        ("onnxruntime", "onnxruntime", ["onnx", "verse.onnx"]),
-        ("torch.export", "torch", ["torch", "verse.pt2"]),
+        ("onnxruntime", "onnxruntime", ["onnx", "model.onnx"]),
+        ("torch.export", "torch", ["torch", "model.pt2"]),
     ],
 )
-def test_what_the_page_tells_to_type_runs(word, module, words, tokenizer, tmp_path, capsys):
+def test_documented_code_runs(word, module, words, tokenizer, tmp_path, capsys):
     pytest.importorskip(module, reason="needs the extra `engines`")
     net = build("default", tokenizer)
     assert main(["export", words[0], save(tmp_path / "x.ckpt", net, tokenizer), words[1]]) == 0
@@ -149,21 +149,22 @@ def test_what_the_page_tells_to_type_runs(word, module, words, tokenizer, tmp_pa
         assert names["logits"].shape == (1, 3, tokenizer.vocab_size)
 
 
-def test_what_travels_along(tokenizer):
-    about = labels(Model(Bigram(9, BLOCK), CharTokenizer("ab\n", add_eos=True), {}, {}, {}, 0))
+def test_metadata(tokenizer):
+    about = metadata(Model(Bigram(9, BLOCK), CharTokenizer("ab\n", add_eos=True), {}, {}, {}, 0))
     assert {name: json.loads(value) for name, value in about.items() if name != "tokenizer.json"} == {
         "vocab_size": 9,
         "block_size": BLOCK,
-        "start": 3,
-        "end": 3,
-        "slides": True,
+        "bos_id": 3,
+        "eos_id": 3,
+        "supports_sliding_window": True,
     }
-    assert json.loads(about["tokenizer.json"])["added_tokens"] == [], "no text gives the end of a document"
-    about = labels(Model(build("gpt2", tokenizer), tokenizer, {}, {}, {}, 0))
-    assert [json.loads(about[name]) for name in ("start", "end", "slides")] == [*tokenizer.encode("\n"), None, False]
+    assert json.loads(about["tokenizer.json"])["added_tokens"] == [], "end of text is not found in a text"
+    about = metadata(Model(build("gpt2", tokenizer), tokenizer, {}, {}, {}, 0))
+    names = "bos_id", "eos_id", "supports_sliding_window"
+    assert [json.loads(about[name]) for name in names] == [*tokenizer.encode("\n"), None, False]
 
 
-def test_a_failed_export_leaves_nothing(tokenizer, tmp_path, monkeypatch, capsys):
+def test_a_failed_export_leaves_no_files(tokenizer, tmp_path, monkeypatch, capsys):
     path = save(tmp_path / "x.ckpt", build("bigram", tokenizer), tokenizer)
     monkeypatch.setitem(sys.modules, "onnxscript", None)
     assert main(["export", "onnx", path, "x.onnx"]) == 2
@@ -180,7 +181,7 @@ def test_a_failed_export_leaves_nothing(tokenizer, tmp_path, monkeypatch, capsys
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no limits on a process's files")
-def test_a_disk_that_fills_up_is_one_line(tokenizer, tmp_path):
+def test_a_full_disk_is_one_line(tokenizer, tmp_path):
     save(tmp_path / "x.ckpt", build("bigram", tokenizer), tokenizer)
     code = """if True:
         import resource, sys

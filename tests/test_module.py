@@ -489,7 +489,7 @@ def test_a_checkpoint_carries_the_metrics_of_its_own_weights(data, tmp_path):
     trainer = pl.Trainer(max_steps=4, val_check_interval=2, limit_val_batches=2, callbacks=[keeper], **options)
     trainer.fit(model, datamodule=data)
     trainer.save_checkpoint(tmp_path / "end.ckpt")
-    assert Model.read(tmp_path / "step=3.ckpt").figures == {}, "validated one step before"
-    figures = Model.read(tmp_path / "end.ckpt").figures
-    assert figures["val/nats_per_char"] == trainer.callback_metrics["val/nats_per_char"].item()
-    assert {"val/bpc", "val/perplexity"} < figures.keys()
+    assert Model.read(tmp_path / "step=3.ckpt").metrics == {}, "validated one step before"
+    metrics = Model.read(tmp_path / "end.ckpt").metrics
+    assert metrics["val/nats_per_char"] == trainer.callback_metrics["val/nats_per_char"].item()
+    assert {"val/bpc", "val/perplexity"} < metrics.keys()

@@ -1,24 +1,24 @@
-/** The page: its fields, its two buttons, and one line that says what is going on. The model is in verse.js. */
-import { Model } from "./verse.js";
+/** The page: its fields, two buttons and a status line. */
+import { Model } from "./model.js";
 
-const [form, file, prompt, temperature, seed, tokens, write, stop, status, prompted, written] = [
-  "form", "file", "prompt", "temperature", "seed", "tokens", "write", "stop", "status", "prompted", "written",
+const [form, file, prompt, temperature, seed, tokens, generate, stop, status, prompted, generated] = [
+  "form", "file", "prompt", "temperature", "seed", "tokens", "generate", "stop", "status", "prompted", "generated",
 ].map((id) => document.getElementById(id));
 
 let model;
-let wanted = 0; // the text that is wanted: one that finds itself no longer wanted ends
+let current = 0; // the number of the current text: an older one stops
 
 function say(text) {
   status.textContent = text;
 }
 
 async function load(name, bytes) {
-  wanted += 1;
-  write.disabled = true;
+  current += 1;
+  generate.disabled = true;
   say(`Opening ${name} …`);
   try {
     model = await Model.open(new Uint8Array(await bytes));
-    write.disabled = false;
+    generate.disabled = false;
     say(`${name} is open.`);
   } catch (error) {
     say(`${name}: ${error.message}`);
@@ -26,20 +26,21 @@ async function load(name, bytes) {
 }
 
 async function show() {
-  const mine = ++wanted;
+  const mine = ++current;
   const began = performance.now();
   let shown = began;
   stop.disabled = false;
-  written.textContent = "";
+  generated.textContent = "";
   prompted.textContent = prompt.value;
   try {
-    for await (const ids of model.write(prompt.value, tokens.valueAsNumber, temperature.valueAsNumber, seed.valueAsNumber)) {
-      if (mine !== wanted) return;
-      written.textContent = model.decode(ids);
+    const settings = [tokens, temperature, seed].map((field) => field.valueAsNumber);
+    for await (const ids of model.generate(prompt.value, ...settings)) {
+      if (mine !== current) return;
+      generated.textContent = model.decode(ids);
       const now = performance.now();
-      say(`${ids.length} tokens, ${Math.round((1000 * ids.length) / (now - began))} a second`);
+      say(`${ids.length} tokens, ${Math.round((1000 * ids.length) / (now - began))} per second`);
       if (now - shown > 30) {
-        await new Promise((next) => setTimeout(next)); // the page is drawn, and clicks are heard
+        await new Promise((next) => setTimeout(next)); // let the browser draw the page and handle clicks
         shown = performance.now();
       }
     }
@@ -47,7 +48,7 @@ async function show() {
   } catch (error) {
     say(error.message);
   } finally {
-    if (mine === wanted) stop.disabled = true;
+    if (mine === current) stop.disabled = true;
   }
 }
 
@@ -56,15 +57,15 @@ form.addEventListener("submit", (event) => {
   show();
 });
 stop.addEventListener("click", () => {
-  wanted += 1;
+  current += 1;
   stop.disabled = true;
 });
 file.addEventListener("change", () => {
   if (file.files[0]) load(file.files[0].name, file.files[0].arrayBuffer());
 });
 
-// the file that lies beside this page, or where ?model= says
-const name = new URLSearchParams(location.search).get("model") ?? "verse.onnx";
+// the file beside this page, or the one that ?model= names
+const name = new URLSearchParams(location.search).get("model") ?? "model.onnx";
 const answer = await fetch(name);
 if (answer.ok) await load(name, answer.arrayBuffer());
 else say(`There is no ${name} beside this page: choose a file.`);

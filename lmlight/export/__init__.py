@@ -1,4 +1,1 @@
-"""A trained model for other engines, and back: one file a format, each with its own optional dependency.
-
-`lmlight export FORMAT CHECKPOINT TARGET`, `lmlight import FORMAT SOURCE CHECKPOINT`. Free of lightning.
-"""
+"""Trained models for other engines, and back: Hugging Face, GGUF, ONNX and torch.export. Does not import lightning."""

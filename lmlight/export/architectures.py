@@ -1,99 +1,127 @@
-"""Which stock architecture a net is: the one that every engine has code for already.
+"""The architectures that other engines have code for, and what they call a network's weights.
 
-| norm | positions | query/key norm | MLP | architecture |
-|---|---|---|---|---|
-| RMSNorm | rotary | yes | SwiGLU, ReLU² | qwen3; ReLU² is ReLU gated by its own input: relu(h) h = relu(h)² |
-| RMSNorm | rotary | no | SwiGLU | mistral, or llama where linear maps have a bias |
-| RMSNorm | rotary | no | GELU, ReLU² | arcee |
-| LayerNorm | rotary | no | GELU, ReLU² | starcoder2 |
-| LayerNorm | rotary | no | SwiGLU | stablelm |
-| LayerNorm | learned | no | GELU, ReLU² | gpt2 |
-
-Mistral's is Llama's with a window: beyond `block_size` tokens it sees the last `block_size`, as our cache does. So do
-qwen3 and starcoder2; the others see everything, also what lies further back than they were trained for.
+Hugging Face export and import and GGUF export all use these two tables.
 """
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterator
 from typing import Any, NamedTuple
+
+from torch import Tensor
 
 from lmlight.errors import UserError
 from lmlight.models import Net, Transformer
 
-WINDOWED = ("qwen3", "mistral", "starcoder2")
+# Our module, its name in transformers as Llama's and as GPT-2's, and its name in llama.cpp; `*` is the number of a block.
+# A module with several rows is split: each row holds some of the rows of its weight.
+MODULES = [
+    ("embedding", "model.embed_tokens", "transformer.wte", "token_embd"),
+    ("positions", "", "transformer.wpe", "position_embd"),
+    ("blocks.*.attention_norm", "model.layers.*.input_layernorm", "transformer.h.*.ln_1", "blk.*.attn_norm"),
+    ("blocks.*.attention.qkv", "", "transformer.h.*.attn.c_attn", "blk.*.attn_qkv"),
+    ("blocks.*.attention.qkv", "model.layers.*.self_attn.q_proj", "", "blk.*.attn_q"),
+    ("blocks.*.attention.qkv", "model.layers.*.self_attn.k_proj", "", "blk.*.attn_k"),
+    ("blocks.*.attention.qkv", "model.layers.*.self_attn.v_proj", "", "blk.*.attn_v"),
+    ("blocks.*.attention.q_norm", "model.layers.*.self_attn.q_norm", "", "blk.*.attn_q_norm"),
+    ("blocks.*.attention.k_norm", "model.layers.*.self_attn.k_norm", "", "blk.*.attn_k_norm"),
+    (
+        "blocks.*.attention.output",
+        "model.layers.*.self_attn.o_proj",
+        "transformer.h.*.attn.c_proj",
+        "blk.*.attn_output",
+    ),
+    ("blocks.*.mlp_norm", "model.layers.*.post_attention_layernorm", "transformer.h.*.ln_2", "blk.*.ffn_norm"),
+    ("blocks.*.mlp.up", "model.layers.*.mlp.gate_proj", "", "blk.*.ffn_gate"),
+    ("blocks.*.mlp.up", "model.layers.*.mlp.up_proj", "transformer.h.*.mlp.c_fc", "blk.*.ffn_up"),
+    ("blocks.*.mlp.down", "model.layers.*.mlp.down_proj", "transformer.h.*.mlp.c_proj", "blk.*.ffn_down"),
+    ("norm", "model.norm", "transformer.ln_f", "output_norm"),
+    ("head", "lm_head", "lm_head", "output"),
+]
 
 
-class UnsupportedArchitecture(NamedTuple):
-    """Why a net has no stock architecture.
+class Architecture(NamedTuple):
+    """An architecture that both transformers and llama.cpp have code for."""
 
-    Attributes:
-        option: of `Transformer`.
-        fits: the value of it that is nearer to one.
-        why: which combination nobody has.
-    """
-
-    option: str
-    fits: Any
-    why: str
+    model_type: str  # its name in transformers
+    class_name: str  # the class of its language model in transformers
+    gguf_name: str  # its name in llama.cpp
+    sliding_window: bool  # beyond `block_size` tokens, transformers attends to the last ones, as lmlight does
+    options: dict[str, list[Any]]  # the `Transformer` options that it prescribes, with the allowed values
 
 
-def stock(config: dict[str, Any]) -> str | UnsupportedArchitecture:
-    """The architecture of a `Transformer` with these arguments, or what stands in the way."""
-    norm, positions, mlp, qk_norm, bias = (config[k] for k in ("norm", "positions", "mlp", "qk_norm", "bias"))
-    if positions == "learned":
-        if norm != "layernorm":
-            return UnsupportedArchitecture(
-                "norm", "layernorm", "no stock architecture has learned positions with RMSNorm"
-            )
-        if qk_norm:
-            return UnsupportedArchitecture(
-                "qk_norm", False, "no stock architecture has learned positions with query/key norm"
-            )
-        if mlp == "swiglu":
-            return UnsupportedArchitecture("mlp", "gelu", "no stock architecture has learned positions with SwiGLU")
-        if config["n_kv_head"] not in (None, config["n_head"]):
-            return UnsupportedArchitecture(
-                "n_kv_head", None, "no stock architecture has learned positions with grouped heads"
-            )
-        return "gpt2"
-    if norm == "layernorm":
-        if qk_norm:
-            return UnsupportedArchitecture(
-                "qk_norm", False, "no stock architecture has LayerNorm with RMSNorm of queries and keys"
-            )
-        if mlp != "swiglu":
-            return "starcoder2"
-        return (
-            UnsupportedArchitecture("bias", False, "no stock architecture has LayerNorm, SwiGLU and a bias")
-            if bias
-            else "stablelm"
-        )
-    if qk_norm:
-        if mlp == "gelu":
-            return UnsupportedArchitecture("mlp", "relu2", "no stock architecture has query/key norm with GELU")
-        return (
-            UnsupportedArchitecture("bias", False, "no stock architecture has query/key norm with a bias")
-            if bias
-            else "qwen3"
-        )
-    if mlp == "swiglu":
-        return "llama" if bias else "mistral"
-    return "arcee"
+_LLAMA: dict[str, list[Any]] = {"norm": ["rmsnorm"], "positions": ["rotary"], "qk_norm": [False], "mlp": ["swiglu"]}
+_GPT2: dict[str, list[Any]] = {"norm": ["layernorm"], "positions": ["learned"], "qk_norm": [False], "mlp": ["gelu"]}
+# ReLU² in Qwen3 is a gated ReLU with equal gate and value: relu(h) h = relu(h)².
+_QWEN3 = _LLAMA | {"qk_norm": [True], "mlp": ["relu2", "swiglu"], "bias": [False]}
+ARCHITECTURES = [
+    Architecture("qwen3", "Qwen3ForCausalLM", "qwen3", True, _QWEN3),
+    # Mistral is Llama with a sliding window and without biases.
+    Architecture("mistral", "MistralForCausalLM", "llama", True, _LLAMA | {"bias": [False]}),
+    Architecture("llama", "LlamaForCausalLM", "llama", False, _LLAMA | {"bias": [True]}),
+    Architecture("gpt2", "GPT2LMHeadModel", "gpt2", False, _GPT2 | {"n_kv_head": [None]}),
+]
 
 
-def architecture_of(net: Net) -> str:
-    """The stock architecture of a net.
+class UnsupportedArchitecture(UserError):
+    """None of `ARCHITECTURES` computes the same as the network."""
+
+
+def match_architecture(net: Net) -> Architecture:
+    """Returns the architecture that computes the same as `net`.
 
     Raises:
-        UserError: it has none; the message says which option stands in the way, and what would fit.
+        UnsupportedArchitecture: there is none; the message names the nearest one and the options that differ.
     """
     if not isinstance(net, Transformer):
-        raise UserError(f"a {type(net).__name__} has no stock architecture in other engines: export a Transformer")
-    found = stock(net.config)
-    if isinstance(found, UnsupportedArchitecture):
-        value, fits = ("null" if v is None else str(v).lower() for v in (net.config[found.option], found.fits))
-        raise UserError(
-            f"{found.why}: this net has {found.option} {value}, and {fits} would fit; "
-            f"train one with --model.net.{found.option} {fits}"
+        raise UnsupportedArchitecture(f"a {type(net).__name__} cannot be exported to this format: pass a Transformer")
+    options = net.config | {"n_kv_head": None if net.n_kv_head == net.config["n_head"] else net.n_kv_head}
+
+    def differing(architecture: Architecture) -> list[str]:
+        return [name for name, allowed in architecture.options.items() if options[name] not in allowed]
+
+    nearest = min(ARCHITECTURES, key=lambda architecture: len(differing(architecture)))
+    if names := differing(nearest):
+        found = ", ".join(f"{name} {_yaml(options[name])}" for name in names)
+        flags = " ".join(f"--model.net.{name}={_yaml(nearest.options[name][0])}" for name in names)
+        raise UnsupportedArchitecture(
+            f"no supported architecture has {found} with this network's other options; the nearest is "
+            f"{nearest.model_type}: train one with {flags}"
         )
-    return found
+    return nearest
+
+
+def _yaml(value: Any) -> str:
+    return "null" if value is None else str(value).lower()
+
+
+def weight_names(name: str, gpt2: bool = False) -> list[tuple[str, str]]:
+    """The names in transformers and llama.cpp of the tensors that make up the parameter `name` of a `Transformer`."""
+    module, _, kind = name.rpartition(".")
+    block, module = re.sub(r"\D", "", module), re.sub(r"\d+", "*", module)
+    found = [(gpt2_name if gpt2 else llama, gguf) for ours, llama, gpt2_name, gguf in MODULES if ours == module]
+    return [(f"{hf}.{kind}".replace("*", block), f"{gguf}.{kind}".replace("*", block)) for hf, gguf in found if hf]
+
+
+def named_weights(net: Transformer) -> Iterator[tuple[str, str, Tensor]]:
+    """Yields (name in transformers, name in llama.cpp, value) of each weight; values share memory with `net`.
+
+    GPT-2 has biases everywhere: those that `net` lacks are zeros.
+
+    Raises:
+        UnsupportedArchitecture: see `match_architecture`.
+    """
+    is_gpt2 = match_architecture(net).model_type == "gpt2"
+    kv_size = net.n_kv_head * net.head_size
+    for name, value in net.state_dict().items():
+        names, parts = weight_names(name, is_gpt2), [value]
+        if len(names) == 3:
+            parts = list(value.split([net.config["n_embd"], kv_size, kv_size]))
+        elif len(names) == 2:
+            parts = list(value.chunk(2)) if net.config["mlp"] == "swiglu" else [value, value]
+        for (hf, gguf), part in zip(names, parts, strict=True):
+            yield hf, gguf, part
+        if is_gpt2 and not net.config["bias"] and name.startswith(("blocks", "norm")):
+            hf, gguf = (one.removesuffix("weight") + "bias" for one in names[0])
+            yield hf, gguf, value.new_zeros(value.size(0))

@@ -1,20 +1,22 @@
-"""`lmlight export FORMAT CHECKPOINT TARGET`, `lmlight import hf DIR CHECKPOINT`. Do not wait for Lightning."""
+"""`lmlight export FORMAT CHECKPOINT TARGET` and `lmlight import hf DIR CHECKPOINT`."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from lmlight import checkpoint as checkpoints
+from lmlight import files
 from lmlight.command_line import Parser
-from lmlight.export import gguf_file, hf, hf_import, onnx_file, pt2
+from lmlight.errors import UserError
+from lmlight.export import gguf_file, graph, hf, hf_import
 from lmlight.export.model import Model
-from lmlight.export.publish import whole_file, whole_folder
 
 FORMATS = {
     "gguf": ("FILE", "a .gguf file for llama.cpp, Ollama and LM Studio"),
-    "hf": ("DIR", "a folder for Hugging Face's transformers (safetensors)"),
-    "onnx": ("FILE", "an .onnx file for onnxruntime: the forward pass and the cached step"),
+    "hf": ("DIR", "a folder for Hugging Face transformers (safetensors)"),
+    "onnx": ("FILE", "an .onnx file for onnxruntime: forward pass and cached step"),
     "torch": ("FILE", "a .pt2 file for torch without lmlight (torch.export)"),
 }
 
@@ -23,36 +25,35 @@ def export(args: Sequence[str]) -> None:
     """Runs `lmlight export`.
 
     Raises:
-        UserError: no such checkpoint; a model that the format cannot hold; the target is there, or cannot be written.
+        UserError: there is no such checkpoint; the format cannot hold the model; the target cannot be written.
     """
-    parser = Parser("lmlight export", description="Writes a trained model for another engine.")
+    parser = Parser("lmlight export", description="Convert a trained model for another engine.")
     formats = parser.add_subparsers(dest="format", required=True, metavar="FORMAT")
-    for name, (target, what) in FORMATS.items():
-        one = formats.add_parser(name, help=what, description=f"Writes {what}.")
-        one.add_argument("checkpoint", help="a .ckpt file, a run's folder, or `best` or `last`")
-        one.add_argument("target", metavar=target, type=Path, help="what to write")
-        one.add_argument("--force", action="store_true", help="replace what is there")
-        one.add_argument("--runs", default="runs", help="where `best` and `last` are looked for")
+    for name, (target, description) in FORMATS.items():
+        subparser = formats.add_parser(name, help=description, description=f"Write {description}.")
+        subparser.add_argument("checkpoint", help="a .ckpt file, a run's folder, or `best` or `last`")
+        subparser.add_argument("target", metavar=target, type=Path, help="the path to write")
+        subparser.add_argument("--force", action="store_true", help="replace an existing target")
+        subparser.add_argument("--runs", default="runs", help="folder in which to look for `best` and `last`")
         if name == "gguf":
-            one.add_argument("--precision", choices=("f32", "f16", "q8_0"), default="f32", help="of the matrices")
+            precisions = ("f32", "f16", "q8_0")
+            subparser.add_argument("--precision", choices=precisions, default="f32", help="precision of the matrices")
         if name == "hf":
-            one.add_argument(
-                "--licence", default="unknown", help="of the weights, for the model card: mit, cc0-1.0, ..."
+            subparser.add_argument(
+                "--licence", default="unknown", help="licence of the weights, such as mit or cc0-1.0"
             )
     options = parser.parse_args(args)
     source = checkpoints.find(options.checkpoint, options.runs, "best")
-    if options.format == "hf":
-        with whole_folder(options.target, options.force, hf.FILES.__contains__) as folder:
-            hf.write(Model.read(source), folder, options.licence)
-    else:
-        with whole_file(options.target, options.force) as file:
-            model = Model.read(source)
-            if options.format == "gguf":
-                gguf_file.write(model, file, options.precision)
-            elif options.format == "onnx":
-                onnx_file.write(model, file)
-            else:
-                pt2.write(model, file)
+    with _new(options.target, options.force, is_folder=options.format == "hf") as path:
+        model = Model.read(source)
+        if options.format == "hf":
+            hf.write(model, path, options.licence)
+        elif options.format == "gguf":
+            gguf_file.write(model, path, options.precision)
+        elif options.format == "onnx":
+            graph.write_onnx(model, path)
+        else:
+            graph.write_torch(model, path)
     print(f"Wrote {options.target}")
 
 
@@ -60,20 +61,49 @@ def import_(args: Sequence[str]) -> None:
     """Runs `lmlight import`.
 
     Raises:
-        UserError: the folder holds no such model; the checkpoint is there, or cannot be written.
+        UserError: the model cannot be imported; the checkpoint cannot be written.
     """
-    parser = Parser("lmlight import", description="Makes a checkpoint of a model from elsewhere.")
+    parser = Parser("lmlight import", description="Convert a model to a checkpoint.")
     formats = parser.add_subparsers(dest="format", required=True, metavar="FORMAT")
-    what = "a small Llama-shaped folder of Hugging Face's, with a SentencePiece tokenizer"
-    one = formats.add_parser("hf", help=what, description=f"Reads {what}.")
-    one.add_argument("source", metavar="DIR", type=Path, help="what to read")
-    one.add_argument("checkpoint", type=Path, help="the .ckpt file to write")
-    one.add_argument("--force", action="store_true", help="replace what is there")
+    description = "a Hugging Face folder with a small Llama-like model and a SentencePiece tokenizer"
+    subparser = formats.add_parser("hf", help=description, description=f"Read {description}.")
+    subparser.add_argument("source", metavar="DIR", type=Path, help="the folder to read")
+    subparser.add_argument("checkpoint", type=Path, help="the .ckpt file to write")
+    subparser.add_argument("--force", action="store_true", help="replace an existing checkpoint")
     options = parser.parse_args(args)
-    with whole_file(options.checkpoint, options.force) as file:
+    with _new(options.checkpoint, options.force) as path:
         model, notes = hf_import.read(options.source)
-        checkpoints.write(model.content(), file)
+        checkpoints.write(model.to_checkpoint(), path)
     for note in notes:
         print(f"Note: {note}")
-    print(f"Wrote {options.checkpoint}: {model.net.num_parameters:,} weights.")
+    print(f"Wrote {options.checkpoint}: {model.net.num_parameters:,} parameters.")
     print(f"Finetune with `lmlight fit --init_from {options.checkpoint}`")
+
+
+@contextmanager
+def _new(path: Path, force: bool, is_folder: bool = False) -> Iterator[Path]:
+    """Yields a temporary path, which becomes `path` when the block ends without an exception.
+
+    Raises:
+        UserError: `path` may not be replaced, or cannot be written.
+    """
+    path = path.expanduser().resolve()
+    try:
+        if is_folder:
+            files.restore(path)
+        if path.exists() and path.is_dir() != is_folder:
+            found, expected = ("file", "folder") if is_folder else ("folder", "file")
+            raise UserError(f"'{path}' is a {found}: pass the path of a {expected}")
+        inside = sorted(entry.name for entry in path.iterdir()) if is_folder and path.exists() else []
+        if unknown := [name for name in inside if name not in hf.FILES]:
+            raise UserError(
+                f"folder '{path}' contains '{unknown[0]}', which is not part of an export: pass another folder"
+            )
+        if not force and (inside if is_folder else path.exists()):
+            raise UserError(f"'{path}' already exists: pass another path, or --force to replace it")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with (files.whole_folder if is_folder else files.whole)(path) as temporary:
+            yield temporary
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise UserError(f"'{path}' cannot be written ({reason}): pass another path, or free some space") from None

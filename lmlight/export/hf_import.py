@@ -1,10 +1,10 @@
-"""A small Llama-shaped folder of Hugging Face's becomes a net and a tokenizer of ours, to finetune.
+"""Import of a small Llama-like model from a Hugging Face folder.
 
-- Architectures: llama, mistral, qwen3, arcee; those with the parts that `Transformer` has.
-- A norm whose epsilon is not ours: the residual stream is made larger by the root of their ratio, which every norm takes
-  out again, so that the net computes the same with our epsilon.
-- Tokenizers: SentencePiece's alone (`tokenizer.model`). One with byte pieces is made lossless, that is, it no longer puts a
-  space before a text or changes characters; its pieces and ids stay.
+- Architectures: llama, mistral and qwen3, where `Transformer` has the options.
+- Tokenizers: SentencePiece only (`tokenizer.model`). One with byte pieces becomes lossless: it no longer adds a space in
+  front of a text or normalizes characters. Pieces and ids stay.
+- A norm's epsilon other than ours is replaced by ours, and the residual stream is scaled by the root of their ratio. The
+  norms take the scale out again, so the logits do not change.
 """
 
 from __future__ import annotations
@@ -19,223 +19,167 @@ from torch import Tensor
 
 from lmlight.data.tokenizer import SentencePieceTokenizer
 from lmlight.errors import UserError
-from lmlight.export.model import Model, need
-from lmlight.export.vocabulary import parse
+from lmlight.export.architectures import weight_names
+from lmlight.export.model import Model, require_extra
+from lmlight.export.tokenizer import parse_model
 from lmlight.models import Transformer
 from lmlight.models.attention import NORM_EPS, ROPE_BASE
 from lmlight.models.transformer import usual_hidden
 
-READS = ("llama", "mistral", "qwen3", "arcee")
-ACTIVATIONS = {"relu2": "relu2", "gelu_pytorch_tanh": "gelu", "gelu_new": "gelu"}
+MODEL_TYPES = ("llama", "mistral", "qwen3")
 
 
 def read(folder: Path) -> tuple[Model, list[str]]:
-    """The model in a folder, and what about it is no longer as it was there.
+    """Returns the model in a folder, and a note for each difference from the original.
 
     Raises:
-        UserError: something in it has no counterpart here: which, and what there would have to be.
+        UserError: the folder is incomplete or damaged, or the model needs an option that `Transformer` lacks.
     """
-    (safetensors,) = need("hf", "safetensors.torch")
-    config = _config(folder)
+    (safetensors,) = require_extra("hf", "safetensors.torch")
+    path = folder / "config.json"
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"'{path}' cannot be read ({error}): pass the folder of a Hugging Face model") from None
+    if config.get("model_type") not in MODEL_TYPES:
+        raise UserError(
+            f"expected a model_type of {', '.join(MODEL_TYPES)}, got {config.get('model_type')}: pass another"
+        )
     tokenizer, notes = _tokenizer(folder)
-    files = sorted(folder.glob("*.safetensors"))
-    if not files:
-        raise UserError(f"'{folder}' holds no .safetensors file: pass a folder whose weights are in that format")
     tensors: dict[str, Tensor] = {}
-    for file in files:
+    for file in sorted(folder.glob("*.safetensors")):
         try:
             tensors |= safetensors.load_file(file)
-        except Exception as error:  # of a type of its own
-            raise UserError(f"'{file}' cannot be read ({error}): fetch it again") from None
+        except Exception as error:  # safetensors has its own type
+            raise UserError(f"'{file}' cannot be read ({error}): download it again") from None
+    if not tensors:
+        raise UserError(f"'{folder}' has no .safetensors file: pass a folder whose weights are in that format")
     try:
-        options = _options(config, tensors)
+        net = Transformer(tokenizer.vocab_size, _block_size(config), **_options(config, tensors)).eval()
     except KeyError as error:
-        raise UserError(f"'{folder / 'config.json'}' lacks {error.args[0]}: fetch it again") from None
-    rows = tensors["model.embed_tokens.weight"].size(0) if "model.embed_tokens.weight" in tensors else 0
-    if rows < tokenizer.vocab_size:
-        raise UserError(
-            f"the net has {rows:,} tokens and tokenizer.model {tokenizer.vocab_size:,}: pass a folder whose two fit"
-        )
-    if rows > tokenizer.vocab_size:
-        notes.append(f"{rows - tokenizer.vocab_size:,} of {rows:,} tokens are not in tokenizer.model and were left out")
-    net = Transformer(tokenizer.vocab_size, _block_size(config), **options).eval()
+        raise UserError(f"'{path}' lacks {error.args[0]}: download it again") from None
+    extra = len(tensors.get("model.embed_tokens.weight", ())) - tokenizer.vocab_size
+    if extra > 0:
+        notes.append(f"{extra:,} tokens that are not in tokenizer.model were left out")
     state = _state(net, tensors)
     eps = config.get("rms_norm_eps", 1e-6)
     if eps != NORM_EPS:
         _rescale(net, state, math.sqrt(NORM_EPS / eps))
-        notes.append(f"the weights were scaled for norms of epsilon {NORM_EPS:g} in place of {eps:g}")
+        notes.append(f"the weights were scaled for norms of epsilon {NORM_EPS:g} instead of {eps:g}")
     net.load_state_dict(state)
     return Model(net, tokenizer, {}, {"data": {"block_size": net.block_size}}, {}, 0), notes
 
 
-def _config(folder: Path) -> dict[str, Any]:
-    try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        kind = config.get("model_type")
-    except OSError as error:
-        raise UserError(
-            f"'{folder / 'config.json'}' cannot be read ({error.strerror}): pass the folder of a Hugging Face model"
-        ) from None
-    except (ValueError, AttributeError):
-        raise UserError(f"'{folder / 'config.json'}' is damaged: fetch it again") from None
-    if kind not in READS:
-        raise UserError(f"model_type {kind} is not Llama-shaped: {', '.join(READS[:-1])} and {READS[-1]} can be read")
-    return config
-
-
 def _tokenizer(folder: Path) -> tuple[SentencePieceTokenizer, list[str]]:
     path = folder / "tokenizer.model"
-    if not path.is_file():
-        raise UserError(
-            f"the tokenizer of '{folder}' is {_kind(folder)}: only SentencePiece's tokenizer.model can be read"
-        )
-    data = path.read_bytes()
     try:
+        data = path.read_bytes()
         tokenizer = SentencePieceTokenizer(data)
-    except ValueError:
-        raise UserError(f"'{path}' is not a SentencePiece model: only such tokenizers can be read") from None
-    proto = parse(data)
+    except (OSError, ValueError):
+        raise UserError(f"'{path}' is missing or damaged: only SentencePiece tokenizers can be imported") from None
+    proto = parse_model(data)
     normalizer = proto.normalizer_spec
-    changes = normalizer.add_dummy_prefix or normalizer.remove_extra_whitespaces or normalizer.name != "identity"
-    if changes and proto.trainer_spec.byte_fallback:
+    changes_text = normalizer.add_dummy_prefix or normalizer.remove_extra_whitespaces or normalizer.name != "identity"
+    if changes_text and proto.trainer_spec.byte_fallback:
         normalizer.name, normalizer.precompiled_charsmap = "identity", b""
         normalizer.add_dummy_prefix = normalizer.remove_extra_whitespaces = False
         plain = SentencePieceTokenizer(proto.SerializeToString())
         if plain.lossless:
-            return plain, ["its tokenizer no longer puts a space before a text or changes characters"]
-    return tokenizer, [] if tokenizer.lossless else ["its tokenizer is lossy"]
-
-
-def _kind(folder: Path) -> str:
-    """What a tokenizer that is not SentencePiece's calls itself."""
-    try:
-        content = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
-        kind = content["model"].get("type", "of a kind that its tokenizer.json does not name")
-    except (OSError, ValueError, LookupError, AttributeError):
-        return "missing"
-    return (
-        f"byte-level {kind}"
-        if "ByteLevel" in json.dumps(content.get("pre_tokenizer"))
-        else f"a bare {kind} tokenizer.json"
-    )
+            return plain, ["the tokenizer no longer adds a space in front of a text or normalizes characters"]
+    return tokenizer, [] if tokenizer.lossless else ["the tokenizer is lossy"]
 
 
 def _block_size(config: dict[str, Any]) -> int:
     positions: int = config.get("max_position_embeddings", 2048)
-    windowed = config["model_type"] == "mistral" or config.get("use_sliding_window")
-    return min(positions, (windowed and config.get("sliding_window")) or positions)
+    has_window = config["model_type"] == "mistral" or config.get("use_sliding_window")
+    return min(positions, (has_window and config.get("sliding_window")) or positions)
 
 
 def _options(config: dict[str, Any], tensors: dict[str, Tensor]) -> dict[str, Any]:
-    """The arguments of `Transformer` but for the two sizes.
+    """The `Transformer` arguments other than `vocab_size` and `block_size`.
 
     Raises:
-        UserError: something that it does not have.
+        KeyError: the config lacks a size.
+        UserError: the model needs an option that `Transformer` lacks.
     """
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
     theta = rope.get("rope_theta", config.get("rope_theta", ROPE_BASE))
-    width, heads = config["hidden_size"], config["num_attention_heads"]
-    attention_bias, mlp_bias = config.get("attention_bias", False), config.get("mlp_bias", False)
-    gated = config["model_type"] != "arcee"
-    activation = config.get("hidden_act", "silu" if gated else "relu2")
-    gate, up = (f"model.layers.0.mlp.{name}_proj.weight" for name in ("gate", "up"))
-    if not gated:
-        mlp = ACTIVATIONS.get(activation)
-    elif activation == "relu" and gate in tensors and up in tensors and torch.equal(tensors[gate], tensors[up]):
-        mlp = "relu2"
-    else:
-        mlp = "swiglu" if activation == "silu" else None
-    for fits, what in (
-        (theta == ROPE_BASE, f"rope_theta {theta:g}, and here it is {ROPE_BASE:g}"),
-        (rope.get("rope_type", rope.get("type", "default")) == "default", "scaled rotary positions"),
-        (
-            rope.get("partial_rotary_factor", config.get("partial_rotary_factor", 1.0)) == 1.0,
-            "partial rotary positions",
-        ),
-        ((config.get("head_dim") or width // heads) * heads == width, "heads that are not hidden_size / heads wide"),
-        (attention_bias == mlp_bias, "a bias in the attention or the MLP alone; here both have one or none"),
-        (mlp is not None, f"hidden_act {activation}, which is no MLP of ours"),
+    rope_type = rope.get("rope_type", rope.get("type", "default"))
+    rotary_factor = rope.get("partial_rotary_factor", config.get("partial_rotary_factor", 1.0))
+    width, heads, hidden = config["hidden_size"], config["num_attention_heads"], config["intermediate_size"]
+    kv_heads = config.get("num_key_value_heads") or heads
+    bias, activation = config.get("attention_bias", False), config.get("hidden_act", "silu")
+    # a gated ReLU with equal gate and value is ReLU²
+    gates = [name for name in tensors if ".mlp.gate_proj." in name]
+    is_relu2 = all(torch.equal(tensors[name], tensors[name.replace("gate_proj", "up_proj")]) for name in gates)
+    mlp = "swiglu" if activation == "silu" else "relu2" if activation == "relu" and is_relu2 else None
+    for supported, found in (
+        (theta == ROPE_BASE, f"rope_theta {theta:g}, not {ROPE_BASE:g}"),
+        (rope_type == "default", f"rope_type {rope_type}"),
+        (rotary_factor == 1, f"partial_rotary_factor {rotary_factor:g}"),
+        ((config.get("head_dim") or width // heads) * heads == width, "a head_dim other than hidden_size / heads"),
+        (bias == config.get("mlp_bias", False), "a bias in attention or MLP only"),
+        (mlp is not None, f"hidden_act {activation}"),
     ):
-        if not fits:
-            raise UserError(f"this net cannot be read, for it has {what}: pass another")
-    options: dict[str, Any] = {
+        if not supported:
+            raise UserError(f"the model has {found}, which lmlight does not support: pass another model")
+    assert mlp is not None
+    return {
         "n_layer": config["num_hidden_layers"],
         "n_head": heads,
         "n_embd": width,
-        "n_kv_head": config.get("num_key_value_heads") or heads,
+        "n_kv_head": None if kv_heads == heads else kv_heads,
         "norm": "rmsnorm",
         "positions": "rotary",
         "mlp": mlp,
         "qk_norm": config["model_type"] == "qwen3",
-        "bias": attention_bias,
+        "bias": bias,
         "tie": config.get("tie_word_embeddings", False),
-        "n_hidden": config["intermediate_size"],
+        "n_hidden": None if hidden == usual_hidden(mlp, width) else hidden,
     }
-    if options["n_kv_head"] == heads:
-        options["n_kv_head"] = None
-    if mlp is not None and options["n_hidden"] == usual_hidden(mlp, width):
-        options["n_hidden"] = None
-    return options
 
 
 def _state(net: Transformer, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Their weights under our names.
+    """The weights as a state dict of `net`.
 
     Raises:
-        UserError: one is missing, of another shape, or left over.
+        UserError: the tensors are not those of such a network.
     """
-    parts = {
-        "attention_norm": ["input_layernorm"],
-        "mlp_norm": ["post_attention_layernorm"],
-        "attention.qkv": [f"self_attn.{letter}_proj" for letter in "qkv"],
-        "attention.output": ["self_attn.o_proj"],
-        "attention.q_norm": ["self_attn.q_norm"],
-        "attention.k_norm": ["self_attn.k_norm"],
-        "mlp.up": ["mlp.gate_proj", "mlp.up_proj"] if net.config["mlp"] == "swiglu" else ["mlp.up_proj"],
-        "mlp.down": ["mlp.down_proj"],
-        "embedding": ["model.embed_tokens"],
-        "norm": ["model.norm"],
-        "head": ["model.embed_tokens" if net.config["tie"] else "lm_head"],
-    }
     state: dict[str, Tensor] = {}
-    read = {"lm_head.weight"} if net.config["tie"] else set()
-    for name, ours in net.state_dict().items():
-        module, _, what = name.rpartition(".")
-        _, number, part = module.split(".", 2) if module.startswith("blocks.") else ("", "", module)
-        sources = [f"model.layers.{number}.{source}.{what}" if number else f"{source}.{what}" for source in parts[part]]
-        if missing := [source for source in sources if source not in tensors]:
-            raise UserError(f"the weights lack {missing[0]}, which config.json promises: fetch the folder again")
-        value = torch.cat([tensors[source] for source in sources])
-        if part in ("embedding", "head"):
+    unused = {name for name in tensors if not name.endswith("rotary_emb.inv_freq")}
+    for name, parameter in net.state_dict().items():
+        names = [hf for hf, _ in weight_names(name)]
+        unused -= {*names}
+        if name == "head.weight" and net.config["tie"]:
+            state[name] = state["embedding.weight"]
+            continue
+        if missing := [hf for hf in names if hf not in tensors]:
+            raise UserError(f"the weights lack {missing[0]}, which config.json requires: download the folder again")
+        if ".mlp.up." in name and net.config["mlp"] == "relu2":
+            names = names[1:]  # the gate is the same
+        value = torch.cat([tensors[hf] for hf in names])
+        if name in ("embedding.weight", "head.weight"):
             value = value[: net.vocab_size]
-        if value.shape != ours.shape:
-            wanted = " × ".join(map(str, ours.shape))
+        if value.shape != parameter.shape:
+            expected, found = (" × ".join(map(str, tensor.shape)) for tensor in (parameter, value))
             raise UserError(
-                f"{sources[0]} and its like make {' × '.join(map(str, value.shape))}, not {wanted}: see config.json"
+                f"expected {expected} weights in {', '.join(names)}, got {found}: download the folder again"
             )
-        state[name] = value.to(ours.dtype)
-        read |= set(sources)
-    if net.config["mlp"] == "relu2":  # the gate is the same matrix
-        read |= {name for name in tensors if ".mlp.gate_proj." in name and _twin(name, tensors)}
-    left = sorted(name for name in tensors.keys() - read if not name.endswith("rotary_emb.inv_freq"))
-    if left:
-        raise UserError(f"the weights hold {left[0]}, which has no place in this net: pass another")
+        state[name] = value.to(parameter.dtype)
+    if unused:
+        raise UserError(f"the weights include {min(unused)}, which lmlight does not support: pass another model")
     return state
 
 
-def _twin(gate: str, tensors: dict[str, Tensor]) -> bool:
-    return torch.equal(tensors[gate], tensors[gate.replace("gate_proj", "up_proj")])
-
-
-def _rescale(net: Transformer, state: dict[str, Tensor], by: float) -> None:
-    """Makes what every norm sees `by` times larger, and the rest as it was."""
-    query_key = (net.config["n_head"] + net.n_kv_head) * net.head_size
+def _rescale(net: Transformer, state: dict[str, Tensor], factor: float) -> None:
+    """Multiplies the input of every norm by `factor` without changing the logits."""
+    value_rows = net.n_kv_head * net.head_size
     for name in state:
         if name == "embedding.weight" or ".attention.output." in name or ".mlp.down." in name:
-            state[name] = state[name] * by
+            state[name] = state[name] * factor
         elif name == "norm.weight" and net.config["tie"]:
-            state[name] = state[name] / by  # for the head is the embedding
+            state[name] = state[name] / factor  # the head is the embedding
         elif ".attention.qkv." in name and net.config["qk_norm"]:
-            state[name] = torch.cat((state[name][:query_key] * by, state[name][query_key:]))
+            state[name] = torch.cat((state[name][:-value_rows] * factor, state[name][-value_rows:]))
     if net.config["tie"]:
         state["head.weight"] = state["embedding.weight"]

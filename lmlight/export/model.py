@@ -1,4 +1,4 @@
-"""What there is to take elsewhere: the net, its tokenizer, and what the run said of them."""
+"""An opened checkpoint, and the import of optional packages."""
 
 from __future__ import annotations
 
@@ -17,66 +17,51 @@ from lmlight.models import Net
 
 @dataclass(frozen=True)
 class Model:
-    """A checkpoint, opened.
+    """The network and the tokenizer of a checkpoint, and what the run recorded about them."""
 
-    Attributes:
-        net: in evaluation mode, on the CPU.
-        tokenizer: its own.
-        sampling: the arguments of its `Sampling`.
-        settings: of the run: `data`, `model`; plain values.
-        figures: validation metrics of these weights, by the names under which they are logged; empty without a validation.
-        step: optimizer steps.
-    """
-
-    net: Net
+    net: Net  # in evaluation mode, on the CPU
     tokenizer: Tokenizer
-    sampling: dict[str, Any]
-    settings: dict[str, Any]
-    figures: dict[str, float]
-    step: int
+    sampling: dict[str, Any]  # arguments of `Sampling`
+    settings: dict[str, Any]  # the run's `data` and `model` settings, plain values
+    metrics: dict[str, float]  # validation metrics of these weights by log tag; empty if they were not validated
+    step: int  # optimizer steps
 
     @classmethod
     def read(cls, path: Path) -> Model:
-        """The model in a checkpoint file.
+        """Opens a checkpoint file.
 
         Raises:
-            UserError: as `checkpoint.read` does.
+            UserError: see `checkpoint.read`.
         """
         content = checkpoints.read(path)
         net, tokenizer = checkpoints.net_of(content).eval(), checkpoints.tokenizer_of(content)
-        described = content[checkpoints.METADATA_KEY]
-        figures, step = described.get("metrics", {}), content.get("global_step", 0)
-        return cls(net, tokenizer, described["sampling"], described["settings"], figures, step)
+        metadata = content[checkpoints.METADATA_KEY]
+        metrics, step = metadata.get("metrics", {}), content.get("global_step", 0)
+        return cls(net, tokenizer, metadata["sampling"], metadata["settings"], metrics, step)
 
-    def content(self) -> dict[str, Any]:
-        """A checkpoint of it, for `checkpoint.write`."""
+    def to_checkpoint(self) -> dict[str, Any]:
+        """The content of a checkpoint file, for `checkpoint.write`."""
+        metadata = checkpoints.model_metadata(self.net, self.tokenizer, self.sampling, self.settings)
         return {
             "epoch": 0,
             "global_step": self.step,
-            "pytorch-lightning_version": version("lightning"),  # which Lightning asks for; free of it all the same
+            "pytorch-lightning_version": version("lightning"),  # Lightning refuses a checkpoint without it
             "state_dict": {f"{checkpoints.NET_PREFIX}{name}": value for name, value in self.net.state_dict().items()},
-            checkpoints.METADATA_KEY: checkpoints.model_metadata(
-                self.net, self.tokenizer, self.sampling, self.settings
-            ),
+            checkpoints.METADATA_KEY: metadata,
         }
 
     @property
-    def start(self) -> int | None:
-        """The id that an empty text is taken to follow, as `generation.TextStream` does: a document's end, or a line's."""
+    def bos_id(self) -> int | None:
+        """The id to start from when the prompt is empty; None if there is no single one."""
         ids = self.tokenizer.bos_ids
         return ids[0] if len(ids) == 1 else None
 
-    @property
-    def end(self) -> int | None:
-        """The id that ends a document; None if the tokenizer knows of no documents."""
-        return self.tokenizer.eos_id
 
-
-def need(extra: str, *modules: str) -> list[ModuleType]:
-    """Imports what a format needs, now that it is asked for.
+def require_extra(extra: str, *modules: str) -> list[ModuleType]:
+    """Imports optional packages.
 
     Raises:
-        UserError: one of them is not installed; the message names the extra.
+        UserError: one of them is not installed; the message names the extra that installs it.
     """
     try:
         return [importlib.import_module(module) for module in modules]

@@ -1,0 +1,124 @@
+"""Tokenizers as Hugging Face's `tokenizer.json`, with the same ids for every text.
+
+The file is written by hand, because converters of SentencePiece models change the ids of double spaces, newlines and
+literal `<s>`:
+
+- Pieces are written with spaces in place of SentencePiece's ▁, so nothing needs normalizing. A literal ▁ in a text is a
+  character that no piece covers: three byte pieces, as in SentencePiece.
+- End of text is the only special token, and `split_special_tokens` keeps transformers from finding it in a text.
+- Pieces that no text may produce (`<s>`, `<0x41>`) score lower than their characters one by one. This needs an entry for
+  each ASCII character: one that the training text lacks takes the place of its byte piece.
+"""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any, NamedTuple
+
+from lmlight.data.sentencepiece_training import END_OF_TEXT, SPACE, UNKNOWN_PENALTY
+from lmlight.data.tokenizer import CharTokenizer, SentencePieceTokenizer, Tokenizer
+from lmlight.errors import UserError
+
+# ModelProto.SentencePiece.Type; llama.cpp uses the same numbers
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
+
+
+class Piece(NamedTuple):
+    """An entry of a SentencePiece vocabulary."""
+
+    piece: str  # its name, with ▁ for a space
+    score: float  # a log-probability (unigram), or the negated rank of a merge (BPE)
+    type: int
+
+    @property
+    def text(self) -> str:
+        """The text that it matches, or its name if it matches none."""
+        return self.piece.replace(SPACE, " ") if self.type in (NORMAL, USER_DEFINED) else self.piece
+
+
+class Vocabulary:
+    """The pieces of a SentencePiece model, by id.
+
+    Raises:
+        UserError: the tokenizer is lossy.
+    """
+
+    def __init__(self, tokenizer: SentencePieceTokenizer) -> None:
+        if not tokenizer.lossless:
+            raise UserError(
+                "this checkpoint's tokenizer is lossy (it drops newlines and repeated spaces), and other engines cannot "
+                "reproduce it: train one with --data.tokenizer.lossless=true"
+            )
+        proto = parse_model(tokenizer.to_bytes())  # only the protocol buffer has the types
+        self.is_unigram = proto.trainer_spec.model_type == 1
+        self.pieces = [Piece(piece.piece, piece.score, piece.type) for piece in proto.pieces]
+        self.unknown_id = next(index for index, piece in enumerate(self.pieces) if piece.type == UNKNOWN)
+        # what a unigram segmentation pays for a character that no piece matches
+        self.unknown_score = min(piece.score for piece in self.pieces if piece.type == NORMAL) - UNKNOWN_PENALTY
+        texts = {piece.text for piece in self.pieces}
+        bytes_ = {i: chr(int(piece.piece[3:5], 16)) for i, piece in enumerate(self.pieces) if piece.type == BYTE}
+        # the ASCII characters that no piece matches, by the ids of their byte pieces
+        self.unseen_ascii = {i: char for i, char in bytes_.items() if char.isascii() and char not in texts}
+
+
+def parse_model(model: bytes) -> Any:
+    """The protocol buffer in a SentencePiece `.model` file."""
+    with warnings.catch_warnings():  # protobuf's C extension is deprecated
+        warnings.simplefilter("ignore")
+        from sentencepiece import sentencepiece_model_pb2
+
+    proto: Any = sentencepiece_model_pb2.ModelProto()  # type: ignore[attr-defined]  # made at run time
+    proto.ParseFromString(model)
+    return proto
+
+
+def tokenizer_json(tokenizer: Tokenizer) -> dict[str, Any]:
+    """The content of `tokenizer.json`.
+
+    Raises:
+        UserError: the tokenizer is lossy.
+    """
+    decoders = [{"type": "ByteFallback"}, {"type": "Fuse"}]
+    if isinstance(tokenizer, CharTokenizer):  # a text has one segmentation only
+        model = {"type": "Unigram", "unk_id": None, "vocab": [[c, 0.0] for c in tokenizer.characters]}
+        decoders = decoders[1:]
+    else:
+        assert isinstance(tokenizer, SentencePieceTokenizer)
+        vocabulary = Vocabulary(tokenizer)
+        model = _unigram(vocabulary) if vocabulary.is_unigram else _bpe(vocabulary)
+    special = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+    eos = [] if tokenizer.eos_id is None else [{"id": tokenizer.eos_id, "content": END_OF_TEXT, **special}]
+    decoder = {"type": "Sequence", "decoders": decoders}
+    unused = dict.fromkeys(("truncation", "padding", "normalizer", "pre_tokenizer", "post_processor"))
+    return {"version": "1.0", "added_tokens": eos, **unused, "decoder": decoder, "model": model}
+
+
+def _unigram(vocabulary: Vocabulary) -> dict[str, Any]:
+    pieces = vocabulary.pieces
+    best = max(piece.score for piece in pieces if piece.type == NORMAL)
+    never = (max(len(piece.piece) for piece in pieces) + 1) * (vocabulary.unknown_score - UNKNOWN_PENALTY)
+    entries: list[list[Any]] = []
+    for index, piece in enumerate(pieces):
+        if piece.type == NORMAL:
+            entries.append([piece.text, piece.score])
+        elif piece.type == USER_DEFINED:  # SentencePiece's rule: it wins over everything that matches the same text
+            entries.append([piece.text, len(piece.piece.encode()) * best - 0.1])
+        elif index in vocabulary.unseen_ascii:
+            entries.append([vocabulary.unseen_ascii[index], vocabulary.unknown_score])
+        else:
+            entries.append([piece.piece, never])
+    return {"type": "Unigram", "unk_id": vocabulary.unknown_id, "byte_fallback": True, "vocab": entries}
+
+
+def _bpe(vocabulary: Vocabulary) -> dict[str, Any]:
+    pieces = vocabulary.pieces
+    ranked = [piece.text for piece in sorted(pieces, key=lambda piece: -piece.score) if piece.type == NORMAL]
+    known = set(ranked)
+    cuts = ((text[:at], text[at:]) for text in ranked for at in range(1, len(text)))  # best first
+    return {
+        "type": "BPE",
+        "unk_token": pieces[vocabulary.unknown_id].piece,
+        "byte_fallback": True,
+        "vocab": {piece.text: index for index, piece in enumerate(pieces)},
+        "merges": [[left, right] for left, right in cuts if left in known and right in known],
+    }
