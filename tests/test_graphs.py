@@ -117,7 +117,7 @@ def runs_in_onnxruntime(net, tokenizer, tmp_path, capfd):
             some, past = run(ids[:, first:last], past)
             logits.append(some)
         np.testing.assert_allclose(np.concatenate(logits, 1), net(ids), atol=1e-4)
-    if cached and net.slides:  # beyond the block: the oldest of the past is dropped, and the text is ours
+    if cached and net.positions is None:  # beyond the block: the oldest of the past is dropped, and the text is ours
         written = generate(net, ids[:1, :5], Sampling(max_new_tokens=2 * BLOCK, temperature=0))
         logits, past = run(ids[:1, :5])
         for token in written[0, 5:]:

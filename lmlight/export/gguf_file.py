@@ -24,7 +24,6 @@ from lmlight.export.architectures import architecture_of
 from lmlight.export.model import Model, need
 from lmlight.export.vocabulary import KINDS, Vocabulary
 from lmlight.models import Net, Transformer
-from lmlight.models.attention import NORM_EPS, ROPE_BASE
 
 Precision = Literal["f32", "f16", "q8_0"]
 # k: a power of two, so that nothing is rounded; its root is shared by two matrices, which keeps float16 in its range
@@ -78,13 +77,13 @@ def write(model: Model, path: Path, precision: Precision = "f32") -> None:
     writer.add_context_length(net.block_size)
     writer.add_embedding_length(ours["n_embd"])
     writer.add_block_count(ours["n_layer"])
-    writer.add_feed_forward_length(net.n_hidden)
+    writer.add_feed_forward_length(net.intermediate_size)
     writer.add_head_count(ours["n_head"])
     writer.add_head_count_kv(net.n_kv_head)
     writer.add_vocab_size(net.vocab_size)
-    (writer.add_layer_norm_rms_eps if ours["norm"] == "rmsnorm" else writer.add_layer_norm_eps)(NORM_EPS)
+    (writer.add_layer_norm_rms_eps if ours["norm"] == "rmsnorm" else writer.add_layer_norm_eps)(ours["norm_eps"])
     if ours["positions"] == "rotary":
-        writer.add_rope_freq_base(ROPE_BASE)
+        writer.add_rope_freq_base(ours["rope_theta"])
         writer.add_rope_dimension_count(net.head_size)
         writer.add_key_length(net.head_size)
         writer.add_value_length(net.head_size)

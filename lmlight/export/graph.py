@@ -1,6 +1,6 @@
-"""A net as a graph for other runtimes: what its `forward` computes, with no branch that depends on a size.
+"""A network as a graph for other runtimes: its `forward`, with a cache that has no branch that depends on a size.
 
-Axes: B rows, T new positions, P past ones, S = P + T, L blocks, H_kv heads of keys and values, D channels of a head, V
+Axes: B batch, T new positions, P past ones, S = P + T, L blocks, H_kv heads of keys and values, D channels of a head, V
 vocabulary.
 """
 
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,12 +17,12 @@ from lmlight.errors import UserError
 from lmlight.export.hf_tokenizer import tokenizer_json
 from lmlight.export.model import Model
 from lmlight.models import Net, Transformer
-from lmlight.models.attention import attention_weights, repeat_heads, rotate
-from lmlight.models.transformer import Block
+from lmlight.models.kv_cache import Cache
+from lmlight.models.rope import apply_rope
 
 
 class Graph(nn.Module):
-    """The forward pass of any net: (B, T) ids to (B, T, V) logits."""
+    """The forward pass of any network: (B, T) ids to (B, T, V) logits."""
 
     def __init__(self, net: Net) -> None:
         super().__init__()
@@ -35,11 +35,7 @@ class Graph(nn.Module):
 
 
 class CachedGraph(nn.Module):
-    """The forward pass and the cached step of a transformer in one.
-
-    Keys are kept as they are before rotary positions turn them, and turned by their place among those that are there. So a
-    caller that drops the oldest of the past has a window that slides, as in our own cache, without counting positions.
-    """
+    """The forward pass and the cached step of a transformer in one graph."""
 
     def __init__(self, net: Transformer) -> None:
         super().__init__()
@@ -47,12 +43,12 @@ class CachedGraph(nn.Module):
         self.shape = (net.config["n_layer"], 2, net.n_kv_head, net.head_size)
 
     def no_past(self, rows: int, positions: int = 0) -> Tensor:
-        """(L, 2, B, H_kv, P, D) of zeros: what comes before the first token has P 0."""
+        """(L, 2, B, H_kv, P, D) of zeros; P is 0 before the first token."""
         n_layer, two, kv_heads, head_size = self.shape
         return self.net.head.weight.new_zeros(n_layer, two, rows, kv_heads, positions, head_size)
 
     def forward(self, ids: Tensor, past: Tensor) -> tuple[Tensor, Tensor]:
-        """Logits, and the past of what follows.
+        """Compute the logits, and the past of the tokens that follow.
 
         Args:
             ids: (B, T) new tokens.
@@ -61,26 +57,47 @@ class CachedGraph(nn.Module):
         Returns:
             (B, T, V) and (L, 2, B, H_kv, S, D).
         """
-        net, before, count = self.net, past.size(4), ids.size(1)
-        places = torch.arange(before + count, device=ids.device)  # (S,)
-        new = torch.arange(count, device=ids.device) + before  # (T,)
-        visible = places <= new[:, None]  # (T, S)
-        x = net.embedding(ids)  # (B, T, C)
-        if net.positions is not None:
-            x = x + net.positions(new)
-        present = []
-        for number, block in enumerate(cast("list[Block]", net.blocks)):
-            q, k, v = block.attention.project(block.attention_norm(x))
-            k, v = torch.cat((past[number, 0], k), 2), torch.cat((past[number, 1], v), 2)  # (B, H_kv, S, D)
-            present.append(torch.stack((k, v)))
-            if net.rotary is not None:
-                q, k = rotate(q, net.rotary[:, new]), rotate(k, net.rotary[:, places])
-            group = q.size(1) // k.size(1)
-            weights = attention_weights(q, repeat_heads(k, group), False, visible)  # (B, H, T, S)
-            y = weights @ repeat_heads(v, group)
-            x = x + block.attention.output(y.transpose(1, 2).flatten(2))
-            x = x + block.mlp(block.mlp_norm(x))
-        return net.head(net.norm(x)), torch.stack(present)
+        cache = ConcatCache(past, self.net.rope)
+        logits = self.net(ids, cache)
+        return logits, torch.stack(cache.present)
+
+
+class ConcatCache(Cache):
+    """A cache without state or branches: new keys and values are concatenated to a past that the caller holds.
+
+    The past holds keys before RoPE, which is applied by their place in the past. So a caller that drops the oldest has a
+    sliding window without counting positions.
+
+    Args:
+        past: (L, 2, B, H_kv, P, D).
+        rope: the network's RoPE table, if it has one.
+
+    Attributes:
+        present: for each layer so far, keys and values (2, B, H_kv, S, D).
+    """
+
+    is_causal = False
+
+    def __init__(self, past: Tensor, rope: Tensor | None) -> None:
+        self.past, self.rope, self.present = past, rope, list[Tensor]()
+        self.attention_maps = []  # explicit attention, which has no branch on the number of keys
+
+    def advance(self, count: int) -> None:
+        keys = torch.arange(self.past.size(4) + count, device=self.past.device)  # (S,)
+        self.input_pos = torch.arange(count, device=self.past.device) + self.past.size(4)  # (T,)
+        self.attn_mask = keys <= self.input_pos[:, None]  # (T, S)
+
+    def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        past_k, past_v = self.past[layer]
+        v = torch.cat((past_v, v), 2)
+        if self.rope is None:
+            k = plain_k = torch.cat((past_k, k), 2)
+        else:
+            cos, sin = self.rope[:, self.input_pos]
+            plain_k = torch.cat((past_k, apply_rope(k, torch.stack((cos, -sin)))), 2)  # rotated back
+            k = torch.cat((apply_rope(past_k, self.rope[:, torch.arange(past_k.size(2))]), k), 2)
+        self.present.append(torch.stack((plain_k, v)))
+        return k, v
 
 
 def labels(model: Model) -> dict[str, str]:
@@ -96,7 +113,7 @@ def labels(model: Model) -> dict[str, str]:
         "block_size": model.net.block_size,
         "start": model.start,
         "end": model.end,
-        "slides": model.net.slides,
+        "slides": not (isinstance(model.net, Transformer) and model.net.positions is not None),
     }
     with contextlib.suppress(UserError):  # lossy: no other engine repeats it
         # no special tokens, which the library would find in a text that has their names

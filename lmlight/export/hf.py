@@ -20,7 +20,6 @@ from lmlight.export.architectures import WINDOWED, architecture_of
 from lmlight.export.hf_tokenizer import tokenizer_json
 from lmlight.export.model import Model, need
 from lmlight.models import Net, Transformer
-from lmlight.models.attention import NORM_EPS, ROPE_BASE
 
 CLASSES = {
     "qwen3": "Qwen3ForCausalLM",
@@ -101,9 +100,9 @@ def config_json(model: Model) -> dict[str, Any]:
             "n_embd": ours["n_embd"],
             "n_layer": ours["n_layer"],
             "n_head": ours["n_head"],
-            "n_inner": net.n_hidden,
+            "n_inner": net.intermediate_size,
             "activation_function": activation,
-            "layer_norm_epsilon": NORM_EPS,
+            "layer_norm_epsilon": ours["norm_eps"],
             "attn_pdrop": ours["dropout"],
             "embd_pdrop": ours["dropout"],
             "resid_pdrop": ours["dropout"],
@@ -111,15 +110,15 @@ def config_json(model: Model) -> dict[str, Any]:
     config |= {
         "max_position_embeddings": net.block_size,
         "hidden_size": ours["n_embd"],
-        "intermediate_size": net.n_hidden,
+        "intermediate_size": net.intermediate_size,
         "num_hidden_layers": ours["n_layer"],
         "num_attention_heads": ours["n_head"],
         "num_key_value_heads": net.n_kv_head,
         "head_dim": net.head_size,
         "hidden_act": activation,
-        "rms_norm_eps": NORM_EPS,
-        "rope_theta": ROPE_BASE,
-        "rope_parameters": {"rope_type": "default", "rope_theta": ROPE_BASE},
+        "rms_norm_eps": ours["norm_eps"],
+        "rope_theta": ours["rope_theta"],
+        "rope_parameters": {"rope_type": "default", "rope_theta": ours["rope_theta"]},
     }
     if architecture in WINDOWED:
         config["sliding_window"] = net.block_size
@@ -131,10 +130,10 @@ def config_json(model: Model) -> dict[str, Any]:
     if architecture in ("llama", "arcee"):
         config |= {"attention_bias": ours["bias"], "mlp_bias": ours["bias"]}
     if architecture == "starcoder2":
-        config |= {"use_bias": ours["bias"], "norm_epsilon": NORM_EPS}
+        config |= {"use_bias": ours["bias"], "norm_epsilon": ours["norm_eps"]}
         config |= {"embedding_dropout": ours["dropout"], "residual_dropout": ours["dropout"]}
     if architecture == "stablelm":
-        config |= {"layer_norm_eps": NORM_EPS, "hidden_dropout": ours["dropout"], "partial_rotary_factor": 1.0}
+        config |= {"layer_norm_eps": ours["norm_eps"], "hidden_dropout": ours["dropout"], "partial_rotary_factor": 1.0}
         config |= {"use_qkv_bias": False, "qk_layernorm": False, "use_parallel_residual": False}
         config["rope_parameters"] |= {"partial_rotary_factor": 1.0}
     return config

@@ -1,8 +1,6 @@
 """A small Llama-shaped folder of Hugging Face's becomes a net and a tokenizer of ours, to finetune.
 
 - Architectures: llama, mistral, qwen3, arcee; those with the parts that `Transformer` has.
-- A norm whose epsilon is not ours: the residual stream is made larger by the root of their ratio, which every norm takes
-  out again, so that the net computes the same with our epsilon.
 - Tokenizers: SentencePiece's alone (`tokenizer.model`). One with byte pieces is made lossless, that is, it no longer puts a
   space before a text or changes characters; its pieces and ids stay.
 """
@@ -10,7 +8,6 @@
 from __future__ import annotations
 
 import json
-import math
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +19,7 @@ from lmlight.errors import UserError
 from lmlight.export.model import Model, need
 from lmlight.export.vocabulary import parse
 from lmlight.models import Transformer
-from lmlight.models.attention import NORM_EPS, ROPE_BASE
-from lmlight.models.transformer import usual_hidden
+from lmlight.models.transformer import default_intermediate_size
 
 READS = ("llama", "mistral", "qwen3", "arcee")
 ACTIVATIONS = {"relu2": "relu2", "gelu_pytorch_tanh": "gelu", "gelu_new": "gelu"}
@@ -59,12 +55,7 @@ def read(folder: Path) -> tuple[Model, list[str]]:
     if rows > tokenizer.vocab_size:
         notes.append(f"{rows - tokenizer.vocab_size:,} of {rows:,} tokens are not in tokenizer.model and were left out")
     net = Transformer(tokenizer.vocab_size, _block_size(config), **options).eval()
-    state = _state(net, tensors)
-    eps = config.get("rms_norm_eps", 1e-6)
-    if eps != NORM_EPS:
-        _rescale(net, state, math.sqrt(NORM_EPS / eps))
-        notes.append(f"the weights were scaled for norms of epsilon {NORM_EPS:g} in place of {eps:g}")
-    net.load_state_dict(state)
+    net.load_state_dict(_state(net, tensors))
     return Model(net, tokenizer, {}, {"data": {"block_size": net.block_size}}, {}, 0), notes
 
 
@@ -133,7 +124,6 @@ def _options(config: dict[str, Any], tensors: dict[str, Tensor]) -> dict[str, An
         UserError: something that it does not have.
     """
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    theta = rope.get("rope_theta", config.get("rope_theta", ROPE_BASE))
     width, heads = config["hidden_size"], config["num_attention_heads"]
     attention_bias, mlp_bias = config.get("attention_bias", False), config.get("mlp_bias", False)
     gated = config["model_type"] != "arcee"
@@ -146,7 +136,6 @@ def _options(config: dict[str, Any], tensors: dict[str, Tensor]) -> dict[str, An
     else:
         mlp = "swiglu" if activation == "silu" else None
     for fits, what in (
-        (theta == ROPE_BASE, f"rope_theta {theta:g}, and here it is {ROPE_BASE:g}"),
         (rope.get("rope_type", rope.get("type", "default")) == "default", "scaled rotary positions"),
         (
             rope.get("partial_rotary_factor", config.get("partial_rotary_factor", 1.0)) == 1.0,
@@ -169,12 +158,14 @@ def _options(config: dict[str, Any], tensors: dict[str, Tensor]) -> dict[str, An
         "qk_norm": config["model_type"] == "qwen3",
         "bias": attention_bias,
         "tie": config.get("tie_word_embeddings", False),
-        "n_hidden": config["intermediate_size"],
+        "intermediate_size": config["intermediate_size"],
+        "norm_eps": config.get("rms_norm_eps", 1e-6),  # defaults as in transformers
+        "rope_theta": float(rope.get("rope_theta", config.get("rope_theta", 10000.0))),
     }
     if options["n_kv_head"] == heads:
         options["n_kv_head"] = None
-    if mlp is not None and options["n_hidden"] == usual_hidden(mlp, width):
-        options["n_hidden"] = None
+    if mlp is not None and options["intermediate_size"] == default_intermediate_size(mlp, width):
+        options["intermediate_size"] = None
     return options
 
 
@@ -225,17 +216,3 @@ def _state(net: Transformer, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def _twin(gate: str, tensors: dict[str, Tensor]) -> bool:
     return torch.equal(tensors[gate], tensors[gate.replace("gate_proj", "up_proj")])
-
-
-def _rescale(net: Transformer, state: dict[str, Tensor], by: float) -> None:
-    """Makes what every norm sees `by` times larger, and the rest as it was."""
-    query_key = (net.config["n_head"] + net.n_kv_head) * net.head_size
-    for name in state:
-        if name == "embedding.weight" or ".attention.output." in name or ".mlp.down." in name:
-            state[name] = state[name] * by
-        elif name == "norm.weight" and net.config["tie"]:
-            state[name] = state[name] / by  # for the head is the embedding
-        elif ".attention.qkv." in name and net.config["qk_norm"]:
-            state[name] = torch.cat((state[name][:query_key] * by, state[name][query_key:]))
-    if net.config["tie"]:
-        state["head.weight"] = state["embedding.weight"]
