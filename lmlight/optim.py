@@ -113,6 +113,9 @@ class Muon(Optimizer):
                 step = torch.zeros((), device=parameter.device)
                 self.state[parameter].update(step=step, exp_avg=zeros, exp_avg_sq=zeros.clone())
         states = [self.state[parameter] for parameter in parameters]
+        for parameter, state in zip(parameters, states):
+            # neither torch nor Lightning moves the counts of a resumed run from the CPU, where checkpoints are read
+            state["step"] = state["step"].to(parameter.device)
         beta1, beta2 = group["betas"]
         adamw(
             parameters,

@@ -106,6 +106,8 @@ def sample_one_token(logits: Tensor, sampling: Sampling, uniform: Tensor) -> Ten
     """
     if sampling.temperature == 0:
         return logits.argmax(-1, keepdim=True)
+    if logits.is_cuda and torch.are_deterministic_algorithms_enabled():  # CUDA has no deterministic cumsum
+        return sample_one_token(logits.cpu(), sampling, uniform.cpu()).to(logits.device)
     cumulative = filter_logits(logits, sampling).softmax(-1).to(uniform.dtype).cumsum(-1)
     # rounding may leave the total below 1; tokens of probability 0 are never drawn
     ids = torch.searchsorted(cumulative, uniform * cumulative[:, -1:], right=True)

@@ -95,7 +95,7 @@ def scaled_dot_product_attention(
     if maps is None and group > 1 and q.size(2) == 1:
         # a single query position: fold the heads of a group into the sequence axis
         folded = q.reshape(q.size(0), k.size(1), group, -1)
-        return scaled_dot_product_attention(folded, k, v, False, attn_mask, dropout_p).view(q.shape)
+        return scaled_dot_product_attention(folded, k, v, False, attn_mask, dropout_p).reshape(q.shape)
     k, v = repeat_kv(k, group), repeat_kv(v, group)
     short = q.device.type == "cpu" and k.size(-2) <= EXPLICIT_ATTENTION_MAX_KEYS
     # the fused kernel is fast for a single query of a single row

@@ -20,7 +20,7 @@ def rope_cache(length: int, head_size: int, theta: float = 10000.0) -> Tensor:
     Returns:
         (2, T, D / 2): cosines, then sines.
     """
-    # float64 keeps late positions exact; MPS lacks it, so compute on the CPU whatever the default device is
+    # float64 keeps late positions exact; MPS lacks it, and Lightning builds networks on the accelerator
     channels = torch.arange(0, head_size, 2, dtype=torch.float64, device="cpu")
     frequencies = theta ** (-channels / head_size)  # (D / 2,)
     angles = torch.outer(torch.arange(length, dtype=torch.float64, device="cpu"), frequencies)  # (T, D / 2)

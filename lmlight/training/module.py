@@ -24,6 +24,7 @@ from lightning.pytorch.callbacks import (
     StochasticWeightAveraging,
 )
 from lightning.pytorch.cli import OptimizerCallable
+from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
@@ -221,7 +222,7 @@ class LanguageModel(LightningModule):
                 parameter.grad = torch.ones_like(parameter)
         try:
             self._optimizer(groups).step()
-        except (TypeError, RuntimeError) as error:
+        except (TypeError, RuntimeError, AssertionError) as error:
             raise _unusable(error) from None
         self._check_schedule(max(trainer.max_steps, -1 if trainer.max_epochs is None else trainer.max_epochs) >= 0)
 
@@ -230,6 +231,11 @@ class LanguageModel(LightningModule):
     def setup(self, stage: str) -> None:
         _, block_size = self._take_sizes()
         if stage == "predict":
+            # processes generate from different prompts, so they would wait for each other's shards forever
+            if isinstance(self.trainer.strategy, (FSDPStrategy, ModelParallelStrategy)):
+                raise UserError(
+                    "predict needs the whole model on each device: leave out the sharded strategy (fsdp.yaml)"
+                )
             return
         data = getattr(self.trainer, "datamodule", None)
         if (longer := getattr(data, "block_size", 0)) > block_size:

@@ -201,8 +201,9 @@ class TrainSubsetEval(Callback):
             return
         assert isinstance(pl_module, LanguageModel)
         metric = TextLoss().to(pl_module.device)
-        for batch in data.train_sample_dataloader(self.windows):
-            pl_module.score(trainer.strategy.batch_to_device(batch), metric)
+        with trainer.precision_plugin.val_step_context():  # autocast, as in validation
+            for batch in data.train_sample_dataloader(self.windows):
+                pl_module.score(trainer.strategy.batch_to_device(batch), metric)
         seen = metric.compute()["nats_per_char"]
         unseen = pl_module.val_loss.compute()["nats_per_char"]
         pl_module.log_dict({"train_sample/nats_per_char": seen.float(), "gap/nats_per_char": (unseen - seen).float()})
