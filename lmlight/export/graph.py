@@ -76,11 +76,10 @@ class ConcatCache(Cache):
         present: for each layer so far, keys and values (2, B, H_kv, S, D).
     """
 
-    is_causal = False
-
     def __init__(self, past: Tensor, rope: Tensor | None) -> None:
+        # with maps, attention is explicit and has no branch on the number of keys
+        super().__init__(is_causal=False, attention_maps=[])
         self.past, self.rope, self.present = past, rope, list[Tensor]()
-        self.attention_maps = []  # explicit attention, which has no branch on the number of keys
 
     def advance(self, count: int) -> None:
         keys = torch.arange(self.past.size(4) + count, device=self.past.device)  # (S,)

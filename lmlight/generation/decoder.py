@@ -1,11 +1,10 @@
 """Decoding with any network: everything that exists only while generating.
 
-- The prompt is one forward pass (`prefill`); each further token is one step.
-- A network with a cache appends to it. One without recomputes its window, the last `block_size` tokens.
-- Beyond `block_size`, a cache of rotary positions drops the oldest token at each step. Learned positions end there: the
+- The prompt is one forward pass; each further token is one step, in `FastDecoder` where it can be.
+- A network without a cache recomputes its window, the last `block_size` tokens, at each step.
+- Beyond `block_size`, a cache drops the oldest token at each step if positions are rotary. Learned ones end there, so a full
   row restarts from the later half of its window.
-- Each row has its own random generator, so a text does not depend on what else is in the batch, and global generators are
-  not touched.
+- Each row has its own random generator, so its text does not depend on what else is in the batch.
 
 Axes: B rows, T tokens, V vocabulary.
 """
@@ -25,7 +24,7 @@ from lmlight.models.kv_cache import KeyValueCache
 
 
 class Decoder:
-    """Computes next-token logits for rows of tokens that grow.
+    """Computes next-token logits (B, V) for rows of tokens that grow.
 
     Args:
         net: used in its current mode: call `eval()` first, or dropout is active.
@@ -36,81 +35,61 @@ class Decoder:
         self.net, self.cache = net, net.make_cache(batch_size)
         # not a call, which a compiled network would compile for each length
         self._forward: Callable[..., Tensor] = net.forward
-        self._device = next(net.parameters()).device
         self._fast: FastDecoder | None = None
 
     @torch.no_grad()
     def prefill(self, prompts: Sequence[Sequence[int]]) -> Tensor:
-        """Process the prompts in one forward pass.
-
-        Args:
-            prompts: B sequences of at least one id each, of any lengths; the last `block_size` ids count.
-
-        Returns:
-            (B, V) logits for the token after each prompt.
-        """
+        """Process B prompts of at least one id each in one pass; of long ones, the last `block_size` ids."""
         rows = [list(prompt)[-self.net.block_size :] for prompt in prompts]
-        lengths = [len(row) for row in rows]
-        padded = [[0] * (max(lengths) - len(row)) + row for row in rows]
-        self._window = torch.tensor(padded, device=self._device)  # (B, T), padded at the start
-        self._lengths = torch.tensor(lengths, device=self._device)[:, None]  # (B, 1)
-        logits = self._forward_window()
-        if self.cache is not None:
-            self.cache.set_lengths(lengths)
-        return logits
+        padding = [max(map(len, rows)) - len(row) for row in rows]
+        device = next(self.net.parameters()).device
+        self._window = torch.tensor([[0] * pad + row for pad, row in zip(padding, rows)], device=device)  # (B, T)
+        self._lengths = torch.tensor([[len(row)] for row in rows], device=device)  # (B, 1), without padding
+        if self.cache is None:
+            return self._recompute()
+        self.cache.set_padding(padding)
+        return self._forward(self._window, cache=self.cache, last_only=True)[:, -1]
 
     @torch.no_grad()
     def step(self, tokens: Tensor) -> Tensor:
-        """Append a token to each row.
-
-        Args:
-            tokens: (B, 1) ids, on the device of the network.
-
-        Returns:
-            (B, V) logits for the token after it.
-        """
-        cache, block_size = self.cache, self.net.block_size
-        if cache is None or not cache.supports_sliding_window:
-            if cache is not None:
-                self._restart_full_rows(cache)
-            self._window = torch.cat((self._window, tokens), 1)[:, -block_size:]
-            self._lengths = (self._lengths + 1).clamp(max=block_size)
-        if cache is None:
-            return self._forward_window()
+        """Append one token (B, 1) to each row."""
+        if self.cache is None or not self.cache.supports_sliding_window:
+            if self.cache is not None:
+                self._restart_full_rows(self.cache)
+            self._window = torch.cat((self._window, tokens), 1)[:, -self.net.block_size :]
+            self._lengths = (self._lengths + 1).clamp(max=self.net.block_size)
+        if self.cache is None:
+            return self._recompute()
         if self._fast is None and FastDecoder.supports(self.net):
             self._fast = FastDecoder(self.net, len(tokens))
         if self._fast is not None:
-            return self._fast(tokens, cache)
-        return self._forward(tokens, cache=cache)[:, -1]
+            return self._fast(tokens, self.cache)
+        return self._forward(tokens, cache=self.cache)[:, -1]
 
-    def _forward_window(self) -> Tensor:
-        rows = torch.arange(len(self._window), device=self._device)
-        columns = torch.arange(self._window.size(1), device=self._device) - self._lengths
-        idx = self._window.gather(1, columns % self._window.size(1))  # (B, T), padded at the end
-        last = self._lengths[:, 0] - 1
-        if self.cache is None:
-            return self._forward(idx)[rows, last]
-        return self._forward(idx, cache=self.cache, last=last)
+    def _recompute(self) -> Tensor:
+        B, T = self._window.shape
+        device = self._window.device
+        columns = (torch.arange(T, device=device) - self._lengths) % T  # moves the padding to the end
+        logits = self._forward(self._window.gather(1, columns))  # (B, T, V)
+        return logits[torch.arange(B, device=device), self._lengths[:, 0] - 1]
 
     def _restart_full_rows(self, cache: KeyValueCache) -> None:
-        """Empty the cache of rows that are full, but for the later half of the block less the token to come."""
-        full = [row for row, length in enumerate(cache.lengths) if length >= self.net.block_size]
+        """Keep the later half of the block in rows that are full, counting the token to come."""
+        full = [row for row, padding in enumerate(cache.padding) if cache.length - padding >= cache.max_length]
         if not full:
             return
-        fresh, kept = Decoder(self.net, len(full)), self.net.block_size // 2 - 1
-        assert fresh.cache is not None
+        restarted, kept = Decoder(self.net, len(full)), self.net.block_size // 2 - 1
+        assert restarted.cache is not None
         if kept > 0:
-            fresh.prefill(self._window[full, -kept:].tolist())
-        cache.replace(full, fresh.cache)
+            restarted.prefill(self._window[full, -kept:].tolist())
+        if len(full) == len(cache.padding):
+            self.cache = restarted.cache
+        else:
+            cache.replace(full, restarted.cache)
 
 
 class GenerationStep(NamedTuple):
-    """One more token in each row.
-
-    Attributes:
-        ids: the B tokens.
-        logits: (B, V) output of the network, before any processor.
-    """
+    """One more token in each row: the B ids, and the network's logits (B, V) before any processor."""
 
     ids: list[int]
     logits: Tensor
@@ -129,7 +108,7 @@ def generate_ids(
         seeds: a random seed per sequence.
 
     Yields:
-        one step for each of `max_new_tokens` tokens.
+        `max_new_tokens` steps.
     """
     assert all(prompts), "a prompt has at least one token"
     device = next(net.parameters()).device
@@ -138,8 +117,9 @@ def generate_ids(
         [torch.rand(sampling.max_new_tokens, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
     ).to(device, dtype)
     penalty, present = sampling.repetition_penalty, torch.zeros(len(prompts), net.vocab_size, dtype=torch.bool)
-    for row, prompt in enumerate(prompts):
-        present[row, list(prompt)] = True
+    if penalty != 1:
+        for row, prompt in enumerate(prompts):
+            present[row, list(prompt)] = True
     present = present.to(device)
     decoder = Decoder(net, len(prompts))
     logits = decoder.prefill(prompts)
@@ -148,7 +128,8 @@ def generate_ids(
             logits = logits.float()
         penalized = logits if penalty == 1 else apply_repetition_penalty(logits, present, penalty)
         tokens = sample_one_token(penalized, sampling, uniforms[:, step : step + 1])  # (B, 1)
-        present.scatter_(1, tokens, True)
+        if penalty != 1:
+            present.scatter_(1, tokens, True)
         yield GenerationStep(tokens[:, 0].tolist(), logits)
         if step + 1 < sampling.max_new_tokens:
             logits = decoder.step(tokens)
@@ -160,7 +141,7 @@ def generate(net: Net, idx: Tensor, sampling: Sampling) -> Tensor:
     Args:
         net: used in its current mode: call `eval()` first, or dropout is active.
         idx: (B, T) ids with T at least 1.
-        sampling: row i uses the seed `sampling.seed` + i. `stop` and `num_samples` are ignored.
+        sampling: row i uses `seed` + i; `num_samples` and `stop` are ignored.
 
     Returns:
         (B, T + max_new_tokens) ids, starting with `idx`.

@@ -52,22 +52,19 @@ class Sampling:
     seed: int = 1337
 
     def __post_init__(self) -> None:
-        if self.max_new_tokens < 0:
-            raise UserError(f"max_new_tokens must be 0 or more, got {self.max_new_tokens}")
-        if not (math.isfinite(self.temperature) and self.temperature >= 0):
-            raise UserError(f"temperature must be 0 (greedy) or more, got {self.temperature}")
-        if self.top_k is not None and self.top_k < 1:
-            raise UserError(f"top_k must be at least 1, got {self.top_k}")
-        if self.top_p is not None and not 0 < self.top_p <= 1:
-            raise UserError(f"top_p must be in (0, 1], got {self.top_p}")
-        if self.min_p is not None and not 0 <= self.min_p <= 1:
-            raise UserError(f"min_p must be in [0, 1], got {self.min_p}")
-        if not (math.isfinite(self.repetition_penalty) and self.repetition_penalty > 0):
-            raise UserError(f"repetition_penalty must be above 0, got {self.repetition_penalty}")
-        if isinstance(self.stop, str) or not all(isinstance(text, str) and text for text in self.stop):
-            raise UserError(f"stop must be a list of non-empty strings, got {self.stop!r}")
-        if self.num_samples < 1:
-            raise UserError(f"num_samples must be at least 1, got {self.num_samples}")
+        strings = not isinstance(self.stop, str) and all(isinstance(text, str) and text for text in self.stop)
+        for name, valid, expected in (
+            ("max_new_tokens", self.max_new_tokens >= 0, "0 or more"),
+            ("temperature", 0 <= self.temperature < math.inf, "0 (greedy) or more"),
+            ("top_k", self.top_k is None or self.top_k >= 1, "at least 1"),
+            ("top_p", self.top_p is None or 0 < self.top_p <= 1, "in (0, 1]"),
+            ("min_p", self.min_p is None or 0 <= self.min_p <= 1, "in [0, 1]"),
+            ("repetition_penalty", 0 < self.repetition_penalty < math.inf, "above 0"),
+            ("stop", strings, "a list of non-empty strings"),
+            ("num_samples", self.num_samples >= 1, "at least 1"),
+        ):
+            if not valid:
+                raise UserError(f"{name} must be {expected}, got {getattr(self, name)!r}")
 
 
 def apply_repetition_penalty(logits: Tensor, present: Tensor, penalty: float) -> Tensor:

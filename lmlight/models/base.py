@@ -12,7 +12,7 @@ from lmlight.models.kv_cache import KeyValueCache
 
 
 class Net(nn.Module, ABC):
-    """Base class of networks, which map token ids to logits for the next token. Subclasses implement `forward`.
+    """Base class of networks. A subclass implements `forward`.
 
     Args:
         config: the constructor's arguments, plain values only: `type(net)(**net.config)` builds the same network.
@@ -30,20 +30,15 @@ class Net(nn.Module, ABC):
 
     @abstractmethod
     def forward(self, idx: Tensor) -> Tensor:
-        """Compute the logits for the token after each position.
+        """Map token ids (B, T), T at most `block_size`, to the logits (B, T, V) of the tokens that follow each of them.
 
-        Args:
-            idx: (B, T) token ids, T at most `block_size`.
-
-        Returns:
-            (B, T, V) logits. Those at a position depend only on the ids up to it.
+        The logits at a position must not depend on later ids.
         """
 
     def make_cache(self, batch_size: int) -> KeyValueCache | None:
-        """Make an empty cache for generation, or return None if the network has none.
+        """Make an empty cache for `forward(idx, cache=..., last_only=...)`, as `Transformer` has it.
 
-        A network that returns one must also take `forward(idx, cache=cache, last=last)`; see `Transformer.forward`.
-        Without one, generation runs the whole context through `forward` for each new token.
+        If None, generation passes the whole context to `forward` for each new token.
         """
         return None
 
@@ -52,15 +47,12 @@ class Net(nn.Module, ABC):
         return F.cross_entropy(self(idx).flatten(0, 1), targets.flatten())
 
     def flops_per_token(self) -> int:
-        """Count the floating-point operations of one token's forward pass, a multiply-add as two.
-
-        Training costs three times as many. The default counts the products of all `nn.Linear` modules.
-        """
+        """Count a token's floating-point operations in `forward`; the default counts all `nn.Linear` modules."""
         return 2 * sum(module.weight.numel() for module in self.modules() if isinstance(module, nn.Linear))
 
     @property
     def num_parameters(self) -> int:
-        """The number of trained weights; tied weights count once."""
+        """The number of trained weights; tied ones count once."""
         return sum(parameter.numel() for parameter in self.parameters())
 
 
@@ -70,5 +62,5 @@ def architecture_kwargs(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def init_kwargs(local_variables: dict[str, Any]) -> dict[str, Any]:
-    """Extract an `__init__`'s arguments from its `locals()`. Call it before assigning any variable."""
+    """Select an `__init__`'s arguments from its `locals()`, before it assigns any variable."""
     return {name: value for name, value in local_variables.items() if name not in ("self", "__class__")}

@@ -1,4 +1,4 @@
-"""The decoder-only transformer, from small to whole: norm, MLP, block, network. Its attention is in `attention.py`.
+"""The decoder-only transformer, from small to whole: MLP, block, network. Its attention is in `attention.py`.
 
 - Pre-norm residual blocks.
 - Options of common architectures, so that a trained network can be exported: `GPT2` and `LLAMA` are presets.
@@ -6,8 +6,9 @@
 
 Axes: B batch, T positions, C = n_embd channels, D channels of a head, V vocabulary.
 
-Papers: Vaswani et al. 2017 (https://arxiv.org/abs/1706.03762); pre-norm GPT-2, Radford et al. 2019; SwiGLU, Shazeer 2020
-(https://arxiv.org/abs/2002.05202); ReLU², So et al. 2021 (https://arxiv.org/abs/2109.08668).
+Papers: Vaswani et al. 2017 (https://arxiv.org/abs/1706.03762); pre-norm GPT-2, Radford et al. 2019; RMSNorm, Zhang and
+Sennrich 2019 (https://arxiv.org/abs/1910.07467); SwiGLU, Shazeer 2020 (https://arxiv.org/abs/2002.05202); ReLU², So et al.
+2021 (https://arxiv.org/abs/2109.08668).
 """
 
 from __future__ import annotations
@@ -21,10 +22,10 @@ from torch import Tensor, nn
 from lmlight.errors import UserError
 from lmlight.models.attention import Attention, RMSNorm, apply_dropout
 from lmlight.models.base import Net, init_kwargs
-from lmlight.models.kv_cache import Cache, KeyValueCache, NoCache
+from lmlight.models.kv_cache import Cache, KeyValueCache
 from lmlight.models.rope import rope_cache
 
-# From this many logits on (half a gigabyte in float32), the loss is computed in chunks that are not kept. Needs torch 2.13.
+# From this many logits on (half a gigabyte in float32), the loss is computed in chunks that are not kept, if torch is 2.13.
 CHUNKED_LOSS_MIN_LOGITS = 2**27
 
 GPT2: dict[str, Any] = dict(norm="layernorm", positions="learned", mlp="gelu", qk_norm=False, bias=True, tie=True)
@@ -33,6 +34,7 @@ LLAMA: dict[str, Any] = dict(norm="rmsnorm", positions="rotary", mlp="swiglu", q
 """`Transformer` arguments for Llama's architecture, without sizes; with `qk_norm`, Qwen3's."""
 
 NormName = Literal["rmsnorm", "layernorm"]
+Activation = Literal["gelu", "relu2", "swiglu"]
 
 
 def make_norm(name: NormName, size: int, eps: float, bias: bool) -> nn.Module:
@@ -40,32 +42,27 @@ def make_norm(name: NormName, size: int, eps: float, bias: bool) -> nn.Module:
 
 
 def default_intermediate_size(kind: str, n_embd: int) -> int:
-    """4 C; for SwiGLU, whose gate is a third matrix, 8/3 C rounded to a multiple of 8."""
+    """Return 4 C; for SwiGLU, which has a third matrix, 8/3 C in multiples of 8."""
     return 8 * round(n_embd / 3) if kind == "swiglu" else 4 * n_embd
 
 
 class MLP(nn.Module):
-    """Two linear layers with an activation between them, or a gate."""
+    """Two linear layers with an activation between them."""
 
-    def __init__(
-        self, n_embd: int, kind: Literal["gelu", "relu2", "swiglu"], dropout: float, bias: bool, intermediate_size: int
-    ) -> None:
+    def __init__(self, n_embd: int, intermediate_size: int, kind: Activation, dropout: float, bias: bool) -> None:
         super().__init__()
         self.kind, self.dropout = kind, dropout
-        self.up = nn.Linear(n_embd, 2 * intermediate_size if kind == "swiglu" else intermediate_size, bias=bias)
+        self.up = nn.Linear(n_embd, intermediate_size * (2 if kind == "swiglu" else 1), bias=bias)
         self.down = nn.Linear(intermediate_size, n_embd, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
         return apply_dropout(self.down(self.activate(self.up(x))), self.dropout, self.training)
 
     def activate(self, h: Tensor) -> Tensor:
-        """Apply the activation; SwiGLU's gate and value come side by side."""
         if self.kind == "swiglu":
             gate, value = h.chunk(2, dim=-1)
             return F.silu(gate) * value
-        if self.kind == "relu2":
-            return F.relu(h).square()
-        return F.gelu(h, approximate="tanh")  # as GPT-2
+        return F.relu(h).square() if self.kind == "relu2" else F.gelu(h, approximate="tanh")  # as GPT-2
 
 
 class Block(nn.Module):
@@ -117,7 +114,7 @@ class Transformer(Net):
         dropout: float = 0.0,
         norm: NormName = "rmsnorm",
         positions: Literal["rotary", "learned"] = "rotary",
-        mlp: Literal["gelu", "relu2", "swiglu"] = "relu2",
+        mlp: Activation = "relu2",
         qk_norm: bool = True,
         bias: bool = False,
         tie: bool = False,
@@ -137,7 +134,7 @@ class Transformer(Net):
         self.blocks = nn.ModuleList(
             Block(
                 Attention(n_embd, n_head, n_kv_head, dropout, bias, qk_norm, norm_eps),
-                MLP(n_embd, mlp, dropout, bias, self.intermediate_size),
+                MLP(n_embd, self.intermediate_size, mlp, dropout, bias),
                 make_norm(norm, n_embd, norm_eps, bias),
                 make_norm(norm, n_embd, norm_eps, bias),
             )
@@ -147,37 +144,28 @@ class Transformer(Net):
         self.head = nn.Linear(n_embd, vocab_size, bias=False)
         if tie:
             self.head.weight = self.embedding.weight
-        self._initialize()
-
-    def _initialize(self) -> None:
-        """Initialize as GPT-2, but with zeros for the last layer of each branch: blocks start as the identity."""
         for name, parameter in self.named_parameters():
             if name.endswith("bias"):
                 nn.init.zeros_(parameter)
-            elif parameter.dim() == 2:
-                last = name.endswith(("output.weight", "down.weight"))
-                nn.init.normal_(parameter, std=0.0 if last else 0.02)
+            elif parameter.dim() == 2:  # as GPT-2, but blocks start as the identity
+                ends_branch = name.endswith(("output.weight", "down.weight"))
+                nn.init.normal_(parameter, std=0.0 if ends_branch else 0.02)
 
-    def forward(self, idx: Tensor, cache: Cache | None = None, last: Tensor | None = None) -> Tensor:
-        """Compute the logits for the token after each position.
+    def forward(self, idx: Tensor, cache: Cache | None = None, last_only: bool = False) -> Tensor:
+        """Map token ids (B, T) to the logits (B, T, V) of the tokens that follow each of them.
 
         Args:
-            idx: (B, T) token ids, T at most `block_size`.
-            cache: holds earlier tokens, which `idx` continues.
-            last: (B,) one position per row; only its logits are computed.
-
-        Returns:
-            (B, T, V) logits; (B, V) with `last`.
+            idx: T is at most `block_size`.
+            cache: holds earlier tokens, which `idx` continues; None keeps nothing.
+            last_only: compute the logits of the last position only, (B, 1, V).
         """
-        x = self.hidden_states(idx, cache)  # (B, T, C)
-        if last is not None:
-            x = x[torch.arange(len(x), device=x.device), last]  # (B, C)
-        return self.head(x)
+        x = self.hidden_states(idx, cache)
+        return self.head(x[:, -1:] if last_only else x)
 
     def hidden_states(self, idx: Tensor, cache: Cache | None = None) -> Tensor:
-        """Compute what the output layer takes: (B, T) ids to (B, T, C)."""
+        """Compute the input (B, T, C) of the output layer; see `forward`."""
         assert idx.size(1) <= self.block_size, f"{idx.size(1)} positions, block_size {self.block_size}"
-        cache = NoCache() if cache is None else cache
+        cache = Cache() if cache is None else cache
         cache.advance(idx.size(1))
         x = self.embedding(idx)  # (B, T, C)
         if self.positions is not None:
@@ -186,7 +174,7 @@ class Transformer(Net):
         rope = None
         if self.rope is not None:
             rope = (self.rope if cache.rope is None else cache.rope)[:, cache.input_pos]  # (2, T, D / 2)
-            if rope.dim() == 4:  # (2, B, 1, D / 2), of rows at different positions
+            if rope.dim() == 4:  # (2, B, T, D / 2), if rows differ: broadcast over heads
                 rope = rope[:, :, None]
         for layer, block in enumerate(self.blocks):
             x = block(x, rope, cache, layer)
@@ -204,15 +192,14 @@ class Transformer(Net):
         return F.linear_cross_entropy(x, weight, targets.flatten(), reduction="none", options=options).float().mean()
 
     def attention_maps(self, idx: Tensor) -> Tensor:
-        """Record the attention weights of all layers and heads: (B, T) ids to (L, B, H, T, T); rows sum to 1."""
+        """Compute the attention weights of all layers: (B, T) ids to (L, B, H, T, T); rows sum to 1."""
         maps: list[Tensor] = []
-        self.hidden_states(idx, NoCache(maps))
+        self.hidden_states(idx, Cache(attention_maps=maps))
         return torch.stack(maps)
 
     def make_cache(self, batch_size: int) -> KeyValueCache:
-        theta = None if self.positions is not None else self.config["rope_theta"]
         shape = batch_size, len(self.blocks), self.n_kv_head, self.block_size, self.head_size
-        return KeyValueCache(*shape, like=self.head.weight, rope_theta=theta)
+        return KeyValueCache(shape, self.head.weight, self.config["rope_theta"] if self.positions is None else None)
 
     def flops_per_token(self) -> int:
         # a score for each position, and the sum of the values
@@ -220,7 +207,7 @@ class Transformer(Net):
 
 
 def _check(config: dict[str, Any]) -> None:
-    n_head, n_embd, n_kv_head = config["n_head"], config["n_embd"], config["n_kv_head"]
+    n_head, n_embd, n_kv_head, dropout = (config[name] for name in ("n_head", "n_embd", "n_kv_head", "dropout"))
     for name in ("n_layer", "n_head", "n_embd", "n_kv_head", "intermediate_size"):
         if config[name] is not None and config[name] < 1:
             raise UserError(f"{name} must be at least 1, got {config[name]}")
@@ -233,5 +220,5 @@ def _check(config: dict[str, Any]) -> None:
         raise UserError(f"n_head must be a multiple of n_kv_head, got n_head {n_head} and n_kv_head {n_kv_head}")
     if config["positions"] == "rotary" and (n_embd // n_head) % 2:
         raise UserError(f"rotary positions need an even head size, got n_embd / n_head = {n_embd} / {n_head}")
-    if not 0 <= config["dropout"] < 1:
-        raise UserError(f"dropout must be in [0, 1), got {config['dropout']}")
+    if not 0 <= dropout < 1:
+        raise UserError(f"dropout must be in [0, 1), got {dropout}")
