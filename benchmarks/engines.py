@@ -52,7 +52,6 @@ from lmlight.data import corpus
 from lmlight.export import command
 from lmlight.export.model import Model
 from lmlight.generation import generate_ids
-from lmlight.models.base import Weights
 
 PROMPT = "ROMEO:\nWhat say you"
 ROOT = Path(__file__).parents[1]
@@ -64,9 +63,9 @@ Run = Callable[[list[int], int], tuple[float, list[int]]]
 """The same with the seconds it took."""
 
 
-def ours(model: Model, weights: Weights) -> Write:
+def ours(model: Model) -> Write:
     def write(prompt: list[int], new: int) -> list[int]:
-        sampling = Sampling(max_new_tokens=new, temperature=0, weights=weights)
+        sampling = Sampling(max_new_tokens=new, temperature=0)
         return [step.ids[0] for step in generate_ids(model.net, [prompt], sampling, [0])]
 
     return write
@@ -221,8 +220,7 @@ def export(checkpoint: Path, folder: Path) -> dict[str, Path]:
 
 
 ENGINES: dict[str, tuple[str, Callable[[Path, int], Write]]] = {
-    "lmlight": ("checkpoint", lambda file, _: ours(Model.read(file), "full")),
-    "lmlight, weights int8": ("checkpoint", lambda file, _: ours(Model.read(file), "int8")),
+    "lmlight": ("checkpoint", lambda file, _: ours(Model.read(file))),
     "transformers": ("hf", lambda file, _: transformers_(file)),
     "llama.cpp f32": ("gguf f32", lambda file, threads: LlamaCpp(file, threads, plain=True)),
     "llama.cpp f16": ("gguf f16", LlamaCpp),

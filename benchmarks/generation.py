@@ -1,15 +1,14 @@
-"""How fast is text written, against other people's nets and against the memory's speed?
+"""How fast is text generated, against other libraries and against the memory's speed?
 
-    python benchmarks/generation.py [--rounds 5] [--json FILE] [--ckpt_path FILE]
+    python benchmarks/generation.py [--rounds 5] [--json FILE]
 
 The shape is nanoGPT's for one GPU: 6 layers, width 384, context 256, float32, 65 characters. A prompt of 56 tokens and 200
 new ones stay within the context; everything is measured in alternating rounds of one process, medians are given.
 
 The floor of one stream is the time of its matrix-vector products alone, the weights read once from memory for each token:
-by torch's `linear`, and by lmlight's own `Linear`, whichever is faster on the machine.
+by torch's `linear`, and as lmlight's `pack_linear` does it, whichever is faster on the machine.
 The roofline of many streams is the time of reading the weights and the cache's filled part once a step, at the rate at
-which a large array can be summed; beside it, what the products of so many rows take alone, which is more. With a checkpoint,
-what rounding the weights to int8 costs is scored on the validation text, token by token. Prints Markdown tables.
+which a large array can be summed; beside it, the time of the products alone, which is longer. Prints Markdown tables.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ import warnings
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # as `lmlight predict` has it
 
@@ -36,12 +35,10 @@ from peers import Shape
 from torch import nn
 
 import lmlight  # first: it bounds how long torch's threads spin
-from lmlight import Sampling, Transformer, checkpoint
-from lmlight.data import corpus
+from lmlight import Sampling, Transformer
 from lmlight.generation import generate_ids
+from lmlight.generation.fast_decoder import pack_linear
 from lmlight.models import GPT2, LLAMA, Net
-from lmlight.models.base import Weights
-from lmlight.models.decoding import product
 
 SHAPE = Shape(65, 256, 6, 6, 384)
 PROMPT, NEW = 56, 200
@@ -101,7 +98,7 @@ def floor(net: nn.Module, plain: bool, rows: int = 1) -> Write:
     """The products of one step with the weights, nothing between them: with torch's linear, or as lmlight does it."""
     layers = [module for module in net.modules() if isinstance(module, nn.Linear)]
     inputs = [torch.randn(rows, layer.in_features) for layer in layers]
-    products = [partial(F.linear, weight=layer.weight) if plain else product(layer, rows) for layer in layers]
+    products = [partial(F.linear, weight=layer.weight) if plain else pack_linear(layer, rows) for layer in layers]
 
     @torch.inference_mode()
     def write(_: list[int], new: int) -> None:
@@ -195,48 +192,6 @@ def many_streams(rounds: int) -> dict[str, Any]:
     return results
 
 
-def rounded_weights(rounds: int, ckpt_path: Path | None) -> dict[str, float]:
-    net, kinds = Transformer(**SHAPE.__dict__, **GPT2).eval(), get_args(Weights)
-    scores = {kind: nats_per_char(ckpt_path, kind) for kind in kinds} if ckpt_path else {}
-    print(
-        "\n| weights | ms a token, 1 stream | 8 streams | 32 streams | nats/char, token by token |\n|---|---|---|---|---|"
-    )
-    results = {f"nats_per_char {kind}": score for kind, score in scores.items()}
-    for batch in (1, 8, 32):
-        prompts = torch.randint(65, (batch, PROMPT)).tolist()
-        tasks = {kind: partial(steps_with, net, prompts, kind) for kind in kinds}
-        results |= {f"{batch} {kind}": value / 100 for kind, value in seconds_of(rounds, tasks).items()}
-    for kind in kinds:
-        cells = [f"{1e3 * results[f'{batch} {kind}']:.2f}" for batch in (1, 8, 32)]
-        print("|", " | ".join([kind, *cells, f"{scores[kind]:.4f}" if scores else "-"]), "|", flush=True)
-    return results
-
-
-def steps_with(net: Net, prompts: list[list[int]], weights: Weights) -> None:
-    for _ in generate_ids(net, prompts, Sampling(max_new_tokens=100, weights=weights), list(range(len(prompts)))):
-        pass
-
-
-@torch.inference_mode()
-def nats_per_char(ckpt_path: Path, weights: Weights) -> float:
-    """Of the validation text in whole blocks that do not overlap, each token coming by itself, as in writing."""
-    content = checkpoint.read(ckpt_path)
-    net, tokenizer = checkpoint.net_of(content).eval(), checkpoint.tokenizer_of(content)
-    _, text = corpus.split(corpus.load("tinyshakespeare").text, 0.1)
-    ids = torch.tensor(tokenizer.encode(text))
-    T = net.block_size
-    rows = (len(ids) - 1) // T
-    inputs, targets = ids[: rows * T].view(rows, T), ids[1 : rows * T + 1].view(rows, T)
-    nats = 0.0
-    for batch_inputs, batch_targets in zip(inputs.split(32), targets.split(32)):
-        cache = net.new_cache(len(batch_inputs), weights)
-        for t in range(T):
-            nats += F.cross_entropy(
-                net.extend(batch_inputs[:, t : t + 1], cache), batch_targets[:, t], reduction="sum"
-            ).item()
-    return nats / int(tokenizer.char_counts[targets.numpy()].sum())
-
-
 def prompts_and_windows(rounds: int) -> dict[str, float]:
     nets = {"learned": Transformer(**SHAPE.__dict__, **GPT2).eval(), "rotary": Transformer(**SHAPE.__dict__).eval()}
     prompt = torch.randint(65, (200,)).tolist()
@@ -266,7 +221,6 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--json", type=Path)
-    parser.add_argument("--ckpt_path", type=Path, help="a checkpoint trained on tiny Shakespeare")
     options = parser.parse_args()
     torch.manual_seed(0)
     gc.disable()  # the peers' imports leave a million objects, and whoever allocates next pays for looking through them
@@ -276,7 +230,6 @@ def main() -> None:
     results = {
         "one stream, seconds a token": one_stream(options.rounds),
         "many streams": many_streams(options.rounds),
-        "rounded weights": rounded_weights(options.rounds, options.ckpt_path),
         "prompts and windows": prompts_and_windows(options.rounds),
     }
     if options.json:

@@ -180,7 +180,7 @@ def test_chat_streams_verse_and_takes_settings(finished):
     folder, _, best = finished
     typed = (
         '/max_new_tokens 5\nMIRA:\n/seed 1337\nMIRA:\n/temperature 0\n/temperature x\n/colour 1\n/stop ["a"]\n'
-        "/weights int8\n/weights int4\nMIRA:\n/quit\n"
+        "MIRA:\n/quit\n"
     )
     out, err = processes.run_afresh("chat", best, typed=typed)
     first, again = (part.split("\n\n")[0] for part in out.split("MIRA:")[1:3])
@@ -188,7 +188,6 @@ def test_chat_streams_verse_and_takes_settings(finished):
     assert first == again == escape_control_characters(text.removeprefix("MIRA:"))
     assert "a value of type float is wanted, got 'x'" in out
     assert "there is no /colour" in out
-    assert "weights must be one of full, int8, got 'int4'" in out
     assert err == ""
     # the newest run's best; and the end of the input ends it
     processes.run_afresh("chat", "best", typed="", cwd=folder)
@@ -496,7 +495,7 @@ def test_help_of_fit_shows_data_and_model_first_and_the_net_s_flags(capsys):
     flags = re.findall(r"^  (--[\w.]+)", out, re.MULTILINE)
     first = [flags.index(f"--{name}") for name in ("data.corpus", "model.net", "model.net.n_layer", "trainer.devices")]
     assert first == sorted(first)
-    assert {"--model.net.n_hidden", "--model.optimizer.lr", "--data.tokenizer.vocab_size"} <= set(flags)
+    assert {"--model.net.intermediate_size", "--model.optimizer.lr", "--data.tokenizer.vocab_size"} <= set(flags)
     assert len(out.split("options:")[0].split("\n")) < 8, "no screens of usage"
     assert flags.count("--model.net") == flags.count("--model.optimizer") == 1
 

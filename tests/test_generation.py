@@ -1,6 +1,8 @@
-"""Generation against plainer truths: cached against uncached, together against alone, streamed against whole."""
+"""Generation against simpler references: cached against uncached, batched against alone, streamed against whole."""
 
 import math
+from contextlib import contextmanager
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -11,6 +13,7 @@ from hypothesis import strategies as st
 from lmlight.data.tokenizer import CharTokenizer, StreamingDecoder, TokenizerConfig
 from lmlight.errors import UserError
 from lmlight.generation import (
+    Decoder,
     Sampling,
     TextStream,
     apply_repetition_penalty,
@@ -21,31 +24,45 @@ from lmlight.generation import (
     generate_text,
     start_streams,
 )
+from lmlight.generation.fast_decoder import FastDecoder, pack_linear
 from lmlight.models import GPT2, LLAMA, Bigram, Transformer
-from lmlight.models.attention import attention_weights, repeat_heads, rotary_table
-from lmlight.models.decoding import product
+from lmlight.models.attention import attention_weights, repeat_kv
+from lmlight.models.rope import rope_cache
 
 
 def net_of(vocab_size=11, block_size=8, **options):
     torch.manual_seed(0)
     net = Transformer(vocab_size, block_size, n_layer=2, n_head=4, n_embd=32, **options).eval()
-    for parameter in net.parameters():  # away from the initial zeros, where much goes unnoticed
+    for parameter in net.parameters():  # away from the initial zeros, which hide errors
         parameter.data.add_(torch.randn_like(parameter) * 0.2)
     return net
 
 
-OPTIONS = st.sampled_from(
-    [
-        {},
-        GPT2,
-        LLAMA,
-        {"n_kv_head": 2},
-        {"n_kv_head": 1, "positions": "learned", "bias": True},
-        {"mlp": "gelu", "norm": "layernorm"},
-        {"tie": True, "dropout": 0.5},
-        None,  # a bigram table
-    ]
-)
+class Uncached(Transformer):
+    """A network that has `forward` alone."""
+
+    def make_cache(self, batch_size):
+        return None
+
+
+@contextmanager
+def decoding(fast):
+    """Decode with or without `FastDecoder`."""
+    with patch.object(FastDecoder, "supports", FastDecoder.supports if fast else lambda net: False):
+        yield
+
+
+TRANSFORMERS = [
+    {},
+    GPT2,
+    LLAMA,
+    {"n_kv_head": 2},
+    {"n_kv_head": 1, "positions": "learned", "bias": True},
+    {"mlp": "gelu", "norm": "layernorm"},
+    {"tie": True, "dropout": 0.5},
+    {"norm_eps": 0.1, "rope_theta": 100.0},
+]
+NETS = [*(lambda options=options: net_of(**options) for options in TRANSFORMERS), lambda: Bigram(11, 8)]
 
 
 def test_greedy_follows_the_likeliest():
@@ -121,77 +138,73 @@ def test_filters_run_in_the_order_of_the_ecosystem(setting, kept):
 
 
 @settings(max_examples=40)
-@given(options=OPTIONS, double=st.booleans(), data=st.data())
-def test_cached_logits_are_the_uncached_ones(options, double, data):
-    """In whatever pieces the tokens come, for each net and setting."""
-    net = Bigram(11, 8) if options is None else net_of(**options)
+@given(options=st.sampled_from(TRANSFORMERS), double=st.booleans(), fast=st.booleans(), data=st.data())
+@torch.no_grad()
+def test_cached_logits_equal_uncached(options, double, fast, data):
+    """For tokens appended in pieces of any size."""
+    net = net_of(**options)
     net = net.double() if double else net
     idx = torch.randint(11, (3, 8), generator=torch.Generator().manual_seed(data.draw(st.integers(0, 99))))
-    plain = net(idx)
-    cache, seen = net.new_cache(3), 0
-    while seen < 8:
-        count = data.draw(st.integers(1, 8 - seen))
-        logits = net.extend(idx[:, seen : seen + count], cache)
-        seen += count
-        torch.testing.assert_close(logits, plain[:, seen - 1], rtol=0, atol=1e-10 if double else 1e-5)
-    assert cache.lengths == [8, 8, 8]
+    expected = net(idx)
+    cache, step, pieces = net.make_cache(3), FastDecoder(net, 3), []
+    while (seen := cache.length) < 8:
+        piece = idx[:, seen : seen + data.draw(st.integers(1, 8 - seen))]
+        pieces.append(step(piece, cache)[:, None] if fast and piece.size(1) == 1 else net(piece, cache=cache))
+    torch.testing.assert_close(torch.cat(pieces, 1), expected, rtol=0, atol=1e-10 if double else 1e-5)
+    assert cache.length == 8
 
 
 @settings(max_examples=40)
-@given(options=OPTIONS, lengths=st.lists(st.integers(1, 6), min_size=1, max_size=4))
-def test_rows_of_unequal_lengths_are_what_each_is_alone(options, lengths):
-    net = (Bigram(11, 8) if options is None else net_of(**options)).double()
+@given(make=st.sampled_from(NETS), fast=st.booleans(), lengths=st.lists(st.integers(1, 6), min_size=1, max_size=4))
+def test_batched_logits_equal_those_of_each_row_alone(make, fast, lengths):
+    net = make().double()
     rows = [torch.randint(11, (length + 2,)) for length in lengths]
-    padded = torch.zeros(len(rows), max(lengths), dtype=torch.long)
-    for row, (ids, length) in enumerate(zip(rows, lengths)):
-        padded[row, :length] = ids[:length]
-    cache = net.new_cache(len(rows))
-    got = [net.extend(padded, cache, lengths)]
-    for step in range(2):
-        got.append(net.extend(torch.stack([ids[n + step : n + step + 1] for ids, n in zip(rows, lengths)]), cache))
+    with decoding(fast):
+        decoder = Decoder(net, len(rows))
+        got = [decoder.prefill([ids[:length].tolist() for ids, length in zip(rows, lengths)])]
+        for step in range(2):
+            got.append(decoder.step(torch.stack([ids[n + step : n + step + 1] for ids, n in zip(rows, lengths)])))
     for row, (ids, length) in enumerate(zip(rows, lengths)):
         alone = net(ids[None])[0, length - 1 :]
         torch.testing.assert_close(torch.stack([logits[row] for logits in got]), alone, rtol=0, atol=1e-10)
 
 
-@pytest.mark.parametrize("options", [{}, LLAMA, {"n_kv_head": 2}], ids=str)
-def test_beyond_the_block_rotary_nets_attend_to_the_last_tokens_each(options):
-    """The plainer truth: the whole sequence at once, each position seeing itself and the block_size - 1 before it."""
+@pytest.mark.parametrize("fast", [True, False])
+@pytest.mark.parametrize("options", [{}, LLAMA, {"n_kv_head": 2}, {"rope_theta": 100.0}], ids=str)
+def test_sliding_window_attends_to_the_last_block_size_tokens(options, fast):
+    """Reference: the whole sequence at once, each position attending to itself and the block_size - 1 before it."""
     net = net_of(**options).double()
     idx, near = torch.randint(11, (1, 30)), torch.ones(30, 30, dtype=torch.bool).tril().triu(1 - 8)
-    x, rotary = net.embedding(idx), rotary_table(30, 8).double()
+    x, rope = net.embedding(idx), rope_cache(30, 8, net.config["rope_theta"]).double()
     for block in net.blocks:
-        q, k, v = block.attention.project(block.attention_norm(x), rotary=rotary)
-        k, v = (repeat_heads(t, 4 // t.size(1)) for t in (k, v))
-        y = attention_weights(q, k, causal=False, visible=near) @ v
+        q, k, v = block.attention.project(block.attention_norm(x), rope=rope)
+        k, v = (repeat_kv(t, 4 // t.size(1)) for t in (k, v))
+        y = attention_weights(q, k, causal=False, attn_mask=near) @ v
         x = x + block.attention.output(y.transpose(1, 2).flatten(2))
         x = x + block.mlp(block.mlp_norm(x))
-    plain = net.head(net.norm(x))
-    cache = net.new_cache(1)
-    for position in range(30):
-        logits = net.extend(idx[:, position : position + 1], cache)
-        torch.testing.assert_close(logits, plain[:, position], rtol=0, atol=1e-10)
+    with decoding(fast):
+        decoder = Decoder(net, 1)
+        logits = [decoder.prefill(idx[:, :1].tolist()), *(decoder.step(token) for token in idx[:, 1:].split(1, 1))]
+    torch.testing.assert_close(torch.stack(logits, 1), net.head(net.norm(x)), rtol=0, atol=1e-10)
 
 
-@pytest.mark.parametrize("exact", [True, False])
-@pytest.mark.parametrize("options", [{"positions": "learned"}, {}], ids=str)
-def test_beyond_the_block_contexts_are_as_documented(options, exact):
-    net = net_of(**options).double()
-    context = [1, 2, 3]
-    steps = list(generate_ids(net, [context], Sampling(max_new_tokens=25, exact_window=exact), [5]))
-    assert len(steps) == 25
-    for step in steps:
-        if exact or options:  # a rotary net that slides has a test of its own
-            plain = net(torch.tensor([context]))[0, -1]
-            torch.testing.assert_close(step.logits[0], plain, rtol=0, atol=1e-10)
+@pytest.mark.parametrize("block_size", [1, 2, 3, 8])
+@pytest.mark.parametrize(("kind", "kept"), [(Transformer, "later half"), (Uncached, "all")])
+def test_beyond_the_block_learned_positions_restart_and_uncached_networks_recompute(block_size, kind, kept):
+    torch.manual_seed(0)
+    net = kind(11, block_size, n_layer=1, n_head=2, n_embd=16, positions="learned").double().eval()
+    net.positions.weight.data.mul_(50)
+    context = [1]
+    for step in generate_ids(net, [context], Sampling(max_new_tokens=25), [5]):
+        torch.testing.assert_close(step.logits[0], net(torch.tensor([context]))[0, -1], rtol=0, atol=1e-10)
         context = [*context, step.ids[0]]
-        if len(context) > 8:
-            context = context[-8:] if exact else context[-4:]
+        if len(context) > block_size:
+            context = context[-block_size if kept == "all" else -max(1, block_size // 2) :]
 
 
 @pytest.mark.parametrize(("options", "most"), [({}, 1.0), ({"positions": "learned"}, 2.0)], ids=str)
-def test_the_cost_of_a_token_does_not_grow_beyond_the_block(monkeypatch, options, most):
-    """Counted in positions computed: one a token, and for learned positions half a block now and then."""
+def test_cost_per_token_does_not_grow_beyond_the_block(monkeypatch, options, most):
+    """Counted in positions computed: one per token, and for learned positions half a block now and then."""
     seen, embed = [], F.embedding
     monkeypatch.setattr(F, "embedding", lambda idx, *a, **k: seen.append(idx.numel()) or embed(idx, *a, **k))
     list(generate_ids(net_of(**options), [[1] * 5], Sampling(max_new_tokens=101), [1]))
@@ -199,14 +212,14 @@ def test_the_cost_of_a_token_does_not_grow_beyond_the_block(monkeypatch, options
     assert sum(seen[1:]) / 100 <= most
 
 
-@pytest.mark.parametrize("options", [{}, {"positions": "learned"}, None], ids=str)
-@pytest.mark.parametrize("exact", [False, True])
-def test_texts_written_together_are_those_written_alone(options, exact):
-    tokenizer = CharTokenizer("\nabcdefghij")
-    net = (Bigram(11, 8) if options is None else net_of(**options)).double()
-    sampling = Sampling(
-        max_new_tokens=20, exact_window=exact, num_samples=2, seed=3, repetition_penalty=1.2, stop=["ab"]
-    )
+@pytest.mark.parametrize(
+    "make",
+    [net_of, lambda: net_of(positions="learned"), lambda: Bigram(11, 8), lambda: Uncached(11, 8, n_layer=1).eval()],
+    ids=["rotary", "learned", "bigram", "uncached"],
+)
+def test_texts_generated_together_equal_those_generated_alone(make):
+    tokenizer, net = CharTokenizer("\nabcdefghij"), make().double()
+    sampling = Sampling(max_new_tokens=20, num_samples=2, seed=3, repetition_penalty=1.2, stop=["ab"])
     prompts = ["", "a", "cab", "bcd" * 9, "dd"]
     together = start_streams(tokenizer, prompts, sampling)
     list(generate_text(net, together, sampling))
@@ -216,10 +229,10 @@ def test_texts_written_together_are_those_written_alone(options, exact):
         for stream in alone[-2:]:
             list(generate_text(net, [stream], sampling))
 
-    def told(streams):
+    def record(streams):
         return [(s.prompt, s.seed, s.text, s.tokens[: len(s.text)], s.finish_reason) for s in streams]
 
-    assert told(together) == told(alone)
+    assert record(together) == record(alone)
     assert together[0].text != together[1].text
 
 
@@ -227,43 +240,25 @@ def test_texts_written_together_are_those_written_alone(options, exact):
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("out", [66, 65, 8192])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_a_product_is_the_linear_map(rows, bias, out, dtype):
-    """Small and large, of which different libraries are the faster ones."""
+def test_packed_linear_equals_linear(rows, bias, out, dtype):
+    """For sizes on both sides of each threshold."""
     torch.manual_seed(0)
     linear, x = torch.nn.Linear(48, out, bias=bias, dtype=dtype), torch.randn(rows, 48, dtype=dtype)
     atol = 1e-5 if dtype == torch.float32 else 1e-12
-    torch.testing.assert_close(product(linear, rows)(x), linear(x), rtol=0, atol=atol)
+    torch.testing.assert_close(pack_linear(linear, rows)(x), linear(x), rtol=0, atol=atol)
 
 
-@pytest.mark.parametrize("rows", [1, 3])
-@pytest.mark.parametrize("bias", [True, False])
-def test_int8_weights_are_rounded_row_by_row(rows, bias):
-    torch.manual_seed(0)
-    linear, x = torch.nn.Linear(64, 32, bias=bias), torch.randn(rows, 64)
-    largest = linear.weight.abs().amax(1, keepdim=True)
-    assert (largest.max() / largest.min()) > 1.01, "one step for the whole matrix would do as well"
-    rounded = (linear.weight / largest * 127).round() * largest / 127
-    multiply = product(linear, rows, "int8")
-    got, plain = multiply(x), F.linear(x, rounded, linear.bias)
-    assert got.dtype == x.dtype
-    torch.testing.assert_close(got, plain, rtol=0, atol=0.02)  # inputs and sums are rounded to bfloat16
-    # one weight at a time: a step more or less of 127 is more than the rounding of a product
-    weight = torch.cat([multiply(x) for x in torch.eye(64).split(rows)]) - (linear.bias if bias else 0)
-    torch.testing.assert_close(weight.T, rounded, rtol=2**-7, atol=1e-6)
+@pytest.mark.parametrize("batch_size", [1, 3])
+@pytest.mark.parametrize("precision", ["autocast", "bfloat16"])
+def test_generates_in_bfloat16(batch_size, precision):
+    net = net_of(vocab_size=64, block_size=8) if precision == "autocast" else net_of(64, 8).bfloat16()
+    prompts = [[1] * (row + 1) for row in range(batch_size)]
+    with torch.autocast("cpu", torch.bfloat16, enabled=precision == "autocast"):
+        steps = list(generate_ids(net, prompts, Sampling(max_new_tokens=12), range(batch_size)))
+    assert all(step.logits.isfinite().all() and step.logits.dtype == torch.float32 for step in steps)
 
 
-def test_int8_weights_are_asked_for_by_the_sampling():
-    net = net_of(vocab_size=64, block_size=32)
-    full, int8 = (
-        list(generate_ids(net, [[1, 2]], Sampling(max_new_tokens=2, weights=w), [1])) for w in ("full", "int8")
-    )
-    assert torch.equal(full[0].logits, int8[0].logits), "the prompt sees the full ones"
-    assert full[0].ids == int8[0].ids
-    difference = (full[1].logits - int8[1].logits).abs().max()
-    assert 0 < difference < 0.1 * full[1].logits.abs().max()
-
-
-def test_log_probabilities_are_the_net_s_own():
+def test_logprobs_are_those_before_processors():
     tokenizer, net = CharTokenizer("\nabcdefghij"), net_of(block_size=32).double()
     sampling = Sampling(max_new_tokens=12, temperature=0.5, top_k=3, repetition_penalty=1.5)
     (stream,) = start_streams(tokenizer, ["abc"], sampling)
@@ -456,7 +451,6 @@ def test_line_breaks_in_stop_texts_match_either_line_ending(stop, newline):
         {"stop": [""]},
         {"stop": "ROMEO"},
         {"max_new_tokens": -1},
-        {"weights": "int4"},
     ],
     ids=str,
 )

@@ -12,7 +12,8 @@ from lmlight import Sampling
 from lmlight.errors import UserError
 from lmlight.generation import generate
 from lmlight.models import GPT2, LLAMA, Attention, Bigram, Transformer
-from lmlight.models.attention import attention_weights, repeat_heads, rotary_table, rotate
+from lmlight.models.attention import attention_weights, repeat_kv
+from lmlight.models.rope import apply_rope, rope_cache
 
 SMALL = {"vocab_size": 11, "block_size": 8, "n_layer": 2, "n_head": 4, "n_embd": 32}
 VARIANTS = [
@@ -140,6 +141,14 @@ def test_chunked_loss_in_bfloat16_does_not_accumulate_rounding_errors(monkeypatc
     assert abs(loss - exact) < 1e-3 * exact
 
 
+@pytest.mark.filterwarnings("error")
+def test_query_key_norm_keeps_the_data_type_under_autocast():
+    net = make()
+    with torch.autocast("cpu", torch.bfloat16):
+        dtypes = {x.dtype for x in net.blocks[0].attention.project(torch.randn(2, 8, 32), rope=net.rope)}
+    assert dtypes == {torch.bfloat16}
+
+
 class NoFloat64(TorchDispatchMode):
     """Fails where a device other than the CPU gets a float64 tensor, which MPS does not have."""
 
@@ -154,8 +163,8 @@ class NoFloat64(TorchDispatchMode):
 def test_networks_are_built_on_an_accelerator_without_float64():
     with torch.device("meta"), NoFloat64():
         net = Transformer(11, 8)
-    assert net.rotary.device.type == "meta"
-    assert Transformer(11, 8).rotary.device.type == "cpu"
+    assert net.rope.device.type == "meta"
+    assert Transformer(11, 8).rope.device.type == "cpu"
 
 
 def test_grouped_heads_take_attention_in_any_memory_layout(monkeypatch):
@@ -188,7 +197,7 @@ def test_attention_is_the_four_lines_fused_or_not(causal, options, length):
     attention = Attention(32, 4, **options).double()
     x = torch.randn(2, length, 32, dtype=torch.float64)
     q, k, v = attention.project(x)
-    k, v = (repeat_heads(x, 4 // x.size(1)) for x in (k, v))
+    k, v = (repeat_kv(x, 4 // x.size(1)) for x in (k, v))
     plain = attention.output((attention_weights(q, k, causal) @ v).transpose(1, 2).flatten(2))
     torch.testing.assert_close(attention(x, causal=causal), plain)
 
@@ -206,14 +215,14 @@ def test_cross_attention_gathers_from_the_context_alone():
     torch.manual_seed(0)
     attention = Attention(32, 4)
     x, context = torch.randn(2, 3, 32), torch.randn(2, 7, 32)
-    y = attention(x, context=context, causal=False)
+    y = attention(x, kv_input=context, causal=False)
     assert y.shape == x.shape
     order = torch.randperm(7)
-    torch.testing.assert_close(attention(x, context=context[:, order], causal=False), y)  # a set has no order
+    torch.testing.assert_close(attention(x, kv_input=context[:, order], causal=False), y)  # a set has no order
     constant = context[:, :1].expand(-1, 7, -1)
-    gathered = attention(x, context=constant, causal=False)
+    gathered = attention(x, kv_input=constant, causal=False)
     torch.testing.assert_close(gathered[:, 0], gathered[:, 1])  # whatever is asked, there is one thing to hear
-    assert (attention(x, context=context + 1, causal=False) - y).abs().max() > 1e-3
+    assert (attention(x, kv_input=context + 1, causal=False) - y).abs().max() > 1e-3
 
 
 def test_grouped_heads_equal_full_heads_with_repeated_weights():
@@ -235,8 +244,8 @@ def test_attention_weights_are_a_distribution_over_the_past():
 def test_rotary_products_depend_on_the_distance_alone():
     torch.manual_seed(0)
     q, k = torch.randn(8, dtype=torch.float64), torch.randn(8, dtype=torch.float64)
-    table = rotary_table(20, 8).double()
-    scores = rotate(q.expand(20, 8), table) @ rotate(k.expand(20, 8), table).T
+    table = rope_cache(20, 8).double()
+    scores = apply_rope(q.expand(20, 8), table) @ apply_rope(k.expand(20, 8), table).T
     for distance in (0, 3, 7):
         along = scores.diagonal(-distance)
         torch.testing.assert_close(along, along[:1].expand_as(along), atol=1e-6, rtol=0)
@@ -245,7 +254,7 @@ def test_rotary_products_depend_on_the_distance_alone():
         torch.ones(4, dtype=torch.float64), 5 * 10000.0 ** (-torch.arange(0, 8, 2, dtype=torch.float64) / 8)
     )
     torch.testing.assert_close(
-        rotate(q.expand(20, 8), table)[5], torch.cat((turned.real, turned.imag)), atol=1e-6, rtol=0
+        apply_rope(q.expand(20, 8), table)[5], torch.cat((turned.real, turned.imag)), atol=1e-6, rtol=0
     )
 
 
@@ -285,6 +294,8 @@ def test_flops_are_those_that_torch_counts():
         ({"n_head": 32}, "even"),
         ({"n_layer": 0}, "at least 1, got 0"),
         ({"dropout": 1.0}, "got 1.0"),
+        ({"norm_eps": 0.0}, "norm_eps must be above 0, got 0.0"),
+        ({"rope_theta": -1.0}, "rope_theta must be above 0, got -1.0"),
     ],
 )
 def test_sizes_that_do_not_fit_are_named(options, says):

@@ -6,7 +6,7 @@ import contextlib
 import json
 from collections.abc import Sequence
 from dataclasses import fields, replace
-from typing import Any, Literal, get_origin, get_type_hints
+from typing import Any, get_type_hints
 
 import torch
 
@@ -94,8 +94,6 @@ def _parsed(text: str, kind: Any) -> Any:
         value = json.loads(text)
     except json.JSONDecodeError:
         value = None if text.strip().lower() in ("", "none", "off") else text
-    if get_origin(kind) is Literal:
-        return str(value)  # Sampling knows which there are
     if kind == list[str]:
         return [] if value is None else value if isinstance(value, list) else [str(value)]
     if kind in (float, float | None) and isinstance(value, int) and not isinstance(value, bool):

@@ -21,7 +21,6 @@ from lmlight.export.architectures import match_architecture, named_weights
 from lmlight.export.model import Model, require_extra
 from lmlight.export.tokenizer import NORMAL, Piece, Vocabulary
 from lmlight.models import Transformer
-from lmlight.models.attention import NORM_EPS, ROPE_BASE
 
 # k of the module docstring. A power of two, so scaling is exact; its root is shared by the matrices after the gate, which
 # keeps all of them in float16's range.
@@ -46,13 +45,13 @@ def write(model: Model, path: Path, precision: str = "f32") -> None:
     writer.add_context_length(net.block_size)
     writer.add_embedding_length(options["n_embd"])
     writer.add_block_count(options["n_layer"])
-    writer.add_feed_forward_length(net.n_hidden)
+    writer.add_feed_forward_length(net.intermediate_size)
     writer.add_head_count(options["n_head"])
     writer.add_head_count_kv(net.n_kv_head)
     writer.add_vocab_size(net.vocab_size)
-    (writer.add_layer_norm_rms_eps if options["norm"] == "rmsnorm" else writer.add_layer_norm_eps)(NORM_EPS)
+    (writer.add_layer_norm_rms_eps if options["norm"] == "rmsnorm" else writer.add_layer_norm_eps)(options["norm_eps"])
     if options["positions"] == "rotary":
-        writer.add_rope_freq_base(ROPE_BASE)
+        writer.add_rope_freq_base(options["rope_theta"])
         writer.add_rope_dimension_count(net.head_size)
         writer.add_key_length(net.head_size)
         writer.add_value_length(net.head_size)

@@ -12,7 +12,7 @@ import json
 import logging
 import warnings
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,18 +22,51 @@ from lmlight.errors import UserError
 from lmlight.export.model import Model, require_extra
 from lmlight.export.tokenizer import tokenizer_json
 from lmlight.models import Transformer
-from lmlight.models.attention import attention_weights, repeat_heads, rotate
-from lmlight.models.transformer import Block
+from lmlight.models.kv_cache import Cache
+from lmlight.models.rope import apply_rope
 
 OPSET = 20
 
 
-class CachedGraph(nn.Module):
-    """The forward pass and the cached step of a transformer in one.
+class ConcatCache(Cache):
+    """A cache without branches that depend on a size: concatenates new keys and values to a past that the caller holds.
 
-    Keys are cached before RoPE and rotated by their position in the cache. So a caller gets a sliding window, as in
-    lmlight's own cache, by dropping the oldest past positions; no position is counted.
+    The past holds keys before RoPE, which are rotated by their index. So a caller gets a sliding window by dropping the
+    oldest past positions, and counts no positions.
+
+    Args:
+        past: (L, 2, B, H_kv, P, D) keys and values.
+        rope: the network's RoPE table; None if it has learned positions.
+
+    Attributes:
+        present: (2, B, H_kv, S, D) keys and values of each layer so far.
     """
+
+    is_causal = False
+
+    def __init__(self, past: Tensor, rope: Tensor | None) -> None:
+        self.past, self.rope, self.present = past, rope, list[Tensor]()
+        self.attention_maps = []  # recorded by attention that does not branch on the number of keys
+
+    def advance(self, count: int) -> None:
+        positions = torch.arange(self.past.size(4) + count, device=self.past.device)  # (S,)
+        self.input_pos = torch.arange(count, device=self.past.device) + self.past.size(4)  # (T,)
+        self.attn_mask = positions <= self.input_pos[:, None]  # (T, S)
+
+    def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        past_k, past_v = self.past[layer]
+        v, before_rope = torch.cat((past_v, v), 2), k
+        rotated = past_k
+        if self.rope is not None:
+            cos, sin = self.rope[:, self.input_pos]
+            before_rope = apply_rope(k, torch.stack((cos, -sin)))
+            rotated = apply_rope(past_k, self.rope[:, torch.arange(past_k.size(2), device=k.device)])
+        self.present.append(torch.stack((torch.cat((past_k, before_rope), 2), v)))
+        return torch.cat((rotated, k), 2), v
+
+
+class TransformerGraph(nn.Module):
+    """The forward pass and the cached step of a transformer in one."""
 
     def __init__(self, net: Transformer) -> None:
         super().__init__()
@@ -49,30 +82,11 @@ class CachedGraph(nn.Module):
         Returns:
             (B, T, V) logits; with a `past`, also the (L, 2, B, H_kv, S, D) keys and values to pass with the next tokens.
         """
-        net, cached = self.net, past is not None
-        if past is None:
-            past = net.head.weight.new_zeros(len(net.blocks), 2, ids.size(0), net.n_kv_head, 0, net.head_size)
-        n_past, n_new = past.size(4), ids.size(1)
-        positions = torch.arange(n_past + n_new, device=ids.device)  # (S,)
-        new = torch.arange(n_new, device=ids.device) + n_past  # (T,)
-        mask = positions <= new[:, None]  # (T, S)
-        x = net.embedding(ids)  # (B, T, C)
-        if net.positions is not None:
-            x = x + net.positions(new)
-        present = []
-        for layer, block in enumerate(cast("list[Block]", net.blocks)):
-            q, k, v = block.attention.project(block.attention_norm(x))
-            k, v = torch.cat((past[layer, 0], k), 2), torch.cat((past[layer, 1], v), 2)  # (B, H_kv, S, D)
-            present.append(torch.stack((k, v)))
-            if net.rotary is not None:
-                q, k = rotate(q, net.rotary[:, new]), rotate(k, net.rotary[:, positions])
-            group = q.size(1) // k.size(1)
-            weights = attention_weights(q, repeat_heads(k, group), False, mask)  # (B, H, T, S)
-            y = weights @ repeat_heads(v, group)
-            x = x + block.attention.output(y.transpose(1, 2).flatten(2))
-            x = x + block.mlp(block.mlp_norm(x))
-        logits = net.head(net.norm(x))
-        return (logits, torch.stack(present)) if cached else logits
+        net = self.net
+        empty = net.head.weight.new_zeros(len(net.blocks), 2, ids.size(0), net.n_kv_head, 0, net.head_size)
+        cache = ConcatCache(empty if past is None else past, net.rope)
+        logits = net(ids, cache)
+        return logits if past is None else (logits, torch.stack(cache.present))
 
 
 def metadata(model: Model) -> dict[str, str]:
@@ -82,7 +96,7 @@ def metadata(model: Model) -> dict[str, str]:
         "block_size": model.net.block_size,
         "bos_id": model.bos_id,
         "eos_id": model.tokenizer.eos_id,
-        "supports_sliding_window": model.net.slides,
+        "supports_sliding_window": getattr(model.net, "positions", None) is None,
     }
     with contextlib.suppress(UserError):  # a lossy tokenizer
         # without special tokens, whose names the library would find in a text
@@ -108,7 +122,7 @@ def write_onnx(model: Model, path: Path) -> None:
     # Sizes of at least 2: the exporter takes a size of 1 for a constant.
     arguments, dynamic = [torch.zeros(2, 3, dtype=torch.int64)], [{0: batch, 1: time}]
     if isinstance(net, Transformer):
-        graph = CachedGraph(net)
+        graph = TransformerGraph(net)
         arguments.append(torch.zeros(len(net.blocks), 2, 2, net.n_kv_head, 4, net.head_size))
         dynamic.append({2: batch, 4: past})
     with torch.no_grad(), warnings.catch_warnings():
@@ -137,7 +151,7 @@ def write_torch(model: Model, path: Path) -> None:
     Its extra files are `metadata`.
     """
     net = model.net.float()
-    graph = CachedGraph(net) if isinstance(net, Transformer) else net
+    graph = TransformerGraph(net) if isinstance(net, Transformer) else net
     sizes: dict[int, Any] = {0: Dim("batch")}
     if net.block_size > 1:
         sizes[1] = Dim("time", max=net.block_size)

@@ -15,7 +15,6 @@ from lmlight.export.architectures import match_architecture, named_weights
 from lmlight.export.model import Model, require_extra
 from lmlight.export.tokenizer import tokenizer_json
 from lmlight.models import Net, Transformer
-from lmlight.models.attention import NORM_EPS, ROPE_BASE
 
 # the files of an export
 FILES = {"README.md", "model.safetensors", "tokenizer.model", "config.json", "generation_config.json"}
@@ -80,9 +79,9 @@ def config_json(model: Model) -> dict[str, Any]:
             "n_embd": options["n_embd"],
             "n_layer": options["n_layer"],
             "n_head": options["n_head"],
-            "n_inner": net.n_hidden,
+            "n_inner": net.intermediate_size,
             "activation_function": activation,
-            "layer_norm_epsilon": NORM_EPS,
+            "layer_norm_epsilon": options["norm_eps"],
             "attn_pdrop": options["dropout"],
             "embd_pdrop": options["dropout"],
             "resid_pdrop": options["dropout"],
@@ -91,15 +90,15 @@ def config_json(model: Model) -> dict[str, Any]:
         "attention_dropout": options["dropout"],
         "max_position_embeddings": net.block_size,
         "hidden_size": options["n_embd"],
-        "intermediate_size": net.n_hidden,
+        "intermediate_size": net.intermediate_size,
         "num_hidden_layers": options["n_layer"],
         "num_attention_heads": options["n_head"],
         "num_key_value_heads": net.n_kv_head,
         "head_dim": net.head_size,
         "hidden_act": activation,
-        "rms_norm_eps": NORM_EPS,
-        "rope_theta": ROPE_BASE,  # the name before transformers 5
-        "rope_parameters": {"rope_type": "default", "rope_theta": ROPE_BASE},
+        "rms_norm_eps": options["norm_eps"],
+        "rope_theta": options["rope_theta"],  # the name before transformers 5
+        "rope_parameters": {"rope_type": "default", "rope_theta": options["rope_theta"]},
     }
     if architecture.sliding_window:
         config["sliding_window"] = net.block_size

@@ -3,14 +3,11 @@
 - Architectures: llama, mistral and qwen3, where `Transformer` has the options.
 - Tokenizers: SentencePiece only (`tokenizer.model`). One with byte pieces becomes lossless: it no longer adds a space in
   front of a text or normalizes characters. Pieces and ids stay.
-- A norm's epsilon other than ours is replaced by ours, and the residual stream is scaled by the root of their ratio. The
-  norms take the scale out again, so the logits do not change.
 """
 
 from __future__ import annotations
 
 import json
-import math
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +20,7 @@ from lmlight.export.architectures import weight_names
 from lmlight.export.model import Model, require_extra
 from lmlight.export.tokenizer import parse_model
 from lmlight.models import Transformer
-from lmlight.models.attention import NORM_EPS, ROPE_BASE
-from lmlight.models.transformer import usual_hidden
+from lmlight.models.transformer import default_intermediate_size
 
 MODEL_TYPES = ("llama", "mistral", "qwen3")
 
@@ -61,12 +57,7 @@ def read(folder: Path) -> tuple[Model, list[str]]:
     extra = len(tensors.get("model.embed_tokens.weight", ())) - tokenizer.vocab_size
     if extra > 0:
         notes.append(f"{extra:,} tokens that are not in tokenizer.model were left out")
-    state = _state(net, tensors)
-    eps = config.get("rms_norm_eps", 1e-6)
-    if eps != NORM_EPS:
-        _rescale(net, state, math.sqrt(NORM_EPS / eps))
-        notes.append(f"the weights were scaled for norms of epsilon {NORM_EPS:g} instead of {eps:g}")
-    net.load_state_dict(state)
+    net.load_state_dict(_state(net, tensors))
     return Model(net, tokenizer, {}, {"data": {"block_size": net.block_size}}, {}, 0), notes
 
 
@@ -103,7 +94,6 @@ def _options(config: dict[str, Any], tensors: dict[str, Tensor]) -> dict[str, An
         UserError: the model needs an option that `Transformer` lacks.
     """
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    theta = rope.get("rope_theta", config.get("rope_theta", ROPE_BASE))
     rope_type = rope.get("rope_type", rope.get("type", "default"))
     rotary_factor = rope.get("partial_rotary_factor", config.get("partial_rotary_factor", 1.0))
     width, heads, hidden = config["hidden_size"], config["num_attention_heads"], config["intermediate_size"]
@@ -114,7 +104,6 @@ def _options(config: dict[str, Any], tensors: dict[str, Tensor]) -> dict[str, An
     is_relu2 = all(torch.equal(tensors[name], tensors[name.replace("gate_proj", "up_proj")]) for name in gates)
     mlp = "swiglu" if activation == "silu" else "relu2" if activation == "relu" and is_relu2 else None
     for supported, found in (
-        (theta == ROPE_BASE, f"rope_theta {theta:g}, not {ROPE_BASE:g}"),
         (rope_type == "default", f"rope_type {rope_type}"),
         (rotary_factor == 1, f"partial_rotary_factor {rotary_factor:g}"),
         ((config.get("head_dim") or width // heads) * heads == width, "a head_dim other than hidden_size / heads"),
@@ -135,7 +124,9 @@ def _options(config: dict[str, Any], tensors: dict[str, Tensor]) -> dict[str, An
         "qk_norm": config["model_type"] == "qwen3",
         "bias": bias,
         "tie": config.get("tie_word_embeddings", False),
-        "n_hidden": None if hidden == usual_hidden(mlp, width) else hidden,
+        "intermediate_size": None if hidden == default_intermediate_size(mlp, width) else hidden,
+        "norm_eps": config.get("rms_norm_eps", 1e-6),  # the default of transformers
+        "rope_theta": float(rope.get("rope_theta", config.get("rope_theta", 10000.0))),
     }
 
 
@@ -169,17 +160,3 @@ def _state(net: Transformer, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     if unused:
         raise UserError(f"the weights include {min(unused)}, which lmlight does not support: pass another model")
     return state
-
-
-def _rescale(net: Transformer, state: dict[str, Tensor], factor: float) -> None:
-    """Multiplies the input of every norm by `factor` without changing the logits."""
-    value_rows = net.n_kv_head * net.head_size
-    for name in state:
-        if name == "embedding.weight" or ".attention.output." in name or ".mlp.down." in name:
-            state[name] = state[name] * factor
-        elif name == "norm.weight" and net.config["tie"]:
-            state[name] = state[name] / factor  # the head is the embedding
-        elif ".attention.qkv." in name and net.config["qk_norm"]:
-            state[name] = torch.cat((state[name][:-value_rows] * factor, state[name][-value_rows:]))
-    if net.config["tie"]:
-        state["head.weight"] = state["embedding.weight"]

@@ -1,4 +1,4 @@
-"""Nets: token ids in, logits out."""
+"""Networks: token ids in, logits out."""
 
 from lmlight.models.attention import Attention
 from lmlight.models.base import Net, architecture_kwargs
@@ -6,6 +6,6 @@ from lmlight.models.bigram import Bigram
 from lmlight.models.transformer import GPT2, LLAMA, Transformer
 
 NETS: dict[str, type[Net]] = {"Bigram": Bigram, "Transformer": Transformer}
-"""The nets that a checkpoint may name."""
+"""The networks that a checkpoint may name."""
 
 __all__ = ["GPT2", "LLAMA", "NETS", "Attention", "Bigram", "Net", "Transformer", "architecture_kwargs"]

@@ -1,13 +1,12 @@
-"""Attention, from small to whole: rotary positions, the weights, what they gather, and the module.
+"""Attention, from small to whole: the weights, the weighted sum, the module.
 
-The module does more than the decoder asks of it: without the causal mask it is an encoder's, with a `context` it is
+A cache decides what positions attend to. With `causal=False` or `kv_input`, the module is also an encoder's attention or
 cross-attention.
 
-Axes: B rows, T positions, S positions attended to, C = n_embd channels, H = n_head heads, D = C / H.
+Axes: B batch, T positions, S positions attended to, C = n_embd channels, H heads, H_kv key/value heads, D = C / H.
 
-Papers: Vaswani et al. 2017 (https://arxiv.org/abs/1706.03762); rotary positions, Su et al. 2021
-(https://arxiv.org/abs/2104.09864); grouped queries, Ainslie et al. 2023 (https://arxiv.org/abs/2305.13245); query/key norm,
-Henry et al. 2020 (https://arxiv.org/abs/2010.04245).
+Papers: Vaswani et al. 2017 (https://arxiv.org/abs/1706.03762); grouped queries, Ainslie et al. 2023
+(https://arxiv.org/abs/2305.13245); query/key norm, Henry et al. 2020 (https://arxiv.org/abs/2010.04245).
 """
 
 from __future__ import annotations
@@ -18,91 +17,81 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lmlight.models.kv_cache import KeyValueCache
+from lmlight.models.kv_cache import Cache
+from lmlight.models.rope import apply_rope
 
-NORM_EPS = 1e-5
-ROPE_BASE = 10000.0
-# Up to so many keys a CPU is faster without the fused kernel, which cuts short sequences into products too small to be fast
-# (block 64, 4 heads of 32: a training step in 0.78 of the time); longer ones would need H T² numbers.
+# The fused CPU kernel splits short sequences into small, slow products: at block size 64 with 4 heads of 32, a training step
+# without it takes 0.78 of the time. For longer sequences, the H T² weights would cost too much memory.
 EXPLICIT_ATTENTION_MAX_KEYS = 256
 
 
-def drop(x: Tensor, dropout: float, training: bool) -> Tensor:
-    """`F.dropout`, which costs as much as a small product where there is nothing to drop."""
-    return F.dropout(x, dropout) if training and dropout else x
+class RMSNorm(nn.RMSNorm):
+    """`nn.RMSNorm` that stays on the fused kernel, without a warning, if autocast makes its input bfloat16."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
 
 
-def rotary_table(positions: int, head_size: int) -> Tensor:
-    """Cosines and sines of the angles by which rotary positions turn each pair of channels.
-
-    Returns:
-        (2, positions, D / 2): cosines, then sines.
-    """
-    with torch.device("cpu"):  # whichever device networks are built on: MPS has no float64
-        frequencies = ROPE_BASE ** (-torch.arange(0, head_size, 2, dtype=torch.float64) / head_size)  # (D / 2,)
-        angles = torch.outer(torch.arange(positions, dtype=torch.float64), frequencies)
-        table = torch.stack((angles.cos(), angles.sin())).float()
-    return table.to(torch.get_default_device())
+def apply_dropout(x: Tensor, p: float, training: bool) -> Tensor:
+    """Skip `F.dropout` if `p` is 0, where it costs as much as a small matrix product."""
+    return F.dropout(x, p) if training and p else x
 
 
-def rotate(x: Tensor, table: Tensor) -> Tensor:
-    """Turns channel i and channel i + D/2 by the angle of the position: (..., T, D) with a (2, T, D / 2) table."""
-    cos, sin = table
-    first, second = x.chunk(2, dim=-1)
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
-
-
-def attention_weights(q: Tensor, k: Tensor, causal: bool, visible: Tensor | None = None) -> Tensor:
-    """How much each position attends to each other one: the four lines that the fused kernel computes.
+def attention_weights(q: Tensor, k: Tensor, causal: bool, attn_mask: Tensor | None = None) -> Tensor:
+    """Compute how much each position attends to each other one.
 
     Args:
         q: (B, H, T, D) queries.
         k: (B, H, S, D) keys.
-        causal: hide position s from position t < s.
-        visible: boolean, broadcast to (B, H, T, S): hide what is false.
+        causal: mask positions s > t.
+        attn_mask: boolean, broadcast to (B, H, T, S); False masks.
 
     Returns:
-        (B, H, T, S); each row adds up to 1.
+        (B, H, T, S); each row sums to 1.
     """
     scores = q @ k.mT / math.sqrt(q.size(-1))
     if causal:
         future = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).triu(1)
         scores = scores.masked_fill(future, -math.inf)
-    if visible is not None:
-        scores = scores.masked_fill(~visible, -math.inf)
+    if attn_mask is not None:
+        scores = scores.masked_fill(~attn_mask, -math.inf)
     return scores.softmax(dim=-1)
 
 
-def attend(
-    q: Tensor, k: Tensor, v: Tensor, causal: bool, visible: Tensor | None = None, dropout: float = 0.0
-) -> Tensor:
-    """What each position gathers: (B, H, T, D) queries, (B, H_kv, S, D) keys and values to (B, H, T, D)."""
-    group = q.size(1) // k.size(1)
-    if group > 1 and q.size(2) == 1:  # the heads of a group ask the same keys: as well as positions might
-        return attend(q.reshape(q.size(0), k.size(1), group, -1), k, v, False, visible, dropout).reshape(q.shape)
-    k, v = repeat_heads(k, group), repeat_heads(v, group)
-    one_query = q.size(0) == 1 == q.size(2)  # of which the kernel makes the most
-    if q.device.type == "cpu" and k.size(-2) <= EXPLICIT_ATTENTION_MAX_KEYS and not one_query:
-        weights = attention_weights(q, k, causal, visible)
-        return (F.dropout(weights, dropout) if dropout else weights) @ v
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=visible, dropout_p=dropout, is_causal=causal)
+def scaled_dot_product_attention(q: Tensor, k: Tensor, v: Tensor, cache: Cache, dropout: float = 0.0) -> Tensor:
+    """Attend with queries (B, H, T, D) to keys and values (B, H_kv, S, D), masked as the cache says: (B, H, T, D)."""
+    group, maps = q.size(1) // k.size(1), cache.attention_maps
+    if group > 1 and maps is None and not cache.is_causal and q.size(2) == 1:
+        # with a single query position, fold grouped heads into the sequence dimension
+        folded = q.reshape(q.size(0), k.size(1), group, -1)
+        return scaled_dot_product_attention(folded, k, v, cache, dropout).reshape(q.shape)
+    k, v = repeat_kv(k, group), repeat_kv(v, group)
+    short = q.device.type == "cpu" and k.size(-2) <= EXPLICIT_ATTENTION_MAX_KEYS
+    # one query of one row is faster with the fused kernel
+    if maps is None and not (short and (q.size(0) > 1 or q.size(2) > 1)):
+        return F.scaled_dot_product_attention(q, k, v, cache.attn_mask, dropout, cache.is_causal)
+    weights = attention_weights(q, k, cache.is_causal, cache.attn_mask)
+    if maps is not None:
+        maps.append(weights)
+    return apply_dropout(weights, dropout, training=True) @ v
 
 
-def repeat_heads(x: Tensor, times: int) -> Tensor:
-    """(B, H_kv, S, D) to (B, times H_kv, S, D): each head `times` times in a row, for the queries of its group."""
+def repeat_kv(x: Tensor, times: int) -> Tensor:
+    """Repeat key/value heads for the query heads of their group: (B, H_kv, S, D) to (B, times H_kv, S, D)."""
     return x if times == 1 else x.repeat_interleave(times, dim=1)
 
 
 class Attention(nn.Module):
-    """Multi-head attention: each position asks (query), each offers itself (key) and gives (value).
+    """Multi-head attention.
 
     Args:
         n_embd: C.
         n_head: H.
-        n_kv_head: heads of keys and values, each shared by `n_head / n_kv_head` query heads.
-        dropout: of attention weights and of the output, while training.
-        bias: in the linear maps.
-        qk_norm: RMSNorm of queries and keys, head by head.
+        n_kv_head: H_kv, which divides H; None means H.
+        dropout: dropout probability of attention weights and outputs.
+        bias: use a bias in linear layers.
+        qk_norm: apply RMSNorm to the queries and keys of each head.
+        norm_eps: epsilon of that norm.
     """
 
     def __init__(
@@ -113,59 +102,54 @@ class Attention(nn.Module):
         dropout: float = 0.0,
         bias: bool = False,
         qk_norm: bool = False,
+        norm_eps: float = 1e-5,
     ) -> None:
         super().__init__()
         self.n_head, self.n_kv_head, self.head_size = n_head, n_kv_head or n_head, n_embd // n_head
         self.dropout = dropout
-        # queries, keys and values in one matrix: one large product is faster than three
+        # one matrix, since one large product is faster than three
         self.qkv = nn.Linear(n_embd, (n_head + 2 * self.n_kv_head) * self.head_size, bias=bias)
         self.output = nn.Linear(n_embd, n_embd, bias=bias)
-        self.q_norm = nn.RMSNorm(self.head_size, eps=NORM_EPS) if qk_norm else nn.Identity()
-        self.k_norm = nn.RMSNorm(self.head_size, eps=NORM_EPS) if qk_norm else nn.Identity()
+        self.q_norm = RMSNorm(self.head_size, eps=norm_eps) if qk_norm else nn.Identity()
+        self.k_norm = RMSNorm(self.head_size, eps=norm_eps) if qk_norm else nn.Identity()
 
-    def _heads(self, x: Tensor) -> tuple[Tensor, ...]:
-        """Queries (B, H, T, D), keys and values (B, H_kv, T, D) of each position."""
-        x = self.qkv(x).unflatten(-1, (-1, self.head_size)).transpose(1, 2)
-        return torch.split(x, [self.n_head, self.n_kv_head, self.n_kv_head], dim=1)
+    def project(self, x: Tensor, kv_input: Tensor | None = None, rope: Tensor | None = None) -> tuple[Tensor, ...]:
+        """Compute queries (B, H, T, D), keys and values (B, H_kv, S, D); see `forward`."""
 
-    def project(
-        self, x: Tensor, context: Tensor | None = None, rotary: Tensor | None = None
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries (B, H, T, D), keys and values (B, H_kv, S, D) as they enter the attention."""
-        q, k, v = self._heads(x)
-        if context is not None:
-            _, k, v = self._heads(context)
+        def heads(x: Tensor) -> tuple[Tensor, ...]:
+            x = self.qkv(x).unflatten(-1, (-1, self.head_size)).transpose(1, 2)  # (B, H + 2 H_kv, T, D)
+            return torch.split(x, [self.n_head, self.n_kv_head, self.n_kv_head], dim=1)
+
+        q, k, v = heads(x)
+        if kv_input is not None:
+            _, k, v = heads(kv_input)
         q, k = self.q_norm(q), self.k_norm(k)
-        if rotary is not None:
-            q, k = rotate(q, rotary), rotate(k, rotary)
-        return q, k, v
+        return (q, k, v) if rope is None else (apply_rope(q, rope), apply_rope(k, rope), v)
 
     def forward(
         self,
         x: Tensor,
-        context: Tensor | None = None,
-        rotary: Tensor | None = None,
+        kv_input: Tensor | None = None,
+        rope: Tensor | None = None,
         causal: bool = True,
-        cache: tuple[KeyValueCache, int] | None = None,
+        cache: Cache | None = None,
+        layer: int = 0,
     ) -> Tensor:
-        """What each position of `x` gathers.
+        """Attend from each position.
 
         Args:
             x: (B, T, C).
-            context: (B, S, C) attended to instead of `x` itself (cross-attention).
-            rotary: `rotary_table` of the T positions, for self-attention.
-            causal: no position sees a later one.
-            cache: with the block's number, where earlier positions are kept; it knows what is causal.
+            kv_input: (B, S, C) to attend to instead of `x` (cross-attention).
+            rope: (2, T, D / 2), from `rope_cache`.
+            causal: attend to no later position.
+            cache: replaces `causal`; None keeps nothing.
+            layer: index of this layer in the cache.
 
         Returns:
             (B, T, C).
         """
-        q, k, v = self.project(x, context, rotary)
-        visible = None
-        if cache is not None:
-            memory, layer = cache
-            k, v = memory.put(layer, k, v)
-            causal, visible = memory.causal, memory.visible
-        y = attend(q, k, v, causal, visible, self.dropout if self.training else 0.0)  # (B, H, T, D)
-        y = self.output(y.transpose(1, 2).flatten(2))
-        return drop(y, self.dropout, self.training)
+        cache = Cache(causal) if cache is None else cache
+        q, k, v = self.project(x, kv_input, rope)
+        k, v = cache.update(layer, k, v)
+        y = scaled_dot_product_attention(q, k, v, cache, self.dropout if self.training else 0.0)  # (B, H, T, D)
+        return apply_dropout(self.output(y.transpose(1, 2).flatten(2)), self.dropout, self.training)

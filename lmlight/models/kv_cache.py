@@ -1,95 +1,96 @@
-"""What a transformer keeps of the tokens that it has seen: their keys and values.
+"""Caches: what a forward pass keeps of earlier tokens, and what new tokens attend to.
 
-Axes: B rows, T new positions, S slots, H_kv heads of keys and values, D channels of a head.
+Axes: B batch, T new tokens, S slots, H_kv key/value heads, D channels of a head.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, cast
-
 import torch
 from torch import Tensor
 
-from lmlight.models.base import Cache, Weights
+from lmlight.models.rope import rope_cache
 
-if TYPE_CHECKING:
-    from lmlight.models.decoding import OneToken
+
+class Cache:
+    """Keeps nothing, for whole sequences. A forward pass calls `advance` once, then `update` in each layer.
+
+    Args:
+        is_causal: whether a position attends to none that follows it.
+        attention_maps: a list to which each layer appends its attention weights (B, H, T, S).
+
+    Attributes:
+        input_pos: positions of the new tokens: a slice, or a tensor (T,) or (B, T).
+        attn_mask: boolean, broadcast to (B, H, T, S): what new tokens attend to; None for everything.
+        rope: table that replaces the network's own.
+    """
+
+    input_pos: slice | Tensor
+    attn_mask: Tensor | None = None
+    rope: Tensor | None = None
+
+    def __init__(self, is_causal: bool = True, attention_maps: list[Tensor] | None = None) -> None:
+        self.is_causal, self.attention_maps = is_causal, attention_maps
+
+    def advance(self, count: int) -> None:
+        """Set the attributes for the next `count` tokens of each row."""
+        self.input_pos = slice(0, count)
+
+    def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Add a layer's keys and values (B, H_kv, T, D); return all of them, (B, H_kv, S, D)."""
+        return k, v
 
 
 class KeyValueCache(Cache):
-    """The keys and values of the last S tokens, block by block, in buffers that are made once.
+    """Keys and values of the last `max_length` tokens, in buffers that are allocated once. Holds no gradients.
 
-    A row's token t lies in slot t mod S, so that the oldest is overwritten once S are there.
+    Token t is in slot t mod `max_length`. Shorter rows are padded at the start, so all rows fill the same slots.
 
     Args:
-        rows: B.
-        n_layer: blocks.
-        heads: H_kv.
-        slots: S.
-        head_size: D.
-        like: gives the data type and the device.
-        weights: how the net's are read for a further token.
+        shape: (B, layers, H_kv, max_length, D).
+        like: a tensor with the data type and device to use.
+        rope_theta: the network's RoPE base; None for learned positions, which end at `max_length`.
     """
 
-    def __init__(
-        self,
-        rows: int,
-        n_layer: int,
-        heads: int,
-        slots: int,
-        head_size: int,
-        like: Tensor,
-        weights: Weights = "full",
-    ) -> None:
-        super().__init__(rows)
-        shape = (2 * n_layer, rows, heads, slots, head_size)
+    def __init__(self, shape: tuple[int, int, int, int, int], like: Tensor, rope_theta: float | None) -> None:
+        super().__init__()
+        batch_size, n_layer, n_head, self.max_length, head_size = shape
+        shape = 2 * n_layer, batch_size, n_head, self.max_length, head_size
         self.buffers = torch.zeros(shape, dtype=like.dtype, device=like.device)
-        self.slots, self.weights = slots, weights
-        self.positions: slice | Tensor = slice(0, 0)
-        self.causal, self.visible = False, cast("Tensor | None", None)
-        self.step: OneToken | None = None  # made for the first token that is extended by, and kept with what it follows
-        self.rotary = torch.empty(2, 0, head_size // 2)  # of positions beyond the net's own table, once there are any
+        self.rope_theta, self.supports_sliding_window = rope_theta, rope_theta is not None
+        self.length = 0  # of each row, with its padding
+        self.set_padding([0] * batch_size)
 
-    def place(self, count: int) -> None:
-        """Decides where the next `count` tokens go and what they may see; the same in each block.
+    def set_padding(self, padding: list[int]) -> None:
+        """Ignore this many tokens at the start of each row."""
+        self.padding, self._padding = padding, torch.tensor(padding, device=self.buffers.device)[:, None, None]
 
-        Sets `positions`, of each token in its row, as a slice where all rows agree, else (B, 1); and `causal` and
-        `visible`, which `attend` takes. The views of the buffers are made for all blocks at once, for each costs a call.
-        """
-        first, last = min(self.lengths), max(self.lengths)
-        read = min(last + count, self.slots)
-        self._seen = self.buffers.narrow(3, 0, read).unbind()  # keys and values, block by block: (B, H_kv, S, D)
-        self.causal, self.visible = False, None
-        if first == last:
-            self.positions = slice(first, first + count)
-            slot = first % self.slots
-            assert slot + count <= self.slots, f"{count} tokens at once do not fit behind {first} in {self.slots} slots"
-            self._new = self.buffers.narrow(3, slot, count).unbind()
-            if count > 1:
-                assert first < self.slots, "beyond the block, a token at a time"
-                self.causal = first == 0
-                if first:
-                    ones = torch.ones(count, read, dtype=torch.bool, device=self.buffers.device)
-                    self.visible = ones.tril(first)
-        else:
-            assert count == 1, "rows of different lengths are extended a token at a time"
-            lengths = torch.tensor(self.lengths, device=self.buffers.device)
-            self.positions, self._slots_of_rows = lengths[:, None], lengths % self.slots
-            self.visible = (torch.arange(read, device=lengths.device) <= self.positions)[:, None, None]
+    def advance(self, count: int) -> None:
+        first, end, device = self.length, self.length + count, self.buffers.device
+        assert count == 1 or end <= self.max_length, f"{count} tokens after {first}, max_length {self.max_length}"
+        self.length, size = end, min(end, self.max_length)
+        self._kept = self.buffers.narrow(3, 0, size).unbind()  # keys and values by layer: (B, H_kv, S, D)
+        self._new = self.buffers.narrow(3, first % self.max_length, count).unbind()
+        self.input_pos, self.is_causal, self.attn_mask = slice(first, end), count > 1, None
+        if any(self.padding) or (count > 1 and first):
+            new = torch.arange(first, end, device=device)[:, None]  # (T, 1)
+            kept = end - 1 - (end - 1 - torch.arange(size, device=device)) % self.max_length  # (S,): token in each slot
+            # padding attends to padding, since a softmax over nothing is NaN
+            self.attn_mask = ((kept <= new) & ((kept >= self._padding) | (new < self._padding)))[
+                :, None
+            ]  # (B, 1, T, S)
+            self.input_pos, self.is_causal = (new - self._padding).clamp(min=0)[..., 0], False  # (B, T)
+        if self.rope_theta is not None and end > max(self.max_length, 0 if self.rope is None else self.rope.size(1)):
+            self.rope = rope_cache(2 * end, self.buffers.size(-1), self.rope_theta).to(self.buffers)
 
-    def put(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Keeps the keys and values (B, H_kv, T, D) of one block; all that the tokens may see, (B, H_kv, S, D)."""
-        keys, values = self._seen[2 * layer], self._seen[2 * layer + 1]
-        if isinstance(self.positions, slice):
-            self._new[2 * layer].copy_(k)
-            self._new[2 * layer + 1].copy_(v)
-        else:
-            rows = torch.arange(len(k), device=k.device)
-            keys[rows, :, self._slots_of_rows] = k[:, :, 0].to(keys.dtype)
-            values[rows, :, self._slots_of_rows] = v[:, :, 0].to(values.dtype)
-        return keys, values
+    def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        self._new[2 * layer].copy_(k)
+        self._new[2 * layer + 1].copy_(v)
+        return self._kept[2 * layer], self._kept[2 * layer + 1]
 
-    def replace(self, rows: list[int], other: Cache) -> None:
-        super().replace(rows, other)
-        assert isinstance(other, KeyValueCache)
-        self.buffers[:, rows] = other.buffers
+    def replace(self, rows: list[int], other: KeyValueCache) -> None:
+        """Replace the tokens of these rows by those of `other`."""
+        first = self.length - other.length
+        slots = torch.arange(first, self.length, device=self.buffers.device) % self.max_length
+        for row, new in zip(rows, other.buffers.unbind(1)):
+            self.buffers[:, row].index_copy_(2, slots, new[:, :, : other.length])
+        self.set_padding([first if row in rows else padding for row, padding in enumerate(self.padding)])

@@ -1,0 +1,156 @@
+"""Decoding with any network: everything that exists only while generating.
+
+- The prompt is one forward pass; each further token is one step, in `FastDecoder` where it can be.
+- A network without a cache recomputes its window, the last `block_size` tokens, at each step.
+- Beyond `block_size`, a cache drops the oldest token at each step if positions are rotary. Learned ones end there, so a full
+  row restarts from the later half of its window.
+- Each row has its own random generator, so its text does not depend on what else is in the batch.
+
+Axes: B rows, T tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from lmlight.generation.fast_decoder import FastDecoder
+from lmlight.generation.sampling import Sampling, apply_repetition_penalty, sample_one_token
+from lmlight.models import Net
+from lmlight.models.kv_cache import KeyValueCache
+
+
+class Decoder:
+    """Computes next-token logits (B, V) for rows of tokens that grow.
+
+    Args:
+        net: used in its current mode: call `eval()` first, or dropout is active.
+        batch_size: B.
+    """
+
+    def __init__(self, net: Net, batch_size: int) -> None:
+        self.net, self.cache = net, net.make_cache(batch_size)
+        # not a call, which a compiled network would compile for each length
+        self._forward: Callable[..., Tensor] = net.forward
+        self._fast: FastDecoder | None = None
+
+    @torch.no_grad()
+    def prefill(self, prompts: Sequence[Sequence[int]]) -> Tensor:
+        """Process B prompts of at least one id each in one pass; of long ones, the last `block_size` ids."""
+        rows = [list(prompt)[-self.net.block_size :] for prompt in prompts]
+        padding = [max(map(len, rows)) - len(row) for row in rows]
+        device = next(self.net.parameters()).device
+        self._window = torch.tensor([[0] * pad + row for pad, row in zip(padding, rows)], device=device)  # (B, T)
+        self._lengths = torch.tensor([[len(row)] for row in rows], device=device)  # (B, 1), without padding
+        if self.cache is None:
+            return self._recompute()
+        self.cache.set_padding(padding)
+        return self._forward(self._window, cache=self.cache, last_only=True)[:, -1]
+
+    @torch.no_grad()
+    def step(self, tokens: Tensor) -> Tensor:
+        """Append one token (B, 1) to each row."""
+        if self.cache is None or not self.cache.supports_sliding_window:
+            if self.cache is not None:
+                self._restart_full_rows(self.cache)
+            self._window = torch.cat((self._window, tokens), 1)[:, -self.net.block_size :]
+            self._lengths = (self._lengths + 1).clamp(max=self.net.block_size)
+        if self.cache is None:
+            return self._recompute()
+        if self._fast is None and FastDecoder.supports(self.net):
+            self._fast = FastDecoder(self.net, len(tokens))
+        if self._fast is not None:
+            return self._fast(tokens, self.cache)
+        return self._forward(tokens, cache=self.cache)[:, -1]
+
+    def _recompute(self) -> Tensor:
+        B, T = self._window.shape
+        device = self._window.device
+        columns = (torch.arange(T, device=device) - self._lengths) % T  # moves the padding to the end
+        logits = self._forward(self._window.gather(1, columns))  # (B, T, V)
+        return logits[torch.arange(B, device=device), self._lengths[:, 0] - 1]
+
+    def _restart_full_rows(self, cache: KeyValueCache) -> None:
+        """Keep the later half of the block in rows that are full, counting the token to come."""
+        full = [row for row, padding in enumerate(cache.padding) if cache.length - padding >= cache.max_length]
+        if not full:
+            return
+        restarted, kept = Decoder(self.net, len(full)), self.net.block_size // 2 - 1
+        assert restarted.cache is not None
+        if kept > 0:
+            restarted.prefill(self._window[full, -kept:].tolist())
+        if len(full) == len(cache.padding):
+            self.cache = restarted.cache
+        else:
+            cache.replace(full, restarted.cache)
+
+
+class GenerationStep(NamedTuple):
+    """One more token in each row: the B ids, and the network's logits (B, V) before any processor."""
+
+    ids: list[int]
+    logits: Tensor
+
+
+@torch.inference_mode()
+def generate_ids(
+    net: Net, prompts: Sequence[Sequence[int]], sampling: Sampling, seeds: Sequence[int]
+) -> Iterator[GenerationStep]:
+    """Continue sequences of token ids side by side.
+
+    Args:
+        net: used in its current mode: call `eval()` first, or dropout is active.
+        prompts: B sequences of at least one id each, of any lengths; the network sees the last `block_size` ids.
+        sampling: `seed`, `num_samples` and `stop` are ignored.
+        seeds: a random seed per sequence.
+
+    Yields:
+        `max_new_tokens` steps.
+    """
+    assert all(prompts), "a prompt has at least one token"
+    device = next(net.parameters()).device
+    dtype = torch.float32 if device.type == "mps" else torch.float64  # MPS has no float64
+    uniforms = torch.stack(
+        [
+            # not the default type: `predict` under bf16-true changes that
+            torch.rand(sampling.max_new_tokens, dtype=torch.float32, generator=torch.Generator().manual_seed(seed))
+            for seed in seeds
+        ]
+    ).to(device, dtype)
+    penalty, present = sampling.repetition_penalty, torch.zeros(len(prompts), net.vocab_size, dtype=torch.bool)
+    if penalty != 1:
+        for row, prompt in enumerate(prompts):
+            present[row, list(prompt)] = True
+    present = present.to(device)
+    decoder = Decoder(net, len(prompts))
+    logits = decoder.prefill(prompts)
+    for step in range(sampling.max_new_tokens):
+        if logits.dtype in (torch.float16, torch.bfloat16):
+            logits = logits.float()
+        penalized = logits if penalty == 1 else apply_repetition_penalty(logits, present, penalty)
+        tokens = sample_one_token(penalized, sampling, uniforms[:, step : step + 1])  # (B, 1)
+        if penalty != 1:
+            present.scatter_(1, tokens, True)
+        yield GenerationStep(tokens[:, 0].tolist(), logits)
+        if step + 1 < sampling.max_new_tokens:
+            logits = decoder.step(tokens)
+
+
+def generate(net: Net, idx: Tensor, sampling: Sampling) -> Tensor:
+    """Continue sequences of token ids of one length.
+
+    Args:
+        net: used in its current mode: call `eval()` first, or dropout is active.
+        idx: (B, T) ids with T at least 1.
+        sampling: row i uses `seed` + i; `num_samples` and `stop` are ignored.
+
+    Returns:
+        (B, T + max_new_tokens) ids, starting with `idx`.
+    """
+    seeds = [sampling.seed + row for row in range(len(idx))]
+    steps = [step.ids for step in generate_ids(net, idx.tolist(), sampling, seeds)]
+    new = torch.tensor(steps, dtype=idx.dtype, device=idx.device).reshape(len(steps), len(idx)).T
+    return torch.cat((idx, new), dim=1)

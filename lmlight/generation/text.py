@@ -1,0 +1,144 @@
+"""Text streams: from prompts to pieces of text that can be shown as they are generated.
+
+- A stream holds text back until it is certain: until bytes form a character, and until the start of a stop string is known
+  to be one or not. The pieces joined are exactly the text.
+- Streams that are generated together have the same text as each alone.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from typing import Literal
+
+import torch
+
+from lmlight.data.tokenizer import CONTROL_CHARACTERS, StreamingDecoder, Tokenizer
+from lmlight.generation.decoder import generate_ids
+from lmlight.generation.sampling import Sampling
+from lmlight.models import Net
+
+
+class TextStream:
+    """A text that is being generated.
+
+    Args:
+        tokenizer: encodes the prompt and decodes the new tokens.
+        prompt: text to continue, encoded with the line endings of the training text (`Tokenizer.encode_prompt`). An empty
+            one starts a document if the tokenizer has an end-of-text token, else a line.
+        sampling: provides the stop strings.
+        seed: random seed of this text.
+
+    Attributes:
+        prompt: as given.
+        seed: as given.
+        ids: token ids of the prompt.
+        text: the generated text, without the prompt and the stop string.
+        tokens: the generated ids, up to the one that completed the stop string.
+        logprobs: log-probability of each token, in nats and before any processor; empty unless requested.
+        finish_reason: `length`; `stop`, at a stop string or the end of the document; None while generating.
+
+    Raises:
+        UserError: the prompt has a character that the tokenizer does not know.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, prompt: str, sampling: Sampling, seed: int) -> None:
+        self.prompt, self.seed = prompt, seed
+        self._eos_id = tokenizer.eos_id
+        self.ids = tokenizer.encode_prompt(prompt) or tokenizer.bos_ids
+        self.text = ""
+        self.tokens: list[int] = []
+        self.logprobs: list[float] = []
+        self.finish_reason: Literal["length", "stop"] | None = None
+        self._stop = [re.sub("\r?\n", newline, text) for text in sampling.stop for newline in ("\n", "\r\n")]
+        self._held = ""  # may be the start of a stop string
+        self._decoder = StreamingDecoder(tokenizer, self.ids if prompt else ())
+
+    def push(self, index: int) -> str:
+        """Add a token; return the text that has become certain."""
+        self.tokens.append(index)
+        text = self._release(self._decoder.push(index))
+        if index == self._eos_id and self.finish_reason is None:
+            self.finish_reason = "stop"
+            text, self.text = text + self._held, self.text + self._held
+        return text
+
+    def end(self) -> str:
+        """Finish without further tokens; return the rest of the text."""
+        text = self._release(self._decoder.flush())
+        if self.finish_reason is None:
+            self.finish_reason = "length"
+            text, self.text = text + self._held, self.text + self._held
+        return text
+
+    def _release(self, text: str) -> str:
+        text = self._held + text
+        found = [at for stop in self._stop if (at := text.find(stop)) >= 0]
+        if found:
+            text, self.finish_reason = text[: min(found)], "stop"
+        else:
+            held = max((_overlap(text, stop) for stop in self._stop), default=0)
+            text, self._held = text[: len(text) - held], text[len(text) - held :]
+        self.text += text
+        return text
+
+
+def _overlap(text: str, stop: str) -> int:
+    """Number of characters at the end of `text` that may be the start of `stop`."""
+    return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:n])), 0)
+
+
+def start_streams(tokenizer: Tokenizer, prompts: Sequence[str], sampling: Sampling) -> list[TextStream]:
+    """Create the streams for `generate_text`: `sampling.num_samples` for each prompt, in the order of the prompts."""
+    return [
+        TextStream(tokenizer, prompt, sampling, sampling.seed + sample)
+        for prompt in prompts
+        for sample in range(sampling.num_samples)
+    ]
+
+
+def generate_text(
+    net: Net, streams: Sequence[TextStream], sampling: Sampling, logprobs: bool = False
+) -> Iterator[tuple[TextStream, str]]:
+    """Generate the texts of all streams side by side.
+
+    Args:
+        net: used in its current mode: call `eval()` first, or dropout is active.
+        streams: from `start_streams`; all are finished at the end.
+        sampling: filters and lengths.
+        logprobs: record the log-probability of each token.
+
+    Yields:
+        a stream and its next piece of text; the pieces of a stream, joined, are its `text`.
+    """
+    if not streams:
+        return
+    seeds = [stream.seed for stream in streams]
+    for step in generate_ids(net, [stream.ids for stream in streams], sampling, seeds):
+        if logprobs:
+            ids = torch.tensor(step.ids, device=step.logits.device)[:, None]
+            scores: list[float] = step.logits.log_softmax(-1).gather(1, ids)[:, 0].tolist()
+        for row, stream in enumerate(streams):
+            if stream.finish_reason is None:
+                if logprobs:
+                    stream.logprobs.append(scores[row])
+                if piece := stream.push(step.ids[row]):
+                    yield stream, piece
+        if all(stream.finish_reason for stream in streams):
+            return
+    for stream in streams:
+        if stream.finish_reason is None and (piece := stream.end()):
+            yield stream, piece
+
+
+def escape_control_characters(text: str, after: str = "") -> str:
+    """Make text safe to print: control characters, which could move the cursor, become escapes such as `\\x1b`.
+
+    Args:
+        text: line endings become `\\n`; tabs are kept.
+        after: the text printed before, if text comes in pieces: a `\\r\\n` split between two is one line break.
+    """
+    if after.endswith("\r"):
+        text = text.removeprefix("\n")
+    lines = re.sub("\r\n?", "\n", text)
+    return CONTROL_CHARACTERS.sub(lambda match: ascii(match[0])[1:-1], lines)
