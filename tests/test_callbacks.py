@@ -482,9 +482,9 @@ def test_attention_maps_applied_to_values_give_the_output_of_attention():
     maps = net.attention_maps(idx).detach()
     assert maps.shape == (2, 3, 4, 8, 8)
     block, x = net.blocks[0], net.embedding(idx)
-    rotary = net.rotary
+    rope = net.rope
     h = block.attention_norm(x)
-    _, _, v = block.attention.project(h, rotary=rotary)
+    _, _, v = block.attention.project(h, rope=rope)
     gathered = (maps[0] @ v.repeat_interleave(2, dim=1)).transpose(1, 2).flatten(2)
-    torch.testing.assert_close(block.attention.output(gathered), block.attention(h, rotary=rotary), rtol=0, atol=1e-12)
+    torch.testing.assert_close(block.attention.output(gathered), block.attention(h, rope=rope), rtol=0, atol=1e-12)
     assert math.isclose(maps.sum().item(), 2 * 3 * 4 * 8)
