@@ -196,7 +196,7 @@ class LanguageModel(LightningModule):
         """
         with torch.device("meta"):  # shapes without numbers: no time, no memory
             net = self._make_net(1, block_size)
-        checkpoints.name_of(net)
+        checkpoints.net_name(net)
 
     def check_run(self, trainer: Trainer) -> None:
         """Whether callbacks, optimizer and schedule suit the run, before anything is fetched or written.
