@@ -99,6 +99,8 @@ def write(content: dict[str, Any], path: str | Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         with files.whole(path) as beside, beside.open("wb") as file:
             torch.save(content, file)
+    except torch.AcceleratorError:  # a RuntimeError, too
+        raise
     except (OSError, RuntimeError) as error:  # torch raises RuntimeError on a full disk
         reason = (isinstance(error, OSError) and error.strerror) or "the disk may be full"
         kept = "the previous file is unchanged" if path.exists() else "no file was written"
@@ -156,8 +158,8 @@ def check(content: dict[str, Any], path: str | Path) -> dict[str, Any]:
     if metadata.get("format_version") != FORMAT_VERSION:
         raise UserError(
             f"checkpoint '{path}' was written by lmlight {metadata.get('lmlight_version')} in format "
-            f"{metadata.get('format_version')}, but lmlight {lmlight.__version__} reads format {FORMAT_VERSION}: install the "
-            "version that wrote it"
+            f"{metadata.get('format_version')}, but lmlight {lmlight.__version__} reads format {FORMAT_VERSION}: "
+            "install the version that wrote it"
         )
     return content
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
 
 from lmlight.errors import UserError
 from lmlight.models.base import Net
@@ -57,23 +58,31 @@ def make_optimizer(factory: Callable[[Any], Optimizer], groups: list[dict[str, A
         raise _unusable(error) from None
 
 
-def try_optimizer(factory: Callable[[Any], Optimizer]) -> Optimizer:
-    """Take one step on a few dummy parameters, so that an unusable optimizer fails before any data is prepared.
+def dummy_optimizer(factory: Callable[[Any], Optimizer]) -> Optimizer:
+    """An optimizer of a few dummy parameters.
 
     Raises:
-        UserError: The optimizer cannot be made, or cannot take a step with dense gradients.
+        UserError: See `make_optimizer`.
     """
     shapes = {HIDDEN: (2, 2), "embeddings": (2, 2), "vectors": (2,)}
-    groups = [{"name": name, "params": [nn.Parameter(torch.ones(shape))]} for name, shape in shapes.items()]
-    optimizer = make_optimizer(factory, groups)
+    return make_optimizer(
+        factory, [{"name": name, "params": [nn.Parameter(torch.ones(shape))]} for name, shape in shapes.items()]
+    )
+
+
+def try_step(optimizer: Optimizer) -> None:
+    """Take a step with gradients of one. torch's optimizers initialize the GPU, so not before processes are launched.
+
+    Raises:
+        UserError: The optimizer cannot take a step with dense gradients.
+    """
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             parameter.grad = torch.ones_like(parameter)
     try:
         optimizer.step()
-    except (TypeError, RuntimeError) as error:
+    except (TypeError, RuntimeError, AssertionError) as error:
         raise _unusable(error) from None
-    return optimizer
 
 
 def _unusable(error: Exception) -> UserError:
@@ -144,7 +153,7 @@ class Muon(Optimizer):
             step = group["lr"] * 0.2 * math.sqrt(max(shape))  # matches AdamW's RMS update (Liu et al. 2025)
             for (parameter, _), update in zip(members, updates.to(members[0][0].dtype)):
                 if isinstance(parameter, DTensor):
-                    update = distribute_tensor(update, parameter.device_mesh, parameter.placements)
+                    update = distribute_tensor(update, parameter.device_mesh, parameter.placements, src_data_rank=None)
                 parameter.mul_(1 - group["lr"] * group["weight_decay"]).add_(update, alpha=-step)
 
 
@@ -155,11 +164,13 @@ def orthogonalise(matrices: Tensor) -> Tensor:
         matrices: (N, rows, columns).
 
     Returns:
-        (N, rows, columns); bfloat16 on CUDA, where such products are fastest and precise enough.
+        (N, rows, columns); bfloat16 on GPUs that support it, where such products are fastest and precise enough.
     """
     if matrices.size(1) > matrices.size(2):
         return orthogonalise(matrices.mT).mT
-    x = matrices.bfloat16() if matrices.is_cuda else matrices
+    x = matrices
+    if x.is_cuda and torch.cuda.is_bf16_supported(including_emulation=False):  # Turing emulates it, slower than float32
+        x = x.bfloat16()
     x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)  # no singular value above 1
     for a, b, c in POLAR_EXPRESS:
         square = x @ x.mT
@@ -184,6 +195,29 @@ def label_in_order(state: dict[str, Any], optimizer: Optimizer, parameters: Iter
     state["state"] = {label[old]: value for old, value in state["state"].items()}
     for group in state["param_groups"]:
         group["params"] = [label[old] for old in group["params"]]
+
+
+def hyperparameters(optimizer: Optimizer) -> list[dict[str, Any]]:
+    """The options of each parameter group."""
+    return [{name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups]
+
+
+def apply_changes(scheduler: LambdaLR, now: list[dict[str, Any]], before: list[dict[str, Any]]) -> None:
+    """Give a resumed run the optimizer arguments that changed since it began.
+
+    Loading the states of the optimizer and the scheduler has restored the old ones.
+
+    Args:
+        scheduler: The scheduler, with its optimizer.
+        now: `hyperparameters` of the new optimizer before its state was loaded.
+        before: The same of the optimizer with which the run began.
+    """
+    for number, (group, new, old) in enumerate(zip(scheduler.optimizer.param_groups, now, before)):
+        changed = {name: value for name, value in new.items() if old.get(name) != value}
+        if "lr" in changed:
+            scheduler.base_lrs[number] = group["initial_lr"] = changed["lr"]
+            changed["lr"] *= scheduler.lr_lambdas[number](scheduler.last_epoch)
+        group.update(changed)
 
 
 @dataclass(frozen=True)
