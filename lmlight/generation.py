@@ -114,6 +114,8 @@ def sample_one_token(logits: Tensor, sampling: Sampling, uniform: Tensor) -> Ten
     """(B, V) logits and (B, 1) numbers in [0, 1) to (B, 1) ids: where the distribution function passes the number."""
     if sampling.temperature == 0:
         return logits.argmax(-1, keepdim=True)
+    if logits.is_cuda and torch.are_deterministic_algorithms_enabled():  # CUDA has no deterministic cumsum
+        return sample_one_token(logits.cpu(), sampling, uniform.cpu()).to(logits.device)
     cumulative = filter_logits(logits, sampling).softmax(-1).to(uniform.dtype).cumsum(-1)
     # the last of the function is 1 but for rounding; a token of no probability adds nothing, so it is never passed at
     ids = torch.searchsorted(cumulative, uniform * cumulative[:, -1:], right=True)
@@ -152,7 +154,10 @@ def generate_ids(
     ids = [list(prompt) for prompt in prompts]
     number = torch.float32 if device.type == "mps" else torch.float64  # MPS has no float64
     uniforms = torch.stack(
-        [torch.rand(sampling.max_new_tokens, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
+        [
+            torch.rand(sampling.max_new_tokens, dtype=torch.float32, generator=torch.Generator().manual_seed(seed))
+            for seed in seeds
+        ]
     ).to(device, number)
     present = torch.zeros(len(ids), net.vocab_size, dtype=torch.bool, device=device)
     if sampling.repetition_penalty != 1:

@@ -46,7 +46,7 @@ def run_afresh(*arguments, status=0, typed=None, **options):
     return out, err
 
 
-def run(*arguments, status=0, code=None, cwd=".", env=None):
+def run(*arguments, status=0, code=None, cwd=".", env=None, longest=LONGEST):
     """`lmlight ARGUMENTS`, forked, to its end: what it wrote to stdout and stderr."""
     with tempfile.TemporaryDirectory() as folder:
         written = [Path(folder) / name for name in ("out", "err")]
@@ -54,7 +54,7 @@ def run(*arguments, status=0, code=None, cwd=".", env=None):
         process = FORKING.Process(target=_begin, args=what)
         with nameless_main():  # whatever has started pytest is not run again
             process.start()
-        process.join(LONGEST)
+        process.join(longest)
         if process.is_alive():
             process.kill()
             process.join()

@@ -213,6 +213,20 @@ def test_the_gap_is_measured_the_same_way(watched):
     assert values(events, "gap/nats_per_char")[-1] == pytest.approx(gap, abs=1e-5)
 
 
+def test_the_gap_is_measured_in_the_precision_of_the_run(verse_file, monkeypatch):
+    under_autocast, score = [], LanguageModel.score
+
+    def spy(self, batch, metric):
+        under_autocast.append((torch.is_autocast_enabled("cpu"), metric is self.val_loss))
+        return score(self, batch, metric)
+
+    monkeypatch.setattr(LanguageModel, "score", spy)
+    options = {"precision": "bf16-mixed", "max_steps": 1, "val_check_interval": 1, "enable_checkpointing": False}
+    trainer = pl.Trainer(**tiny.QUIET, **options, callbacks=[TrainSubsetEval(4)])
+    trainer.fit(LanguageModel(net=tiny.net), datamodule=tiny.data(verse_file))
+    assert {(True, True), (True, False)} == set(under_autocast)
+
+
 def test_the_training_sample_is_spread_over_the_text_and_never_sampled(watched):
     _, _, _, data, *_ = watched
     starts = [int(start) for start in data.train_sample_dataloader(7).dataset.starts[:-1]]

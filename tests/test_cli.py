@@ -214,6 +214,24 @@ def test_chat_prints_crlf_as_line_breaks(crlf, monkeypatch, capsys):
     assert capsys.readouterr().out.partition("\n")[2] == "a\na\na\n\n\n" + "a\na\na\na\n\n"
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="has the device that is to be missing")
+def test_chat_on_a_missing_device_is_one_line(crlf, capsys):
+    assert typed(["chat", str(crlf), "--device=cuda"]) == 2
+    assert "device 'cuda' cannot be used" in capsys.readouterr().err
+
+
+def test_predict_refuses_a_sharded_strategy(crlf, capsys):
+    words = [
+        "predict",
+        f"--ckpt_path={crlf}",
+        "--trainer.accelerator=cpu",
+        f"--config={Path(__file__).parents[1] / 'configs' / 'fsdp.yaml'}",
+    ]
+    words += ["--trainer.devices=1", "--trainer.strategy.data_parallel_size=1"]
+    assert main(words) == 2
+    assert "predict needs the whole model on each device" in capsys.readouterr().err
+
+
 def test_predict_prints_crlf_as_line_breaks_and_files_it_as_it_is(crlf, capsys):
     prompts = ["predict", f"--ckpt_path={crlf}", '--data.prompts=["a", "a\\n"]', "--trainer.accelerator=cpu"]
     prompts += ["--model.sampling.temperature=0", "--model.sampling.max_new_tokens=6"]

@@ -18,6 +18,7 @@ from lmlight.data.loader import IGNORE_INDEX
 from lmlight.data.subword_regularization import SubwordSampler, SubwordSampling
 from lmlight.data.tokenizer import CharTokenizer, TokenizerConfig
 from lmlight.errors import UserError
+from lmlight.training import datamodule
 from lmlight.training.datamodule import TextDataModule, _first_words
 
 UNIGRAM = TokenizerConfig("unigram", 400)
@@ -247,6 +248,22 @@ def test_batches_hold_batch_size_windows_and_a_shorter_last_window_its_own(verse
         assert len(shapes) == len(loader)
         assert set(shapes[:-2]) == {(4, 7)}
         assert all(count <= 4 and length <= 7 for count, length in shapes)
+
+
+@pytest.mark.filterwarnings("ignore:this tokenizer is lossy")
+def test_batches_hold_no_float64(verse_file):
+    """MPS has none."""
+    data = ready(verse_file, tokenizer=TokenizerConfig("unigram", 120, lossless=False))
+    for loader in (data.train_dataloader(), data.val_dataloader()):
+        assert not any(tensor.dtype == torch.float64 for tensor in next(iter(loader)))
+
+
+def test_evaluation_batches_bound_the_logits(verse_file, monkeypatch):
+    monkeypatch.setattr(datamodule, "EVAL_LOGITS", 5 * 16 * 400)
+    data = ready(verse_file, tokenizer=UNIGRAM, block_size=16, batch_size=1000)
+    batches = list(data.val_dataloader())
+    assert max(len(batch.inputs) for batch in batches) == 5
+    assert sum(int((batch.targets != IGNORE_INDEX).sum()) for batch in batches) == len(data.val_ids) - 1
 
 
 @pytest.mark.filterwarnings("ignore:this tokenizer is lossy")

@@ -76,6 +76,15 @@ def test_the_states_of_two_ranks_add_up():
     )
 
 
+def test_sums_are_exact_in_a_model_of_half_precision():
+    """Lightning's `bf16-true` converts the states of metrics with the weights."""
+    metric = torch.nn.ModuleDict({"loss": TextLoss()}).to(torch.bfloat16)["loss"]
+    for _ in range(500):
+        metric.update(torch.full((1, 2048), 2.0), torch.ones(1, 2048, dtype=torch.int64), torch.ones(1, 2048))
+    assert metric.compute()["loss"] == 2
+    assert metric.compute()["characters"] == 500 * 2048
+
+
 def test_reset_forgets():
     metric = TextLoss()
     metric.update(torch.full((1, 1), 100.0), torch.zeros(1, 1, dtype=torch.long), torch.ones(1, 1))

@@ -5,8 +5,12 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
+from lmlight import Sampling
 from lmlight.errors import UserError
+from lmlight.generation import generate
 from lmlight.models import GPT2, LLAMA, Attention, Bigram, Transformer
 from lmlight.models.attention import attention_weights, repeat_heads, rotary_table, rotate
 
@@ -115,6 +119,55 @@ def test_the_loss_in_chunks_is_the_loss(monkeypatch, tie, autocast):
     for a, b in zip(whole, loss_and_gradients()):
         torch.testing.assert_close(a, b, **tolerance)
     assert calls
+
+
+def test_chunked_loss_in_bfloat16_does_not_accumulate_rounding_errors(monkeypatch):
+    if not hasattr(F, "linear_cross_entropy"):
+        pytest.skip("torch has it from 2.13 on; before, the loss is always computed whole")
+    monkeypatch.setattr("lmlight.models.transformer.CHUNKED_LOSS_MIN_LOGITS", 0)
+    net = Transformer(8192, 64, n_layer=1, n_head=2, n_embd=128)
+    torch.nn.init.normal_(net.head.weight)
+    idx, targets = torch.randint(8192, (2, 32, 64))
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        loss = net.loss(idx, targets)
+    assert loss.dtype == torch.float32
+    with torch.no_grad():
+        exact = F.cross_entropy(net(idx).flatten(0, 1), targets.flatten())
+    assert abs(loss - exact) < 1e-3 * exact
+
+
+class NoFloat64(TorchDispatchMode):
+    """Fails where a device other than the CPU gets a float64 tensor, which MPS does not have."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, torch.Tensor) and tensor.device.type != "cpu":
+                assert tensor.dtype != torch.float64, func
+        return out
+
+
+def test_networks_are_built_on_an_accelerator_without_float64():
+    with torch.device("meta"), NoFloat64():
+        net = Transformer(11, 8)
+    assert net.rotary.device.type == "meta"
+    assert Transformer(11, 8).rotary.device.type == "cpu"
+
+
+def test_grouped_heads_take_attention_in_any_memory_layout(monkeypatch):
+    """CUDA's kernels return transposed views."""
+    torch.manual_seed(0)
+    net = make(n_kv_head=2)
+    idx = torch.randint(11, (2, 3))
+    expected = generate(net, idx, Sampling(max_new_tokens=4, temperature=0))
+    kernel = F.scaled_dot_product_attention
+    monkeypatch.setattr("lmlight.models.attention.EXPLICIT_ATTENTION_MAX_KEYS", 0)
+    monkeypatch.setattr(
+        F,
+        "scaled_dot_product_attention",
+        lambda *args, **options: kernel(*args, **options).transpose(1, 2).contiguous().transpose(1, 2),
+    )
+    assert torch.equal(generate(net, idx, Sampling(max_new_tokens=4, temperature=0)), expected)
 
 
 def test_bigram_looks_at_the_last_token_alone():

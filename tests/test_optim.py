@@ -104,6 +104,19 @@ def test_muon_steps_are_about_as_large_as_adamws():
             assert 0.15 < (parameter - before[name]).square().mean().sqrt() / 1e-2 < 0.25
 
 
+def test_muon_moves_the_counts_of_a_resumed_run_to_its_parameters():
+    """Checkpoints are read on the CPU, and the fused kernel wants all of a parameter's state on its device."""
+    before, after = (torch.nn.Parameter(torch.ones(4, device=device)) for device in ("cpu", "meta"))
+    before.grad = torch.ones(4)
+    first = Muon([before])
+    first.step()
+    after.grad = torch.ones(4, device="meta")
+    resumed = Muon([after])
+    resumed.load_state_dict(first.state_dict())
+    resumed.step()
+    assert resumed.state[after]["step"].device.type == "meta"
+
+
 def test_muon_without_named_groups_is_adamw():
     torch.manual_seed(0)
     a, b = (torch.nn.Parameter(torch.ones(4, 4)) for _ in range(2))

@@ -41,7 +41,7 @@ def main(args: Sequence[str]) -> None:
     net, tokenizer = checkpoints.net_of(content).eval(), checkpoints.tokenizer_of(content)
     try:
         net.to(device)
-    except RuntimeError as error:
+    except (RuntimeError, AssertionError) as error:  # torch raises either for a device that is not there
         raise UserError(f"device '{device}' cannot be used ({str(error).splitlines()[0]}): pass another") from None
     sampling = Sampling(**{**content[checkpoints.METADATA_KEY]["sampling"], "num_samples": 1})
     print(f"{net.num_parameters:,} weights on {device}. /help tells what can be typed.")

@@ -38,9 +38,11 @@ def rotary_table(positions: int, head_size: int) -> Tensor:
     Returns:
         (2, positions, D / 2): cosines, then sines.
     """
-    frequencies = ROPE_BASE ** (-torch.arange(0, head_size, 2, dtype=torch.float64) / head_size)  # (D / 2,)
-    angles = torch.outer(torch.arange(positions, dtype=torch.float64), frequencies)
-    return torch.stack((angles.cos(), angles.sin())).float()
+    with torch.device("cpu"):  # Lightning builds networks on the accelerator, and MPS has no float64
+        frequencies = ROPE_BASE ** (-torch.arange(0, head_size, 2, dtype=torch.float64) / head_size)  # (D / 2,)
+        angles = torch.outer(torch.arange(positions, dtype=torch.float64), frequencies)
+        table = torch.stack((angles.cos(), angles.sin())).float()
+    return table.to(torch.get_default_device())
 
 
 def rotate(x: Tensor, table: Tensor) -> Tensor:
@@ -77,7 +79,7 @@ def attend(
     """What each position gathers: (B, H, T, D) queries, (B, H_kv, S, D) keys and values to (B, H, T, D)."""
     group = q.size(1) // k.size(1)
     if group > 1 and q.size(2) == 1:  # the heads of a group ask the same keys: as well as positions might
-        return attend(q.reshape(q.size(0), k.size(1), group, -1), k, v, False, visible, dropout).view(q.shape)
+        return attend(q.reshape(q.size(0), k.size(1), group, -1), k, v, False, visible, dropout).reshape(q.shape)
     k, v = repeat_heads(k, group), repeat_heads(v, group)
     one_query = q.size(0) == 1 == q.size(2)  # of which the kernel makes the most
     if q.device.type == "cpu" and k.size(-2) <= EXPLICIT_ATTENTION_MAX_KEYS and not one_query:

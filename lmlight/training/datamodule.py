@@ -44,6 +44,9 @@ from lmlight.errors import UserError
 
 # A sample's prompt appears as a tag in TensorBoard and in the command that `fit` prints at its end.
 SAMPLE_PROMPT_CHARS = 20
+# Logits of an evaluation batch, at most: 1 GiB in float32. `batch_size` counts a whole optimizer step, which may be many
+# micro-batches, and training does not hold all logits at once.
+EVAL_LOGITS = 2**28
 ZERO_WIDTH_JOINER = "\u200d"
 
 # From so many characters on, what does not fit is made to fit; a shorter text is refused unless its settings suit it.
@@ -418,7 +421,7 @@ class TextDataModule(LightningDataModule):
         occurrences = (
             ids.counts(len(counts)) if isinstance(ids, TokenArray) else np.bincount(ids, minlength=len(counts))
         )
-        return counts * (chars / (occurrences @ counts))
+        return (counts * (chars / (occurrences @ counts))).astype(np.float32)  # MPS has no float64
 
     def _windows_per_epoch(self) -> int:
         if self._streamed:
@@ -459,7 +462,8 @@ class TextDataModule(LightningDataModule):
         last = len(plan)
         full = int((lengths[:last] == self.block_size).sum())  # the shorter one is a batch of its own
         # whole batches go round the ranks, and all get as many, or those that have more would wait for the others
-        batches = EvalBatchSampler(full, last, self.batch_size, rank, world_size)
+        batch_size = min(self.batch_size, max(1, EVAL_LOGITS // (length * len(char_counts))))
+        batches = EvalBatchSampler(full, last, batch_size, rank, world_size)
         # a generator of its own: the loader would take a number from the global one, which is training's
         return DataLoader(windows, batch_sampler=batches, collate_fn=identity_collate, generator=torch.Generator())
 

@@ -121,13 +121,14 @@ def _flops_per_second(device: torch.device, dtype: torch.dtype) -> float:
     known = get_available_flops(device, dtype)
     if known:
         return float(known)
-    matrix = torch.ones(1024, 1024, device=device, dtype=dtype)
+    size = 1024 if device.type == "cpu" else 4096  # a GPU is done with less before the next launch
+    matrix = torch.ones(size, size, device=device, dtype=dtype)
     best = float("inf")
     for _ in range(4):
         began = time.perf_counter()
         float((matrix @ matrix)[0, 0])
         best = min(best, time.perf_counter() - began)
-    return 2 * 1024**3 / best
+    return 2 * size**3 / best
 
 
 def _memory(device: torch.device) -> float:
@@ -201,8 +202,9 @@ class TrainSubsetEval(Callback):
             return
         assert isinstance(pl_module, LanguageModel)
         metric = TextLoss().to(pl_module.device)
-        for batch in data.train_sample_dataloader(self.windows):
-            pl_module.score(trainer.strategy.batch_to_device(batch), metric)
+        with trainer.precision_plugin.val_step_context():  # autocast, as in validation
+            for batch in data.train_sample_dataloader(self.windows):
+                pl_module.score(trainer.strategy.batch_to_device(batch), metric)
         seen = metric.compute()["nats_per_char"]
         unseen = pl_module.val_loss.compute()["nats_per_char"]
         pl_module.log_dict({"train_sample/nats_per_char": seen.float(), "gap/nats_per_char": (unseen - seen).float()})
