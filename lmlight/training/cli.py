@@ -300,7 +300,7 @@ def main(args: Sequence[str] | None = None) -> int:
     quiet()
     usage = "lmlight {} [--config FILE] [options]"
     parsers = {
-        name: {"command": name, "description": COMMANDS[name], "usage": usage.format(name)} for name in SUBCOMMANDS
+        name: {"command": name, "description": COMMANDS[name].help, "usage": usage.format(name)} for name in SUBCOMMANDS
     }
     try:
         LmlightCLI(
