@@ -196,7 +196,8 @@ class KillAt(Callback):
 def correct(bench: Bench, report: Report) -> None:
     import torch
 
-    from lmlight import LanguageModel, checkpoint, curves
+    from lmlight import LanguageModel, checkpoint
+    from lmlight.commands import curves
     from lmlight.commands import chat
 
     steps, every = bench.pick((60, 20), (6, 3))
@@ -210,7 +211,7 @@ def correct(bench: Bench, report: Report) -> None:
     losses = {}
 
     def losses_of(run: Path) -> list[float]:
-        rows = curves.read(run)
+        rows = curves.read(run, "step")
         return [
             value
             for row in rows
@@ -372,13 +373,13 @@ def feeding(text: str) -> Any:
 
 
 def record(bench: Bench, report: Report) -> None:
-    from lmlight import curves
+    from lmlight.commands import curves
 
     few = ["--trainer.max_steps=4", "--trainer.val_check_interval=2", "--trainer.precision=32"]
     flags = [f"--config={ROOT / 'configs' / 'shakespeare-gpu.yaml'}", *bench.pick([], [*bench.small(), *few])]
 
     def run(seed: int) -> dict[str, Any]:
-        rows = curves.read(bench.fit(f"seed {seed}", *flags, f"--seed_everything={seed}"))
+        rows = curves.read(bench.fit(f"seed {seed}", *flags, f"--seed_everything={seed}"), "step")
         scores = [float(row["val/nats_per_char"] or "nan") for row in rows]
         first = next((row["seconds"] for row, score in zip(rows, scores) if score <= NANOGPT_NATS), None)
         found = {"final nats/char": scores[-1], "best": min(scores), "training seconds": rows[-1]["seconds"]}

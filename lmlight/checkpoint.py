@@ -1,24 +1,20 @@
-"""The file that is a whole model: written so that it is never half there, and read with care.
+"""Self-contained checkpoints: atomic writes, integrity check, weights-only loading.
 
-- A checkpoint of Lightning's carries one more entry, `lmlight`: the net's class and arguments, the tokenizer's own
-  bytes, and the settings of the run. With the weights that is all there is to know about a model.
-- A kill or a full disk at any moment leaves the file of before (`files.whole`).
-- The end of the file is a *seal*, the SHA-256 of all before it, inside the zip archive's comment, where torch does not mind
-  it: torch itself does not notice a flipped bit.
-- Reading checks the seal and uses `weights_only=True`, which refuses a pickle that would run code.
+- A checkpoint is a Lightning checkpoint with one more entry, `lmlight`: the network's class and arguments, the tokenizer's
+  bytes, and plain values. Together with the weights this is a complete model. It names no code to import.
+- Writing is atomic: after a kill or on a full disk, the previous file is still there (`files.whole`).
+- Reading verifies the CRC-32 of every member of the zip archive, which `torch.load` does not, and uses `weights_only=True`,
+  which refuses pickles that would run code.
 
-Free of lightning.
+Does not import Lightning.
 """
 
 from __future__ import annotations
 
-import hashlib
 import itertools
-import os
 import pickle
-import struct
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
@@ -35,10 +31,9 @@ from lmlight.errors import UserError
 from lmlight.models import NETS, Net
 
 METADATA_KEY = "lmlight"
-LAYOUT = 2  # raised when a file of the older kind can no longer be read as it is
-FOLDER = "checkpoints"  # of a run's folder
-NET_PREFIX = "net."  # the net's part of the LightningModule's state_dict
-SEAL = b"lmlight sha256 "  # followed by 64 hexadecimal digits
+FORMAT_VERSION = 3  # raised when older files can no longer be read
+FOLDER = "checkpoints"  # inside a run's folder
+NET_PREFIX = "net."  # of the network's weights in the LightningModule's state dict
 
 
 def model_metadata(
@@ -48,25 +43,25 @@ def model_metadata(
     settings: Mapping[str, Any] = MappingProxyType({}),
     optimizer: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """What makes a checkpoint whole: the value of its entry `lmlight`.
+    """The `lmlight` entry of a checkpoint.
 
     Args:
-        net: its class must be one of `models.NETS`, or made from one (FSDP does that).
-        tokenizer: kept as its own bytes.
-        sampling: the arguments of the model's `Sampling`.
-        settings: plain values (text, numbers, lists, dicts) that the command line reads back as defaults.
-        optimizer: the class whose state the checkpoint holds, and its hyperparameters.
+        net: An instance of one of `models.NETS`, or of a class derived from one (FSDP derives one).
+        tokenizer: The tokenizer; stored as bytes.
+        sampling: Arguments of the model's `Sampling`.
+        settings: Plain values; `data` holds the data module's arguments.
+        optimizer: Class name and hyperparameters of the optimizer whose state the checkpoint holds.
 
     Returns:
-        the entry; where these weights have been validated, `LanguageModel` adds the `metrics`.
+        The entry. `LanguageModel` adds `metrics` if these weights have been validated.
 
     Raises:
-        UserError: see `name_of`.
+        UserError: See `net_name`.
     """
     return {
         "lmlight_version": lmlight.__version__,
-        "layout": LAYOUT,
-        "net": {"class": name_of(net), "config": net.config},
+        "format_version": FORMAT_VERSION,
+        "net": {"class": net_name(net), "config": net.config},
         "tokenizer": torch.frombuffer(bytearray(tokenizer.to_bytes()), dtype=torch.uint8),
         "sampling": dict(sampling),
         "settings": dict(settings),
@@ -74,11 +69,11 @@ def model_metadata(
     }
 
 
-def name_of(net: Net) -> str:
-    """The key of `models.NETS` that makes such a net.
+def net_name(net: Net) -> str:
+    """The key of `models.NETS` for this network.
 
     Raises:
-        UserError: none does. (An exception of its own: Lightning takes a `StopIteration` in a hook for the end of the data.)
+        UserError: The network is of another class.
     """
     for name, kind in NETS.items():
         if isinstance(net, kind):
@@ -90,55 +85,53 @@ def name_of(net: Net) -> str:
 
 
 def write(content: dict[str, Any], path: str | Path) -> None:
-    """Publishes a checkpoint: whole, or not at all.
+    """Write a checkpoint atomically, replacing the file at `path`.
 
     Args:
-        content: tensors and plain values.
-        path: replaced if it is there.
+        content: Tensors and plain values.
+        path: The file; its folder is created if needed.
 
     Raises:
-        UserError: the disk is full, or the folder is not to be written; the file of before is as it was.
+        UserError: The disk is full or the folder is not writable. The previous file is unchanged.
     """
     path = Path(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with files.whole(path) as beside, beside.open("w+b") as file:
+        with files.whole(path) as beside, beside.open("wb") as file:
             torch.save(content, file)
-            _seal(file)
-    except (OSError, RuntimeError) as error:  # torch's writer says RuntimeError when the disk is full
-        reason = (isinstance(error, OSError) and error.strerror) or "not all of it arrived: the disk may be full"
-        kept = "the one before it is as it was" if path.exists() else "nothing was left"
+    except torch.AcceleratorError:  # a RuntimeError, too
+        raise
+    except (OSError, RuntimeError) as error:  # torch raises RuntimeError on a full disk
+        reason = (isinstance(error, OSError) and error.strerror) or "the disk may be full"
+        kept = "the previous file is unchanged" if path.exists() else "no file was written"
         raise UserError(f"checkpoint '{path}' cannot be written ({reason}): free some space; {kept}") from None
 
 
 def read(path: str | Path) -> dict[str, Any]:
-    """The content of a checkpoint file, on the CPU.
+    """Read a checkpoint onto the CPU.
 
     Raises:
-        UserError: no such file; damaged; not one of lmlight's, or of another layout; a pickle that would run code.
+        UserError: The file is missing, damaged, not an lmlight checkpoint, of another format version, or holds a pickle that
+            would run code.
     """
     return check(load(path), path)
 
 
 def load(path: str | Path) -> dict[str, Any]:
-    """The tensors and plain values in a file of torch's, on the CPU.
+    """Read any file of tensors and plain values that torch wrote, onto the CPU.
 
     Raises:
-        UserError: no such file; damaged; not a file of torch's; a pickle that would run code.
+        UserError: The file is missing, damaged, or holds a pickle that would run code.
     """
     path = Path(path).expanduser()
     try:
         with path.open("rb") as file:
             if not _is_intact(file):
-                newest = next((good for good in _around(path) if good != path and is_intact(good)), None)
-                instead = f"the newest good one is '{newest}'" if newest else "no good one lies near it"
-                raise UserError(f"'{path}' is not a checkpoint, or truncated or damaged: {instead}")
+                raise _damaged(path)
             file.seek(0)
             content = torch.load(file, map_location="cpu", weights_only=True)
     except FileNotFoundError:
-        raise UserError(
-            f"no checkpoint at '{path}': pass the path of a .ckpt file, as `lmlight fit` prints it"
-        ) from None
+        raise UserError(f"no checkpoint at '{path}': pass the path that `lmlight fit` printed") from None
     except OSError as error:
         raise UserError(
             f"checkpoint '{path}' cannot be read ({error.strerror}): pass the path of a .ckpt file"
@@ -148,68 +141,59 @@ def load(path: str | Path) -> dict[str, Any]:
             f"checkpoint '{path}' is refused: it holds more than tensors and plain values, and loading it could run code; "
             "pass one that lmlight wrote"
         ) from None
-    except RuntimeError:  # an intact zip archive that is not torch's
-        content = None
-    if not isinstance(content, dict):
-        raise _not_ours(path)
-    return content
-
-
-def _not_ours(path: str | Path) -> UserError:
-    return UserError(f"'{path}' is not a checkpoint of lmlight's: pass one that `lmlight fit` wrote")
+    except RuntimeError:  # the archive is intact, but torch did not write it
+        raise _damaged(path) from None
+    return content if isinstance(content, dict) else {}
 
 
 def check(content: dict[str, Any], path: str | Path) -> dict[str, Any]:
-    """What `load` gave, if it is a checkpoint that this version can read.
+    """Return `content` if this version can read it.
 
     Raises:
-        UserError: it is not one of lmlight's, or of another layout.
+        UserError: It is not an lmlight checkpoint, or of another format version.
     """
     if METADATA_KEY not in content:
-        raise _not_ours(path)
-    described = content[METADATA_KEY]
-    if described.get("layout") != LAYOUT:
+        raise UserError(f"'{path}' is not a checkpoint of lmlight's: pass one that `lmlight fit` wrote")
+    metadata = content[METADATA_KEY]
+    if metadata.get("format_version") != FORMAT_VERSION:
         raise UserError(
-            f"checkpoint '{path}' was written by lmlight {described.get('lmlight_version')} in layout "
-            f"{described.get('layout')}, and this is lmlight {lmlight.__version__}, which reads layout {LAYOUT}: "
+            f"checkpoint '{path}' was written by lmlight {metadata.get('lmlight_version')} in format "
+            f"{metadata.get('format_version')}, but lmlight {lmlight.__version__} reads format {FORMAT_VERSION}: "
             "install the version that wrote it"
         )
     return content
 
 
 def find(name: str | Path, runs: str | Path, prefer: Literal["best", "last"]) -> Path:
-    """The file that a user means by a checkpoint.
+    """The file that a checkpoint's name on the command line stands for.
 
     Args:
-        name: a file; a run's folder, or its folder of checkpoints; or `best` or `last`, of the newest run that has one.
-        runs: the folder of all runs.
-        prefer: which one of a folder's.
+        name: A file; a run's folder or its `checkpoints` folder; or `best` or `last` of the newest run that has one.
+        runs: The folder of all runs.
+        prefer: Which checkpoint of a folder to take.
 
     Raises:
-        UserError: there is none.
+        UserError: There is no such checkpoint.
     """
-    if str(name) in ("best", "last"):
-        found = _by_age(Path(runs).glob(f"*/{FOLDER}/{name}.ckpt"))
-        if not found:
-            raise UserError(
-                f"no run in '{runs}' has a checkpoint '{name}' yet: start one with `lmlight fit`, or pass a file's path"
-            )
-        return found[0]
     path = Path(name).expanduser()
-    if path.is_dir():
-        inside = [folder / f"{prefer}.ckpt" for folder in (path, path / FOLDER)]
-        found = [file for file in inside if file.is_file()]
-        if not found:
-            raise UserError(f"folder '{path}' has no checkpoint '{prefer}.ckpt': pass a run's folder, or a file's path")
-        return found[0]
-    return path
+    if str(name) in ("best", "last"):
+        found = _newest_first(Path(runs).glob(f"*/{FOLDER}/{name}.ckpt"))
+        hint = f"no run in '{runs}' has a checkpoint '{name}' yet: start one with `lmlight fit`"
+    elif path.is_dir():
+        found = [file for folder in (path, path / FOLDER) if (file := folder / f"{prefer}.ckpt").is_file()]
+        hint = f"folder '{path}' has no checkpoint '{prefer}.ckpt': pass a run's folder"
+    else:
+        return path
+    if not found:
+        raise UserError(f"{hint}, or pass a file's path")
+    return found[0]
 
 
 def make_run_dir(runs: Path) -> Path:
-    """Makes the folder of a run, named after the time, which no other run has: only one of two processes can make it.
+    """Create a run's folder, named after the time and unique even if two processes start at once.
 
     Raises:
-        UserError: it cannot be made.
+        UserError: It cannot be created.
     """
     name = datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
     try:
@@ -224,97 +208,69 @@ def make_run_dir(runs: Path) -> Path:
             f"the run's folder cannot be made in '{runs}' ({error.strerror}): pass another, "
             "--trainer.default_root_dir FOLDER"
         ) from None
-    raise AssertionError("numbers do not end")
+    raise AssertionError("unreachable")
 
 
 def tokenizer_of(checkpoint: dict[str, Any]) -> Tokenizer:
-    """The tokenizer inside a checkpoint that `read` gave."""
+    """The tokenizer of a checkpoint."""
     data: Tensor = checkpoint[METADATA_KEY]["tokenizer"]
     return from_bytes(data.numpy().tobytes())
 
 
 def weights_of(checkpoint: dict[str, Any]) -> dict[str, Tensor]:
-    """The net's weights inside a checkpoint that `read` gave, by their names in the net."""
+    """The network's state dict."""
     state = checkpoint["state_dict"]
     return {name.removeprefix(NET_PREFIX): value for name, value in state.items() if name.startswith(NET_PREFIX)}
 
 
 def net_of(checkpoint: dict[str, Any]) -> Net:
-    """The net inside a checkpoint that `read` gave, with its weights."""
+    """The network of a checkpoint, with its weights."""
     net = untrained_net_of(checkpoint)
     net.load_state_dict(weights_of(checkpoint))
     return net
 
 
 def untrained_net_of(checkpoint: dict[str, Any]) -> Net:
-    """A net like the one inside a checkpoint that `read` gave, with weights of its own."""
-    described = checkpoint[METADATA_KEY]["net"]
-    return NETS[described["class"]](**described["config"])
+    """A network of the checkpoint's class and size, with initial weights."""
+    metadata = checkpoint[METADATA_KEY]["net"]
+    return NETS[metadata["class"]](**metadata["config"])
 
 
 def check_compatible(checkpoint: dict[str, Any], net: Net) -> None:
-    """Whether `net` can take the checkpoint's weights; its dropout may differ.
+    """Check that the checkpoint's weights fit `net`; its dropout may differ.
 
     Raises:
-        UserError: another class or size.
+        UserError: The class or a size differs.
     """
-    described = checkpoint[METADATA_KEY]["net"]
-    ours, theirs = {"class": name_of(net), **net.config}, {"class": described["class"], **described["config"]}
-    differing = {k for k in ours.keys() | theirs.keys() if ours.get(k) != theirs.get(k)} - {"dropout"}
+    metadata = checkpoint[METADATA_KEY]["net"]
+    here, there = {"class": net_name(net), **net.config}, {"class": metadata["class"], **metadata["config"]}
+    differing = {k for k in here.keys() | there.keys() if here.get(k) != there.get(k)} - {"dropout"}
     if differing:
-        what = ", ".join(f"{k} {theirs.get(k)} in the checkpoint, {ours.get(k)} here" for k in sorted(differing))
-        raise UserError(f"this checkpoint is of another net ({what}): drop the flags that differ")
-
-
-def is_intact(path: Path) -> bool:
-    """Whether a checkpoint file is there, whole, and as it was written."""
-    try:
-        with path.open("rb") as file:
-            return _is_intact(file)
-    except OSError:
-        return False
-
-
-def _seal(file: IO[bytes]) -> None:
-    """Ends a zip archive with a comment that holds the SHA-256 of everything before it."""
-    file.seek(-2, os.SEEK_END)  # the length of the comment: the last field of an archive without one
-    file.write(struct.pack("<H", len(SEAL) + 64))
-    digest = _sha256(file, file.tell())
-    file.write(SEAL + digest.encode())
+        what = ", ".join(f"{k} {there.get(k)} in the checkpoint, {here.get(k)} here" for k in sorted(differing))
+        raise UserError(f"this checkpoint is of another network ({what}): drop the flags that differ")
 
 
 def _is_intact(file: IO[bytes]) -> bool:
-    size = file.seek(0, os.SEEK_END)
-    sealed = size - len(SEAL) - 64
-    if sealed > 0:
-        file.seek(sealed)
-        seal = file.read()
-        if seal.startswith(SEAL):
-            return _sha256(file, sealed) == seal.removeprefix(SEAL).decode(errors="replace")
-    try:  # not written here, by `Trainer.save_checkpoint` from Python say: zip's own check sums
-        file.seek(0)
+    try:
         with zipfile.ZipFile(file) as archive:
-            return not archive.comment and archive.testzip() is None
-    except (zipfile.BadZipFile, OSError, EOFError, NotImplementedError, RuntimeError):
+            # torch sets no attributes, and leaves the memory of a member with the directory attribute uninitialized
+            return not any(member.external_attr for member in archive.infolist()) and archive.testzip() is None
+    except Exception:  # damage can surface as almost any exception: BadZipFile, zlib.error, EOFError, OSError, ...
         return False
 
 
-def _sha256(file: IO[bytes], length: int) -> str:
-    """Of the first `length` bytes; leaves the file's position there."""
-    digest = hashlib.sha256()
-    file.seek(0)
-    while length:
-        chunk = file.read(min(length, 2**20))
-        digest.update(chunk)
-        length -= len(chunk)
-    return digest.hexdigest()
+def _damaged(path: Path) -> UserError:
+    """Names the newest intact checkpoint beside `path`, or in the runs beside its run."""
+    run = path.absolute().parent.parent
+    others = _newest_first(path.parent.glob("*.ckpt")) + _newest_first(run.parent.glob(f"*/{FOLDER}/*.ckpt"))
+    for other in others:
+        with suppress(OSError), other.open("rb") as file:
+            if other != path and _is_intact(file):
+                return UserError(
+                    f"'{path}' is not a checkpoint, or truncated or damaged: the newest good one is '{other}'"
+                )
+    return UserError(f"'{path}' is not a checkpoint, or truncated or damaged: no good one lies near it")
 
 
-def _around(path: Path) -> list[Path]:
-    """Checkpoints beside `path`, then those of the runs beside its run, the newest first."""
-    runs = path.absolute().parents[2] if len(path.absolute().parents) > 2 else path.parent
-    return _by_age(path.parent.glob("*.ckpt")) + _by_age(runs.glob(f"*/{FOLDER}/*.ckpt"))
-
-
-def _by_age(paths: Any) -> list[Path]:
+def _newest_first(paths: Iterable[Path]) -> list[Path]:
     return sorted(paths, key=lambda path: path.stat().st_mtime, reverse=True)

@@ -1,7 +1,7 @@
-"""What moves the weights: parameter groups, the Muon optimizer, and the learning rate over time.
+"""Parameter groups, the Muon optimizer and learning-rate schedules.
 
-Muon: Jordan et al. 2024 (https://kellerjordan.github.io/posts/muon/); the size of its step: Liu et al. 2025
-(https://arxiv.org/abs/2502.16982); the coefficients of its iteration: Amsel et al. 2025 (https://arxiv.org/abs/2505.16932).
+Muon: Jordan et al. 2024 (https://kellerjordan.github.io/posts/muon/). Step size: Liu et al. 2025
+(https://arxiv.org/abs/2502.16982). Coefficients of the iteration: Amsel et al. 2025 (https://arxiv.org/abs/2505.16932).
 """
 
 from __future__ import annotations
@@ -9,29 +9,29 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
-from torch.optim.adamw import adamw
+from torch.optim.lr_scheduler import LambdaLR
 
 from lmlight.errors import UserError
 from lmlight.models.base import Net
 
 HIDDEN = "hidden"
-# Each iteration takes singular values nearer to 1 as fast as a polynomial of degree 5 can; after these three, those above
-# 1/50 of the matrix's norm lie between 0.55 and 1.2. Two more gained 0.006 nats/char in 110 steps, for a tenth of the time.
+# Each iteration is the polynomial of degree 5 that moves singular values fastest towards 1. After three, those above 1/50 of
+# the matrix's norm lie between 0.55 and 1.2. Two more gained 0.006 nats/char in 110 steps, for a tenth of the time.
 POLAR_EXPRESS = ((4.0848, -6.8946, 2.9270), (3.9505, -6.3029, 2.6377), (2.8769, -3.1427, 1.2046))
 
 
 def parameter_groups(net: Net) -> list[dict[str, Any]]:
-    """The net's parameters in named groups, for any torch optimizer.
+    """Group the trainable parameters of a net, for any torch optimizer.
 
     Returns:
-        those of `hidden`, the matrices between one hidden layer and the next; `embeddings`, the matrices with a row for
-        each token or position; and `vectors` (norms, biases), which do not decay. Groups without parameters are left out.
+        The non-empty groups among `hidden` (matrices between hidden layers), `embeddings` (matrices with one row per token
+        or position, the output head included) and `vectors` (norms and biases, without weight decay).
     """
     tables = {id(m.weight) for m in net.modules() if isinstance(m, nn.Embedding)}
     tables |= {id(m.weight) for m in net.modules() if isinstance(m, nn.Linear) and m.out_features == net.vocab_size}
@@ -46,20 +46,65 @@ def parameter_groups(net: Net) -> list[dict[str, Any]]:
     ]
 
 
-class Muon(Optimizer):
-    """Muon for the matrices of hidden layers, AdamW for everything else.
+def make_optimizer(factory: Callable[[Any], Optimizer], groups: list[dict[str, Any]]) -> Optimizer:
+    """Call `factory(groups)`.
 
-    Muon's step is the momentum with all its singular values made equal: directions that are rare in the gradients move
-    as far as the frequent ones. It is scaled to the size of AdamW's, so that both take the same learning rate.
+    Raises:
+        UserError: The optimizer takes no parameter groups, or refuses an argument.
+    """
+    try:
+        return factory(groups)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise _unusable(error) from None
+
+
+def dummy_optimizer(factory: Callable[[Any], Optimizer]) -> Optimizer:
+    """An optimizer of a few dummy parameters.
+
+    Raises:
+        UserError: See `make_optimizer`.
+    """
+    shapes = {HIDDEN: (2, 2), "embeddings": (2, 2), "vectors": (2,)}
+    return make_optimizer(
+        factory, [{"name": name, "params": [nn.Parameter(torch.ones(shape))]} for name, shape in shapes.items()]
+    )
+
+
+def try_step(optimizer: Optimizer) -> None:
+    """Take a step with gradients of one. torch's optimizers initialize the GPU, so not before processes are launched.
+
+    Raises:
+        UserError: The optimizer cannot take a step with dense gradients.
+    """
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            parameter.grad = torch.ones_like(parameter)
+    try:
+        optimizer.step()
+    except (TypeError, RuntimeError, AssertionError) as error:
+        raise _unusable(error) from None
+
+
+def _unusable(error: Exception) -> UserError:
+    return UserError(
+        f"model.optimizer cannot train this model ({str(error).strip().splitlines()[0]}): choose another, such as "
+        "torch.optim.AdamW"
+    )
+
+
+class Muon(Optimizer):
+    """Muon for the hidden matrices, AdamW for all other parameters.
+
+    Muon replaces the momentum of a matrix by the nearest matrix with equal singular values, so that rare directions of the
+    gradient move as far as frequent ones. Its step is scaled to the size of AdamW's, so both share one learning rate.
 
     Args:
-        params: the groups of `parameter_groups`: Muon takes the one named `hidden`, AdamW all others and groups without a
-            name.
-        lr: of both.
-        weight_decay: of both.
-        momentum: Muon's, in Nesterov's form.
-        betas: AdamW's.
-        eps: AdamW's.
+        params: groups from `parameter_groups`. Muon updates the group named `hidden`; AdamW updates every other group.
+        lr: Learning rate of both.
+        weight_decay: Decoupled weight decay of both.
+        momentum: Muon's Nesterov momentum.
+        betas: AdamW's running averages.
+        eps: AdamW's epsilon.
     """
 
     def __init__(
@@ -71,82 +116,61 @@ class Muon(Optimizer):
         betas: tuple[float, float] = (0.9, 0.99),
         eps: float = 1e-8,
     ) -> None:
-        super().__init__(
-            params,
-            {"lr": lr, "weight_decay": weight_decay, "momentum": momentum, "betas": betas, "eps": eps, "name": ""},
-        )
+        # takes its groups and its state from this optimizer at each step, which may have loaded others
+        self._adamw = torch.optim.AdamW([torch.empty(0)], lr, betas, eps, weight_decay, fused=True)
+        super().__init__(params, {**self._adamw.defaults, "momentum": momentum, "name": ""})
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]  # torch's is overloaded
-        """One step of every group; see `torch.optim.Optimizer.step`."""
+        """Update every group; see `torch.optim.Optimizer.step`."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
         for group in self.param_groups:
-            parameters = [parameter for parameter in group["params"] if parameter.grad is not None]
-            (self._muon if group["name"] == HIDDEN else self._adamw)(group, parameters)
+            if group["name"] == HIDDEN:
+                self._step_hidden(group)
+        self._adamw.param_groups = [group for group in self.param_groups if group["name"] != HIDDEN]
+        self._adamw.state = self.state
+        self._adamw.step()
         return loss
 
-    def _muon(self, group: dict[str, Any], parameters: list[Tensor]) -> None:
-        alike: dict[torch.Size, list[tuple[Tensor, Tensor]]] = {}  # matrices of one shape are worked on together
-        for parameter in parameters:
-            gradient = cast(Tensor, parameter.grad)
-            momentum = self.state[parameter].setdefault("momentum", torch.zeros_like(gradient))
-            momentum.lerp_(gradient, 1 - group["momentum"])
-            update = gradient.lerp(momentum, group["momentum"])
-            if isinstance(update, DTensor):  # sharded: singular values are the whole matrix's
+    def _step_hidden(self, group: dict[str, Any]) -> None:
+        same_shape: dict[torch.Size, list[tuple[Tensor, Tensor]]] = {}  # stacked for one batched iteration per shape
+        for parameter in group["params"]:
+            if (gradient := parameter.grad) is None:
+                continue
+            state = self.state[parameter]
+            if not state:
+                state["momentum"] = torch.zeros_like(gradient)
+            state["momentum"].lerp_(gradient, 1 - group["momentum"])
+            update = gradient.lerp(state["momentum"], group["momentum"])
+            if isinstance(update, DTensor):  # the singular values are those of the whole matrix
                 update = update.full_tensor()
-            alike.setdefault(update.shape, []).append((parameter, update))
-        for shape, members in alike.items():
+            same_shape.setdefault(update.shape, []).append((parameter, update))
+        for shape, members in same_shape.items():
             updates = orthogonalise(torch.stack([update for _, update in members]))
-            step = group["lr"] * 0.2 * math.sqrt(max(shape))  # entries as large as AdamW's are, by Liu et al.
-            for (parameter, _), update in zip(members, updates.to(parameters[0].dtype)):
+            step = group["lr"] * 0.2 * math.sqrt(max(shape))  # matches AdamW's RMS update (Liu et al. 2025)
+            for (parameter, _), update in zip(members, updates.to(members[0][0].dtype)):
                 if isinstance(parameter, DTensor):
-                    update = distribute_tensor(update, parameter.device_mesh, parameter.placements)
+                    update = distribute_tensor(update, parameter.device_mesh, parameter.placements, src_data_rank=None)
                 parameter.mul_(1 - group["lr"] * group["weight_decay"]).add_(update, alpha=-step)
-
-    def _adamw(self, group: dict[str, Any], parameters: list[Tensor]) -> None:
-        for parameter in parameters:
-            if not self.state[parameter]:
-                zeros = torch.zeros_like(parameter)
-                step = torch.zeros((), device=parameter.device)
-                self.state[parameter].update(step=step, exp_avg=zeros, exp_avg_sq=zeros.clone())
-        states = [self.state[parameter] for parameter in parameters]
-        for parameter, state in zip(parameters, states):
-            # neither torch nor Lightning moves the counts of a resumed run from the CPU, where checkpoints are read
-            state["step"] = state["step"].to(parameter.device)
-        beta1, beta2 = group["betas"]
-        adamw(
-            parameters,
-            [cast(Tensor, parameter.grad) for parameter in parameters],
-            [state["exp_avg"] for state in states],
-            [state["exp_avg_sq"] for state in states],
-            [],
-            [state["step"] for state in states],
-            fused=True,
-            amsgrad=False,
-            beta1=beta1,
-            beta2=beta2,
-            lr=group["lr"],
-            weight_decay=group["weight_decay"],
-            eps=group["eps"],
-            maximize=False,
-        )
 
 
 def orthogonalise(matrices: Tensor) -> Tensor:
-    """The nearest matrices whose singular values are all 1, roughly: U Vᵀ of their U S Vᵀ, by matrix products alone.
+    """Approximate U Vᵀ of the singular value decompositions U S Vᵀ, using matrix products only.
 
     Args:
         matrices: (N, rows, columns).
 
     Returns:
-        (N, rows, columns), in bfloat16 on CUDA, where such products are fastest and precise enough.
+        (N, rows, columns); bfloat16 on GPUs that support it, where such products are fastest and precise enough.
     """
     if matrices.size(1) > matrices.size(2):
         return orthogonalise(matrices.mT).mT
-    x = matrices.bfloat16() if matrices.is_cuda else matrices
+    x = matrices
+    if x.is_cuda and torch.cuda.is_bf16_supported(including_emulation=False):  # Turing emulates it, slower than float32
+        x = x.bfloat16()
     x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)  # no singular value above 1
     for a, b, c in POLAR_EXPRESS:
         square = x @ x.mT
@@ -155,37 +179,60 @@ def orthogonalise(matrices: Tensor) -> Tensor:
 
 
 def label_in_order(state: dict[str, Any], optimizer: Optimizer, parameters: Iterable[Tensor]) -> None:
-    """Relabels an optimizer's state, in place, by each parameter's place among `parameters`.
+    """Renumber an optimizer's state dict, in place, by each parameter's position in the model.
 
-    torch labels by the place among the groups' parameters, one group after the other, and reads any labels. Lightning's
-    sharded strategies take a label for the place in the model: with this one, a checkpoint means the same to both.
+    torch numbers parameters group by group and accepts any numbers on loading; Lightning's sharded strategies number them by
+    their position in the model. With the latter, single-process and sharded runs can resume each other's checkpoints.
 
     Args:
-        state: what `optimizer.state_dict()` gave.
-        optimizer: whose it is.
-        parameters: the model's, in its order.
+        state: From `optimizer.state_dict()`.
+        optimizer: The optimizer.
+        parameters: The model's parameters in order.
     """
-    place = {id(parameter): index for index, parameter in enumerate(parameters)}
+    position = {id(parameter): index for index, parameter in enumerate(parameters)}
     grouped = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    label = {old: place[id(parameter)] for old, parameter in enumerate(grouped)}
+    label = {old: position[id(parameter)] for old, parameter in enumerate(grouped)}
     state["state"] = {label[old]: value for old, value in state["state"].items()}
     for group in state["param_groups"]:
         group["params"] = [label[old] for old in group["params"]]
 
 
-@dataclass(frozen=True)
-class Schedule:
-    """The learning rate over the run, as a factor of the optimizer's `lr`.
+def hyperparameters(optimizer: Optimizer) -> list[dict[str, Any]]:
+    """The options of each parameter group."""
+    return [{name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups]
+
+
+def apply_changes(scheduler: LambdaLR, now: list[dict[str, Any]], before: list[dict[str, Any]]) -> None:
+    """Give a resumed run the optimizer arguments that changed since it began.
+
+    Loading the states of the optimizer and the scheduler has restored the old ones.
 
     Args:
-        shape: after the warm-up, `linear` and `cosine` fall until the last step; `decay` stays at 1 and falls linearly
-            over the last `decay_fraction` of the run; `constant` stays at 1.
-        warmup_steps: steps of linear rise from 0.
-        decay_fraction: the share of the steps in which `decay` falls.
-        final_factor: what it falls to.
+        scheduler: The scheduler, with its optimizer.
+        now: `hyperparameters` of the new optimizer before its state was loaded.
+        before: The same of the optimizer with which the run began.
+    """
+    for number, (group, new, old) in enumerate(zip(scheduler.optimizer.param_groups, now, before)):
+        changed = {name: value for name, value in new.items() if old.get(name) != value}
+        if "lr" in changed:
+            scheduler.base_lrs[number] = group["initial_lr"] = changed["lr"]
+            changed["lr"] *= scheduler.lr_lambdas[number](scheduler.last_epoch)
+        group.update(changed)
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Learning-rate schedule, as a factor of the optimizer's `lr`.
+
+    Args:
+        shape: After the warmup, `linear` and `cosine` decay until the last step; `decay` stays at 1 and decays linearly over
+            the last `decay_fraction` of the run; `constant` stays at 1.
+        warmup_steps: Steps of linear warmup.
+        decay_fraction: Fraction of the steps over which `decay` decays.
+        final_factor: Factor at the last step.
 
     Raises:
-        UserError: a negative `warmup_steps`, or a fraction or factor outside [0, 1].
+        UserError: `warmup_steps` is negative, or a fraction or factor is outside [0, 1].
     """
 
     shape: Literal["linear", "cosine", "decay", "constant"] = "linear"
@@ -200,23 +247,31 @@ class Schedule:
             if not 0 <= value <= 1:
                 raise UserError(f"schedule.{name} must lie in [0, 1], got {value}")
 
-    def factor(self, step: int, total_steps: int) -> float:
-        """The factor for optimizer step `step`, counted from 0, of `total_steps`.
+    def check_end(self, total_steps: int) -> None:
+        """Check that the run has an end to decay to.
 
         Raises:
-            UserError: the shape falls towards an end that is not known (`total_steps` < 1).
+            UserError: The shape decays and `total_steps` is less than 1.
+        """
+        if self.shape != "constant" and total_steps < 1:
+            raise UserError(
+                f"a {self.shape} schedule ends at the run's last step, which is not known: set --trainer.max_steps "
+                "or --trainer.max_epochs, or --model.schedule.shape constant"
+            )
+
+    def factor(self, step: int, total_steps: int) -> float:
+        """The factor for optimizer step `step` (from 0) of `total_steps`.
+
+        Raises:
+            UserError: See `check_end`.
         """
         if step < self.warmup_steps:
             return (step + 1) / (self.warmup_steps + 1)
         if self.shape == "constant":
             return 1.0
-        if total_steps < 1:
-            raise UserError(
-                f"a {self.shape} schedule ends at the run's last step: set --trainer.max_steps, or "
-                "--model.schedule.shape constant"
-            )
+        self.check_end(total_steps)
         length = self.decay_fraction * total_steps if self.shape == "decay" else total_steps - self.warmup_steps
-        left = min(1.0, max(0.0, (total_steps - step) / max(1.0, length)))  # 1 until the fall begins, 0 at the end
+        left = min(1.0, max(0.0, (total_steps - step) / max(1.0, length)))  # from 1 to 0 over the decay
         if self.shape == "cosine":
             left = (1 - math.cos(math.pi * left)) / 2
         return self.final_factor + (1 - self.final_factor) * left

@@ -66,8 +66,16 @@ def test_no_module_is_a_drawer_for_odds_and_ends():
     assert not names & {"utils", "common", "helpers", "misc"}
 
 
-def test_threads_wait_without_spinning_for_long():
-    code = "import lmlight, os; print(os.environ['GOMP_SPINCOUNT'])"
+def test_the_command_line_bounds_spinning_before_torch_is_imported_and_importing_changes_nothing():
+    code = """if True:
+        import os, sys
+        import lmlight.__main__
+        print("GOMP_SPINCOUNT" in os.environ, "torch" in sys.modules)
+        import importlib
+        importlib.import_module = lambda name: sys.exit(os.environ["GOMP_SPINCOUNT"])
+        lmlight.__main__.main(sys.argv[1:])
+        """
     environment = {k: v for k, v in os.environ.items() if k not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
-    out, _ = processes.run_afresh(code=code, env=environment)
-    assert out.strip() == "1000"
+    for command, turns in (("fit", "1000"), ("predict", "10000")):
+        out, err = processes.run_afresh(command, code=code, env=environment, status=1)
+        assert (out.strip(), err.strip()) == ("False False", turns)

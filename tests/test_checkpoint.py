@@ -74,9 +74,9 @@ def test_what_is_not_ours_is_named(tmp_path):
 
 
 def test_another_layout_is_named_with_the_version_that_wrote_it(tmp_path, monkeypatch):
-    monkeypatch.setattr(checkpoint, "LAYOUT", checkpoint.LAYOUT + 1)
+    monkeypatch.setattr(checkpoint, "FORMAT_VERSION", checkpoint.FORMAT_VERSION + 1)
     path = save(tmp_path / "x.ckpt", Bigram(3, 8))
     monkeypatch.undo()
     os.chdir(tmp_path)
-    with pytest.raises(UserError, match=r"written by lmlight 0\.1\.0 in layout 3.*install the version"):
+    with pytest.raises(UserError, match=r"written by lmlight 0\.1\.0 in format 4.*install the version"):
         checkpoint.read(path)

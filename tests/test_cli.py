@@ -376,8 +376,8 @@ MISTAKES = {
     "missing checkpoint": (["predict", "--ckpt_path=nope.ckpt"], "no checkpoint at 'nope.ckpt'"),
     "not a checkpoint": (["fit", "--ckpt_path=short.txt"], "short.txt"),
     "foreign checkpoint": (["validate", "--ckpt_path=foreign.ckpt"], "not a checkpoint of lmlight's"),
-    "hostile class": (["predict", "--ckpt_path=hostile.ckpt"], "wants to run subprocess.Popen"),
-    "also hostile class": (["predict", "--ckpt_path=hostile-too.ckpt"], "wants to run subprocess.Popen"),
+    "hostile class": (["predict", "--ckpt_path=hostile.ckpt"], "theirs.Config"),
+    "also hostile class": (["predict", "--ckpt_path=hostile-too.ckpt"], "theirs.Config"),
     "no prompts file": (["predict", "--ckpt_path=good.ckpt", "--data.prompts=nope.txt"], "prompts file 'nope.txt'"),
     "another net": (
         ["validate", "--ckpt_path=good.ckpt", "--model.net.n_embd=64"],
@@ -398,9 +398,10 @@ def test_a_mistake_is_one_line_and_leaves_nothing(name, finished, verse, tmp_pat
     torch.save({"state_dict": {}}, tmp_path / "foreign.ckpt")
     content = checkpoint.read(finished[2])
     torch.save(content, tmp_path / "good.ckpt")
-    content[checkpoint.METADATA_KEY]["settings"]["model"]["optimizer"]["class_path"] = "subprocess.Popen"
+    data = content[checkpoint.METADATA_KEY]["settings"]["data"]
+    data["tokenizer"] = {"class_path": "theirs.Config", "init_args": {}}
     torch.save(content, tmp_path / "hostile.ckpt")
-    content[checkpoint.METADATA_KEY]["settings"]["model"]["optimizer"] = "subprocess.Popen"
+    data["tokenizer"] = "theirs.Config"
     torch.save(content, tmp_path / "hostile-too.ckpt")
     before = set(tmp_path.iterdir())
 
@@ -416,18 +417,18 @@ def test_a_mistake_is_one_line_and_leaves_nothing(name, finished, verse, tmp_pat
 
 
 def test_the_next_command_is_one_that_can_be_typed_here(tmp_path, monkeypatch):
-    from lmlight.training.cli import _command
+    from lmlight.training.run_trainer import command
 
     script = tmp_path / "environment" / "bin" / "lmlight"
     script.parent.mkdir(parents=True)
     script.touch(mode=0o755)
     monkeypatch.setattr(sys, "argv", [str(script)])
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert Path(_command()) == Path("environment/bin/lmlight")
+    assert Path(command()) == Path("environment/bin/lmlight")
     monkeypatch.setenv("PATH", str(script.parent))
-    assert _command() == "lmlight"
+    assert command() == "lmlight"
     monkeypatch.setattr(sys, "argv", [str(tmp_path / "__main__.py")])
-    assert _command() == f"{sys.executable} -m lmlight"
+    assert command() == f"{sys.executable} -m lmlight"
 
 
 @pytest.mark.skipif(os.name != "posix", reason="closes a pipe as POSIX does")
@@ -533,16 +534,6 @@ def test_a_trial_leaves_nothing_and_says_so(verse_file, tmp_path, capsys):
     assert "trial run (trainer.fast_dev_run): nothing was saved" in out
     assert "ckpt" not in out
     assert not (tmp_path / "runs").exists()
-
-
-def test_barebones_trains_without_loggers_and_callbacks(verse_file, tmp_path, capsys):
-    flags = [f"--data.corpus={verse_file}", *TINY, "--trainer.barebones=true"]
-    assert main(["fit", *flags, "--trainer.log_every_n_steps=10"]) == 0, capsys.readouterr().err
-    assert "No checkpoints were kept" in capsys.readouterr().out
-    assert not (tmp_path / "runs").exists()
-    assert main(["fit", *flags, "--trainer.logger=CSVLogger", "--trainer.logger.save_dir=x"]) == 2
-    error = capsys.readouterr().err.strip().split("\n")[-1]
-    assert error.startswith("lmlight: error: ") and "barebones=True" in error
 
 
 def test_lightning_s_checkpoints_lie_beside_ours(verse_file, tmp_path, capsys):

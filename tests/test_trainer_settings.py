@@ -155,7 +155,6 @@ TOGETHER = [
 # Nothing is left of these: no run to resume.
 ALONE = [
     ["fast_dev_run=true"],
-    ["barebones=true"],
     ["enable_checkpointing=false"],
     ["max_steps=0"],
     ["limit_train_batches=0"],
@@ -165,6 +164,7 @@ REFUSED = {
     "accelerator=abacus": "invalid accelerator name",
     "strategy=fsdp": "requires a GPU",
     "strategy=telepathy": "invalid strategy name",
+    "barebones=true": "barebones=True",
     "devices=-1": "should be an int > 0",
     "devices=0": "not a valid input",
     "precision=7": "trainer.precision",
@@ -348,8 +348,6 @@ def test_flags_of_the_trainer_work_and_are_resumed(place, capsys, flags):
 @pytest.mark.parametrize("flags", ALONE, ids=" ".join)
 def test_flags_for_runs_that_keep_no_checkpoint_work(place, capsys, flags, tmp_path):
     given = [f"--trainer.{flag}" for flag in flags]
-    if "barebones=true" in flags:
-        given.append("--trainer.log_every_n_steps=10")  # the default, in place of the tests'
     assert lmlight(place, *given) == 0, capsys.readouterr().err
     assert not list(tmp_path.glob("runs/**/*.ckpt"))
 

@@ -1,7 +1,6 @@
-"""Figures of merit that compare across tokenizers: nats and bits per character.
+"""Metrics that are comparable across tokenizers: nats and bits per character.
 
-Totals are added up exactly and divided once, at the end, after one sum over the ranks; a mean of batch means would
-weigh a short last batch like a full one.
+Sums are accumulated in float64, reduced across processes, and divided once.
 """
 
 from __future__ import annotations
@@ -14,15 +13,15 @@ from torchmetrics import Metric
 
 from lmlight.data.loader import IGNORE_INDEX
 
-# Apple's MPS has no float64; there, sums of some hundred thousand losses in float32 are good to 5 digits.
+# MPS has no float64; sums of 100,000s of losses in float32 are good to 5 digits there.
 SUM_DTYPE = torch.float32 if torch.backends.mps.is_available() else torch.float64
 
 
 class TextLoss(Metric):
-    """The loss of a net over a text, per token and per character.
+    """Loss of a network over a text, per token and per character.
 
-    `compute` gives `loss` (nats per token), `perplexity` (its exponential), `nats_per_char`, `bpc` (bits per character)
-    and `characters` (how many were scored).
+    `compute` returns `loss` (nats per token), `perplexity` (its exponential), `nats_per_char`, `bpc` (bits per character)
+    and `characters` (the number scored).
     """
 
     full_state_update = False
@@ -36,12 +35,12 @@ class TextLoss(Metric):
         self.characters: Tensor
 
     def update(self, losses: Tensor, targets: Tensor, target_chars: Tensor) -> None:
-        """Adds a batch.
+        """Add a batch.
 
         Args:
-            losses: (B, T) nats; 0 where unscored.
-            targets: (B, T) token ids; `IGNORE_INDEX` ones do not count.
-            target_chars: (B, T) the characters that the targets stand for; 0 where unscored.
+            losses: (B, T) nats; 0 where not scored.
+            targets: (B, T) token ids; `IGNORE_INDEX` where not scored.
+            target_chars: (B, T) characters of each target; 0 where not scored.
         """
         self.nats = self.nats + losses.sum(dtype=SUM_DTYPE)
         # in SUM_DTYPE too: precision bf16-true makes the states bfloat16, which does not count beyond 256

@@ -1,0 +1,62 @@
+"""What must fit before a run prepares data or writes anything, and how long the run is."""
+
+from __future__ import annotations
+
+import math
+
+from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.callbacks import (
+    BaseFinetuning,
+    GradientAccumulationScheduler,
+    LearningRateFinder,
+    ModelPruning,
+    SpikeDetection,
+    StochasticWeightAveraging,
+)
+
+from lmlight.errors import UserError
+from lmlight.optim import Schedule
+
+NOT_BUILT_YET = "before the network is built, whose size depends on the data"
+UNSUPPORTED: dict[type[Callback], str] = {
+    BaseFinetuning: f"it freezes modules {NOT_BUILT_YET}; freeze them in configure_model of a subclass of LanguageModel",
+    LearningRateFinder: "it sets model.lr, but the learning rate is the optimizer's: compare values of --model.optimizer.lr",
+    ModelPruning: f"it looks for parameters {NOT_BUILT_YET}",
+    StochasticWeightAveraging: "it replaces the schedule, so the run could not be resumed; use WeightAveraging or "
+    "EMAWeightAveraging",
+    SpikeDetection: "it cannot load its own state, so the run could not be resumed; a loss that is not finite stops any run",
+}
+
+
+def check_run(trainer: Trainer, schedule: Schedule) -> None:
+    """Check the trainer's callbacks, intervals and limits.
+
+    Raises:
+        UserError: A callback cannot work with `LanguageModel`, an interval is out of range, or the schedule needs the run's
+            last step, which is not known.
+    """
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]  # set late
+        for kind, reason in UNSUPPORTED.items():
+            if isinstance(callback, kind):
+                raise UserError(f"{type(callback).__name__} cannot be used: {reason}")
+    # missing for an interval in time
+    if (interval := getattr(trainer, "val_check_interval", None)) is not None and interval <= 0:
+        raise UserError(f"trainer.val_check_interval must be above 0, got {interval}")
+    if (epochs := trainer.check_val_every_n_epoch) is not None and epochs < 1:
+        raise UserError(f"trainer.check_val_every_n_epoch must be at least 1, got {epochs}")
+    if trainer.max_steps < 0 and (trainer.max_epochs is None or trainer.max_epochs < 0):
+        schedule.check_end(0)
+
+
+def total_steps(trainer: Trainer) -> int:
+    """The optimizer step at which training ends; 0 if unknown, as before training begins."""
+    # not `trainer.estimated_stepping_batches`, which makes Lightning forget a restored position in the data
+    ends = [trainer.max_steps] if trainer.max_steps >= 0 else []
+    batches = trainer.num_training_batches  # infinite if the loader has no length
+    if (epochs := trainer.max_epochs or -1) > 0 and math.isfinite(batches):
+        accumulation = [trainer.accumulate_grad_batches] * epochs
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]  # set late
+            if isinstance(callback, GradientAccumulationScheduler):
+                accumulation = [callback.get_accumulate_grad_batches(epoch) for epoch in range(epochs)]
+        ends.append(sum(math.ceil(batches / count) for count in accumulation))
+    return min(ends, default=0)

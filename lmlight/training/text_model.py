@@ -1,0 +1,163 @@
+"""The part of `LanguageModel` that needs no training: its network and tokenizer, scoring and generation."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import replace
+from typing import Any, overload
+
+import torch
+import torch.nn.functional as F
+from lightning.pytorch import LightningModule
+from torch import Tensor
+
+from lmlight import checkpoint as checkpoints
+from lmlight.data.loader import IGNORE_INDEX, Batch
+from lmlight.data.tokenizer import Tokenizer
+from lmlight.errors import UserError
+from lmlight.generation import Sampling, TextStream, generate, generate_text, start_streams
+from lmlight.models import Net
+from lmlight.training.checkpointing import EXTRA_STATE
+from lmlight.training.metrics import TextLoss
+
+NO_NETWORK = (
+    "this model has no network and no tokenizer yet: train it with a Trainer, or use LanguageModel.load_from_checkpoint"
+)
+
+
+class TextModel(LightningModule):
+    """Base class of `LanguageModel`."""
+
+    def __init__(self, sampling: Sampling) -> None:
+        super().__init__()
+        self.sampling = sampling
+        self.on_text: Callable[[TextStream, str], None] | None = None
+        self.logprobs = False
+        self.tokenizer: Tokenizer | None = None
+        self.block_size: int | None = None
+        self.net: Net | None = None
+        self.register_load_state_dict_pre_hook(_allow_missing_extra_state)  # type: ignore[no-untyped-call]  # torch's
+
+    def forward(self, idx: Tensor) -> Tensor:
+        """Map (B, T) ids to (B, T, V) logits.
+
+        Raises:
+            UserError: T is larger than `block_size`; the network is not built yet.
+        """
+        net = self._net()
+        if idx.size(1) > net.block_size:
+            raise UserError(
+                f"forward takes at most block_size = {net.block_size} tokens, got {idx.size(1)}: pass the last of them, "
+                "idx[:, -block_size:], or call generate, which does"
+            )
+        return net(idx)
+
+    def score(self, batch: Batch, metric: TextLoss) -> Tensor:
+        """Add a batch to a metric; returns (B, T) nats per token, 0 where not scored."""
+        logits = self(batch.inputs).flatten(0, 1).float()  # (B * T, V)
+        losses = F.cross_entropy(logits, batch.targets.flatten(), reduction="none", ignore_index=IGNORE_INDEX)
+        losses = losses.view_as(batch.targets)
+        metric.update(losses, batch.targets, batch.target_chars)
+        return losses
+
+    def stream(self, prompt: str = "", **changes: Any) -> Iterator[str]:
+        """Continue a text, yielding pieces as they are generated; joined, they are the continuation that `generate` adds.
+
+        Args and errors: see `generate`.
+        """
+        sampling = self._sampling_of_one(changes)
+        streams = start_streams(self._tokenizer(), [prompt], sampling)
+        return (piece for _, piece in self._generate(streams, sampling))
+
+    @overload
+    def generate(self, prompt: str, **changes: Any) -> str: ...
+    @overload
+    def generate(self, prompt: list[str], **changes: Any) -> list[str]: ...
+    @overload
+    def generate(self, prompt: Tensor, **changes: Any) -> Tensor: ...
+    def generate(self, prompt: str | list[str] | Tensor = "", **changes: Any) -> str | list[str] | Tensor:
+        """Continue a prompt.
+
+        Args:
+            prompt: A text; a list of texts of any lengths, continued independently; or (B, T) ids. For an empty text, see
+                `TextStream`.
+            changes: Fields of `self.sampling` to change for this call, such as `temperature`, `top_k` or `seed`.
+
+        Returns:
+            The prompt with its continuation, of the same type. For a list, `num_samples` texts per prompt.
+
+        Raises:
+            UserError: A value is out of range; the tokenizer has no piece for a character; `num_samples` without a list.
+        """
+        if isinstance(prompt, str):
+            return prompt + "".join(self.stream(prompt, **changes))
+        sampling = replace(self.sampling, **changes)
+        if isinstance(prompt, Tensor):
+            with self._evaluating():
+                return generate(self._net(), prompt.to(self.device), sampling)
+        streams = start_streams(self._tokenizer(), prompt, sampling)
+        deque(self._generate(streams, sampling), maxlen=0)
+        return [stream.prompt + stream.text for stream in streams]
+
+    def predict_step(self, batch: Sequence[str], batch_idx: int) -> list[TextStream]:
+        """Continue a batch of prompts: `sampling.num_samples` texts per prompt, in the order of the prompts."""
+        streams = start_streams(self._tokenizer(), batch, self.sampling)
+        for stream, piece in self._generate(streams, self.sampling, self.logprobs):
+            if self.on_text is not None:
+                self.on_text(stream, piece)
+        return streams
+
+    def get_extra_state(self) -> dict[str, Any]:
+        """What a state dict needs besides weights to be loaded into a model without a network.
+
+        `ddp_spawn`, `ddp_fork` and `ddp_notebook` return the trained model to the calling process as a state dict.
+        """
+        if self.net is None or self.tokenizer is None:
+            return {}
+        with suppress(UserError):  # a custom network, which checkpoints cannot hold
+            return checkpoints.model_metadata(self.net, self.tokenizer)
+        return {}
+
+    def set_extra_state(self, state: dict[str, Any]) -> None:
+        """Build the network and tokenizer if there are none; torch loads the weights next."""
+        if self.net is None and state:
+            content = {checkpoints.METADATA_KEY: state}
+            self.net, self.tokenizer = checkpoints.untrained_net_of(content), checkpoints.tokenizer_of(content)
+            self.block_size = self.net.block_size
+
+    def _sampling_of_one(self, changes: dict[str, Any]) -> Sampling:
+        if changes.get("num_samples", 1) != 1:
+            raise UserError(f"num_samples={changes['num_samples']} needs a list of prompts: pass the prompt in a list")
+        return replace(self.sampling, **{**changes, "num_samples": 1})
+
+    def _generate(
+        self, streams: list[TextStream], sampling: Sampling, logprobs: bool = False
+    ) -> Iterator[tuple[TextStream, str]]:
+        with self._evaluating():
+            yield from generate_text(self._net(), streams, sampling, logprobs)
+
+    @contextmanager
+    def _evaluating(self) -> Iterator[None]:
+        was_training = self.training
+        self.eval()
+        try:
+            yield
+        finally:
+            self.train(was_training)
+
+    def _tokenizer(self) -> Tokenizer:
+        if self.tokenizer is None:
+            raise UserError(NO_NETWORK)
+        return self.tokenizer
+
+    def _net(self) -> Net:
+        if self.net is None:
+            raise UserError(NO_NETWORK)
+        return self.net
+
+
+def _allow_missing_extra_state(module: torch.nn.Module, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+    """A checkpoint's `state_dict` holds weights only; its metadata is elsewhere in the file."""
+    state_dict.setdefault(prefix + EXTRA_STATE, {})

@@ -1,0 +1,57 @@
+"""The private attributes of Lightning that lmlight relies on exist, and there are no others."""
+
+import ast
+import importlib
+import inspect
+import pkgutil
+
+import lmlight.training
+from lmlight.training.private import PRIVATE
+
+FOREIGN = ("lightning.", "jsonargparse.", "torch.")
+
+
+def test_each_private_attribute_exists():
+    for name in PRIVATE:
+        module, kind, attribute = name.rsplit(".", 2)
+        assert hasattr(getattr(importlib.import_module(module), kind), attribute), name
+
+
+def modules():
+    return [
+        importlib.import_module(found.name)
+        for found in pkgutil.walk_packages(lmlight.training.__path__, "lmlight.training.")
+        if ".callbacks" not in found.name
+    ]
+
+
+def test_no_other_object_is_asked_for_a_private_attribute():
+    listed = {name.rpartition(".")[2] for name in PRIVATE}
+    for module in modules():
+        found = {
+            node.attr
+            for node in ast.walk(ast.parse(inspect.getsource(module)))
+            if isinstance(node, ast.Attribute) and node.attr.startswith("_") and not node.attr.startswith("__")
+            if not (isinstance(node.value, ast.Name) and node.value.id in ("self", "cls", "os"))
+        }
+        assert found <= listed, module.__name__
+
+
+def test_no_private_method_is_overridden_or_called():
+    for module in modules():
+        for kind in vars(module).values():
+            if not isinstance(kind, type) or kind.__module__ != module.__name__:
+                continue
+            theirs = {
+                name
+                for base in kind.__mro__
+                if base.__module__.startswith(FOREIGN)
+                for name in vars(base)
+                if name.startswith("_") and not name.startswith("__")
+            }
+            used = {
+                node.attr
+                for node in ast.walk(ast.parse(inspect.getsource(module)))
+                if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "self"
+            }
+            assert not theirs & (used | vars(kind).keys()), kind
