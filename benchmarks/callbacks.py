@@ -11,11 +11,14 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 import statistics
 import tempfile
 import time
 import warnings
 from typing import Any
+
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # as `lmlight fit` has it; before torch is imported
 
 import lightning.pytorch as pl
 from lightning.pytorch.profilers import SimpleProfiler

@@ -34,7 +34,7 @@ import torch.nn.functional as F
 from peers import Shape
 from torch import nn
 
-import lmlight  # first: it bounds how long torch's threads spin
+import lmlight
 from lmlight import Sampling, Transformer
 from lmlight.generation import generate_ids
 from lmlight.generation.fast_decoder import pack_linear

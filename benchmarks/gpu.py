@@ -197,8 +197,7 @@ def correct(bench: Bench, report: Report) -> None:
     import torch
 
     from lmlight import LanguageModel, checkpoint
-    from lmlight.commands import curves
-    from lmlight.commands import chat
+    from lmlight.commands import chat, curves
 
     steps, every = bench.pick((60, 20), (6, 3))
     # without an end to fall towards, a run can be killed and continued for longer

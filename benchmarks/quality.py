@@ -23,6 +23,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # as `lmlight fit` has it; before torch is imported
+
 import lightning.pytorch as pl
 import numpy as np
 import peers

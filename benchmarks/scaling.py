@@ -12,15 +12,17 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
 import time
 from pathlib import Path
+
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # as `lmlight fit` has it; before torch is imported
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
-import lmlight  # noqa: F401  (first: it bounds how long torch's threads spin)
 from lmlight import Transformer
 from lmlight.optim import Muon, parameter_groups
 

@@ -13,6 +13,7 @@ import argparse
 import contextlib
 import json
 import logging
+import os
 import platform
 import statistics
 import subprocess
@@ -26,6 +27,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # as `lmlight fit` has it; before torch is imported
+
 import lightning.pytorch as pl
 import numpy as np
 import peers
@@ -34,7 +37,7 @@ import torch.nn.functional as F
 from peers import NANOGPT_CPU, Shape
 from torch import Tensor
 
-import lmlight  # first: it bounds how long torch's threads spin
+import lmlight
 from lmlight import LanguageModel, TextDataModule, Transformer
 from lmlight.data.tokenizer import TokenizerConfig
 from lmlight.models import GPT2, LLAMA

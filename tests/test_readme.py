@@ -15,8 +15,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from lmlight.__main__ import LIGHT, main
-from lmlight.training.cli import TRAINER_DEFAULTS, LmlightCLI
+from lmlight.__main__ import main
+from lmlight.command_line import COMMANDS, TRAINING
+from lmlight.training.cli import TRAINER_DEFAULTS
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -179,7 +180,7 @@ def test_commands_are_understood(page, capsys):
     newest = max(Path("runs").iterdir())
     for typed_words in typed:
         words = [re.sub(r"runs/20\d\d-[\d_-]+|model\.ckpt", str(newest), word) for word in typed_words]
-        if "lmlight" not in words or words[words.index("lmlight") + 1] in LIGHT:
+        if "lmlight" not in words or COMMANDS[words[words.index("lmlight") + 1]].target != TRAINING:
             continue
         arguments = words[words.index("lmlight") + 1 :]  # behind a pipe, torchrun or srun
         end = [at for at, word in enumerate(arguments) if word.startswith((">", "|", "$("))]
@@ -230,7 +231,7 @@ def test_every_page_is_on_the_site():
 
 def test_the_page_of_commands_has_all_of_them_and_the_defaults():
     text = (ROOT / "docs" / "command-line.md").read_text("utf-8")
-    assert {*re.findall(r"^\| `lmlight (\w+)", text, re.MULTILINE)} == {*LmlightCLI.subcommands(), *LIGHT}
+    assert {*re.findall(r"^\| `lmlight (\w+)", text, re.MULTILINE)} == {*COMMANDS}
     defaults = re.findall(r"^\| `--trainer\.(\w+)` \| ([\d.]+|runs) \|", text, re.MULTILINE)
     assert len(defaults) == 5
     assert all(value == str(TRAINER_DEFAULTS[name]) for name, value in defaults)

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 import lmlight
-from lmlight.__main__ import LIGHT
-from lmlight.training.cli import LmlightCLI, main
+from lmlight.command_line import COMMANDS
+from lmlight.training.cli import main
 
 PAGE = Path(__file__).parents[1] / "docs" / "reference.md"
 
@@ -27,7 +27,7 @@ def assert_same(patterns, names):
 
 def test_names_and_commands():
     assert sorted(listed("Python")) == lmlight.__all__
-    assert sorted(listed("Commands")) == sorted({**LmlightCLI.subcommands(), **LIGHT})
+    assert sorted(listed("Commands")) == sorted(COMMANDS)
 
 
 @pytest.mark.skipif(sys.version_info < (3, 11), reason="Python 3.10 cannot read TOML")
