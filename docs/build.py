@@ -87,7 +87,7 @@ def headings(items: list[AnchorLink]) -> Iterator[AnchorLink]:
 
 
 def mathml(match: re.Match[str]) -> str:
-    """A formula between `\(` and `\)`, or `\[` and `\]`."""
+    r"""A formula between `\(` and `\)`, or `\[` and `\]`."""
     formula = html.unescape(match[1])
     result = latex2mathml.converter.convert(formula[2:-2], display="block" if formula.startswith("\\[") else "inline")
     return re.sub(r"<mi>ln</mi>(?!<mo)", '<mi>ln</mi><mspace width="0.17em"/>', result)  # as LaTeX does
