@@ -28,6 +28,8 @@ def main(args: Sequence[str] | None = None) -> int:
         print(f"lmlight {lmlight.__version__}")
         return 0
     bound_spinning(command)
+    if "" not in sys.path:
+        sys.path.append("")  # the current folder, where a user's own classes may be
     try:
         if command not in COMMANDS and not command.startswith("-"):  # options, such as --config, may precede a command
             raise unknown(command)
