@@ -24,12 +24,12 @@ from typing import IO, Any, Literal
 import torch
 from torch import Tensor
 
-import lmlight
 from lmlight import files
 from lmlight.data.tokenizer import Tokenizer, deserialize, serialize
 from lmlight.errors import UserError
 from lmlight.models import Net
 from lmlight.user_code import subclasses
+from lmlight.version import __version__
 
 METADATA_KEY = "lmlight"
 FORMAT_VERSION = 3  # raised when older files can no longer be read
@@ -57,7 +57,7 @@ def model_metadata(
         The entry. `LanguageModel` adds `metrics` if these weights have been validated.
     """
     return {
-        "lmlight_version": lmlight.__version__,
+        "lmlight_version": __version__,
         "format_version": FORMAT_VERSION,
         "net": {"class": net.class_name, "config": net.config},
         "tokenizer": torch.frombuffer(bytearray(serialize(tokenizer)), dtype=torch.uint8) if tokenizer else None,
@@ -141,7 +141,7 @@ def check(content: dict[str, Any], path: str | Path) -> dict[str, Any]:
     if metadata.get("format_version") != FORMAT_VERSION:
         raise UserError(
             f"checkpoint '{path}' was written by lmlight {metadata.get('lmlight_version')} in format "
-            f"{metadata.get('format_version')}, but lmlight {lmlight.__version__} reads format {FORMAT_VERSION}: "
+            f"{metadata.get('format_version')}, but lmlight {__version__} reads format {FORMAT_VERSION}: "
             "install the version that wrote it"
         )
     return content

@@ -222,7 +222,7 @@ def deserialize(data: bytes) -> Tokenizer:
         importlib.import_module("lmlight.data.hf_tokenizer")
     kind = subclasses(Tokenizer).get(name.decode("ascii", "replace"))
     if kind is None:
-        if not re.fullmatch(rb"[\w.<>]+", name):
+        if not re.fullmatch(rb"[\w.<>]+", name) or name.startswith(b"lmlight."):
             raise ValueError("not a tokenizer")
         raise UserError(
             f"the tokenizer is a {name.decode()}, whose module is not imported, because that would run its code: if you "

@@ -24,7 +24,6 @@ from lightning.pytorch.callbacks import LearningRateMonitor, ProgressBar, Weight
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities import rank_zero_only
 
-from lmlight import __version__
 from lmlight.command_line import COMMANDS, unknown
 from lmlight.errors import UserError, say
 from lmlight.models import Net, Transformer
@@ -38,6 +37,7 @@ from lmlight.training.run_settings import Source, differences, locate, named_cla
 from lmlight.training.run_trainer import RunTrainer, SaveConfig, TimeLimit, quiet
 from lmlight.training.summary import print_summary
 from lmlight.user_code import import_class
+from lmlight.version import __version__
 
 SUBCOMMANDS = ("fit", "prepare", "validate", "test", "predict")
 TRAINER_DEFAULTS: dict[str, Any] = {

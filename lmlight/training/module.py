@@ -201,6 +201,8 @@ class LanguageModel(TextModel):
 
     def _sizes(self) -> tuple[int, int]:
         """(vocab_size, block_size), from the data unless they are known."""
+        if self.tokenizer is not None:
+            self.vocab_size = self.tokenizer.vocab_size
         if self.vocab_size is None or self.block_size is None:
             try:
                 data = getattr(self.trainer, "datamodule", None)
@@ -209,7 +211,7 @@ class LanguageModel(TextModel):
             tokenizer = getattr(data, "tokenizer", None)
             if self.tokenizer is None and isinstance(tokenizer, Tokenizer):
                 self.tokenizer = tokenizer
-            self.vocab_size = self.tokenizer.vocab_size if self.tokenizer else getattr(data, "vocab_size", None)
+            self.vocab_size = getattr(self.tokenizer or data, "vocab_size", None)
             self.block_size = self.block_size or getattr(data, "block_size", None)
         if self.vocab_size is None or self.block_size is None:
             raise UserError(
