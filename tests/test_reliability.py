@@ -445,7 +445,7 @@ def test_settings_with_which_a_run_cannot_be_resumed_do_not_replace_its_own(trai
         "--data.block_size=32": "longer than the 16 tokens",
         "--model.net=Bigram": "another net",
         "--data.corpus=nope.txt": "no corpus",
-        "--data.tokenizer.vocab_size=300": "the tokenizer of a run cannot change (data.tokenizer.vocab_size: 400 -> 300)",
+        "--data.tokenizer.vocab_size=300": "data.tokenizer of a run cannot change (data.tokenizer.vocab_size: 400 -> 300)",
         "--trainer.accumulate_grad_batches=3": "multiple of",
         "--model.optimizer=torch.optim.AdamW": "the state of lmlight.optim.Muon",
     }.items():

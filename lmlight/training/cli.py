@@ -68,6 +68,10 @@ class OneLineParser(LightningArgumentParser):
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         if found := re.search(r"argument subcommand: invalid choice: '(.*?)'", message):
             raise unknown(found[1])
+        if found := re.search(r'Parser key "(.*?)".*No module named \'(.*?)\'', message, re.DOTALL):
+            message = (
+                f"--{found[1]}: there is no module {found[2]} in the current folder or among the installed packages"
+            )
         hint = "" if message.endswith("--help`") else f"; see `{self.prog.replace(' [options]', '')} --help`"
         raise UserError(f"{message}{hint}")
 
@@ -185,11 +189,11 @@ class LmlightCLI(LightningCLI):
     def _announce_resume(self, source: Source) -> None:
         """Check and remember what differs from the settings of the run."""
         changed = differences(source.settings, self.settings)
-        if lost := [change for change in changed if change.startswith("data.tokenizer.")]:
-            raise UserError(
-                f"the tokenizer of a run cannot change ({lost[0]}): leave that out, or start a new run without the "
-                "checkpoint"
-            )
+        for name in ("data.tokenizer", "model.lr_scheduler"):  # the checkpoint has its state
+            if lost := [change for change in changed if change.startswith((f"{name}.", f"{name}:"))]:
+                raise UserError(
+                    f"{name} of a run cannot change ({lost[0]}): leave that out, or start a new run without the checkpoint"
+                )
         self.resumed_step = source.content["global_step"]
         self.announcement = f"Resuming {os.path.relpath(str(source.run))} at step {self.resumed_step}"
         self.announcement += f", with {', '.join(changed)}" if changed else ""

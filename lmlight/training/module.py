@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LambdaLR
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
 from lmlight import checkpoint as checkpoints
 from lmlight.data.loader import Batch, as_batch
@@ -49,6 +49,8 @@ from lmlight.training.text_model import NO_NETWORK, TextModel
 PYTHON_ONLY = {"init_from", "settings"}  # arguments that are no flags
 NetCallable = Callable[[int, int], Net]
 """Makes a network from (vocab_size, block_size), which depend on the data."""
+SchedulerCallable = Callable[[Optimizer], LRScheduler]
+"""Makes a scheduler for an optimizer."""
 
 
 class LanguageModel(TextModel):
@@ -60,6 +62,8 @@ class LanguageModel(TextModel):
         net: The network, without its vocabulary and block size. As an attribute, the network itself; None until built.
         optimizer: The optimizer. Weight decay applies to matrices only.
         schedule: Learning-rate schedule.
+        lr_scheduler: A scheduler of torch, such as `torch.optim.lr_scheduler.StepLR`, called after each optimizer step.
+            Replaces `schedule`; null does not.
         sampling: Defaults for `predict` and `generate`.
         matmul_precision: Precision of float32 matrix products during training, see `torch.set_float32_matmul_precision`.
             `medium` allows tensor cores on GPUs and oneDNN on CPUs, up to twice as fast; `highest` is torch's default.
@@ -83,6 +87,7 @@ class LanguageModel(TextModel):
         net: NetCallable = Transformer,
         optimizer: OptimizerCallable = Muon,
         schedule: Schedule = Schedule(),
+        lr_scheduler: SchedulerCallable | None = None,
         sampling: Sampling = Sampling(),
         matmul_precision: Literal["highest", "high", "medium"] = "medium",
         compile_net: bool = False,
@@ -95,7 +100,7 @@ class LanguageModel(TextModel):
         self.seed, self.matmul_precision, self.compile_net = seed, matmul_precision, compile_net
         self._make_net, self._make_optimizer = net, optimizer
         self._check_causality, self._is_checked = check_causality, False
-        self.schedule, self.settings = schedule, settings or {}
+        self.schedule, self._make_scheduler, self.settings = schedule, lr_scheduler, settings or {}
         self._init_from: dict[str, Any] | None = None
         if init_from is not None:
             self._init_from = {key: init_from[key] for key in (checkpoints.METADATA_KEY, "state_dict")}
@@ -157,7 +162,7 @@ class LanguageModel(TextModel):
         """
         if trainer is not None:
             dummy_optimizer(self._make_optimizer)
-            check_run(trainer, self.schedule)
+            check_run(trainer, None if self._make_scheduler else self.schedule)
         if self.net is None and not self._is_checked:
             self._is_checked = trainer is not None
             check_net(self._make_net, block_size or MAX_TOKENS, self._check_causality and trainer is not None)
@@ -242,13 +247,17 @@ class LanguageModel(TextModel):
         optimizer = make_optimizer(self._make_optimizer, parameter_groups(self._net()))
         self._hyperparameters = hyperparameters(optimizer)
         # the first call, for step 0, comes before the data; the factor of that step does not depend on the end
-        scheduler = LambdaLR(optimizer, lambda step: self.schedule.factor(step, self.total_steps or step + 1))
+        make = self._make_scheduler or (
+            lambda optimizer: LambdaLR(optimizer, lambda step: self.schedule.factor(step, self.total_steps or step + 1))
+        )
+        scheduler = make(optimizer)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def on_train_start(self) -> None:
-        self.schedule.check_end(self.total_steps)
+        if self._make_scheduler is None:
+            self.schedule.check_end(self.total_steps)
         if self._resumed_hyperparameters:
-            scheduler = cast(LambdaLR, self.trainer.lr_scheduler_configs[0].scheduler)
+            scheduler = self.trainer.lr_scheduler_configs[0].scheduler
             apply_changes(scheduler, self._hyperparameters, self._resumed_hyperparameters)
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> int | None:

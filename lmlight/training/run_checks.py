@@ -28,7 +28,7 @@ UNSUPPORTED: dict[type[Callback], str] = {
 }
 
 
-def check_run(trainer: Trainer, schedule: Schedule) -> None:
+def check_run(trainer: Trainer, schedule: Schedule | None) -> None:
     """Check the trainer's callbacks, intervals and limits.
 
     Raises:
@@ -44,7 +44,7 @@ def check_run(trainer: Trainer, schedule: Schedule) -> None:
         raise UserError(f"trainer.val_check_interval must be above 0, got {interval}")
     if (epochs := trainer.check_val_every_n_epoch) is not None and epochs < 1:
         raise UserError(f"trainer.check_val_every_n_epoch must be at least 1, got {epochs}")
-    if trainer.max_steps < 0 and (trainer.max_epochs is None or trainer.max_epochs < 0):
+    if schedule and trainer.max_steps < 0 and (trainer.max_epochs is None or trainer.max_epochs < 0):
         schedule.check_end(0)
 
 
