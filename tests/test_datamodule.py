@@ -309,7 +309,7 @@ def test_training_text_is_sampled_and_validation_text_never(verse, verse_file):
     train, val = parts(verse)
     sampling = SubwordSampling(0.1)
     data = ready(verse_file, batch_size=1, subword_sampling=sampling, seed=3)
-    sampler = SubwordSampler(data.tokenizer, train, sampling)
+    sampler = SubwordSampler(data.tokenizer, sampling)
 
     def windows_of(ids):
         return {tuple(ids[start : start + 16]) for start in range(len(ids))}
@@ -321,7 +321,7 @@ def test_training_text_is_sampled_and_validation_text_never(verse, verse_file):
             loader = data.train_dataloader()
         epochs.append([tuple(inputs) for inputs, _ in rows(loader)])
         assert all(data.tokenizer.decode(window) in train for window in epochs[-1])
-        assert set(epochs[-1]) <= windows_of(sampler.sample_segmentation(3, epoch).tolist())
+        assert set(epochs[-1]) <= windows_of(sampler.sample(train, 3, epoch).tolist())
         assert not set(epochs[-1]) <= windows_of(data.tokenizer.encode(train))
         assert len(epochs[-1]) == len(loader)
     assert epochs[0] == epochs[2] != epochs[1]
@@ -616,7 +616,7 @@ def test_predicting_needs_no_text():
 
 
 def test_ids_are_read_from_disk_not_held_in_memory(verse_file):
-    assert isinstance(ready(verse_file).store.ids["train"]._shard(0).base.obj, mmap.mmap)
+    assert isinstance(ready(verse_file).store.ids["train"].shard(0).base.obj, mmap.mmap)
 
 
 def test_used_twice_it_prepares_once(verse_file, tmp_path):

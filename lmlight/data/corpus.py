@@ -65,19 +65,16 @@ class Corpus:
         return split_between_lines(slice_chunks(self._read(), start, stop))
 
     @cached_property
-    def size(self) -> tuple[int, int]:
-        """The number of characters and of UTF-8 bytes. The first access reads the whole corpus.
+    def n_chars(self) -> int:
+        """The number of characters. The first access reads the whole corpus.
 
         Raises:
             UserError: see `chunks`; or there is no text.
         """
-        chars = utf8_bytes = 0
-        for text, _ in self._read():
-            chars += len(text)
-            utf8_bytes += len(text) if text.isascii() else len(text.encode())
+        chars = sum(len(chunk.text) for chunk in self._read())
         if not chars:
             raise UserError(f"corpus '{self.source}' is empty: pass a text of at least 1,000 characters")
-        return chars, utf8_bytes
+        return chars
 
     @property
     def text(self) -> str:

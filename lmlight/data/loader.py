@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from lmlight.data.token_store import TokenArray, Tokens
+from lmlight.data.token_store import TokenArray, Tokens, TokenStore
 from lmlight.data.window_sources import WindowSource
 from lmlight.data.windows import TrainBatchSampler, eval_batches
 from lmlight.errors import UserError
@@ -110,9 +110,9 @@ class StatefulTrainLoader:
     """Training batches, epoch after epoch, which continue where an interrupted run stopped.
 
     Args:
-        source: the windows.
+        store: the tokens.
+        source: their windows.
         sampler: splits an epoch into this process's micro-batches.
-        char_counts: (V,) see `Tokenizer`.
         device: the GPU that batches are copied to. They are put in pinned memory, one batch ahead of use.
 
     Attributes:
@@ -120,13 +120,9 @@ class StatefulTrainLoader:
     """
 
     def __init__(
-        self,
-        source: WindowSource,
-        sampler: TrainBatchSampler,
-        char_counts: npt.NDArray[np.number],
-        device: torch.device | None = None,
+        self, store: TokenStore, source: WindowSource, sampler: TrainBatchSampler, device: torch.device | None = None
     ) -> None:
-        self._source, self._sampler, self._char_counts, self._device = source, sampler, char_counts, device
+        self._store, self._source, self._sampler, self._device = store, source, sampler, device
         self._epoch, self._seen = -1, 0  # `_seen` counts the micro-batches of the epoch that have been returned
         self._resuming = False
         self.data_wait_seconds = 0.0
@@ -134,7 +130,7 @@ class StatefulTrainLoader:
     def state_dict(self) -> dict[str, Any]:
         """The epoch, and the position in it in windows over all ranks, so that any number of processes can resume."""
         seen = self._seen * self._sampler.windows_per_micro_batch
-        return {"epoch": self._epoch, "windows": seen, "text": self._source.fingerprint}
+        return {"epoch": self._epoch, "windows": seen, "text": self._store.train_fingerprint}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continues from this state at the next `iter`.
@@ -142,7 +138,7 @@ class StatefulTrainLoader:
         Raises:
             UserError: the state belongs to another text.
         """
-        if state_dict["text"] != self._source.fingerprint:
+        if state_dict["text"] != self._store.train_fingerprint:
             raise UserError(
                 "the training text is not the one that this run has read so far: resume with that text, or start a new "
                 "run from the weights with --init_from in place of --ckpt_path"
@@ -163,7 +159,7 @@ class StatefulTrainLoader:
         began = time.perf_counter()
         batches: Iterator[Batch] = iter(
             DataLoader(
-                WindowDataset(self._source, self._epoch, self._char_counts),
+                WindowDataset(self._source, self._epoch, self._store.char_counts["train"]),
                 batch_sampler=self._sampler.batches(self._seen),
                 collate_fn=identity_collate,
                 num_workers=self._source.num_workers,

@@ -117,7 +117,7 @@ class CorpusSpec:
         test: Corpus | None,
         given: Tokenizer | None,
     ) -> None:
-        chars, _ = main.size
+        chars = main.n_chars
         cut = chars if val else corpora.train_chars(chars, self.val_fraction)
         if not 0 < cut <= chars - (val is None):
             empty = "validation" if cut else "training"
@@ -141,8 +141,8 @@ class CorpusSpec:
             )
         metadata = {"corpus": self.corpus, "vocab_size": tokenizer.vocab_size, "settings": self.settings()}
         try:
-            size = sum(corpus.size[1] for corpus in (main, val, test) if corpus)
-            write_store(folder, fingerprint, texts, tokenizer, metadata, size)
+            total = sum(corpus.n_chars for corpus in (main, val, test) if corpus)
+            write_store(folder, fingerprint, texts, tokenizer, metadata, total)
         except OSError as error:
             raise UserError(
                 f"cache folder '{folder.parent}' cannot be written ({error.strerror}): free some space, or choose another "

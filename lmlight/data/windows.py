@@ -39,8 +39,7 @@ def epoch_starts(
     Returns:
         (windows_per_epoch,) positions.
     """
-    n_windows = windows_per_epoch(n_tokens, block_size)
-    random = np.random.default_rng((seed, epoch) if shard is None else (seed, epoch, shard))
+    n_windows, random = windows_per_epoch(n_tokens, block_size), _generator(seed, epoch, shard)
     offset = random.integers(n_tokens - n_windows * block_size)
     return offset + block_size * random.permutation(n_windows)
 
@@ -49,8 +48,15 @@ def random_starts(
     n_tokens: int, block_size: int, seed: int, epoch: int, shard: int | None = None
 ) -> npt.NDArray[np.int64]:
     """As many windows, drawn independently as in nanoGPT: an epoch repeats some tokens and misses others."""
-    random = np.random.default_rng((seed, epoch) if shard is None else (seed, epoch, shard))
-    return random.integers(n_tokens - block_size, size=windows_per_epoch(n_tokens, block_size))
+    n_windows, random = windows_per_epoch(n_tokens, block_size), _generator(seed, epoch, shard)
+    return random.integers(n_tokens - block_size, size=n_windows)
+
+
+ORDERS = {"epoch": epoch_starts, "random": random_starts}
+
+
+def _generator(seed: int, epoch: int, shard: int | None) -> np.random.Generator:
+    return np.random.default_rng((seed, epoch) if shard is None else (seed, epoch, shard))
 
 
 def eval_windows(n_tokens: int, block_size: int, stride: int) -> npt.NDArray[np.int64]:

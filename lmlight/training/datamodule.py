@@ -18,11 +18,11 @@ from lmlight.data.loader import EvalLoader, StatefulTrainLoader
 from lmlight.data.preparing import CorpusSpec, fit_block_size
 from lmlight.data.prompts import first_line, prompt_batches
 from lmlight.data.reading import TextFormat
-from lmlight.data.streaming import StreamedWindows
+from lmlight.data.streaming import streamed_windows
 from lmlight.data.subword_regularization import SubwordSampling
 from lmlight.data.token_store import TokenArray, TokenStore
 from lmlight.data.tokenizer import Tokenizer, TokenizerConfig
-from lmlight.data.window_sources import ResegmentedWindows, TokenWindows, WindowSource
+from lmlight.data.window_sources import WindowSource, resegmented_windows, stored_windows
 from lmlight.data.windows import TrainBatchSampler, eval_windows, subset_windows
 from lmlight.errors import UserError
 
@@ -156,19 +156,19 @@ class TextDataModule(LightningDataModule):
         train = store.ids["train"]
         order = self.block_size, self.seed, self.windows
         if stage == "fit" and store.streamed:
-            self._source = StreamedWindows(store, self.corpus if "://" in self.corpus else self._folder, *order)
+            self._source = streamed_windows(store, self.corpus if "://" in self.corpus else self._folder, *order)
         elif stage == "fit" and self.subword_sampling:
             sampling = self.subword_sampling
-            self._source = ResegmentedWindows(train, store.tokenizer, sampling, self.num_workers, *order)
+            self._source = resegmented_windows(train, store.tokenizer, sampling, self.num_workers, *order)
         else:
-            self._source = TokenWindows(train, *order, self.num_workers)
+            self._source = stored_windows(train, *order, self.num_workers)
 
     def teardown(self, stage: str) -> None:
         if self._store is not None:
             self._source.close()
 
     def train_dataloader(self) -> StatefulTrainLoader:
-        char_counts, n_windows = self.store.char_counts["train"], len(self._source)
+        n_windows = len(self._source)
         if self.subword_sampling and self.trainer is not None and self._running(TrainerFn.FITTING):
             seen = self.trainer.max_steps * self.batch_size
             if 0 < seen < n_windows:
@@ -179,7 +179,7 @@ class TextDataModule(LightningDataModule):
         sampler = TrainBatchSampler(n_windows, self.batch_size, *self._ranks())
         device = None if self.trainer is None else self.trainer.strategy.root_device
         gpu = device if device is not None and device.type == "cuda" else None
-        return StatefulTrainLoader(self._source, sampler, char_counts, gpu)
+        return StatefulTrainLoader(self.store, self._source, sampler, gpu)
 
     def val_dataloader(self) -> EvalLoader:
         return self._eval_loader("val", self.block_size)
