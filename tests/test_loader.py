@@ -14,8 +14,7 @@ from lmlight.data.reading import TextChunk
 from lmlight.data.token_store import TokenArray, TokenStore
 from lmlight.data.token_writer import write_store
 from lmlight.data.tokenizer import CharTokenizer
-from lmlight.data.window_sources import WindowSource, stored_windows
-from lmlight.data.windows import TrainBatchSampler, epoch_starts, random_starts
+from lmlight.data.windows import TrainBatchSampler, WindowSource, epoch_starts, random_starts, stored_windows
 
 ABC = CharTokenizer("abc\n")
 IDS = np.array([5, 3, 8, 1, 9, 2, 7, 0, 4, 6, 3, 3, 5], dtype=np.uint16)

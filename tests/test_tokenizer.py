@@ -452,7 +452,7 @@ def test_an_alpha_that_is_negative_or_not_finite_is_refused(alpha):
 
 
 @pytest.mark.parametrize("kind", ["unigram", "bpe", "char"])
-@pytest.mark.parametrize("newline", ["\n", "\r\n", "\r"])
+@pytest.mark.parametrize("newline", ["\n", "\r\n"])
 def test_a_tokenizer_knows_the_line_endings_of_its_text(kind, newline, verse):
     text = verse.replace("\n", newline) + "\r\n\r\n\n\n\r"  # a few others do not matter
     trained = TokenizerConfig(kind, 400).train(text)
@@ -461,7 +461,7 @@ def test_a_tokenizer_knows_the_line_endings_of_its_text(kind, newline, verse):
         assert tokenizer.decode(tokenizer.encode(text)) == text
         for prompt in ("MIRA:\n\nriver", "MIRA:\r\n\r\nriver"):
             assert tokenizer.encode_prompt(prompt) == tokenizer.encode(f"MIRA:{newline}{newline}river")
-        assert tokenizer.decode(tokenizer.bos_ids) == newline[-1], "one id, which other engines can be told"
+        assert tokenizer.decode(tokenizer.bos_ids) == "\n", "one id, which other engines can be told"
 
 
 def test_a_lossy_tokenizer_has_no_line_endings(verse):

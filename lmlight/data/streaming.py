@@ -23,7 +23,7 @@ from types import ModuleType
 import numpy as np
 
 from lmlight.data.token_store import INDEX, TokenArray, Tokens, TokenStore, new_folder, shard_name
-from lmlight.data.window_sources import WindowSource
+from lmlight.data.windows import WindowSource
 from lmlight.errors import UserError
 
 CHUNKS = "train"

@@ -12,7 +12,7 @@ import re
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import accumulate
 
 import numpy as np
@@ -20,7 +20,10 @@ import numpy.typing as npt
 
 from lmlight.data.reading import TextChunk
 from lmlight.data.sentencepiece_training import END_OF_TEXT, SPACE, UNKNOWN_PENALTY
+from lmlight.data.token_store import TokenArray, Tokens
 from lmlight.data.tokenizer import SentencePieceTokenizer, Tokenizer, split_chunks
+from lmlight.data.windows import WindowSource
+from lmlight.data.workers import process_pool
 from lmlight.errors import UserError
 
 
@@ -139,3 +142,49 @@ class SubwordSampler:
         if self.tokenizer.lossless:
             return self.tokenizer.byte_ids(word[at])
         return [] if at and word[at - 1] not in self._scores else [self.tokenizer.unknown_id]
+
+
+def resegmented_windows(
+    ids: TokenArray,
+    tokenizer: Tokenizer,
+    sampling: SubwordSampling,
+    processes: int,
+    block_size: int,
+    seed: int,
+    order: str,
+) -> WindowSource:
+    """Subword regularization: every epoch segments every shard anew, as a pure function of (seed, epoch, shard).
+
+    Args:
+        ids: the stored training ids.
+        tokenizer: the store's tokenizer, a unigram model.
+        sampling: how to sample.
+        processes: worker processes, each of which segments one shard ahead of use. 0 segments in this process.
+        block_size, seed, order: see `WindowSource`.
+
+    Raises:
+        UserError: see `SubwordSampler`.
+    """
+    SubwordSampler(tokenizer, sampling)
+    load = partial(_segment, ids, tokenizer.to_bytes(), sampling, seed)
+    pool = process_pool(processes) if processes else None
+    return WindowSource(load, ids.lengths, block_size, seed, order, pool, processes)
+
+
+def _segment(ids: TokenArray, tokenizer: bytes, sampling: SubwordSampling, seed: int, epoch: int, shard: int) -> Tokens:
+    sampler = _sampler(tokenizer, sampling)
+    number = shard if len(ids.shards) > 1 else None
+    return sampler.sample(_decode_chunks(sampler.tokenizer, ids.shard(shard)), seed, epoch, number).astype(ids.dtype)
+
+
+@lru_cache(1)
+def _sampler(tokenizer: bytes, sampling: SubwordSampling) -> SubwordSampler:
+    return SubwordSampler(SentencePieceTokenizer(tokenizer), sampling)
+
+
+def _decode_chunks(tokenizer: Tokenizer, ids: Tokens) -> Iterator[TextChunk]:
+    """The text of `ids`, one chunk per document."""
+    ends = ids == (-1 if tokenizer.eos_id is None else tokenizer.eos_id)
+    for document in np.split(ids, np.flatnonzero(ends) + 1):
+        if len(document):
+            yield TextChunk(tokenizer.decode(document.tolist()), document[-1] == tokenizer.eos_id)

@@ -80,10 +80,8 @@ class TokenArray:
 
     def counts(self, vocab_size: int) -> npt.NDArray[np.int64]:
         """(vocab_size,) occurrences of each id."""
-        counts = np.zeros(vocab_size, np.int64)
-        for n in range(len(self.shards)):
-            counts += np.bincount(self.shard(n), minlength=vocab_size)
-        return counts
+        shards = map(self.shard, range(len(self.shards)))
+        return sum((np.bincount(shard, minlength=vocab_size) for shard in shards), np.zeros(vocab_size, np.int64))
 
     @cached_property
     def fingerprint(self) -> str:
@@ -172,9 +170,7 @@ class TokenStore:
     def copy(self, target: Path) -> TokenStore:
         """Copies the store to a new folder; raises like `new_folder`."""
         with new_folder(target) as folder:
-            for file in self.folder.iterdir():
-                if file.is_file() and not file.name.startswith("."):
-                    shutil.copyfile(file, folder / file.name)
+            shutil.copytree(self.folder, folder, ignore=shutil.ignore_patterns(".*"), dirs_exist_ok=True)
         return TokenStore(target)
 
     @staticmethod

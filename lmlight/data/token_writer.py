@@ -14,7 +14,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Executor, Future
 from functools import partial
 from pathlib import Path
@@ -28,7 +28,6 @@ from lmlight.data.reading import TextChunk
 from lmlight.data.token_store import FORMAT_VERSION, INDEX, TOKENIZER, TokenStore, shard_name, tokens_in
 from lmlight.data.tokenizer import Tokenizer, from_bytes
 from lmlight.data.workers import cpu_count, process_pool
-from lmlight.errors import UserError
 
 SHARD_CHARS = 2**23  # about one second of encoding, which is what an interruption costs
 BATCH_CHARS = 2**18  # token ids as Python ints cost about 40 bytes each, so encode this many characters at a time
@@ -63,26 +62,28 @@ def write_store(
     folder.mkdir(parents=True, exist_ok=True)
     processes = processes or cpu_count()
     pool = process_pool(processes) if processes > 1 else None
+    # shards finish in bursts, so only their mean speed (smoothing=0) predicts the remaining time
+    options = {"unit": "char", "unit_scale": True, "delay": 2, "leave": False, "smoothing": 0}
     try:
         published = _publish(folder / TOKENIZER, tokenizer.to_bytes())
         if published != tokenizer.to_bytes():  # another machine was first, whose training rounds differently
-            try:
-                tokenizer = from_bytes(published)
-            except ValueError as error:
-                raise UserError(f"the tokens in '{folder}' are damaged ({error}): prepare the text again") from None
+            tokenizer = from_bytes(published)
         dtype = "uint16" if tokenizer.vocab_size <= 2**16 else "uint32"
-        # shards finish in bursts, so only their mean speed (smoothing=0) predicts the remaining time
-        options = {"unit": "char", "unit_scale": True, "delay": 2, "leave": False, "smoothing": 0}
+        write, splits = partial(_write_shard, tokenizer, dtype), {}
         with tqdm(desc="encoding", total=chars, disable=None if chars else True, **options) as bar:
-            splits = {
-                split: _write_split(
-                    partial(_write_shard, tokenizer, dtype), folder, split, chunks, pool, 2 * processes, bar
+            for split, chunks in texts.items():
+                shards = (
+                    (folder / shard_name(split, number), batch)
+                    for number, batch in enumerate(_batches(chunks, SHARD_CHARS))
                 )
-                for split, chunks in texts.items()
-            }
+                written = []
+                for shard in _write_shards(write, shards, pool, 2 * processes):
+                    written.append(shard)
+                    bar.update(shard[0])
+                splits[split] = {"chars": sum(n for n, _ in written), "tokens": [n for _, n in written]}
         index = {"format_version": FORMAT_VERSION, "fingerprint": fingerprint, "dtype": dtype}
         _publish(folder / INDEX, json.dumps({**index, "splits": splits, "metadata": metadata}, indent=1).encode())
-    except (UserError, AssertionError):  # a second call would fail in the same way
+    except (ValueError, AssertionError):  # a second call would fail in the same way
         if not TokenStore.is_finished(folder):
             shutil.rmtree(folder, ignore_errors=True)
         raise
@@ -99,41 +100,30 @@ def read_tokenizer(folder: Path) -> Tokenizer | None:
         return None
 
 
-def _write_split(
-    write: Callable[[Path, Sequence[TextChunk]], None],
-    folder: Path,
-    split: str,
-    chunks: Iterable[TextChunk],
+def _write_shards(
+    write: Callable[[Path, list[TextChunk]], tuple[int, int]],
+    shards: Iterable[tuple[Path, list[TextChunk]]],
     pool: Executor | None,
     max_pending: int,
-    bar: tqdm[Any],
-) -> dict[str, Any]:
-    """Writes the missing shards of a split and returns its entry in the index."""
-    paths, chars = list[Path](), 0
-    pending = deque[tuple[Future[None], int]]()
-
-    def wait(max_pending: int) -> None:
-        while len(pending) > max_pending:
-            future, size = pending.popleft()
-            future.result()
-            bar.update(size)
-
-    for number, batch in enumerate(_batches(chunks, SHARD_CHARS)):
-        paths.append(folder / shard_name(split, number))
-        size = _chars(batch)
-        chars += size
-        if pool and size >= SHARD_CHARS and not paths[-1].exists():
-            pending.append((pool.submit(write, paths[-1], batch), size))
-            wait(max_pending)
-        else:
-            if not paths[-1].exists():  # a small text does not wait for processes to start
-                write(paths[-1], batch)
-            bar.update(size)
-    wait(0)
-    return {"chars": chars, "tokens": [tokens_in(path) for path in paths]}
+) -> Iterator[tuple[int, int]]:
+    """Writes full shards in the pool; yields the characters and tokens of each shard in order."""
+    pending = deque[Future[tuple[int, int]]]()
+    for path, chunks in shards:
+        # a small text does not wait for processes to start
+        in_pool = pool is not None and _chars(chunks) >= SHARD_CHARS and not path.exists()
+        if pool and in_pool:
+            pending.append(pool.submit(write, path, chunks))
+        while pending and (not in_pool or len(pending) > max_pending):
+            yield pending.popleft().result()
+        if not in_pool:
+            yield write(path, chunks)
+    for future in pending:
+        yield future.result()
 
 
-def _write_shard(tokenizer: Tokenizer, dtype: str, path: Path, chunks: Sequence[TextChunk]) -> None:
+def _write_shard(tokenizer: Tokenizer, dtype: str, path: Path, chunks: list[TextChunk]) -> tuple[int, int]:
+    if path.exists():
+        return _chars(chunks), tokens_in(path)
     encoded = [np.empty(0, dtype)]
     for batch in _batches(chunks, BATCH_CHARS):
         ids = tokenizer.encode_chunks(batch)
@@ -143,6 +133,7 @@ def _write_shard(tokenizer: Tokenizer, dtype: str, path: Path, chunks: Sequence[
             assert len(encoded) > 2 or tokenizer.decode(ids) == "".join(chunk.text for chunk in batch)
     with files.whole(path, shared=True) as beside, beside.open("wb") as file:
         np.save(file, np.concatenate(encoded))
+    return _chars(chunks), tokens_in(path)
 
 
 def _batches(chunks: Iterable[TextChunk], chars: int) -> Iterator[list[TextChunk]]:
