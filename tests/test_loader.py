@@ -78,7 +78,7 @@ def test_worker_processes_change_nothing(tmp_path):
         for n in (0, 2)
     )
     assert alone == together
-    starts = epoch_starts(30, 4, 0, 0)
+    starts = epoch_starts(30, 4, np.random.default_rng((0, 0)))
     assert alone[0][0] == [ids[start : start + 4].tolist() for start in starts[:2]]
 
 
@@ -106,7 +106,9 @@ def test_sharded_windows_visit_shards_one_by_one_each_in_its_own_order(seed, epo
         seen.setdefault(start // 100, []).append(start % 100)
     assert len(rows) == sum(map(len, seen.values()))
     assert list(seen) == [s for s in np.random.default_rng((seed, epoch)).permutation(5).tolist() if s != 2]
-    assert seen == {shard: starts(len(shards[shard]), 5, seed, epoch, shard).tolist() for shard in seen}
+    assert seen == {
+        shard: starts(len(shards[shard]), 5, np.random.default_rng((seed, epoch, shard))).tolist() for shard in seen
+    }
     assert seen[0] != seen[4], "two shards of the same length have the same order"
     assert requests == [(epoch, shard) for shard in seen], "a shard was requested twice"
     assert source.rows(epoch, np.array([0])).tolist() == rows[:1].tolist(), "positions may go back"

@@ -71,7 +71,11 @@ def test_chunks_hold_the_text_up_to_an_incomplete_page(made):
     assert TokenStore(made / "streamed").tokens["train"] == len(ids)
     # windows follow the order of every sharded source
     order = np.random.default_rng((0, 1)).permutation(len(chunks))
-    expected = [chunks[c][start : start + T + 1] for c in order for start in epoch_starts(len(chunks[c]), T, 0, 1, c)]
+    expected = [
+        chunks[c][start : start + T + 1]
+        for c in order
+        for start in epoch_starts(len(chunks[c]), T, np.random.default_rng((0, 1, c)))
+    ]
     assert rows_of(data_of(made / "streamed"), epoch=1).tolist() == [row.tolist() for row in expected]
 
 

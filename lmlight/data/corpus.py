@@ -3,7 +3,7 @@
 - Its files are found, downloaded (`download`), hashed, and read in chunks (`reading`).
 - It is split by characters, before any tokenizer sees it.
 
-Does not import torch.
+Free of torch.
 """
 
 from __future__ import annotations
@@ -101,12 +101,10 @@ def load(source: str, text_format: TextFormat = TextFormat(), cache: str | None 
         cache: the cache folder; None is the default one.
 
     Raises:
-        UserError: there is no such corpus, or it cannot be read or downloaded, or it has no text.
+        UserError: there is no such corpus, or it cannot be read or downloaded.
     """
     files = _find(source, cache)
     try:
-        if not any(path.stat().st_size for path in files):
-            raise UserError(f"corpus '{source}' is empty: pass a file with text in it")
         with ThreadPoolExecutor() as pool:  # hashing releases the GIL
             hashes = list(pool.map(_sha256, files))
     except OSError as error:
@@ -120,9 +118,7 @@ def load(source: str, text_format: TextFormat = TextFormat(), cache: str | None 
 
 
 def find_store(source: str, cache: str | None = None) -> Path | None:
-    """The folder of the token store that `source` names, which may be unfinished; None if it names text.
-
-    A store at an address is copied to the cache.
+    """The folder of the token store that `source` names, copied to the cache from an address; None if it names text.
 
     Raises:
         UserError: it cannot be downloaded.

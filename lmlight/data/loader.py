@@ -1,7 +1,6 @@
 """Batches of token windows, and the loaders for training and evaluation.
 
-A batch carries the number of characters that each target stands for, so the loss needs no tokenizer and is comparable
-across vocabularies.
+A batch carries the number of characters of each target, so the loss needs no tokenizer and compares across vocabularies.
 
 Axes: B windows, T positions, V vocabulary, W evaluation windows, N tokens.
 """
@@ -58,8 +57,7 @@ class EvalLoader:
         windows: (W, 3) see `eval_windows`. Only the last window may be shorter than the others.
         char_counts: (V,) see `Tokenizer`.
         batch_size: windows per batch; fewer if their logits would exceed `MAX_EVAL_LOGITS`.
-        rank: this process, counted from 0.
-        world_size: number of processes.
+        rank, world_size: this process, counted from 0, and the number of processes.
     """
 
     def __init__(
@@ -92,25 +90,20 @@ class EvalLoader:
 
 
 class WindowDataset(Dataset[Batch]):
-    """The training windows of one epoch by position. A DataLoader asks for a whole batch at a time."""
+    """The training windows of one epoch; an item is the batch of the windows at several positions."""
 
     def __init__(self, source: WindowSource, epoch: int, char_counts: npt.NDArray[np.number]) -> None:
         self.source, self.epoch, self.char_counts = source, epoch, char_counts
 
-    def __getitems__(self, positions: list[int]) -> Batch:
+    def __getitem__(self, positions: list[int]) -> Batch:
         return make_batch(self.source.rows(self.epoch, np.asarray(positions)), self.char_counts)
-
-
-def identity_collate(batch: Any) -> Batch:
-    return batch
 
 
 class StatefulTrainLoader:
     """Training batches, epoch after epoch, which continue where an interrupted run stopped.
 
     Args:
-        store: the tokens.
-        source: their windows.
+        store, source: the tokens and their windows.
         sampler: splits an epoch into this process's micro-batches.
         device: the GPU that batches are copied to. They are put in pinned memory, one batch ahead of use.
 
@@ -159,8 +152,8 @@ class StatefulTrainLoader:
         batches: Iterator[Batch] = iter(
             DataLoader(
                 WindowDataset(self._source, self._epoch, self._store.char_counts["train"]),
-                batch_sampler=self._sampler.batches(self._seen),
-                collate_fn=identity_collate,
+                sampler=self._sampler.batches(self._seen),
+                batch_size=None,  # an item is a batch
                 num_workers=self._source.num_workers,
                 generator=torch.Generator(),  # otherwise the loader draws a number from the global generator
                 pin_memory=self._device is not None,

@@ -1,7 +1,7 @@
-"""From a corpus to its token store: what the tokens depend on, where the store lies and how it is made.
+"""From a corpus to its token store.
 
-A store's key is a hash of the text and of every setting that the tokens depend on, so a changed setting never meets a
-stale cache. Free of torch.
+A store is named after the text and every setting that the tokens depend on, so a changed setting never meets a stale
+cache. Free of torch.
 """
 
 from __future__ import annotations

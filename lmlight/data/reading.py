@@ -6,7 +6,7 @@
 - *Documents* are the lines of a `.jsonl` file, the rows of a `.parquet` file, the parts of a text file between two
   separators, or whole text files if there are several. A single text file has no documents.
 
-Does not import torch.
+Free of torch.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from typing import Any, Literal, NamedTuple
 
 import fsspec
 
-from lmlight.errors import UserError
+from lmlight.errors import UserError, first_line
 
 # Bytes read, and characters yielded, at a time.
 CHUNK_SIZE = 2**20
@@ -76,10 +76,8 @@ class TextFormat:
         try:
             b"text".decode(self.encoding, "ignore")  # unlike `codecs.lookup`, rejects codecs that are not for text
             object.__setattr__(self, "encoding", codecs.lookup(self.encoding).name)
-        except (LookupError, ValueError, TypeError):
-            raise UserError(
-                f"data.encoding must be a text encoding that Python knows, such as utf-16 or cp1252, got {self.encoding!r}"
-            ) from None
+        except (LookupError, ValueError):
+            raise UserError(f"data.encoding must be a text encoding, such as utf-16, got {self.encoding!r}") from None
 
 
 def split_long_line(line: str) -> Iterator[str]:
@@ -146,13 +144,7 @@ def read_error(source: object, error: OSError) -> UserError:
 
 
 def read_file(path: Path, text_format: TextFormat, has_documents: bool, source: str) -> Iterator[TextChunk]:
-    """The text of a file.
-
-    Args:
-        path: the file.
-        text_format: how to read it.
-        has_documents: whether a text file without separator is a document.
-        source: the corpus as the user named it, for errors.
+    """The text of a file of the corpus `source`; with `has_documents`, a text file without separator is a document.
 
     Raises:
         UserError: the file cannot be read or decompressed, is binary or in another encoding, or lacks the field.
@@ -272,8 +264,9 @@ def _read_parquet(path: Path, text_format: TextFormat, name: str) -> Iterator[Te
             for row, value in enumerate(values, start=1):
                 yield from _document(value, text_format, name, f"row {row:,}")
     except (ArrowException, OSError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"corpus '{name}' is not a readable .parquet file ({reason}): download it again") from None
+        raise UserError(
+            f"corpus '{name}' is not readable as .parquet ({first_line(error)}): download it again"
+        ) from None
 
 
 def _check_field(fields: list[str], text_format: TextFormat, name: str, where: str) -> None:

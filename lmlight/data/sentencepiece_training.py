@@ -1,6 +1,6 @@
 """Trains SentencePiece models (https://arxiv.org/abs/1808.06226), lossless or with SentencePiece's default options.
 
-Does not import torch.
+Free of torch.
 """
 
 from __future__ import annotations

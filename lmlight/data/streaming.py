@@ -24,7 +24,7 @@ import numpy as np
 
 from lmlight.data.token_store import INDEX, TokenArray, Tokens, TokenStore, new_folder, shard_name
 from lmlight.data.windows import WindowSource
-from lmlight.errors import UserError
+from lmlight.errors import UserError, first_line
 
 CHUNKS = "train"
 CHUNK_BYTES = 2**26  # litdata's recommendation for object storage
@@ -33,11 +33,7 @@ KEPT_SHARDS = 2
 
 
 def litdata() -> ModuleType:
-    """The litdata package.
-
-    Raises:
-        UserError: it is not installed.
-    """
+    """The litdata package, or a `UserError` where it is not installed."""
     os.environ.setdefault("LITDATA_DISABLE_VERSION_CHECK", "1")  # it would ask the package index at every start
     try:
         import litdata
@@ -47,14 +43,10 @@ def litdata() -> ModuleType:
 
 
 def write(store: TokenStore, target: Path) -> TokenStore:
-    """Writes a streamed store from a finished one.
-
-    Args:
-        store: a store that is not streamed, with a lossless tokenizer.
-        target: a new folder, which appears when it is complete.
+    """Writes a streamed store to the new folder `target`, which appears when it is complete.
 
     Raises:
-        UserError: litdata is not installed; the store does not qualify; the folder cannot be written.
+        UserError: litdata is not installed; the store is streamed, lossy or short; the folder cannot be written.
     """
     package, train = litdata(), store.ids["train"]
     if store.streamed is not None:
@@ -99,12 +91,9 @@ def _pages(ids: TokenArray, page_tokens: int) -> Iterator[Tokens]:
 
 
 def streamed_windows(store: TokenStore, place: str, block_size: int, seed: int, order: str) -> WindowSource:
-    """Windows of a streamed store, whose shards are its chunks. The next chunk is fetched while one is in use.
+    """Windows of the streamed store at `place`, a folder or an address; for the other arguments see `WindowSource`.
 
-    Args:
-        store: the store.
-        place: its folder or address.
-        block_size, seed, order: see `WindowSource`.
+    The store's chunks are the shards. The next one is fetched while one is in use.
 
     Raises:
         UserError: litdata is not installed; the chunks cannot be read.
@@ -129,5 +118,6 @@ def _readable(place: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # of any driver
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(f"the chunks in '{place}' cannot be read ({reason}): copy or prepare them again") from None
+        raise UserError(
+            f"the chunks in '{place}' cannot be read ({first_line(error)}): copy or prepare them again"
+        ) from None

@@ -1,7 +1,7 @@
 """Subword regularization (Kudo 2018, https://arxiv.org/abs/1804.10959): random segmentations of the training text.
 
 They are sampled here because SentencePiece's own sampling does not repeat from one process to the next. Here the same
-seed and epoch give the same segmentation everywhere. Does not import torch.
+seed and epoch give the same segmentation everywhere. Free of torch.
 """
 
 from __future__ import annotations
@@ -56,15 +56,11 @@ LatticeEdges = tuple[list[float], list[int], list[list[int]]]
 
 
 class SubwordSampler:
-    """Samples segmentations.
+    """Samples segmentations with a unigram model.
 
     Pieces do not cross spaces or newlines, so the lattice of all segmentations of a text splits into those of its words,
     and frequent words need theirs only once. Weights are summed from left to right, and a segmentation is sampled from
     right to left (forward filtering, backward sampling): exactly SentencePiece's distribution.
-
-    Args:
-        tokenizer: a unigram model; BPE has no scores.
-        sampling: how to sample.
 
     Raises:
         UserError: the tokenizer is not a unigram model.
@@ -153,17 +149,13 @@ def resegmented_windows(
     seed: int,
     order: str,
 ) -> WindowSource:
-    """Subword regularization: every epoch segments every shard anew, as a pure function of (seed, epoch, shard).
+    """Windows of a text that is segmented anew in every epoch, shard by shard, as a function of (seed, epoch, shard).
 
-    Args:
-        ids: the stored training ids.
-        tokenizer: the store's tokenizer, a unigram model.
-        sampling: how to sample.
-        processes: worker processes, each of which segments one shard ahead of use. 0 segments in this process.
-        block_size, seed, order: see `WindowSource`.
+    Each of the worker `processes` segments one shard ahead of use; without any, this process segments. For the other
+    arguments see `WindowSource`.
 
     Raises:
-        UserError: see `SubwordSampler`.
+        UserError: the tokenizer is not a unigram model.
     """
     SubwordSampler(tokenizer, sampling)
     load = partial(_segment, ids, tokenizer.to_bytes(), sampling, seed)

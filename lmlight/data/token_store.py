@@ -1,10 +1,8 @@
-"""Token ids on disk: reading.
+"""Token ids on disk: reading. `token_writer` writes them. Free of torch.
 
 - A token store is a folder with the tokenizer, the ids of each split in shards (`train-00000.npy`; uint16, or uint32 above
   65,536 ids), and `index.json`, which is written last. A folder without an index is unfinished and never read.
 - A finished store contains no absolute paths, so it can be copied anywhere.
-
-`token_writer` writes stores. Free of torch.
 """
 
 from __future__ import annotations
@@ -66,9 +64,8 @@ class TokenArray:
         shard = self.shards[n]
         if not isinstance(shard, Path):
             return shard
-        # Mapped anew by every access, so that pages that were read before do not count as this process's memory, and any
-        # number of shards can be read. Without `np.load`, which takes six times as long, a batch of 32 windows spends
-        # 0.6 ms on it at most.
+        # Mapped anew by every access, so pages that were read before do not count as this process's memory, and no files
+        # stay open. This takes 20 µs, `np.load` 120 µs.
         with shard.open("rb") as file:
             mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         header = len(mapped) - self.lengths[n] * self.dtype.itemsize
@@ -96,7 +93,6 @@ class TokenStore:
     """The encoded splits of a corpus.
 
     Attributes:
-        folder: the store's folder.
         ids: the ids of each split.
         chars: the number of characters in each split's text.
         tokenizer: the tokenizer that encoded them.
@@ -116,6 +112,8 @@ class TokenStore:
         remedy = "delete that folder" if fingerprint else "copy it again, or prepare the text again"
         if not TokenStore.is_finished(folder):
             raise UserError(f"the tokens in '{folder}' are unfinished (there is no {INDEX}): {remedy}")
+        self.ids: dict[str, TokenArray] = {}
+        self.chars: dict[str, int] = {}
         try:
             index = json.loads((folder / INDEX).read_text("utf-8"))
             if index["format_version"] != FORMAT_VERSION:
@@ -125,9 +123,8 @@ class TokenStore:
             self.tokenizer = from_bytes((folder / TOKENIZER).read_bytes())
             self.metadata: dict[str, Any] = index["metadata"]
             self.streamed: dict[str, Any] | None = index.get("streamed")
-            self.chars: dict[str, int] = {split: content["chars"] for split, content in index["splits"].items()}
-            self.ids: dict[str, TokenArray] = {}
             for split, content in index["splits"].items():
+                self.chars[split] = content["chars"]
                 shards = [folder / shard_name(split, number) for number in range(len(content["tokens"]))]
                 for file, tokens in zip(shards, content["tokens"]):
                     if tokens_in(file) != tokens:
@@ -135,7 +132,7 @@ class TokenStore:
                 self.ids[split] = TokenArray(shards, content["tokens"], index["dtype"])
         except UserError:
             raise
-        except (OSError, EOFError, KeyError, TypeError, AttributeError, ValueError) as error:
+        except Exception as error:  # anything can be wrong in a damaged file
             raise UserError(f"the tokens in '{folder}' are damaged ({error}): {remedy}") from None
 
     @property

@@ -4,11 +4,11 @@
   normalized, a newline is a piece, and a character without a piece becomes its UTF-8 bytes. `lossless=False` is
   SentencePiece's default, which turns newlines and runs of spaces into one space.
 - The character vocabulary is a baseline with the same interface.
-- Vocabularies of corpora with documents have an EOS token. No text encodes to it, not even its name, and it decodes to
-  no text.
+- Vocabularies of corpora with documents have an EOS token. No text encodes to it, and it decodes to no text.
+- Text is encoded line by line: over longer texts SentencePiece adds up scores in fp32 until rounding changes which
+  segmentation wins.
 
-Text is encoded line by line: over longer texts SentencePiece adds up scores in fp32 until rounding changes which
-segmentation wins. Does not import torch.
+Free of torch.
 """
 
 from __future__ import annotations
@@ -17,8 +17,7 @@ import hashlib
 import json
 import re
 from abc import ABC, abstractmethod
-from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from typing import Literal
@@ -174,14 +173,16 @@ class TokenizerConfig:
         Raises:
             UserError: `vocab_size` is too small for the characters of the text, or the text has nothing to train on.
         """
-        counts = Counter[str]()
-        chunks = _count_newlines([text] if isinstance(text, str) else text, counts)
+        chunks = iter([text] if isinstance(text, str) else text)
+        first = next(chunks, "")
+        chunks = chain([first], chunks)
+        is_crlf = 2 * first.count("\r\n") > first.count("\n")
         if self.kind == "char":
             characters = sorted(set[str]().union(*chunks))
-            return CharTokenizer(characters, add_eos, "\r\n" if _is_crlf(counts) else "\n")
+            return CharTokenizer(characters, add_eos, "\r\n" if is_crlf else "\n")
         share = min(1.0, self.sample_chars / chars) if chars else 1.0
         model = train_sentencepiece(chunks, self.kind, self.vocab_size, self.lossless, add_eos, share)
-        return SentencePieceTokenizer(model + CRLF_FIELD if self.lossless and _is_crlf(counts) else model)
+        return SentencePieceTokenizer(model + CRLF_FIELD if self.lossless and is_crlf else model)
 
 
 def from_bytes(data: bytes) -> Tokenizer:
@@ -342,13 +343,3 @@ def split_chunks(chunks: Iterable[TextChunk], lossless: bool) -> tuple[list[str]
         if ends_document:
             ends[-1] = END_OF_TEXT
     return parts, ends
-
-
-def _count_newlines(chunks: Iterable[str], counts: Counter[str]) -> Iterator[str]:
-    for text in chunks:
-        counts.update({end: text.count(end) for end in ("\n", "\r\n")})
-        yield text
-
-
-def _is_crlf(counts: Counter[str]) -> bool:
-    return 2 * counts["\r\n"] > counts["\n"]

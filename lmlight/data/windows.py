@@ -29,39 +29,25 @@ def windows_per_epoch(n_tokens: int, block_size: int) -> int:
     return max(1, (n_tokens - 1) // block_size - 1)
 
 
-def epoch_starts(
-    n_tokens: int, block_size: int, seed: int, epoch: int, shard: int | None = None
-) -> npt.NDArray[np.int64]:
-    """The start of each window of an epoch, in training order. The targets of two windows do not overlap.
+def epoch_starts(n_tokens: int, block_size: int, random: np.random.Generator) -> npt.NDArray[np.int64]:
+    """(windows_per_epoch,) start of each window, in training order. The targets of two windows do not overlap.
 
     Args:
         n_tokens: length of the stream, at least `block_size` + 1.
         block_size: T. A window reads T + 1 tokens.
-        seed: the run's seed.
-        epoch: counted from 0.
-        shard: the shard's number, if the stream is one of several shards.
-
-    Returns:
-        (windows_per_epoch,) positions.
+        random: draws the offset and the order.
     """
-    n_windows, random = windows_per_epoch(n_tokens, block_size), _generator(seed, epoch, shard)
+    n_windows = windows_per_epoch(n_tokens, block_size)
     offset = random.integers(n_tokens - n_windows * block_size)
     return offset + block_size * random.permutation(n_windows)
 
 
-def random_starts(
-    n_tokens: int, block_size: int, seed: int, epoch: int, shard: int | None = None
-) -> npt.NDArray[np.int64]:
+def random_starts(n_tokens: int, block_size: int, random: np.random.Generator) -> npt.NDArray[np.int64]:
     """As many windows, drawn independently as in nanoGPT: an epoch repeats some tokens and misses others."""
-    n_windows, random = windows_per_epoch(n_tokens, block_size), _generator(seed, epoch, shard)
-    return random.integers(n_tokens - block_size, size=n_windows)
+    return random.integers(n_tokens - block_size, size=windows_per_epoch(n_tokens, block_size))
 
 
 ORDERS = {"epoch": epoch_starts, "random": random_starts}
-
-
-def _generator(seed: int, epoch: int, shard: int | None) -> np.random.Generator:
-    return np.random.default_rng((seed, epoch) if shard is None else (seed, epoch, shard))
 
 
 class WindowSource:
@@ -126,7 +112,7 @@ class WindowSource:
             self._pool.shutdown(cancel_futures=True)
 
     def _open(self, wanted: list[tuple[int, int]]) -> None:
-        """Loads the first of the wanted shards and requests the others."""
+        """Loads the first of the wanted (epoch, shard) and requests the others."""
         if wanted[0] == self._loaded:
             return
         epoch, shard = wanted[0]
@@ -139,8 +125,8 @@ class WindowSource:
                 if key not in self._requested:
                     self._requested[key] = self._pool.submit(self._load, *key)
             self._ids = self._requested.pop(wanted[0]).result()
-        number = shard if len(self._per_shard) > 1 else None
-        starts = self._starts_of(len(self._ids), self._block_size, self._seed, epoch, number)
+        numbers = (self._seed, epoch, shard) if len(self._per_shard) > 1 else (self._seed, epoch)
+        starts = self._starts_of(len(self._ids), self._block_size, np.random.default_rng(numbers))
         self._starts = np.resize(starts, self._per_shard[shard])  # segmentations vary in length, epochs do not
         self._loaded = wanted[0]
 
@@ -206,16 +192,10 @@ class TrainBatchSampler:
 
 
 def eval_windows(n_tokens: int, block_size: int, stride: int) -> npt.NDArray[np.int64]:
-    """Windows that score every token but the first exactly once.
+    """(W, 3) start, length and first scored position of windows that score every token but the first exactly once.
 
-    Args:
-        n_tokens: length of the stream. Its first token is context only.
-        block_size: the longest window.
-        stride: distance between windows. `block_size` gives non-overlapping windows; half of it gives every token after
-            the first window at least half a block of context.
-
-    Returns:
-        (W, 3) start, length and first scored position of each window. Only the last one may be shorter than `block_size`.
+    Only the last one may be shorter than `block_size`. With a `stride` of `block_size` they do not overlap; half of it gives
+    every token after the first window at least half a block of context.
     """
     targets = max(0, n_tokens - 1)  # target t is token t + 1
     starts = stride * np.arange(max(0, -(-(targets - block_size) // stride)) + (targets > 0), dtype=np.int64)
@@ -234,13 +214,8 @@ def subset_windows(n_tokens: int, block_size: int, windows: int) -> npt.NDArray[
 def eval_batches(full: int, windows: int, batch_size: int, rank: int = 0, world_size: int = 1) -> list[range]:
     """One rank's batches of evaluation windows, each window once.
 
-    Args:
-        full: number of windows of the full length, which come first.
-        windows: number of all windows. A shorter window is a batch by itself. Number `windows` stands for a window that
-            scores nothing: it fills the last round, because ranks wait for one another.
-        batch_size: windows per batch.
-        rank: this process, counted from 0.
-        world_size: number of processes.
+    The first `full` windows have the full length; a shorter one is a batch by itself. Number `windows` stands for a window
+    that scores nothing: it fills the last round, because ranks wait for one another.
     """
     batches = [range(first, min(first + batch_size, full)) for first in range(0, full, batch_size)]
     batches += [range(window, window + 1) for window in range(full, windows)]
