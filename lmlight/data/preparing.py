@@ -19,6 +19,7 @@ from tqdm import tqdm
 from lmlight.data import corpus as corpora
 from lmlight.data.cache import cache_dir, writing_cache
 from lmlight.data.corpus import Corpus
+from lmlight.data.download import find_store
 from lmlight.data.reading import TextFormat
 from lmlight.data.token_store import FORMAT_VERSION, TokenStore
 from lmlight.data.token_writer import read_tokenizer, write_store
@@ -76,7 +77,7 @@ class CorpusSpec:
             UserError: see `corpus.load`, `Corpus.chunks`, `TokenizerConfig.train` and `TokenStore`; the text is too short
                 to be split; the cache is not writable; `corpus` is a store, and was made with other settings.
         """
-        if prepared := corpora.find_store(self.corpus, self.cache):
+        if prepared := find_store(self.corpus, self.cache):
             store = TokenStore(prepared)
             self._check_settings(store, pretrained_tokenizer)
             return store

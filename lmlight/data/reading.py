@@ -149,7 +149,7 @@ def read_file(path: Path, text_format: TextFormat, has_documents: bool, source: 
     Raises:
         UserError: the file cannot be read or decompressed, is binary or in another encoding, or lacks the field.
     """
-    name = source if path == Path(source).expanduser() else f"{source}: {path.name}"
+    name = source if path == Path(source).expanduser().absolute() else f"{source}: {path.name}"
     suffix, compression = file_format(path.name)
     if suffix == ".parquet":
         yield from _read_parquet(path, text_format, name)
