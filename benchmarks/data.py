@@ -113,7 +113,7 @@ def prepare(path: Path, cache: str) -> None:
 
     with Peak() as peak:
         text = corpus.load(str(path))
-        chars, size = text.size
+        chars, size = text.n_chars, path.stat().st_size
         print(f"{path}: {size / 1e6:,.0f} MB, {cpu_count()} cores")
         say("hashed and counted", size / 1e6)
         cut = corpus.train_chars(chars, 0.1)
@@ -121,7 +121,7 @@ def prepare(path: Path, cache: str) -> None:
         say("tokenizer trained")
         parts = {"train": text.chunks(0, cut), "val": text.chunks(cut)}
         with tempfile.TemporaryDirectory(dir=cache) as folder:
-            write_store(Path(folder) / "store", "print", parts, tokenizer, size=size)
+            write_store(Path(folder) / "store", "print", parts, tokenizer, chars=chars)
             say("encoded", size / 1e6)
         data = TextDataModule(str(path), cache=cache)
         data.prepare_data()
@@ -220,7 +220,7 @@ def resegment(path: Path, cache: str, shards: int) -> None:
             data.setup("fit")
             began, characters = time.perf_counter(), 0
             for shard in range(shards):
-                data._source._load([(0, coming) for coming in range(shard, min(shard + 1 + workers, shards))])
+                data._source._open([(0, coming) for coming in range(shard, min(shard + 1 + workers, shards))])
                 characters += int(counts[data._source._ids].sum())
             seconds = time.perf_counter() - began
             data.teardown("fit")

@@ -30,7 +30,7 @@ def test_imports_run_one_way(monkeypatch):
             ".data.corpus",
             ".data.tokenizer",
             ".data.token_store",
-            ".data.window_sources",
+            ".data.windows",
         ],
         "lightning safetensors google.protobuf": [".generation", ".checkpoint", ".commands.chat", ".export.command"],
     }.items(),

@@ -15,7 +15,7 @@ from lightning.pytorch.callbacks import EMAWeightAveraging
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from lmlight import Bigram, LanguageModel, Transformer, checkpoint
-from lmlight.data.loader import Batch
+from lmlight.data.loader import Batch, make_batch
 from lmlight.errors import UserError
 from lmlight.generation import escape_control_characters
 from lmlight.training.callbacks import (
@@ -137,9 +137,9 @@ class Clock(Callback):
         self.now += 1e-6  # so that the matrix product that measures the peak takes time
         return self.now
 
-    def identity_collate(self, batch):
+    def make_batch(self, rows, char_counts):
         self.now += 0.25
-        return batch
+        return make_batch(rows, char_counts)
 
     def on_train_batch_start(self, trainer, model, batch, batch_idx):
         self.now += 0.25
@@ -152,7 +152,7 @@ def test_throughput_excludes_validations_and_measures_waiting(verse_file, tmp_pa
     clock = Clock()
     monkeypatch.setattr("lmlight.training.callbacks.scalars.time", clock)
     monkeypatch.setattr("lmlight.data.loader.time", clock)
-    monkeypatch.setattr("lmlight.data.loader.identity_collate", clock.identity_collate)
+    monkeypatch.setattr("lmlight.data.loader.make_batch", clock.make_batch)
     fit(verse_file, tmp_path / "runs", [Throughput(), clock], tiny.net)
     (run,) = (tmp_path / "runs").iterdir()
     events = EventAccumulator(str(run)).Reload()

@@ -199,7 +199,7 @@ def test_chat_streams_verse_and_takes_settings(finished):
 @pytest.fixture
 def crlf(tmp_path):
     """The path of a checkpoint whose model writes `a`, CR, LF, `a` and so on."""
-    tokenizer, net = CharTokenizer("\n\ra"), Bigram(3, 8)
+    tokenizer, net = CharTokenizer("\n\ra", newline="\r\n"), Bigram(3, 8)
     net.table.weight.data = 9 * torch.eye(3)[[2, 0, 1]]  # what follows LF, CR, `a`
     model = Model(net, tokenizer, {"temperature": 0.0, "max_new_tokens": 7}, {}, {}, 0)
     checkpoint.write(model.to_checkpoint(), tmp_path / "crlf.ckpt")

@@ -142,7 +142,7 @@ def test_invalid_utf8_goes_on_where_asked():
 
 def test_a_folder_with_no_text_gives_one_line(tmp_path, capsys):
     (tmp_path / "empty").mkdir()
-    assert "without text" in refused(capsys, "--data.corpus=empty")
+    assert "no text" in refused(capsys, "--data.corpus=empty")
 
 
 @pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root reads everything")

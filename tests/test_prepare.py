@@ -9,8 +9,7 @@ import fsspec
 import numpy as np
 import pytest
 
-from lmlight.data import corpus as corpora
-from lmlight.data import reading, token_writer
+from lmlight.data import download, reading, token_writer
 from lmlight.data.token_store import TokenStore
 from lmlight.data.tokenizer import TokenizerConfig
 from lmlight.errors import UserError
@@ -221,7 +220,7 @@ def test_folder_of_texts_with_an_index_file_is_not_a_store(verse):
     Path("texts").mkdir()
     Path("texts/a.txt").write_text(verse)
     Path("texts/index.json").write_text("{}")
-    assert corpora.find_store("texts") is None
+    assert download.find_store("texts") is None
     assert data_of("texts").prepare().chars["train"] == int(0.9 * len(verse))
 
 

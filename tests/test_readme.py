@@ -196,7 +196,9 @@ def test_commands_are_understood(page, capsys):
 
 @pytest.mark.usefixtures("_there")
 # what export.md shows needs extras, and is run by test_hf.py and test_graphs.py
-@pytest.mark.parametrize("page", [p for p in PAGES if blocks(p, "python") and p.name not in ("export.md", "extending.md")], ids=name_of)
+@pytest.mark.parametrize(
+    "page", [p for p in PAGES if blocks(p, "python") and p.name not in ("export.md", "extending.md")], ids=name_of
+)
 def test_python_runs_as_it_stands(page):
     newest = max(Path("runs").iterdir())
     for block in blocks(page, "python"):

@@ -226,7 +226,7 @@ from lmlight.data.tokenizer import TokenizerConfig
 text = open("verse.txt", encoding="utf-8", newline="").read()
 tokenizer = TokenizerConfig("unigram", 400).train(text)
 print(tokenizer.fingerprint)
-ids = SubwordSampler(tokenizer, text, SubwordSampling(0.2)).sample_segmentation(3, 5)
+ids = SubwordSampler(tokenizer, SubwordSampling(0.2)).sample(text, 3, 5)
 print(hashlib.sha256(ids.tobytes()).hexdigest())
 assert "torch" not in sys.modules
 """
@@ -234,7 +234,7 @@ assert "torch" not in sys.modules
 
 def test_training_and_sampling_repeat_in_a_fresh_process(unigram, verse, verse_file):
     out, err = processes.run_afresh(code=IN_A_FRESH_PROCESS, env=processes.environment(PYTHONHASHSEED="7"))
-    ids = SubwordSampler(unigram, verse, SubwordSampling(0.2)).sample_segmentation(3, 5)
+    ids = SubwordSampler(unigram, SubwordSampling(0.2)).sample(verse, 3, 5)
     assert err == ""
     assert out.split() == [unigram.fingerprint, hashlib.sha256(ids.tobytes()).hexdigest()]
 
@@ -363,8 +363,8 @@ def test_segmentations_are_drawn_by_their_scores(unigram, before, alpha):
     weights = {parts: math.exp(alpha * score) for score, parts in by_score}
     expected = {parts: weight / sum(weights.values()) for parts, weight in weights.items()}
 
-    sampler = SubwordSampler(unigram, f"{word}\n" * draws, SubwordSampling(alpha))
-    pieces = [unigram.pieces[index] for index in sampler.sample_segmentation(seed=1, epoch=0)]
+    sampler = SubwordSampler(unigram, SubwordSampling(alpha))
+    pieces = [unigram.pieces[index] for index in sampler.sample(f"{word}\n" * draws, seed=1, epoch=0)]
     observed, parts = Counter(), []
     for piece in pieces:
         if piece == "\n":
@@ -380,29 +380,27 @@ def test_segmentations_are_drawn_by_their_scores(unigram, before, alpha):
 @given(text=st.tuples(texts, st.sampled_from([0.0, 0.1, 1.0])))
 def test_a_drawn_segmentation_is_the_same_text(unigram, text):
     text, alpha = text
-    ids = SubwordSampler(unigram, text, SubwordSampling(alpha)).sample_segmentation(0, 0)
+    ids = SubwordSampler(unigram, SubwordSampling(alpha)).sample(text, 0, 0)
     assert unigram.decode(ids.tolist()) == text
     assert unigram.char_counts[ids].sum() == len(text)
 
 
 def test_a_huge_alpha_gives_the_best_segmentation(unigram, verse):
     text = verse + f"\n{SPACE} 漢字 \t\r\n"
-    sampler = SubwordSampler(unigram, text, SubwordSampling(1e6))
-    assert sampler.sample_segmentation(0, 0).tolist() == unigram.encode(text)
+    sampler = SubwordSampler(unigram, SubwordSampling(1e6))
+    assert sampler.sample(text, 0, 0).tolist() == unigram.encode(text)
 
 
 def test_a_draw_depends_on_seed_and_epoch_alone(unigram, verse):
     sampling = SubwordSampling(0.1)
-    sampler, other = (SubwordSampler(unigram, verse, sampling) for _ in range(2))
-    drawn = {
-        (seed, epoch): sampler.sample_segmentation(seed, epoch).tolist() for seed in (0, 1) for epoch in (0, 1, 10)
-    }
+    sampler, other = (SubwordSampler(unigram, sampling) for _ in range(2))
+    drawn = {(seed, epoch): sampler.sample(verse, seed, epoch).tolist() for seed in (0, 1) for epoch in (0, 1, 10)}
     assert len(set(map(tuple, drawn.values()))) == len(drawn)
-    assert {key: other.sample_segmentation(*key).tolist() for key in reversed(drawn)} == drawn
+    assert {key: other.sample(verse, *key).tolist() for key in reversed(drawn)} == drawn
 
 
 def test_two_words_alike_are_drawn_apart(unigram):
-    draws = SubwordSampler(unigram, "gathernesslyinged\n" * 50, SubwordSampling(0.1)).sample_segmentation(0, 0).tolist()
+    draws = SubwordSampler(unigram, SubwordSampling(0.1)).sample("gathernesslyinged\n" * 50, 0, 0).tolist()
     newline = unigram.encode("\n")[0]
     words = [tuple(word) for is_end, word in itertools.groupby(draws, lambda index: index == newline) if not is_end]
     assert len(words) == 50
@@ -411,13 +409,13 @@ def test_two_words_alike_are_drawn_apart(unigram):
 
 def test_a_literal_space_mark_and_newlines_survive_sampling(unigram):
     text = f"river{SPACE}stone\n\n{SPACE}\n lantern\r\n"
-    sampler = SubwordSampler(unigram, text, SubwordSampling(0.1))
-    assert {unigram.decode(sampler.sample_segmentation(0, epoch).tolist()) for epoch in range(20)} == {text}
+    sampler = SubwordSampler(unigram, SubwordSampling(0.1))
+    assert {unigram.decode(sampler.sample(text, 0, epoch).tolist()) for epoch in range(20)} == {text}
 
 
 def test_a_word_of_thousands_of_characters_can_be_sampled(unigram):
     text = "wondering" * 300
-    ids = SubwordSampler(unigram, text, SubwordSampling(0.1)).sample_segmentation(0, 0)
+    ids = SubwordSampler(unigram, SubwordSampling(0.1)).sample(text, 0, 0)
     assert unigram.decode(ids.tolist()) == text
 
 
@@ -433,9 +431,9 @@ LOSSY_TEXTS = [
 
 @pytest.mark.parametrize("text", LOSSY_TEXTS)
 def test_a_lossy_draw_decodes_to_what_its_encode_does(lossy, text):
-    sampler = SubwordSampler(lossy, text, SubwordSampling(0.1))
+    sampler = SubwordSampler(lossy, SubwordSampling(0.1))
     for epoch in range(5):
-        assert lossy.decode(sampler.sample_segmentation(0, epoch).tolist()) == lossy.decode(lossy.encode(text))
+        assert lossy.decode(sampler.sample(text, 0, epoch).tolist()) == lossy.decode(lossy.encode(text))
 
 
 @pytest.mark.parametrize("kind", ["bpe", "char"])
@@ -443,7 +441,7 @@ def test_a_lossy_draw_decodes_to_what_its_encode_does(lossy, text):
 def test_a_tokenizer_without_scores_is_refused_by_name(kind, lossless, verse):
     tokenizer = TokenizerConfig(kind, 320, lossless).train(verse)
     with pytest.raises(UserError, match=f"{kind}.*--data.tokenizer.kind unigram") as caught:
-        SubwordSampler(tokenizer, verse, SubwordSampling())
+        SubwordSampler(tokenizer, SubwordSampling())
     assert "\n" not in str(caught.value)
 
 
@@ -454,7 +452,7 @@ def test_an_alpha_that_is_negative_or_not_finite_is_refused(alpha):
 
 
 @pytest.mark.parametrize("kind", ["unigram", "bpe", "char"])
-@pytest.mark.parametrize("newline", ["\n", "\r\n", "\r"])
+@pytest.mark.parametrize("newline", ["\n", "\r\n"])
 def test_a_tokenizer_knows_the_line_endings_of_its_text(kind, newline, verse):
     text = verse.replace("\n", newline) + "\r\n\r\n\n\n\r"  # a few others do not matter
     trained = TokenizerConfig(kind, 400).train(text)
@@ -463,7 +461,7 @@ def test_a_tokenizer_knows_the_line_endings_of_its_text(kind, newline, verse):
         assert tokenizer.decode(tokenizer.encode(text)) == text
         for prompt in ("MIRA:\n\nriver", "MIRA:\r\n\r\nriver"):
             assert tokenizer.encode_prompt(prompt) == tokenizer.encode(f"MIRA:{newline}{newline}river")
-        assert tokenizer.decode(tokenizer.bos_ids) == newline[-1], "one id, which other engines can be told"
+        assert tokenizer.decode(tokenizer.bos_ids) == "\n", "one id, which other engines can be told"
 
 
 def test_a_lossy_tokenizer_has_no_line_endings(verse):

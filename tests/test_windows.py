@@ -5,16 +5,18 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lmlight.data.windows import (
-    TrainBatchSampler,
-    epoch_starts,
-    eval_batches,
-    eval_windows,
-    random_starts,
-    subset_windows,
-    windows_per_epoch,
-)
+from lmlight.data import windows as orders
+from lmlight.data.windows import TrainBatchSampler, eval_batches, eval_windows, subset_windows, windows_per_epoch
 from lmlight.errors import UserError
+
+
+def epoch_starts(n_tokens, block_size, seed, epoch):
+    return orders.epoch_starts(n_tokens, block_size, np.random.default_rng((seed, epoch)))
+
+
+def random_starts(n_tokens, block_size, seed, epoch):
+    return orders.random_starts(n_tokens, block_size, np.random.default_rng((seed, epoch)))
+
 
 blocks = st.integers(1, 40)
 seeds = st.integers(0, 2**32)

@@ -15,15 +15,14 @@ from torch.utils.data import DataLoader, Dataset
 
 from lmlight.data.download import BUILTIN_CORPORA
 from lmlight.data.loader import EvalLoader, StatefulTrainLoader
-from lmlight.data.preparing import CorpusSpec, fit_block_size
+from lmlight.data.preparing import CorpusSpec, check_lengths
 from lmlight.data.prompts import first_line, prompt_batches
 from lmlight.data.reading import TextFormat
-from lmlight.data.streaming import StreamedWindows
-from lmlight.data.subword_regularization import SubwordSampling
+from lmlight.data.streaming import streamed_windows
+from lmlight.data.subword_regularization import SubwordSampling, resegmented_windows
 from lmlight.data.token_store import TokenArray, TokenStore
 from lmlight.data.tokenizer import Tokenizer, TokenizerConfig
-from lmlight.data.window_sources import ResegmentedWindows, TokenWindows, WindowSource
-from lmlight.data.windows import TrainBatchSampler, eval_windows, subset_windows
+from lmlight.data.windows import TrainBatchSampler, WindowSource, eval_windows, stored_windows, subset_windows
 from lmlight.errors import UserError
 
 
@@ -37,7 +36,7 @@ class TextDataModule(LightningDataModule):
         corpus: name of a corpus (`tinyshakespeare`), a file, a folder, a pattern (`books/**/*.txt`), or an address that
             fsspec opens (`https://`, `s3://`, `hf://`). Files are text, `.jsonl` or `.parquet`, optionally compressed as
             `.gz`, `.bz2`, `.xz` or `.zst`. Also the folder that `lmlight prepare --to` wrote, or a copy of it.
-        block_size: tokens per window, the longest context of the net. Lowered for a short text.
+        block_size: tokens per window, the longest context of the net.
         batch_size: windows per optimizer step, over all devices and accumulated batches together.
         val_fraction: share of the characters, from the end, for validation.
         val_corpus: another corpus for validation. All of `corpus` is then for training.
@@ -117,7 +116,7 @@ class TextDataModule(LightningDataModule):
         """Downloads the corpus, trains the tokenizer and encodes the text, unless the cache has the result.
 
         Raises:
-            UserError: see `CorpusSpec.prepare_store`, `fit_block_size` and `TrainBatchSampler`.
+            UserError: see `CorpusSpec.prepare_store`, `check_lengths` and `TrainBatchSampler`.
         """
         if not self._running(TrainerFn.PREDICTING):
             try:
@@ -134,7 +133,7 @@ class TextDataModule(LightningDataModule):
         store = self._spec.prepare_store(self._pretrained_tokenizer)
         if store.streamed and self.subword_sampling:
             raise UserError(f"the tokens in '{self.corpus}' are streamed: set --data.subword_sampling null")
-        self.block_size = fit_block_size(store, self._spec, self.block_size)
+        check_lengths(store, self.corpus, self.block_size)
         self._folder = str(store.folder)
         return store
 
@@ -143,8 +142,7 @@ class TextDataModule(LightningDataModule):
         if self._running(TrainerFn.PREDICTING):
             return
         if self.trainer is not None:
-            prepared = self._error, self._folder, self.block_size
-            self._error, self._folder, self.block_size = self.trainer.strategy.broadcast(prepared)
+            self._error, self._folder = self.trainer.strategy.broadcast((self._error, self._folder))
         if self._error or not self._folder:
             raise UserError(self._error or "call prepare_data() before setup(); a Trainer does both")
         self.teardown(stage)
@@ -156,19 +154,19 @@ class TextDataModule(LightningDataModule):
         train = store.ids["train"]
         order = self.block_size, self.seed, self.windows
         if stage == "fit" and store.streamed:
-            self._source = StreamedWindows(store, self.corpus if "://" in self.corpus else self._folder, *order)
+            self._source = streamed_windows(store, self.corpus if "://" in self.corpus else self._folder, *order)
         elif stage == "fit" and self.subword_sampling:
             sampling = self.subword_sampling
-            self._source = ResegmentedWindows(train, store.tokenizer, sampling, self.num_workers, *order)
+            self._source = resegmented_windows(train, store.tokenizer, sampling, self.num_workers, *order)
         else:
-            self._source = TokenWindows(train, *order, self.num_workers)
+            self._source = stored_windows(train, *order, self.num_workers)
 
     def teardown(self, stage: str) -> None:
         if self._store is not None:
             self._source.close()
 
     def train_dataloader(self) -> StatefulTrainLoader:
-        char_counts, n_windows = self.store.char_counts["train"], len(self._source)
+        n_windows = len(self._source)
         if self.subword_sampling and self.trainer is not None and self._running(TrainerFn.FITTING):
             seen = self.trainer.max_steps * self.batch_size
             if 0 < seen < n_windows:
@@ -179,7 +177,7 @@ class TextDataModule(LightningDataModule):
         sampler = TrainBatchSampler(n_windows, self.batch_size, *self._ranks())
         device = None if self.trainer is None else self.trainer.strategy.root_device
         gpu = device if device is not None and device.type == "cuda" else None
-        return StatefulTrainLoader(self._source, sampler, char_counts, gpu)
+        return StatefulTrainLoader(self.store, self._source, sampler, gpu)
 
     def val_dataloader(self) -> EvalLoader:
         return self._eval_loader("val", self.block_size)
