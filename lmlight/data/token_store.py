@@ -25,7 +25,7 @@ from lmlight.data.tokenizer import deserialize
 from lmlight.errors import UserError
 
 # Part of every fingerprint; raised when the same text and settings would give other files.
-FORMAT_VERSION = 5
+FORMAT_VERSION = 6
 INDEX, TOKENIZER = "index.json", "tokenizer"
 
 Tokens = npt.NDArray[np.integer]

@@ -28,6 +28,7 @@ from lmlight.data.reading import TextChunk
 from lmlight.data.token_store import FORMAT_VERSION, INDEX, TOKENIZER, TokenStore, shard_name, tokens_in
 from lmlight.data.tokenizer import Tokenizer, deserialize, serialize
 from lmlight.data.workers import cpu_count, process_pool
+from lmlight.errors import UserError
 
 SHARD_CHARS = 2**23  # about one second of encoding, which is what an interruption costs
 BATCH_CHARS = 2**18  # token ids as Python ints cost about 40 bytes each, so encode this many characters at a time
@@ -83,7 +84,7 @@ def write_store(
                 splits[split] = {"chars": sum(n for n, _ in written), "tokens": [n for _, n in written]}
         index = {"format_version": FORMAT_VERSION, "fingerprint": fingerprint, "dtype": dtype}
         _publish(folder / INDEX, json.dumps({**index, "splits": splits, "metadata": metadata}, indent=1).encode())
-    except (ValueError, AssertionError):  # a second call would fail in the same way
+    except ValueError:  # a second call would fail in the same way
         if not TokenStore.is_finished(folder):
             shutil.rmtree(folder, ignore_errors=True)
         raise
@@ -129,8 +130,12 @@ def _write_shard(tokenizer: Tokenizer, dtype: str, path: Path, chunks: list[Text
         ids = tokenizer.encode_chunks(batch)
         encoded.append(np.array(ids, dtype=dtype))
         if tokenizer.lossless:  # characters are counted in every batch; only the first is decoded, which takes longer
-            assert tokenizer.char_counts[encoded[-1]].sum() == _chars(batch)
-            assert len(encoded) > 2 or tokenizer.decode(ids) == "".join(chunk.text for chunk in batch)
+            wrong = "char_counts do not add up to" if tokenizer.char_counts[encoded[-1]].sum() != _chars(batch) else ""
+            if len(encoded) == 2 and tokenizer.decode(ids) != "".join(chunk.text for chunk in batch):
+                wrong = "decode does not restore"
+            if wrong:
+                name = type(tokenizer).__name__
+                raise UserError(f"{name}.{wrong} the text: correct it, or set lossless = False in the class")
     with files.whole(path, shared=True) as beside, beside.open("wb") as file:
         np.save(file, np.concatenate(encoded))
     return _chars(chunks), tokens_in(path)

@@ -25,6 +25,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities import rank_zero_only
 
 from lmlight.command_line import COMMANDS, unknown
+from lmlight.data.tokenizer import Tokenizer, TokenizerConfig
 from lmlight.errors import UserError, say
 from lmlight.models import Net, Transformer
 from lmlight.optim import Muon
@@ -36,7 +37,7 @@ from lmlight.training.module import PYTHON_ONLY, LanguageModel
 from lmlight.training.run_settings import Source, differences, locate, named_classes, runs_folder, take_apart
 from lmlight.training.run_trainer import RunTrainer, SaveConfig, TimeLimit, quiet
 from lmlight.training.summary import print_summary
-from lmlight.user_code import import_class
+from lmlight.user_code import full_name, import_class
 from lmlight.version import __version__
 
 SUBCOMMANDS = ("fit", "prepare", "validate", "test", "predict")
@@ -72,6 +73,8 @@ class OneLineParser(LightningArgumentParser):
             message = (
                 f"--{found[1]}: there is no module {found[2]} in the current folder or among the installed packages"
             )
+        elif found := re.search(r"Parser key \"(.*?)\".*Option '(.*?)' is not accepted", message, re.DOTALL):
+            message = f"--{found[1]} has no option {found[2]}"
         hint = "" if message.endswith("--help`") else f"; see `{self.prog.replace(' [options]', '')} --help`"
         raise UserError(f"{message}{hint}")
 
@@ -81,6 +84,7 @@ class OneLineParser(LightningArgumentParser):
             return before
         flags = OneLineParser(description="", add_help=False, usage=SUPPRESS)
         flags.add_class_arguments(Transformer, "model.net", skip={"vocab_size", "block_size"})
+        flags.add_class_arguments(TokenizerConfig, "data.tokenizer")
         flags.add_class_arguments(Muon, "model.optimizer", skip={"params"})
         shown = re.sub(r"  --model\.\w+ CONFIG\b.*\n( {24}.*\n)*", "", flags.format_help())
         return f"{before}\n{shown.strip()}\n{trainer}{after}"
@@ -152,9 +156,10 @@ class LmlightCLI(LightningCLI):
             configs = [f"--config={config}" for config in (*settings, *words.configs)]
             # a class before the flags for its arguments, which it would reset
             classes = [f"--{name}_class={value}" for name, value in self.classes.items()]
-            if net := words.classes.get("model.net"):
-                import_class("--model.net", net, Net)
-                classes.append(f"--model.net={net}")
+            bases: dict[str, Any] = {"model.net": Net, "data.tokenizer": Tokenizer}
+            for name in bases.keys() & words.classes.keys():
+                kind = import_class(f"--{name}", words.classes[name], bases[name])
+                classes.append(f"--{name}={full_name(kind)}")
             args = [
                 words.command,
                 *configs,

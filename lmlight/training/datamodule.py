@@ -14,6 +14,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch.utils.data import DataLoader, Dataset
 
 from lmlight.data.download import BUILTIN_CORPORA
+from lmlight.data.hf_tokenizer import read_pretrained
 from lmlight.data.loader import EvalLoader, StatefulTrainLoader
 from lmlight.data.preparing import CorpusSpec, check_lengths
 from lmlight.data.prompts import first_line, prompt_batches
@@ -24,6 +25,7 @@ from lmlight.data.token_store import TokenArray, TokenStore
 from lmlight.data.tokenizer import Tokenizer, TokenizerConfig
 from lmlight.data.windows import TrainBatchSampler, WindowSource, eval_windows, stored_windows, subset_windows
 from lmlight.errors import UserError
+from lmlight.user_code import import_class, is_class_name
 
 
 class TextDataModule(LightningDataModule):
@@ -46,7 +48,9 @@ class TextDataModule(LightningDataModule):
         errors: what to do with invalid bytes: `strict` raises, `replace` inserts U+FFFD.
         encoding: encoding of text files and `.jsonl`, any that Python knows. `utf-8-sig` drops a byte order mark.
         cache: folder for downloads and tokens. `null` uses `$LMLIGHT_CACHE` or the platform's cache folder.
-        tokenizer: the tokenizer to train. Ignored if a checkpoint provides one.
+        tokenizer: the tokenizer to train. Or a trained one: a `tokenizer.json` of Hugging Face, a SentencePiece `.model`
+            file, or the full name of your own `Tokenizer` class. From Python, you can also set the attribute `tokenizer`.
+            Ignored if a checkpoint provides one.
         subword_sampling: sample a new segmentation of the training text in every epoch. `null` never does.
         windows: `epoch` visits non-overlapping windows in random order; `random` draws each window independently.
         prompts: for `predict`: a list, or a file with one prompt per line (`-` is the standard input).
@@ -71,7 +75,7 @@ class TextDataModule(LightningDataModule):
         errors: Literal["strict", "replace"] = "strict",
         encoding: str = "utf-8",
         cache: str | None = None,
-        tokenizer: TokenizerConfig = TokenizerConfig(),
+        tokenizer: TokenizerConfig | str = TokenizerConfig(),
         subword_sampling: SubwordSampling | None = None,
         windows: Literal["epoch", "random"] = "epoch",
         prompts: list[str] | str = [""],  # noqa: B006  (never changed)
@@ -85,17 +89,23 @@ class TextDataModule(LightningDataModule):
             value = locals()[name]
             if value is not None and value < minimum:
                 raise UserError(f"data.{name} must be at least {minimum}, got {value}")
-        if subword_sampling and tokenizer.kind != "unigram":
+        config = tokenizer if isinstance(tokenizer, TokenizerConfig) else TokenizerConfig()
+        if subword_sampling and config.kind != "unigram":
             raise UserError(
-                f"subword_sampling needs the scores of a unigram model, which a {tokenizer.kind} tokenizer does not have: "
+                f"subword_sampling needs the scores of a unigram model, which a {config.kind} tokenizer does not have: "
                 "set --data.tokenizer.kind unigram or --data.subword_sampling null"
             )
         text_format = TextFormat(field, separator, errors, encoding)
-        self._spec = CorpusSpec(corpus, val_fraction, val_corpus, test_corpus, text_format, tokenizer, cache)
+        self._spec = CorpusSpec(corpus, val_fraction, val_corpus, test_corpus, text_format, config, cache)
         self.corpus, self.block_size, self.batch_size = self._spec.corpus, block_size, batch_size
         self.subword_sampling, self.windows, self.prompts = subword_sampling, windows, prompts
         self.prompt_batch_size, self.num_workers, self.seed = prompt_batch_size, num_workers, seed
-        self._pretrained_tokenizer: Tokenizer | None = None
+        pretrained: Tokenizer | None = None
+        if isinstance(tokenizer, str) and is_class_name(tokenizer):
+            pretrained = import_class("data.tokenizer", tokenizer, Tokenizer)()
+            tokenizer = TokenizerConfig()
+        self._tokenizer_file = Path(tokenizer) if isinstance(tokenizer, (str, Path)) else None
+        self._pretrained_tokenizer = pretrained
         self._error, self._folder = "", ""  # what `prepare_data` tells the other ranks
         self._store: TokenStore | None = None
         self._source: WindowSource
@@ -130,6 +140,8 @@ class TextDataModule(LightningDataModule):
         """Does what `prepare_data` does and returns the store."""
         if self._running(TrainerFn.FITTING):
             TrainBatchSampler(1, self.batch_size, *self._ranks())  # raises before anything is downloaded
+        if self._tokenizer_file and self._pretrained_tokenizer is None:
+            self._pretrained_tokenizer = read_pretrained(self._tokenizer_file)
         store = self._spec.prepare_store(self._pretrained_tokenizer)
         if store.streamed and self.subword_sampling:
             raise UserError(f"the tokens in '{self.corpus}' are streamed: set --data.subword_sampling null")

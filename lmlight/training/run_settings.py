@@ -22,7 +22,7 @@ from lmlight import checkpoint as checkpoints
 from lmlight.command_line import Parser
 from lmlight.errors import UserError
 from lmlight.models import Net, architecture_kwargs
-from lmlight.user_code import full_name, import_class
+from lmlight.user_code import full_name, import_class, is_class_name
 
 CONFIG = "config.yaml"  # in a run's folder
 # Classes that a config.yaml from elsewhere may name. Importing any other module would run it.
@@ -34,7 +34,7 @@ NOT_RESUMED = ("config", "ckpt_path", "trainer.max_time")
 # Flags, also in `--config` files, that decide which settings the others start from.
 LOCATING = ("ckpt_path", "init_from", "trainer.default_root_dir", "trainer.logger.save_dir")
 # Flags that name a class whose constructor's arguments are flags, too.
-CLASSES = ("model", "data", "model.net")
+CLASSES = ("model", "data", "model.net", "data.tokenizer")
 
 
 class Words(NamedTuple):
@@ -85,15 +85,11 @@ def take_apart(args: Sequence[str], commands: Sequence[str]) -> Words | None:
     located = {name: given.get(name) for name in ("ckpt_path", "init_from")}
     located |= {name: flags[name] for name in LOCATING if flags[name] is not None}
     runs = located.get("trainer.logger.save_dir") or located.get("trainer.default_root_dir")
-    words = [rest[0], *(f"--{name}={flags[name]}" for name in CLASSES if _is_file(flags[name])), *rest[1:]]
-    classes = named_classes(given) | {
-        name: flags[name] for name in CLASSES if flags[name] and not _is_file(flags[name])
-    }
+    classes = {name: flags[name] for name in CLASSES if is_class_name(flags[name])}
+    files = [f"--{name}={flags[name]}" for name in CLASSES if flags[name] is not None and name not in classes]
+    words = [rest[0], *files, *rest[1:]]
+    classes = named_classes(given) | classes
     return Words(words[0], configs, located, classes, words[1:], Path(runs) if runs else runs_folder(given))
-
-
-def _is_file(value: str | None) -> bool:
-    return value is not None and Path(value).is_file()
 
 
 def named_classes(settings: dict[str, Any]) -> dict[str, str]:
@@ -101,7 +97,9 @@ def named_classes(settings: dict[str, Any]) -> dict[str, str]:
     net = (settings.get("model") or {}).get("net")
     named = {"model": settings.get("model_class"), "data": settings.get("data_class")}
     named["model.net"] = net.get("class_path") if isinstance(net, dict) else net
-    return {name: value for name, value in named.items() if isinstance(value, str)}
+    tokenizer = (settings.get("data") or {}).get("tokenizer")
+    named["data.tokenizer"] = tokenizer.get("class_path") if isinstance(tokenizer, dict) else tokenizer
+    return {name: value for name, value in named.items() if isinstance(value, str) and is_class_name(value)}
 
 
 def runs_folder(settings: Any) -> Path:
@@ -153,7 +151,8 @@ def _from_checkpoint(content: dict[str, Any], kind: type[Net], only_net: bool) -
         return {"model": {"net": net}, "data": {"block_size": block_size}}
     sampling = dict(metadata["sampling"])
     seed = sampling.pop("seed", None)
-    left_out = ("prompts", "prompt_batch_size", "cache", "seed")  # of another command, machine or flag
+    # of another command, machine or flag; the tokenizer is the checkpoint's
+    left_out = ("prompts", "prompt_batch_size", "cache", "seed", "tokenizer")
     data = {name: value for name, value in metadata["settings"].get("data", {}).items() if name not in left_out}
     data["block_size"] = min(data.get("block_size", block_size), block_size)
     settings = {"model": {"net": net, "sampling": sampling}, "data": data}
@@ -217,7 +216,7 @@ def named_code(settings: dict[str, Any]) -> list[str]:
 
     sections = ("data", "model", "trainer")
     whole = [str(settings[section]) for section in sections if not isinstance(settings.get(section, {}), dict)]
-    classes = [name for key in ("model_class", "data_class") for name in named(settings.get(key), key)]
+    classes = [name for name in named_classes(settings).values() if not name.startswith(TRUSTED_CLASSES)]
     return whole + classes + [name for section in sections[1:] for name in named(settings.get(section, {}), section)]
 
 
