@@ -335,7 +335,7 @@ MISTAKES = {
     "binary corpus": (["fit", "--data.corpus=binary.txt"], "binary"),
     "not UTF-8": (["fit", "--data.corpus=latin.txt"], "not utf-8 (byte 0xe9 at offset 3, line 1)"),
     "no such encoding": (["fit", "--data.encoding=rot13"], "data.encoding must be a text encoding"),
-    "short text": (["fit", "--data.corpus=short.txt", "--data.tokenizer.kind=char"], "at least about"),
+    "short text": (["fit", "--data.corpus=short.txt", "--data.tokenizer.kind=char"], "lower --data.block_size"),
     "empty path": (["fit", "--ckpt_path="], "need a checkpoint, and got an empty text"),
     "workers": (["fit", "--data.num_workers=-1"], "num_workers must be at least 0, got -1"),
     "seed": (["fit", "--seed_everything=-1"], "seed_everything must be in [0, 2**32), got -1"),

@@ -118,7 +118,7 @@ def refused(capsys, *arguments):
     ("content", "said"),
     [
         (b"", "is empty"),
-        (b"a", "at least about"),
+        (b"a", "at least 1,000 characters"),
         (b"\n" * 2000, "nothing but newlines"),
         (b"\xff\xfeh\0i\0", "pass --data.encoding utf-16"),
         (VERSE.encode("utf-16-le"), "--data.encoding, such as utf-16-le"),

@@ -98,11 +98,8 @@ class CorpusSpec:
         folder = cache_dir(self.cache) / "tokens" / fingerprint[:16]
         if not TokenStore.is_finished(folder):
             cut = main.n_chars if val else corpora.train_chars(main.n_chars, self.val_fraction)
-            if not 0 < cut <= main.n_chars - (val is None):
-                raise UserError(
-                    f"the {'validation' if cut else 'training'} part of '{self.corpus}' has no text: pass a text of at "
-                    f"least about 1,000 characters (this one has {main.n_chars:,})"
-                )
+            if not cut:
+                raise UserError(f"the training part of '{self.corpus}' has no text: pass at least 1,000 characters")
             texts = {"train": main.chunks(0, cut), "val": val.chunks() if val else main.chunks(cut)}
             if test:
                 texts["test"] = test.chunks()

@@ -160,7 +160,6 @@ def _chars(chunks: Iterable[TextChunk]) -> int:
 
 def _publish(path: Path, content: bytes) -> bytes:
     """Writes a file unless it exists, and returns its content: the first of several processes wins."""
-    if not path.exists():
-        with files.whole(path, shared=True) as beside:
-            beside.write_bytes(content)
+    with files.whole(path, shared=True) as beside:
+        beside.write_bytes(content)
     return path.read_bytes()

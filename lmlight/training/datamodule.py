@@ -178,7 +178,7 @@ class TextDataModule(LightningDataModule):
             self._source.close()
 
     def train_dataloader(self) -> StatefulTrainLoader:
-        n_windows = len(self._source)
+        store, n_windows = self.store, len(self._source)
         if self.subword_sampling and self.trainer is not None and self._running(TrainerFn.FITTING):
             seen = self.trainer.max_steps * self.batch_size
             if 0 < seen < n_windows:
@@ -189,7 +189,7 @@ class TextDataModule(LightningDataModule):
         sampler = TrainBatchSampler(n_windows, self.batch_size, *self._ranks())
         device = None if self.trainer is None else self.trainer.strategy.root_device
         gpu = device if device is not None and device.type == "cuda" else None
-        return StatefulTrainLoader(self.store, self._source, sampler, gpu)
+        return StatefulTrainLoader(store, self._source, sampler, gpu)
 
     def val_dataloader(self) -> EvalLoader:
         return self._eval_loader("val", self.block_size)
