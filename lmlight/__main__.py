@@ -29,9 +29,9 @@ def main(args: Sequence[str] | None = None) -> int:
         return 0
     bound_spinning(command)
     try:
-        if command not in COMMANDS and not command.startswith("-"):  # options, such as --config, may precede a command
+        if command not in COMMANDS:
             raise unknown(command)
-        target = COMMANDS[command].target if command in COMMANDS else TRAINING
+        target = COMMANDS[command].target
         module, _, name = target.partition(":")
         run = getattr(importlib.import_module(module), name)
         return run(args if target == TRAINING else args[1:]) or 0

@@ -28,6 +28,7 @@ from torch.distributed.tensor import DTensor
 from lmlight import checkpoint as checkpoints
 from lmlight.errors import UserError
 from lmlight.training.private import validation_is_due
+from lmlight.training.run_settings import resume_command
 
 EXTRA_STATE = "_extra_state"  # torch's key for `LanguageModel.get_extra_state` in a state dict
 
@@ -156,7 +157,7 @@ class BestLastCheckpoint(Checkpoint):
             return
         if trainer.is_global_zero:
             name = signal.Signals(self._agreed).name
-            resume = f"lmlight fit --ckpt_path {self.last_model_path}"
+            resume = resume_command(self.last_model_path)
             print(f"lmlight: {name} at step {trainer.global_step}; to resume: {resume}", file=sys.stderr)
         raise SystemExit(128 + self._agreed)
 

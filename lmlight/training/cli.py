@@ -13,19 +13,16 @@ import traceback
 from argparse import SUPPRESS
 from collections.abc import Sequence
 from enum import Enum
-from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
-from jsonargparse import Namespace
+import yaml
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import LearningRateMonitor, ProgressBar, WeightAveraging
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities import rank_zero_only
 
-from lmlight import __version__
-from lmlight.command_line import COMMANDS, unknown
 from lmlight.errors import UserError, say
 from lmlight.models import Bigram, Transformer  # noqa: F401  (so that --model.net Bigram needs no full path)
 from lmlight.optim import Muon
@@ -34,7 +31,7 @@ from lmlight.training.callbacks import RunLogger, RunProgress, WritePredictions
 from lmlight.training.checkpointing import AtomicCheckpointIO, BestLastCheckpoint
 from lmlight.training.datamodule import TextDataModule
 from lmlight.training.module import PYTHON_ONLY, LanguageModel
-from lmlight.training.run_settings import Source, differences, locate, runs_folder, take_apart
+from lmlight.training.run_settings import RUNS, Source, differences, find_source
 from lmlight.training.run_trainer import RunTrainer, SaveConfig, TimeLimit, quiet
 from lmlight.training.summary import print_summary
 
@@ -49,7 +46,7 @@ TRAINER_DEFAULTS: dict[str, Any] = {
     "enable_model_summary": False,
     "use_distributed_sampler": False,  # the data splits itself among the ranks
     "logger": {"class_path": "lmlight.training.callbacks.RunLogger"},
-    "default_root_dir": "runs",
+    "default_root_dir": RUNS,
 }
 
 
@@ -61,12 +58,12 @@ class OneLineParser(LightningArgumentParser):
     """
 
     def __init__(self, *args: Any, command: str = "", **kwargs: Any) -> None:
+        if command:
+            kwargs["usage"] = f"lmlight {command} [--config FILE] [options]"
         super().__init__(*args, **kwargs)
         self.command = command
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        if found := re.search(r"argument subcommand: invalid choice: '(.*?)'", message):
-            raise unknown(found[1])
         hint = "" if message.endswith("--help`") else f"; see `{self.prog.replace(' [options]', '')} --help`"
         raise UserError(f"{message}{hint}")
 
@@ -84,9 +81,7 @@ class OneLineParser(LightningArgumentParser):
 class LmlightCLI(LightningCLI):
     """Lightning's CLI with lmlight's defaults, and with the settings that a checkpoint or its run contributes."""
 
-    parser: OneLineParser
     source: Source | None = None
-    announcement = ""
     resumed_step: int | None = None
 
     @staticmethod
@@ -103,30 +98,23 @@ class LmlightCLI(LightningCLI):
         assert isinstance(parser, OneLineParser)
         for target in ("data.seed", "model.seed", "model.sampling.seed"):
             parser.link_arguments("seed_everything", target, compute_fn=int)
-        default = [
-            {"class_path": f"{kind.__module__}.{kind.__name__}"} for kind in (LearningRateMonitor, *callbacks.DEFAULT)
-        ]
-        defaults = {**TRAINER_DEFAULTS, "callbacks": default}
+        watching = [f"{kind.__module__}.{kind.__name__}" for kind in (LearningRateMonitor, *callbacks.DEFAULT)]
+        defaults = {**TRAINER_DEFAULTS, "callbacks": [{"class_path": path} for path in watching]}
         if parser.command != "fit":  # the others leave no run behind: their result is on the terminal or in a file
             defaults |= {"logger": False, "callbacks": None, "enable_progress_bar": False}
         parser.set_defaults({f"trainer.{name}": value for name, value in defaults.items()})
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Sequence[str]) -> None:  # type: ignore[override]
-        words = take_apart(args, SUBCOMMANDS)
-        if words is not None:
-            self.source = locate(words)
-            settings = [json.dumps(self.source.settings)] if self.source else []
-            named = {name: value for name, value in words.located.items() if value is not None}
-            if self.source is not None:
-                named["ckpt_path" if "ckpt_path" in named else "init_from"] = str(self.source.path)
-            configs = [f"--config={config}" for config in (*settings, *words.configs)]
-            args = [words.command, *configs, *words.rest, *(f"--{name}={value}" for name, value in named.items())]
-        self.config = _plain(parser.parse_args(args))
+        if args and args[0] in SUBCOMMANDS:
+            self.source = find_source(args[0], args[1:])
+        if self.source is not None:
+            args = [args[0], f"--config={json.dumps(self.source.settings)}", *args[1:]]
+        self.config = parser.parse_args(args)
         command, config = self.config.subcommand, self.config[self.config.subcommand]
-        if not 0 <= int(config.seed_everything) < 2**32:
-            raise UserError(f"seed_everything must be in [0, 2**32), got {config.seed_everything}")
         if self.source is None and command not in ("fit", "prepare"):
             raise UserError(f"{command} needs a model: --ckpt_path best, or runs/.../checkpoints/best.ckpt")
+        if self.source is not None and self.source.run is None and "init_from" in config:
+            config.init_from = str(self.source.path)
         # Lightning would take settings from the checkpoint, and config.yaml is to start the same run again, not resume it
         config.ckpt_path = None
 
@@ -139,24 +127,14 @@ class LmlightCLI(LightningCLI):
             config.data.prompt_batch_size = 32
         dump = self.parser.dump(self.config, skip_unset=False, skip_link_targets=False, format="json")
         self.settings: dict[str, Any] = json.loads(dump)[self.subcommand]
-        if self.source is not None and self.source.run is not None:
-            self._announce_resume(self.source)
-
-    def _announce_resume(self, source: Source) -> None:
-        """Check and remember what differs from the settings of the run."""
-        changed = differences(source.settings, self.settings)
-        if lost := [change for change in changed if change.startswith("data.tokenizer.")]:
-            raise UserError(
-                f"the tokenizer of a run cannot change ({lost[0]}): leave that out, or start a new run without the "
-                "checkpoint"
-            )
-        self.resumed_step = source.content["global_step"]
-        self.announcement = f"Resuming {os.path.relpath(str(source.run))} at step {self.resumed_step}"
-        self.announcement += f", with {', '.join(changed)}" if changed else ""
 
     def instantiate_classes(self) -> None:
-        content = self.source.content if self.source is not None else None
-        make_model = _MakeModel(init_from=content, settings=self.settings)
+        def make_model(kind: type[LanguageModel], **flags: Any) -> LanguageModel:
+            content = self.source.content if self.source is not None else None
+            return kind(**flags, init_from=content, settings=self.settings)
+
+        if self.source is not None and self.source.run is not None:
+            self.resumed_step = self.source.content["global_step"]
         try:
             self.config_init = self.parser.instantiate(self.config, instantiators=[(make_model, LanguageModel, False)])
             self.datamodule, self.model = (self.config_init[self.subcommand][name] for name in ("data", "model"))
@@ -168,10 +146,11 @@ class LmlightCLI(LightningCLI):
         self.model.check_net(self.datamodule.block_size)
         if self.subcommand == "fit":
             self.model.check_run(self.trainer)  # as Lightning will do, but before a strategy launches processes
-            if self.source is not None and self.source.run is not None:
-                self.config_init.fit.ckpt_path = str(self.source.path)
-        if content is not None:
+        if self.source is not None:
             self.datamodule.tokenizer = self.model.tokenizer
+            if self.source.run is not None:
+                self.config_init.fit.ckpt_path = str(self.source.path)
+            self.source.content.clear()  # the memory of its optimizer's state
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         if self.subcommand == "prepare":  # nothing is trained, whatever machine the settings are for
@@ -180,57 +159,47 @@ class LmlightCLI(LightningCLI):
             )
         options = {**self.config_init[self.subcommand].trainer, **kwargs}
         options["plugins"] = [*_as_list(options["plugins"]), AtomicCheckpointIO()]
-        loggers = _as_list(options["logger"])
-        if any(isinstance(logger, RunLogger) for logger in loggers):
-            options["logger"] = [self._in_run_folder(logger) for logger in loggers]
+        run = self.source.run if self.source is not None else None
+        if any(isinstance(logger, RunLogger) for logger in _as_list(options["logger"])):
+            parent, name = (run.parent, run.name) if run else (options["default_root_dir"], None)
+            ours = RunLogger(str(parent), name, purge_step=self.resumed_step)
+            options["logger"] = [ours if isinstance(one, RunLogger) else one for one in _as_list(options["logger"])]
         given: list[Callback] = _as_list(options["callbacks"])
         if not options["logger"]:  # LearningRateMonitor refuses to have nowhere to log to
             given = [callback for callback in given if not isinstance(callback, LearningRateMonitor)]
-        # averaging comes last at the end of a validation, where it takes the averaged weights away
-        averaging: list[Callback] = [callback for callback in given if isinstance(callback, WeightAveraging)]
-        keepers = [callback for callback in given if isinstance(callback, BestLastCheckpoint)]
-        ours: list[Callback] = []
+        if self.subcommand == "predict":
+            given.append(WritePredictions(self.config[self.subcommand].output))
         if self.subcommand == "fit":
-            options["default_root_dir"] = options["default_root_dir"] or "runs"
+            if max_time := options.pop("max_time"):
+                given.append(TimeLimit(max_time))
             has_bar = any(isinstance(callback, ProgressBar) for callback in given)
             if options["enable_progress_bar"] is not False and not has_bar:
-                ours.append(RunProgress())
-            if max_time := options.pop("max_time"):
-                ours.append(TimeLimit(max_time))
-            if options["fast_dev_run"] or options["enable_checkpointing"] is False:
-                keepers = []
-            else:  # the last checkpoint callback, so that it saves the state of any ModelCheckpoint
-                keepers = keepers or [BestLastCheckpoint()]
-            if not options["fast_dev_run"]:
-                averaging.append(SaveConfig(self.settings))
-        elif self.subcommand == "predict":
-            ours.append(WritePredictions(self.config[self.subcommand].output))
-        others = [callback for callback in given if not isinstance(callback, (WeightAveraging, BestLastCheckpoint))]
-        options["callbacks"] = [*others, *ours, *averaging, *keepers]
-        try:
-            trainer = RunTrainer(**options)
-        except (TypeError, ValueError, ImportError, NotImplementedError) as error:  # Lightning's, about its arguments
-            raise UserError(str(error)) from error
-        trainer.run_folder = str(self._resumed_in_place()) if self._resumed_in_place() else None
+                given.append(RunProgress())
+            if not (options["fast_dev_run"] or options["barebones"]):
+                given.append(SaveConfig(self.settings))
+                if options["enable_checkpointing"] is not False:
+                    has_keeper = any(isinstance(callback, BestLastCheckpoint) for callback in given)
+                    given += [] if has_keeper else [BestLastCheckpoint()]
+        # Averaging comes late because it takes the averaged weights away at the end of a validation; the config is saved
+        # once all others have started; and the last checkpoint has the state of any ModelCheckpoint.
+        order = (BestLastCheckpoint, SaveConfig, WeightAveraging)
+        options["callbacks"] = sorted(given, key=lambda callback: [isinstance(callback, kind) for kind in order])
+        trainer = RunTrainer(**options)
+        trainer.run_folder = str(run) if run else None
         return trainer
 
-    def _resumed_in_place(self) -> Path | None:
-        """The folder of the resumed run, unless the user wants it to continue in another folder of runs."""
-        if self.source is None or self.source.run is None:
-            return None
-        return self.source.run if runs_folder(self.settings) == runs_folder(self.source.settings) else None
-
-    def _in_run_folder(self, logger: Any) -> Any:
-        if self.subcommand != "fit" or not isinstance(logger, RunLogger):
-            return logger
-        if run := self._resumed_in_place():
-            return type(logger)(str(run.parent), run.name, purge_step=self.resumed_step)
-        return type(logger)(str(runs_folder(self.settings)))
-
-    @rank_zero_only
     def before_fit(self) -> None:
-        if self.announcement:
-            print(self.announcement)
+        if self.source is None or self.source.run is None:
+            return
+        changed = differences(self.source.settings, self.settings)
+        if lost := [change for change in changed if change.startswith("data.tokenizer.")]:
+            raise UserError(
+                f"the tokenizer of a run cannot change ({lost[0]}): leave that out, or start a new run without the "
+                "checkpoint"
+            )
+        if self.trainer.is_global_zero:
+            changes = f", with {', '.join(changed)}" if changed else ""
+            print(f"Resuming {os.path.relpath(self.source.run)} at step {self.resumed_step}{changes}")
 
     @rank_zero_only
     def after_fit(self) -> None:
@@ -238,29 +207,8 @@ class LmlightCLI(LightningCLI):
         print_summary(self.trainer, self.model, self.datamodule, self.resumed_step)
 
 
-class _MakeModel:
-    """Passes arguments that are no flags; to one model, because the parser keeps a reference to this."""
-
-    def __init__(self, **arguments: Any) -> None:
-        self.arguments = arguments
-
-    def __call__(self, kind: type[LanguageModel], **flags: Any) -> LanguageModel:
-        arguments, self.arguments = self.arguments, {}
-        return kind(**flags, **arguments)
-
-
-def _plain(value: Any) -> Any:
-    """Replaces enumeration members, which Lightning has as defaults and the parser cannot write, by their text."""
-    if isinstance(value, Namespace):
-        for name, inner in vars(value).items():
-            setattr(value, name, _plain(inner))
-    elif isinstance(value, list):
-        return [_plain(inner) for inner in value]
-    return str(value.value) if isinstance(value, Enum) and isinstance(value, str) else value
-
-
 def _as_list(value: Any) -> list[Any]:
-    return value if isinstance(value, list) else [] if value is None else [value]
+    return list(value) if isinstance(value, list) else [] if value is None else [value]
 
 
 def _creation_error(error: Exception) -> Exception | None:
@@ -268,18 +216,16 @@ def _creation_error(error: Exception) -> Exception | None:
 
     The parser wraps the exception of a class in others, which name the class and list the types that it tried.
     """
-    named, cause = "", error
-    while True:
-        if found := re.search(r"given class_path '([^']+)'", str(cause)):
-            named = found[1]
-        if not isinstance(cause.__cause__, Exception):
-            break
-        cause = cause.__cause__
+    chain = [error]
+    while isinstance(chain[-1].__cause__, Exception):
+        chain.append(chain[-1].__cause__)
+    cause = chain[-1]
     if isinstance(cause, (UserError, MisconfigurationException)):
         return cause
-    if named:
-        return UserError(f"{named} cannot be created: {str(cause) or type(cause).__name__}")
-    return UserError(str(cause)) if isinstance(cause, (ValueError, ImportError, NotImplementedError)) else None
+    if named := re.findall(r"given class_path '([^']+)'", " ".join(map(str, chain))):
+        return UserError(f"{named[-1]} cannot be created: {str(cause) or type(cause).__name__}")
+    expected = isinstance(cause, (TypeError, ValueError, ImportError, NotImplementedError))
+    return UserError(str(cause)) if expected else None
 
 
 def _raised_by_lightning(error: Exception) -> bool:
@@ -298,10 +244,8 @@ def main(args: Sequence[str] | None = None) -> int:
         The exit status: 0, or 2 after a user's mistake, which is one line on stderr.
     """
     quiet()
-    usage = "lmlight {} [--config FILE] [options]"
-    parsers = {
-        name: {"command": name, "description": COMMANDS[name].help, "usage": usage.format(name)} for name in SUBCOMMANDS
-    }
+    # Lightning has enumeration members as defaults, such as those of its Timer
+    yaml.SafeDumper.add_multi_representer(Enum, lambda dumper, member: dumper.represent_data(member.value))
     try:
         LmlightCLI(
             LanguageModel,
@@ -310,7 +254,7 @@ def main(args: Sequence[str] | None = None) -> int:
             args=list(sys.argv[1:] if args is None else args),
             seed_everything_default=1337,
             save_config_callback=None,
-            parser_kwargs={"prog": "lmlight", "version": __version__, **parsers},
+            parser_kwargs={"prog": "lmlight", **{name: {"command": name} for name in SUBCOMMANDS}},
             parser_class=OneLineParser,
             auto_configure_optimizers=False,
             load_from_checkpoint_support=False,

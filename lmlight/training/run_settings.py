@@ -9,12 +9,11 @@ Either stands for the first `--config` file, so later files and flags override i
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import yaml
 
@@ -24,24 +23,7 @@ from lmlight.errors import UserError
 from lmlight.models import NETS, architecture_kwargs
 
 CONFIG = "config.yaml"  # in a run's folder
-# Classes that a config.yaml from elsewhere may name. Importing any other module would run it.
-TRUSTED_CLASSES = ("lmlight.", "torch.optim.", "lightning.")
-# Settings of the sections `model` and `trainer` that are plain text, whatever they hold.
-PLAIN_TEXT = ("default_root_dir", "save_dir", "dirpath", "filename", "stop")
-# Settings of one command, not of the run. `max_time` limits one process.
-NOT_RESUMED = ("config", "ckpt_path", "trainer.max_time")
-# Flags, also in `--config` files, that decide which settings the others start from.
-LOCATING = ("ckpt_path", "init_from", "trainer.default_root_dir", "trainer.logger.save_dir")
-
-
-class Words(NamedTuple):
-    """A command line, taken apart."""
-
-    command: str
-    configs: list[str]  # values of --config
-    located: dict[str, str | None]  # by `LOCATING`
-    rest: list[str]  # other flags
-    runs: Path  # the folder of all runs
+RUNS = "runs"  # the default folder of all runs
 
 
 @dataclass(frozen=True)
@@ -52,7 +34,7 @@ class Source:
         path: The file.
         content: From `checkpoint.read`.
         settings: What it contributes to the command's settings.
-        run: The run's folder if it is resumed in place.
+        run: The run's folder if the run is resumed.
     """
 
     path: Path
@@ -61,75 +43,44 @@ class Source:
     run: Path | None = None
 
 
-def take_apart(args: Sequence[str], commands: Sequence[str]) -> Words | None:
-    """Find the flags of `LOCATING` before the others are parsed; None without one of the commands."""
-    parser = Parser("lmlight", add_help=False, allow_abbrev=False)
-    parser.add_argument("--config", "-c", action="append", default=[])
-    for name in LOCATING:
-        parser.add_argument(f"--{name}", dest=name)
-    known, rest = parser.parse_known_args(args)
-    flags = vars(known)
-    configs = flags.pop("config")
-    if not rest or rest[0] not in commands:
-        return None
-    given: dict[str, Any] = {}
-    for config in configs:
-        with suppress(OSError, ValueError, yaml.YAMLError):  # reported when it is parsed
-            path = Path(config).expanduser()
-            content = yaml.safe_load(path.read_text("utf-8") if path.is_file() else config)
-            given |= content if isinstance(content, dict) else {}
-    located = {name: given.get(name) for name in ("ckpt_path", "init_from")}
-    located |= {name: value for name, value in flags.items() if value is not None}
-    runs = located.get("trainer.logger.save_dir") or located.get("trainer.default_root_dir")
-    return Words(rest[0], configs, located, rest[1:], Path(runs) if runs else runs_folder(given))
-
-
-def runs_folder(settings: Any) -> Path:
-    """The folder of all runs, given the settings of a command or a run."""
-    trainer: Any = settings.get("trainer") or {}
-    folder, loggers = trainer.get("default_root_dir") or "runs", trainer.get("logger")
-    logger: Any
-    for logger in loggers if isinstance(loggers, list) else [loggers]:
-        if hasattr(logger, "get") and str(logger["class_path"]).endswith("RunLogger"):
-            folder = (logger.get("init_args") or {}).get("save_dir") or folder
-    return Path(folder)
-
-
-def locate(words: Words) -> Source | None:
-    """The checkpoint that a command line names; None if it names none.
+def find_source(command: str, args: Sequence[str]) -> Source | None:
+    """The checkpoint that a command line names by a flag or in a `--config` file; None if it names none.
 
     Raises:
         UserError: There is none of this name, or it cannot be used for this command.
     """
-    ckpt_path, init_from = words.located.get("ckpt_path"), words.located.get("init_from")
+    parser = Parser("lmlight", add_help=False, allow_abbrev=False)
+    parser.add_argument("--config", "-c", action="append", default=[])
+    for name in ("ckpt_path", "init_from", "trainer.default_root_dir"):
+        parser.add_argument(f"--{name}", dest=name)
+    flags = vars(parser.parse_known_args(args)[0])
+    given: dict[str, Any] = {}
+    for config in flags.pop("config"):
+        with suppress(OSError, TypeError, ValueError, yaml.YAMLError):  # reported when the whole command line is parsed
+            given |= yaml.safe_load(Path(config).expanduser().read_text("utf-8"))
+    ckpt_path, init_from = (
+        given.get(name) if flags[name] is None else flags[name] for name in ("ckpt_path", "init_from")
+    )
     if "" in (init_from, ckpt_path):
         raise UserError("--ckpt_path and --init_from need a checkpoint, and got an empty text: pass best, or a file")
     if ckpt_path is not None and init_from is not None:
         raise UserError("--ckpt_path resumes a run and --init_from starts a new one: pass only one")
     if ckpt_path is None and init_from is None:
         return None
-    resuming = words.command == "fit" and ckpt_path is not None
-    path = checkpoints.find(ckpt_path or init_from or "", words.runs, "last" if resuming else "best")
+    root = given.get("trainer.default_root_dir") or (given.get("trainer") or {}).get("default_root_dir") or RUNS
+    resumes = command == "fit" and ckpt_path is not None
+    path = checkpoints.find(ckpt_path or init_from or "", root, "last" if resumes else "best")
     content = checkpoints.read(path)
-    if not resuming:
-        return Source(path, content, _from_checkpoint(content, only_net=init_from is not None))
-    if "optimizer_states" not in content:
-        raise UserError(
-            f"checkpoint '{path}' has no optimizer state, so its run cannot be resumed: pass it as --init_from"
-        )
-    run = path.absolute().parent.parent
-    settings = _from_run(run, run.parent.resolve() == words.runs.resolve(), path)
-    return Source(path, content, settings, run)
+    if resumes:
+        return Source(path, content, _from_run(path, content, Path(root)), path.absolute().parent.parent)
+    return Source(path, content, _from_checkpoint(content, only_net=init_from is not None))
 
 
 def _from_checkpoint(content: dict[str, Any], only_net: bool) -> dict[str, Any]:
     metadata = content[checkpoints.METADATA_KEY]
-    kind = NETS[metadata["net"]["class"]]
-    net = {
-        "class_path": f"{kind.__module__}.{kind.__name__}",
-        "init_args": architecture_kwargs(metadata["net"]["config"]),
-    }
-    block_size = metadata["net"]["config"]["block_size"]  # smaller than requested if the text was short
+    kind, config = NETS[metadata["net"]["class"]], metadata["net"]["config"]
+    net = {"class_path": f"{kind.__module__}.{kind.__name__}", "init_args": architecture_kwargs(config)}
+    block_size = config["block_size"]  # smaller than requested if the text was short
     if only_net:
         return {"model": {"net": net}, "data": {"block_size": block_size}}
     sampling = dict(metadata["sampling"])
@@ -141,63 +92,36 @@ def _from_checkpoint(content: dict[str, Any], only_net: bool) -> dict[str, Any]:
     return settings if seed is None else {"seed_everything": seed, **settings}
 
 
-def _from_run(run: Path, trusted: bool, checkpoint: Path) -> dict[str, Any]:
-    """The settings in a run's `config.yaml`.
-
-    Args:
-        run: The run's folder.
-        trusted: Whether it lies in the command's folder of runs, and is trusted like a file passed with `--config`.
-        checkpoint: The checkpoint to resume, for messages.
+def _from_run(checkpoint: Path, content: dict[str, Any], runs: Path) -> dict[str, Any]:
+    """The settings of the run that a checkpoint belongs to, which may name any class to import.
 
     Raises:
-        UserError: The file is missing or damaged, or it is not trusted and names a class outside `TRUSTED_CLASSES`.
+        UserError: The run lies outside the folder of runs, or has no optimizer state or no settings.
     """
+    if "optimizer_states" not in content:
+        raise UserError(
+            f"checkpoint '{checkpoint}' has no optimizer state, so its run cannot be resumed: pass it as --init_from"
+        )
+    run = checkpoint.absolute().parent.parent
     path = run / CONFIG
-    try:
-        if checkpoint.parent.name != checkpoints.FOLDER:  # the checkpoint does not lie in a run's folder
-            raise FileNotFoundError
-        settings = yaml.safe_load(path.read_text("utf-8"))
-    except FileNotFoundError:
+    if checkpoint.parent.name != checkpoints.FOLDER or not path.is_file():
         raise UserError(
             f"cannot resume '{checkpoint}': the run's settings, '{path}', are missing; put them there, or start a new run "
             "from its weights with --init_from"
-        ) from None
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        reason = getattr(error, "strerror", None) or "not YAML"
-        raise UserError(f"the run's settings '{path}' cannot be read ({reason}): restore the file") from None
-    if not isinstance(settings, dict):
-        raise UserError(f"the run's settings '{path}' hold no settings: restore the file")
-    if not trusted and (named := named_code(settings)):
-        raise UserError(
-            f"'{path}' names {named[0]}, which would be imported or read: if you trust that run, pass "
-            f"--trainer.default_root_dir {run.parent}"
         )
-    for name in NOT_RESUMED:
-        section, _, last = name.rpartition(".")
-        (settings.get(section) or {} if section else settings).pop(last, None)
+    if run.parent.resolve() != runs.resolve():
+        raise UserError(
+            f"the run '{run}' is not in the folder of runs, '{runs}', and its {CONFIG} could name code to import: if you "
+            f"trust it, pass --trainer.default_root_dir {run.parent}"
+        )
+    settings = None
+    with suppress(OSError, ValueError, yaml.YAMLError):
+        settings = yaml.safe_load(path.read_text("utf-8"))
+    if not isinstance(settings, dict):
+        raise UserError(f"the run's settings '{path}' cannot be read: restore the file")
+    settings.pop("ckpt_path", None)
+    (settings.get("trainer") or {}).pop("max_time", None)  # it limits one process
     return settings
-
-
-def named_code(settings: dict[str, Any]) -> list[str]:
-    """Untrusted values that the parser could import, or read as a file of settings.
-
-    A class or function may be named by `class_path`, or directly, as in `model.optimizer: my.Class`; and a file may stand
-    for any section. `data` holds plain values only.
-    """
-    importable = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+")
-
-    def named(value: Any, key: str) -> list[str]:
-        if isinstance(value, dict):
-            return [name for inner, content in value.items() for name in named(content, inner)]
-        if isinstance(value, list):
-            return [name for content in value for name in named(content, key)]
-        if not isinstance(value, str) or key in PLAIN_TEXT or value.startswith(TRUSTED_CLASSES):
-            return []
-        return [value] if importable.fullmatch(value) or Path(value).is_file() else []
-
-    sections = ("data", "model", "trainer")
-    whole = [str(settings[section]) for section in sections if not isinstance(settings.get(section, {}), dict)]
-    return whole + [name for section in sections[1:] for name in named(settings.get(section, {}), section)]
 
 
 def differences(before: dict[str, Any], after: dict[str, Any], prefix: str = "") -> list[str]:
@@ -218,3 +142,10 @@ def _brief(value: Any) -> str:
     if isinstance(value, dict) and "class_path" in value:
         return str(value["class_path"]).rpartition(".")[2]
     return json.dumps(value, ensure_ascii=False)
+
+
+def resume_command(checkpoint: str) -> str:
+    """What to type to resume the run of a checkpoint."""
+    runs = Path(checkpoint).absolute().parents[2]
+    where = "" if runs == Path(RUNS).absolute() else f" --trainer.default_root_dir {runs}"
+    return f"lmlight fit --ckpt_path {checkpoint}{where}"

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import shutil
-import sys
 import warnings
 from contextlib import suppress
 from pathlib import Path
@@ -37,18 +35,14 @@ class RunTrainer(Trainer):
     def log_dir(self) -> str:
         """The run's folder, whichever loggers there are; for its config, checkpoints and learning curve."""
         if self.run_folder is None:
-            made: str | None = str(self.default_root_dir)
+            made = str(self.default_root_dir)
+            leaves_nothing = self.fast_dev_run or self.barebones  # type: ignore[attr-defined]  # Lightning sets them late
             if ours := next((logger for logger in self.loggers if isinstance(logger, RunLogger)), None):
                 made = ours.log_dir
-            elif self.state.fn == "fit" and not self.leaves_nothing and self.is_global_zero:
-                made = str(checkpoints.make_run_dir(Path(self.default_root_dir)))
+            elif self.state.fn == "fit" and not leaves_nothing and self.is_global_zero:
+                made = str(checkpoints.make_run_dir(Path(made)))
             self.run_folder = str(self.strategy.broadcast(made))
         return self.run_folder
-
-    @property
-    def leaves_nothing(self) -> bool:
-        """Whether a run writes no files."""
-        return bool(self.fast_dev_run or self.barebones)  # type: ignore[attr-defined]  # Lightning sets them late
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """In a process that a strategy has spawned."""
@@ -65,8 +59,6 @@ class RunTrainer(Trainer):
         """Train a model, resume a run (--ckpt_path) or finetune (--init_from).
 
         Args:
-            model: The model.
-            datamodule: The data.
             ckpt_path: Resume the run of this checkpoint, with the run's own settings. A checkpoint is a file, a run's
                 folder, or `best` or `last` of the newest run that has one.
             init_from: Finetune: start from the network, weights and tokenizer of this checkpoint; everything else is new.
@@ -84,8 +76,6 @@ class RunTrainer(Trainer):
         """Train the tokenizer and encode a text, so that fit starts at once.
 
         Args:
-            model: Not used.
-            datamodule: The data.
             init_from: Use the tokenizer of this checkpoint.
             to: Folder for a copy of the result, to pass as `--data.corpus`; null leaves it in the cache.
             format: Format of the copy: `store` to read from a disk, `litdata` to stream while training.
@@ -98,7 +88,7 @@ class RunTrainer(Trainer):
             store = streaming.write(store, target) if format == "litdata" else store.copy(target)
         tokens = ", ".join(f"{name} {store.tokens[name]:,}" for name in store.tokens)
         print(f"Prepared: {os.path.relpath(store.folder)} (tokens: {tokens}; {store.tokenizer.vocab_size:,} pieces)")
-        print(f"  {command()} fit --data.corpus {os.path.relpath(store.folder)}")
+        print(f"  lmlight fit --data.corpus {os.path.relpath(store.folder)}")
 
     def validate(  # type: ignore[override]
         self, model: LanguageModel, datamodule: TextDataModule, ckpt_path: str | None = None
@@ -106,8 +96,6 @@ class RunTrainer(Trainer):
         """Score a checkpoint on the validation text.
 
         Args:
-            model: The model, with the checkpoint's weights.
-            datamodule: The data.
             ckpt_path: A file, a run's folder, or `best` or `last` of the newest run that has one.
         """
         super().validate(model, datamodule=datamodule, verbose=False)
@@ -119,8 +107,6 @@ class RunTrainer(Trainer):
         """Score a checkpoint on the test text, also with a sliding window.
 
         Args:
-            model: The model, with the checkpoint's weights.
-            datamodule: The data.
             ckpt_path: A file, a run's folder, or `best` or `last` of the newest run that has one.
         """
         super().test(model, datamodule=datamodule, verbose=False)
@@ -132,8 +118,6 @@ class RunTrainer(Trainer):
         """Generate text from a checkpoint.
 
         Args:
-            model: The model, with the checkpoint's weights.
-            datamodule: The prompts.
             ckpt_path: A file, a run's folder, or `best` or `last` of the newest run that has one.
             output: JSON Lines file for the texts, with tokens, log-probabilities and seeds; null prints them.
         """
@@ -148,19 +132,12 @@ class RunTrainer(Trainer):
 class TimeLimit(Timer):
     """`trainer.max_time`, counted from the start of this process; Lightning's Timer would count previous processes too."""
 
-    def state_dict(self) -> dict[str, Any]:
-        return {}
-
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         pass
 
 
 class SaveConfig(Callback):
-    """Writes `config.yaml` into the run's folder when training starts: a refused resume leaves the old file unchanged.
-
-    Args:
-        settings: Plain values.
-    """
+    """Writes `config.yaml` into the run's folder when training starts: a refused resume leaves the old file unchanged."""
 
     def __init__(self, settings: dict[str, Any]) -> None:
         self.settings = settings
@@ -186,21 +163,12 @@ def quiet() -> None:
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
     logging.getLogger("lightning.pytorch.profilers").setLevel(logging.INFO)  # what `--trainer.profiler simple` prints
-    for tip in (
+    tips = (
         "does not have many workers",
         "number of training batches",
         "callbacks used to create",
-        "sync_dist=True",
+        "sync_dist",
         "LeafSpec",
-    ):
-        warnings.filterwarnings("ignore", message=f".*{tip}")
+    )
+    warnings.filterwarnings("ignore", message=f".*({'|'.join(tips)})")
     warnings.formatwarning = lambda message, *_args, **_kwargs: f"lmlight: warning: {' '.join(str(message).split())}\n"
-
-
-def command() -> str:
-    """What to type for `lmlight` where this process was started; its environment may not be activated."""
-    typed = Path(sys.argv[0])
-    if typed.stem != "lmlight":  # python -m lmlight, or a notebook
-        return f"{sys.executable} -m lmlight"
-    found = shutil.which("lmlight")
-    return "lmlight" if found and Path(found).resolve() == typed.resolve() else os.path.relpath(typed)

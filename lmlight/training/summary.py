@@ -6,7 +6,6 @@ import json
 import math
 import os
 import shlex
-from pathlib import Path
 
 from lmlight import checkpoint as checkpoints
 from lmlight.generation import escape_control_characters
@@ -14,7 +13,8 @@ from lmlight.training.callbacks import RunLogger
 from lmlight.training.checkpointing import BestLastCheckpoint
 from lmlight.training.datamodule import TextDataModule
 from lmlight.training.module import LanguageModel
-from lmlight.training.run_trainer import RunTrainer, command
+from lmlight.training.run_settings import resume_command
+from lmlight.training.run_trainer import RunTrainer
 
 
 def print_summary(
@@ -28,14 +28,11 @@ def print_summary(
         datamodule: The data.
         resumed_step: The step at which the run was resumed; None for a new run.
     """
-    if trainer.fast_dev_run:  # type: ignore[attr-defined]  # set late
-        print("This was a trial run (trainer.fast_dev_run): nothing was saved")
-        return
     keeper = next((one for one in trainer.checkpoint_callbacks if isinstance(one, BestLastCheckpoint)), None)
-    if keeper is None:
-        print("No checkpoints were kept")
-        return
     step = trainer.global_step
+    if trainer.fast_dev_run or keeper is None:  # type: ignore[attr-defined]  # set late
+        print("Nothing was saved")
+        return
     if step == resumed_step:
         print(f"The run had already reached step {step}: to train longer, pass a larger --trainer.max_steps")
         return
@@ -49,20 +46,17 @@ def print_summary(
     nats = best["callbacks"][keeper.state_key]["best_score"]
     print(f"\nBest checkpoint: {path} (step {best['global_step']})")
     print(f"  {nats:.4f} nats per character, {nats / math.log(2):.4f} bits per character on the validation text")
-    final = trainer.callback_metrics.get("val/nats_per_char")
-    if final is not None:
+    if (final := trainer.callback_metrics.get("val/nats_per_char")) is not None:
         print(f"  {final:.4f} nats per character at the last validation")
     if datamodule.trainer is None:  # another process trained, as with `ddp_spawn`
         datamodule.prepare_data()
         datamodule.setup("fit")
     elif step < model.total_steps:
-        resume = f"{command()} fit --ckpt_path {os.path.relpath(keeper.last_model_path)}"
-        print(f"  Stopped at step {step} of {model.total_steps}; to resume: {resume}")
+        print(f"  Stopped at step {step} of {model.total_steps}; to resume: {resume_command(keeper.last_model_path)}")
     prompt = datamodule.sample_prompt
     text = LanguageModel.load_from_checkpoint(path).generate(prompt, max_new_tokens=150)
     print(f"\n{escape_control_characters(text)}\n")
     prompts = shlex.quote(json.dumps([prompt], ensure_ascii=False))
-    print(f"Next:\n  {command()} predict --ckpt_path {path} --data.prompts {prompts}")
+    print(f"Next:\n  lmlight predict --ckpt_path {path} --data.prompts {prompts}")
     if isinstance(trainer.logger, RunLogger):
-        tensorboard = Path(command()).with_name("tensorboard")  # beside lmlight
-        print(f"  {tensorboard} --logdir {os.path.relpath(trainer.logger.root_dir)}")
+        print(f"  tensorboard --logdir {os.path.relpath(trainer.logger.root_dir)}")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 import time
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -24,13 +23,13 @@ class RunLogger(TensorBoardLogger):
     """Writes TensorBoard files to the run's own folder: `runs/2025-01-31_12-00-00`, with `-2` and so on if taken.
 
     Args:
-        save_dir: parent folder of all runs; null is `trainer.default_root_dir` on the command line and `runs` in Python.
+        save_dir: parent folder of all runs; the command line passes `trainer.default_root_dir`.
         version: name of this run's folder; null makes one from the time.
         purge_step: hide this and later steps in the folder's existing files, because a resumed run logs them again.
     """
 
-    def __init__(self, save_dir: str | None = None, version: str | None = None, purge_step: int | None = None) -> None:
-        super().__init__(save_dir or "runs", name="", version=version, default_hp_metric=False, purge_step=purge_step)
+    def __init__(self, save_dir: str = "runs", version: str | None = None, purge_step: int | None = None) -> None:
+        super().__init__(save_dir, name="", version=version, default_hp_metric=False, purge_step=purge_step)
 
     def _get_next_version(self) -> str:  # type: ignore[override]
         if getattr(rank_zero_only, "rank", 0) != 0:
@@ -40,13 +39,6 @@ class RunLogger(TensorBoardLogger):
     def save(self) -> None:
         """Without Lightning's `hparams.yaml`: the settings are in `config.yaml`."""
         FabricTensorBoardLogger.save(self)
-
-    def finalize(self, status: str) -> None:
-        super().finalize(status)
-        if status == "failed":  # before the first step, there are no files: `rmdir` removes only empty folders
-            with suppress(OSError):
-                Path(self.log_dir).rmdir()
-                Path(self.root_dir).rmdir()
 
 
 class RunProgress(ProgressBar):
