@@ -19,8 +19,7 @@ def main(args: Sequence[str] | None = None) -> int:
     Returns:
         The exit status: 0; 2 without a command or after a user's mistake, which is one line on stderr.
     """
-    args = sys.argv[1:] if args is None else list(args)
-    command = args[0] if args else ""
+    command, *rest = list(sys.argv[1:] if args is None else args) or [""]
     if command in ("", "-h", "--help"):
         print(usage())
         return 0 if command else 2
@@ -34,7 +33,7 @@ def main(args: Sequence[str] | None = None) -> int:
         target = COMMANDS[command].target
         module, _, name = target.partition(":")
         run = getattr(importlib.import_module(module), name)
-        return run(args if target == TRAINING else args[1:]) or 0
+        return run([command, *rest] if target == TRAINING else rest) or 0
     except UserError as error:
         say(error)
         return 2

@@ -16,7 +16,8 @@ class Command(NamedTuple):
     target: str
 
 
-TRAINING = "lmlight.training.cli:main"  # takes the command's name, too, because options may precede it
+TRAINING = "lmlight.training.cli:main"  # takes the command's name, too
+EXPORT = "lmlight.export.command"
 COMMANDS = {
     "fit": Command("Train a model, resume a run (--ckpt_path) or finetune (--init_from).", TRAINING),
     "prepare": Command("Train the tokenizer and encode a text, so that fit starts at once.", TRAINING),
@@ -25,10 +26,8 @@ COMMANDS = {
     "predict": Command("Generate text from a checkpoint.", TRAINING),
     "chat": Command("Type prompts and watch the text stream.", "lmlight.commands.chat:main"),
     "curves": Command("Plot the learning curves of several runs.", "lmlight.commands.curves:main"),
-    "export": Command(
-        "Convert a checkpoint for other engines: hf, gguf, onnx, torch.", "lmlight.export.command:export"
-    ),
-    "import": Command("Convert a Hugging Face model to a checkpoint.", "lmlight.export.command:import_"),
+    "export": Command("Convert a checkpoint for other engines: hf, gguf, onnx, torch.", f"{EXPORT}:export"),
+    "import": Command("Convert a Hugging Face model to a checkpoint.", f"{EXPORT}:import_"),
     "cache": Command("List or clear cached corpora and tokens.", "lmlight.commands.cache:main"),
 }
 

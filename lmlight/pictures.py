@@ -102,21 +102,6 @@ def loss_by_position(nats: Floats) -> Figure:
     return figure
 
 
-def positions(vectors: Floats) -> Figure:
-    """Learned position embeddings, (T, C), and their cosine similarities."""
-    figure = Figure(figsize=(7, 3.2), dpi=100, facecolor="white", layout="constrained")
-    left, right = figure.subplots(1, 2)
-    limit = float(np.abs(vectors).max()) or 1.0
-    left.imshow(vectors, aspect="auto", cmap="RdBu", vmin=-limit, vmax=limit)
-    left.set(xlabel="channel", ylabel="position", title="position embeddings")
-    lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
-    similarity = vectors @ vectors.T / np.maximum(lengths * lengths.T, 1e-12)
-    image = right.imshow(similarity, cmap="RdBu", vmin=-1, vmax=1)
-    right.set(xlabel="position", ylabel="position", title="cosine similarity")
-    figure.colorbar(image, ax=right)
-    return figure
-
-
 def learning_curves(runs: Mapping[str, Sequence[Mapping[str, float]]], x: str = "step") -> Figure:
     """The validation loss of one or more runs and, dashed, the loss on a subset of the training text.
 

@@ -36,13 +36,6 @@ def test_long_line_is_wrapped():
     assert [text.get_text() for text in figure.axes[0].texts] == ["abcde", "fgh"]
 
 
-def test_position_similarity_is_the_cosine():
-    vectors = np.array([[1.0, 0.0], [0.0, 2.0], [3.0, 3.0]])
-    figure = pictures.positions(vectors)
-    assert np.array_equal(image_of(figure), vectors)
-    assert list(image_of(figure, 1)[0]) == pytest.approx([1, 0, 0.5**0.5])
-
-
 def test_loss_by_position_counts_from_one():
     figure = pictures.loss_by_position(np.array([3.0, 2.0, 1.5]))
     (line,) = figure.axes[0].lines

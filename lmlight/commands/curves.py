@@ -22,18 +22,14 @@ def main(args: Sequence[str]) -> None:
     parser.add_argument("--x", choices=("step", "characters", "seconds"), default="step", help="the horizontal axis")
     parser.add_argument("--output", type=Path, default=Path("curves.png"), help="the figure: .png, .svg or .pdf")
     options = parser.parse_args(args)
-    names = [run.absolute().name for run in options.runs]
-    runs, skipped = dict[str, list[dict[str, float]]](), list[UserError]()
-    for run, name in zip(options.runs, names):
+    runs = dict[str, list[dict[str, float]]]()
+    for run in options.runs:
         try:
-            runs[name if names.count(name) == 1 else str(run)] = read(run, options.x)
+            runs[str(run)] = read(run, options.x)
         except UserError as error:
-            skipped.append(error)
+            say(error, "skipped")
     if not runs:
-        others = f" ({len(skipped) - 1} more cannot be plotted either)" if len(skipped) > 1 else ""
-        raise UserError(f"{skipped[0]}{others}")
-    for reason in skipped:
-        say(reason, "skipped")
+        raise UserError("none of these can be plotted: pass the folders of runs, such as runs/*")
     from lmlight import pictures  # Matplotlib takes a third of a second to import
 
     try:
@@ -63,8 +59,8 @@ def read(run: Path, x: str) -> list[dict[str, float]]:
             rows = [{name: float(value or "nan") for name, value in row.items()} for row in csv.DictReader(file)]
     except (OSError, ValueError, TypeError, csv.Error) as error:
         reason = getattr(error, "strerror", None) or "not a table of numbers"
-        raise UserError(f"'{path}' cannot be read ({reason}): pass the folders of runs, such as runs/*") from None
+        raise UserError(f"'{path}' cannot be read ({reason})") from None
     rows = [row for row in rows if all(math.isfinite(row.get(name, math.nan)) for name in (x, "val/nats_per_char"))]
     if not rows:
-        raise UserError(f"'{path}' has no validation with a finite loss and {x}: pass runs that have been validated")
+        raise UserError(f"'{path}' has no validation with a finite loss and {x}")
     return rows

@@ -89,8 +89,6 @@ def _new(path: Path, force: bool, is_folder: bool = False) -> Iterator[Path]:
     """
     path = path.expanduser().resolve()
     try:
-        if is_folder:
-            files.restore(path)
         if path.exists() and path.is_dir() != is_folder:
             found, expected = ("file", "folder") if is_folder else ("folder", "file")
             raise UserError(f"'{path}' is a {found}: pass the path of a {expected}")

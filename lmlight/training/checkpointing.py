@@ -53,18 +53,15 @@ class AtomicCheckpointIO(CheckpointIO):
 class BestLastCheckpoint(Checkpoint):
     """Keeps `checkpoints/best.ckpt` and `checkpoints/last.ckpt` in the run's folder.
 
-    `best` has the lowest `val/nats_per_char`. `last` is written at each validation, at the end of the run (also on SIGTERM
-    and Ctrl-C), and every `every_n_steps` steps. After a signal, the process exits with 128 + its number; a second signal
-    exits immediately. With several processes, a signal is noticed at validations and every `trainer.log_every_n_steps`
-    steps, because they have to agree on the step at which to leave.
+    `best` has the lowest `val/nats_per_char`. `last` is written at each validation and at the end of the run, also on
+    SIGTERM and Ctrl-C, after which the process exits with 128 + the signal's number; a second signal exits immediately.
+    Several processes notice a signal at validations and every `trainer.log_every_n_steps` steps, where they agree to leave.
 
     Args:
         every_n_steps: Also write `last` every this many steps; 0 disables this.
     """
 
     def __init__(self, every_n_steps: int = 0) -> None:
-        if every_n_steps < 0:
-            raise UserError(f"BestLastCheckpoint.every_n_steps must be 0 or more, got {every_n_steps}")
         self.every_n_steps = every_n_steps
         self.best_score: float | None = None
         self.best_model_path = ""
@@ -109,13 +106,11 @@ class BestLastCheckpoint(Checkpoint):
             os._exit(128 + number)
         self._signal = number
 
-    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         self._leave_if_agreed(trainer)
         self._step = trainer.global_step
 
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         step = trainer.global_step
         if step == self._step:  # a request to stop waits for the step's remaining micro-batches
             self._stop_asked, trainer.should_stop = self._stop_asked or trainer.should_stop, False

@@ -13,6 +13,7 @@ import traceback
 from argparse import SUPPRESS
 from collections.abc import Sequence
 from enum import Enum
+from functools import partial
 from typing import Any, NoReturn
 
 import torch
@@ -27,7 +28,7 @@ from lmlight.errors import UserError, say
 from lmlight.models import Bigram, Transformer  # noqa: F401  (so that --model.net Bigram needs no full path)
 from lmlight.optim import Muon
 from lmlight.training import callbacks
-from lmlight.training.callbacks import RunLogger, RunProgress, WritePredictions
+from lmlight.training.callbacks import RunLogger, RunProgress
 from lmlight.training.checkpointing import AtomicCheckpointIO, BestLastCheckpoint
 from lmlight.training.datamodule import TextDataModule
 from lmlight.training.module import PYTHON_ONLY, LanguageModel
@@ -129,20 +130,14 @@ class LmlightCLI(LightningCLI):
         self.settings: dict[str, Any] = json.loads(dump)[self.subcommand]
 
     def instantiate_classes(self) -> None:
-        def make_model(kind: type[LanguageModel], **flags: Any) -> LanguageModel:
-            content = self.source.content if self.source is not None else None
-            return kind(**flags, init_from=content, settings=self.settings)
-
+        extra = {"init_from": self.source.content if self.source is not None else None, "settings": self.settings}
         if self.source is not None and self.source.run is not None:
             self.resumed_step = self.source.content["global_step"]
-        try:
-            self.config_init = self.parser.instantiate(self.config, instantiators=[(make_model, LanguageModel, False)])
-            self.datamodule, self.model = (self.config_init[self.subcommand][name] for name in ("data", "model"))
-            self.trainer = self.instantiate_trainer()
-        except Exception as error:
-            if (mistake := _creation_error(error)) is None:
-                raise
-            raise mistake from error
+        make_model = partial(_make_model, extra)
+        self.config_init = self.parser.instantiate(self.config, instantiators=[(make_model, LanguageModel, False)])
+        extra.clear()  # the parser keeps a reference to it
+        self.datamodule, self.model = (self.config_init[self.subcommand][name] for name in ("data", "model"))
+        self.trainer = self.instantiate_trainer()
         self.model.check_net(self.datamodule.block_size)
         if self.subcommand == "fit":
             self.model.check_run(self.trainer)  # as Lightning will do, but before a strategy launches processes
@@ -167,19 +162,16 @@ class LmlightCLI(LightningCLI):
         given: list[Callback] = _as_list(options["callbacks"])
         if not options["logger"]:  # LearningRateMonitor refuses to have nowhere to log to
             given = [callback for callback in given if not isinstance(callback, LearningRateMonitor)]
-        if self.subcommand == "predict":
-            given.append(WritePredictions(self.config[self.subcommand].output))
         if self.subcommand == "fit":
             if max_time := options.pop("max_time"):
                 given.append(TimeLimit(max_time))
-            has_bar = any(isinstance(callback, ProgressBar) for callback in given)
-            if options["enable_progress_bar"] is not False and not has_bar:
+            if options["enable_progress_bar"] is not False and not any(isinstance(one, ProgressBar) for one in given):
                 given.append(RunProgress())
+                options["enable_progress_bar"] = False  # not Lightning's
             if not (options["fast_dev_run"] or options["barebones"]):
                 given.append(SaveConfig(self.settings))
                 if options["enable_checkpointing"] is not False:
-                    has_keeper = any(isinstance(callback, BestLastCheckpoint) for callback in given)
-                    given += [] if has_keeper else [BestLastCheckpoint()]
+                    given += [] if any(isinstance(one, BestLastCheckpoint) for one in given) else [BestLastCheckpoint()]
         # Averaging comes late because it takes the averaged weights away at the end of a validation; the config is saved
         # once all others have started; and the last checkpoint has the state of any ModelCheckpoint.
         order = (BestLastCheckpoint, SaveConfig, WeightAveraging)
@@ -207,31 +199,33 @@ class LmlightCLI(LightningCLI):
         print_summary(self.trainer, self.model, self.datamodule, self.resumed_step)
 
 
+def _make_model(extra: dict[str, Any], kind: type[LanguageModel], **flags: Any) -> LanguageModel:
+    return kind(**flags, **extra)
+
+
 def _as_list(value: Any) -> list[Any]:
     return list(value) if isinstance(value, list) else [] if value is None else [value]
 
 
-def _creation_error(error: Exception) -> Exception | None:
-    """The user's mistake behind an error while classes are instantiated; None if it is not one, as far as we can tell.
+def _mistake(error: Exception) -> Exception | None:
+    """The user's mistake behind an error; None if it is not one, as far as we can tell.
 
-    The parser wraps the exception of a class in others, which name the class and list the types that it tried.
+    The parser wraps the exception of a class in others, which name the class and list the types that it tried. Lightning
+    refuses settings by a `MisconfigurationException`, and as often by a built-in exception.
     """
     chain = [error]
     while isinstance(chain[-1].__cause__, Exception):
         chain.append(chain[-1].__cause__)
-    cause = chain[-1]
-    if isinstance(cause, (UserError, MisconfigurationException)):
-        return cause
+    for cause in chain:
+        if isinstance(cause, (UserError, MisconfigurationException)):
+            return cause
     if named := re.findall(r"given class_path '([^']+)'", " ".join(map(str, chain))):
         return UserError(f"{named[-1]} cannot be created: {str(cause) or type(cause).__name__}")
-    expected = isinstance(cause, (TypeError, ValueError, ImportError, NotImplementedError))
-    return UserError(str(cause)) if expected else None
-
-
-def _raised_by_lightning(error: Exception) -> bool:
-    """Lightning refuses settings by a `MisconfigurationException`, and as often by a built-in exception."""
-    *_, (last, _) = traceback.walk_tb(error.__traceback__)
-    return str(last.f_globals.get("__name__", "")).startswith("lightning.")
+    *_, (last, _) = traceback.walk_tb(cause.__traceback__)
+    raised_by_lightning = str(last.f_globals.get("__name__", "")).startswith("lightning.")
+    return (
+        cause if raised_by_lightning and isinstance(cause, (ValueError, TypeError, RuntimeError, ImportError)) else None
+    )
 
 
 def main(args: Sequence[str] | None = None) -> int:
@@ -259,18 +253,16 @@ def main(args: Sequence[str] | None = None) -> int:
             auto_configure_optimizers=False,
             load_from_checkpoint_support=False,
         )
-    except (MisconfigurationException, ValueError, TypeError, RuntimeError) as error:
-        if not (isinstance(error, (UserError, MisconfigurationException)) or _raised_by_lightning(error)):
+    except Exception as error:
+        if (mistake := _mistake(error)) is None:
             raise
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
         if getattr(rank_zero_only, "rank", 0) == 0:
-            say(error)
+            say(mistake)
         return 2
-    except KeyboardInterrupt:  # during `prepare`; Lightning handles its own
-        return 130
-    except SystemExit as end:
-        if isinstance(end.__context__, KeyboardInterrupt):
+    except (KeyboardInterrupt, SystemExit) as end:
+        if isinstance(end, KeyboardInterrupt) or isinstance(end.__context__, KeyboardInterrupt):
             return 130  # Lightning exits with 1
         raise
     return 0

@@ -18,11 +18,7 @@ SUM_DTYPE = torch.float32 if torch.backends.mps.is_available() else torch.float6
 
 
 class TextLoss(Metric):
-    """Loss of a network over a text, per token and per character.
-
-    `compute` returns `loss` (nats per token), `perplexity` (its exponential), `nats_per_char`, `bpc` (bits per character)
-    and `characters` (the number scored).
-    """
+    """Loss over a text: nats per token, its exponential, nats and bits per character, and the characters scored."""
 
     full_state_update = False
 

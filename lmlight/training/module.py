@@ -67,7 +67,6 @@ class LanguageModel(TextModel):
 
     Attributes:
         tokenizer: Encodes prompts and decodes generated ids; None until known.
-        on_text: If set, `predict_step` calls it with each `TextStream` and its next piece of text.
         logprobs: Whether `predict_step` records the log-probability of each token.
         step_loss: Training loss of the current optimizer step, on this device.
         step_is_logged: Whether the current optimizer step is logged.

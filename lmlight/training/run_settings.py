@@ -11,9 +11,8 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import yaml
 
@@ -26,21 +25,13 @@ CONFIG = "config.yaml"  # in a run's folder
 RUNS = "runs"  # the default folder of all runs
 
 
-@dataclass(frozen=True)
-class Source:
-    """The checkpoint that a command starts from.
-
-    Attributes:
-        path: The file.
-        content: From `checkpoint.read`.
-        settings: What it contributes to the command's settings.
-        run: The run's folder if the run is resumed.
-    """
+class Source(NamedTuple):
+    """The checkpoint that a command starts from."""
 
     path: Path
-    content: dict[str, Any]
-    settings: dict[str, Any]
-    run: Path | None = None
+    content: dict[str, Any]  # from `checkpoint.read`
+    settings: dict[str, Any]  # contributed to the command's settings
+    run: Path | None = None  # the run's folder if the run is resumed
 
 
 def find_source(command: str, args: Sequence[str]) -> Source | None:
@@ -58,9 +49,8 @@ def find_source(command: str, args: Sequence[str]) -> Source | None:
     for config in flags.pop("config"):
         with suppress(OSError, TypeError, ValueError, yaml.YAMLError):  # reported when the whole command line is parsed
             given |= yaml.safe_load(Path(config).expanduser().read_text("utf-8"))
-    ckpt_path, init_from = (
-        given.get(name) if flags[name] is None else flags[name] for name in ("ckpt_path", "init_from")
-    )
+    given |= {name: value for name, value in flags.items() if value is not None}
+    ckpt_path, init_from = given.get("ckpt_path"), given.get("init_from")
     if "" in (init_from, ckpt_path):
         raise UserError("--ckpt_path and --init_from need a checkpoint, and got an empty text: pass best, or a file")
     if ckpt_path is not None and init_from is not None:

@@ -20,14 +20,7 @@ from lmlight.training.run_trainer import RunTrainer
 def print_summary(
     trainer: RunTrainer, model: LanguageModel, datamodule: TextDataModule, resumed_step: int | None
 ) -> None:
-    """Print where the best checkpoint is, its score, a sample of text, and what to type next.
-
-    Args:
-        trainer: The trainer, after `fit`.
-        model: The model.
-        datamodule: The data.
-        resumed_step: The step at which the run was resumed; None for a new run.
-    """
+    """Print where the best checkpoint is, its score, a sample of text, and what to type next."""
     keeper = next((one for one in trainer.checkpoint_callbacks if isinstance(one, BestLastCheckpoint)), None)
     step = trainer.global_step
     if trainer.fast_dev_run or keeper is None:  # type: ignore[attr-defined]  # set late

@@ -67,43 +67,32 @@ class LearningCurve(Callback):
 
 
 class HParamsLogger(Callback):
-    """Lists the run in TensorBoard's HParams, its settings beside its last metrics: a table of runs to sort.
+    """Lists the run in TensorBoard's HParams: a table of runs to sort, their settings beside their last metrics."""
 
-    Args:
-        metrics: the metrics to list.
-    """
-
-    # they change what is written and where, but not what is learned
-    LEFT_OUT = ("model.sampling", "data.prompts", "data.prompt_batch_size", "data.num_workers", "data.cache")
-
-    def __init__(self, metrics: tuple[str, ...] = ("val/nats_per_char", "val/bpc", "gap/nats_per_char")) -> None:
-        self.metrics = metrics
+    METRICS = ("val/nats_per_char", "val/bpc", "gap/nats_per_char")
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if (writer := summary_writer(trainer)) is None or not trainer.is_global_zero:
             return
         assert isinstance(pl_module, LanguageModel) and pl_module.net is not None
-        config = pl_module.settings or {"model": {"net": pl_module.net.config}}
-        params: dict[str, Any] = {
+        settings = pl_module.settings or {"model": {"net": pl_module.net.config}}
+        params = {
             "weights": pl_module.net.num_parameters,
             "steps": pl_module.total_steps,
             "precision": str(trainer.precision),
-            "seed": config.get("seed_everything", pl_module.seed),
+            **_flatten({section: settings.get(section, {}) for section in ("data", "model")}),
         }
-        for section in ("data", "model"):
-            for name, value in config.get(section, {}).items():
-                if f"{section}.{name}" not in self.LEFT_OUT:
-                    params |= _flatten(value, name)
         # not logger.log_hyperparams, which also logs a first value of each metric, before there is one
-        for summary in hparams(params, dict.fromkeys(self.metrics, 0.0)):  # type: ignore[no-untyped-call]  # torch's
+        for summary in hparams(params, dict.fromkeys(self.METRICS, 0.0)):  # type: ignore[no-untyped-call]  # torch's
             writer._get_file_writer().add_summary(summary)  # type: ignore[no-untyped-call]  # torch's
 
 
-def _flatten(value: Any, name: str) -> dict[str, Any]:
-    """Nested settings with dotted names and plain values; `init_args` is no level, and a class has its short name."""
-    if isinstance(value, dict):
-        inner = {name if key == "init_args" else f"{name}.{key}": content for key, content in value.items()}
-        return {key: plain for path, content in inner.items() for key, plain in _flatten(content, path).items()}
-    if name.endswith("class_path"):
-        value = value.rpartition(".")[2]
-    return {name: value if isinstance(value, (bool, int, float, str)) else str(value)}
+def _flatten(settings: dict[str, Any], prefix: str = "") -> dict[str, bool | int | float | str]:
+    """Nested settings by the names of their flags; other values than these types as text."""
+    flat: dict[str, bool | int | float | str] = {}
+    for name, value in settings.items():
+        if isinstance(value, dict):
+            flat |= _flatten(value, prefix if name == "init_args" else f"{prefix}{name}.")
+        else:
+            flat[prefix + name] = value if isinstance(value, (bool, int, float, str)) else str(value)
+    return flat

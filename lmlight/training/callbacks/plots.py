@@ -1,4 +1,4 @@
-"""What a net has learned, in TensorBoard: figures at validations, and the token embedding at the end of training."""
+"""Figures of a net in TensorBoard, and its token embedding."""
 
 from __future__ import annotations
 
@@ -9,13 +9,12 @@ from typing import Any, cast
 
 import numpy as np
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 from lmlight import pictures
 from lmlight.data.loader import IGNORE_INDEX, Batch
-from lmlight.errors import UserError
 from lmlight.models import Bigram, Transformer
 from lmlight.training.callbacks.base import FitCallback, summary_writer, text_data
 from lmlight.training.datamodule import TextDataModule
@@ -27,11 +26,11 @@ PROJECTOR_TOKENS = 2048  # the files for the Projector are text, 20 bytes a numb
 
 
 class Pictures(FitCallback):
-    """Draws figures of the net for TensorBoard's Images page, at validations.
+    """Draws figures of the net for TensorBoard's Images page at validations, and puts the embeddings of the 2,048 most
+    frequent tokens on its Projector page at the end.
 
     - `attention`: attention weights over a line of text, one figure per head, with the tokens on both axes;
     - `bigram`: the probabilities in a bigram table, for the most frequent tokens;
-    - `positions`: the learned position embeddings and their cosine similarities;
     - `loss by position`: the validation loss at each position of the block;
     - `surprise`: the beginning of the validation text, each token coloured by its loss.
 
@@ -41,8 +40,7 @@ class Pictures(FitCallback):
         line: text for `attention`, of which the first 20 tokens are used; null takes the beginning of the validation text.
         blocks: blocks for `attention`, counted from 1; null takes the first and the last.
         heads: heads for `attention`, counted from 1.
-        share: draw only while drawing has taken less than this share of the run's time; the last validation is always
-            drawn.
+        share: draw only while drawing has taken less than this share of the run's time, and at the last validation.
     """
 
     def __init__(
@@ -52,8 +50,6 @@ class Pictures(FitCallback):
         heads: Sequence[int] = (1,),
         share: float = 0.005,
     ) -> None:
-        if not 0 <= share <= 1:
-            raise UserError(f"Pictures.share must be in [0, 1], got {share}")
         self.line, self.blocks, self.heads, self.share = line, blocks, heads, share
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -65,13 +61,7 @@ class Pictures(FitCallback):
         self._sums = torch.zeros(2, pl_module.block_size, dtype=SUM_DTYPE, device=pl_module.device)
 
     def on_validation_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: Any,
-        batch: Batch,
-        batch_idx: int,
-        dataloader_idx: int = 0,
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Batch, batch_idx: int, *_: Any
     ) -> None:
         if batch_idx == 0:
             self._first_targets, self._first_nats = batch.targets, outputs  # (B, T)
@@ -92,6 +82,17 @@ class Pictures(FitCallback):
             writer.add_figure(name, figure, trainer.global_step)
         self._spent += time.monotonic() - began
 
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        assert isinstance(pl_module, LanguageModel) and pl_module.net is not None and pl_module.tokenizer is not None
+        writer, data, vocab_size = summary_writer(trainer), text_data(trainer), pl_module.net.vocab_size
+        tables = [module.weight for module in pl_module.net.modules() if isinstance(module, nn.Embedding)]
+        table = next((weight for weight in tables if len(weight) == vocab_size), None)
+        if writer is None or data is None or table is None or not trainer.is_global_zero or pl_module.device_mesh:
+            return
+        ids = ids_by_frequency(data, vocab_size)[:PROJECTOR_TOKENS]
+        labels = [pictures.visible(pl_module.tokenizer.id_to_piece(index)) for index in ids]
+        writer.add_embedding(table.detach().float().cpu()[ids], labels, global_step=trainer.global_step, tag="tokens")
+
     def _figures(
         self, model: LanguageModel, data: TextDataModule, loss_by_position: Any
     ) -> Iterator[tuple[str, Figure]]:
@@ -101,15 +102,11 @@ class Pictures(FitCallback):
             ids = self._first_targets[0].tolist() if self.line is None else tokenizer.encode_prompt(self.line)
             ids = ids[: min(AXIS_TOKENS, net.block_size)]
             labels = [pictures.visible(tokenizer.id_to_piece(index)) for index in ids]
-            maps = (
-                net.attention_maps(torch.tensor([ids], device=model.device))[:, 0].float().cpu().numpy()
-            )  # (L, H, T, T)
+            maps = net.attention_maps(torch.tensor([ids], device=model.device))[:, 0]  # (L, H, T, T)
             for block, head in itertools.product(self.blocks or sorted({1, len(maps)}), self.heads):
                 if 1 <= block <= len(maps) and 1 <= head <= maps.shape[1]:
-                    figure = pictures.attention_map(maps[block - 1, head - 1], labels)
+                    figure = pictures.attention_map(maps[block - 1, head - 1].float().cpu().numpy(), labels)
                     yield f"attention/block {block} head {head}", figure
-            if net.positions is not None:
-                yield "positions", pictures.positions(net.positions.weight.float().cpu().numpy())
         if isinstance(net, Bigram):
             ids = ids_by_frequency(data, net.vocab_size)[:40]
             labels = [pictures.visible(tokenizer.id_to_piece(index), 8) for index in ids]
@@ -127,22 +124,3 @@ def ids_by_frequency(data: TextDataModule, vocab_size: int) -> list[int]:
     """All ids, the most frequent in the validation text first."""
     ids: list[int] = np.argsort(-data.val_ids.counts(vocab_size), kind="stable").tolist()
     return ids
-
-
-class TokenEmbedding(Callback):
-    """Writes the embeddings of the 2,048 most frequent tokens for TensorBoard's Projector, at the end of training."""
-
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        writer, data = summary_writer(trainer), text_data(trainer)
-        if writer is None or data is None or not trainer.is_global_zero or pl_module.device_mesh:
-            return
-        assert isinstance(pl_module, LanguageModel) and pl_module.net is not None and pl_module.tokenizer is not None
-        vocab_size, tokenizer = pl_module.net.vocab_size, pl_module.tokenizer
-        tables = [m.weight for m in pl_module.net.modules() if isinstance(m, nn.Embedding)]
-        table = next((weight for weight in tables if len(weight) == vocab_size), None)
-        if table is not None:
-            ids = ids_by_frequency(data, vocab_size)[:PROJECTOR_TOKENS]
-            labels = [pictures.visible(tokenizer.id_to_piece(index)) for index in ids]
-            writer.add_embedding(
-                table.detach().float().cpu()[ids], labels, global_step=trainer.global_step, tag="tokens"
-            )

@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning.fabric.loggers.tensorboard import TensorBoardLogger as FabricTensorBoardLogger
-from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import ProgressBar
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 from tqdm import tqdm
@@ -41,43 +40,26 @@ class RunLogger(TensorBoardLogger):
         FabricTensorBoardLogger.save(self)
 
 
-class RunProgress(ProgressBar):
+class RunProgress(Callback):
     """Shows one bar for the whole run, and one line per validation; if stderr is not a terminal, only the lines."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._bar: tqdm[Any] | None = None
-        self._enabled = True
-
-    def disable(self) -> None:
-        self._enabled = False
-
-    def enable(self) -> None:
-        self._enabled = True
-
-    def print(self, *args: Any, **kwargs: Any) -> None:
-        """Prints a line above the bar."""
-        if self._enabled:
-            with tqdm.external_write_mode(file=sys.stdout):
-                print(*args, **kwargs, flush=True)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._began = time.monotonic()
         weights = sum(p.numel() for p in pl_module.parameters())
         folder = run_folder(trainer)
-        where = f" in {folder}" if folder else ""
-        self.print(f"Training {weights:,} weights on {trainer.strategy.root_device}{where}")
-        self._steps = pl_module.total_steps if isinstance(pl_module, LanguageModel) else max(0, trainer.max_steps)
-        if self._enabled and sys.stderr.isatty():
-            total, step = self._steps or None, trainer.global_step
-            self._bar = tqdm(total=total, initial=step, unit="step", dynamic_ncols=True, leave=False)
+        self._print(
+            trainer,
+            f"Training {weights:,} weights on {trainer.strategy.root_device}{f' in {folder}' if folder else ''}",
+        )
+        steps = pl_module.total_steps if isinstance(pl_module, LanguageModel) else max(0, trainer.max_steps)
+        hidden = None if trainer.is_global_zero else True  # None: unless stderr is a terminal
+        options: dict[str, Any] = {"unit": "step", "dynamic_ncols": True, "leave": False, "disable": hidden}
+        self._bar = tqdm(total=steps or None, initial=trainer.global_step, **options)
 
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         every: int = trainer.log_every_n_steps or 10  # type: ignore[attr-defined]  # set late
         # only after logged steps: reading a metric waits for the device
-        if self._bar is not None and trainer.global_step % every == 0 and trainer.global_step > self._bar.n:
+        if not self._bar.disable and trainer.global_step % every == 0 and trainer.global_step > self._bar.n:
             metrics = _metrics(trainer)
             if (speed := trainer.callback_metrics.get("throughput/tokens_per_second")) is not None:
                 metrics["tokens/s"] = f"{speed:,.0f}"
@@ -87,14 +69,21 @@ class RunProgress(ProgressBar):
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if validates_fit(trainer):
             metrics = "  ".join(f"{name} {value}" for name, value in _metrics(trainer).items())
-            of = f"/{self._steps}" if self._steps else ""
+            of = f"/{self._bar.total}" if self._bar.total else ""
             seconds = time.monotonic() - self._began
-            self.print(f"step {trainer.global_step:>5}{of}  {metrics}  {seconds:.0f} s")
+            self._print(trainer, f"step {trainer.global_step:>5}{of}  {metrics}  {seconds:.0f} s")
 
-    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        if self._bar is not None:
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._bar.close()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        if hasattr(self, "_bar"):
             self._bar.close()
-            self._bar = None
+
+    def _print(self, trainer: Trainer, line: str) -> None:
+        if trainer.is_global_zero:
+            with tqdm.external_write_mode(file=sys.stdout):  # above the bar
+                print(line, flush=True)
 
 
 def _metrics(trainer: Trainer) -> dict[str, str]:
