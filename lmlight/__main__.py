@@ -30,7 +30,7 @@ def main(args: Sequence[str] | None = None) -> int:
     try:
         if command not in COMMANDS:
             raise unknown(command)
-        target = COMMANDS[command].target
+        _, target = COMMANDS[command]
         module, _, name = target.partition(":")
         run = getattr(importlib.import_module(module), name)
         return run([command, *rest] if target == TRAINING else rest) or 0

@@ -33,30 +33,18 @@ def visible(piece: str, max_length: int = 12) -> str:
     return text if len(text) <= max_length else text[: max_length - 1] + "…"
 
 
-def attention_map(weights: Floats, labels: Sequence[str]) -> Figure:
-    """Attention weights of one head, (T, T): query tokens in rows, key tokens in columns."""
-    figure = _labelled_matrix(weights, labels, inches=3.5, margin=0.19, fontsize=6.5, vmax=1.0)
-    figure.text(0.01, 0.98, "rows attend\nto columns", fontsize=6, va="top")
-    return figure
-
-
-def bigram_table(probabilities: Floats, labels: Sequence[str]) -> Figure:
-    """Probabilities of the next token, (K, K): current tokens in rows, next tokens in columns."""
-    vmax = float(np.quantile(probabilities, 0.995))
-    figure = _labelled_matrix(probabilities, labels, inches=6.5, margin=0.14, fontsize=7, vmax=vmax)
-    figure.text(0.01, 0.98, "columns\nfollow rows", fontsize=7, va="top")
-    return figure
-
-
-def _labelled_matrix(
-    matrix: Floats, labels: Sequence[str], inches: float, margin: float, fontsize: float, vmax: float
+def token_matrix(
+    matrix: Floats, labels: Sequence[str], caption: str, inches: float = 3.5, vmax: float | None = None
 ) -> Figure:
+    """A matrix with the same tokens in rows and columns, such as attention weights: queries in rows, keys in columns."""
     figure = Figure(figsize=(inches, inches), dpi=100, facecolor="white")
+    margin = 0.35 / inches + 0.09
     axes = figure.add_axes((margin, 0.02, 0.98 - margin, 0.98 - margin))
     axes.imshow(matrix, cmap="viridis", vmin=0.0, vmax=vmax)
-    axes.set_xticks(range(len(labels)), labels, rotation=90, fontsize=fontsize, family="monospace")
-    axes.set_yticks(range(len(labels)), labels, fontsize=fontsize, family="monospace")
+    axes.set_xticks(range(len(labels)), labels, rotation=90, fontsize=6.5, family="monospace")
+    axes.set_yticks(range(len(labels)), labels, fontsize=6.5, family="monospace")
     axes.tick_params(top=True, labeltop=True, bottom=False, labelbottom=False, length=2)
+    figure.text(0.01, 0.98, caption, fontsize=6, va="top")
     return figure
 
 
@@ -74,9 +62,7 @@ def surprise(pieces: Sequence[str], nats: Floats, width: int = 42) -> Figure:
     for row, line in enumerate(lines):
         for column, (_, value) in enumerate(line):
             background[row, column] = colors(0.75 * min(1.0, value / red))[:3]
-    fontsize = (
-        8 * 72 / (100 * CHARACTER_WIDTH)
-    )  # in points; makes characters 8 pixels wide, for they start at whole pixels
+    fontsize = 8 * 72 / (100 * CHARACTER_WIDTH)  # characters 8 pixels wide, because they start at whole pixels
     text_width, text_height = width * CHARACTER_WIDTH * fontsize / 72, len(lines) * 1.6 * fontsize / 72  # inches
     w, h = text_width + 0.1, text_height + 0.4
     figure = Figure(figsize=(w, h), dpi=100, facecolor="white")

@@ -259,11 +259,11 @@ def drawn(monkeypatch):
     from lmlight import pictures
 
     seen = {}
-    for name in ("attention_map", "surprise", "loss_by_position", "bigram_table"):
+    for name in ("token_matrix", "surprise", "loss_by_position"):
 
-        def draw(*arrays, name=name, function=getattr(pictures, name)):
+        def draw(*arrays, name=name, function=getattr(pictures, name), **options):
             seen.setdefault(name, []).append(arrays)
-            return function(*arrays)
+            return function(*arrays, **options)
 
         monkeypatch.setattr(pictures, name, draw)
     return seen
@@ -273,8 +273,10 @@ def test_pictures_show_values_of_the_net(verse_file, tmp_path, drawn):
     def net(vocab_size, block_size):
         return Transformer(vocab_size, block_size, n_layer=2, n_head=4, n_embd=32, n_kv_head=2)
 
-    _, model, data = fit(verse_file, tmp_path / "runs", [Pictures(line="MIRA:\nto", share=0.0)], net, max_steps=12)
-    weights, labels = drawn["attention_map"][-1]
+    _, model, data = fit(
+        verse_file, tmp_path / "runs", [Pictures(line="MIRA:\nto")], net, max_steps=10, val_check_interval=2
+    )
+    weights, labels, _ = drawn["token_matrix"][-1]
     assert weights.sum(1) == pytest.approx(np.ones(len(labels)), abs=1e-5)
     assert not np.triu(weights, 1).any()
     assert "".join(labels).replace("↵", "\n").replace("▁", " ") == "MIRA:\nto"
@@ -289,16 +291,16 @@ def test_pictures_show_values_of_the_net(verse_file, tmp_path, drawn):
     losses = F.cross_entropy(model.net(first.inputs[:1]).mT, first.targets[:1], reduction="none")[0]
     assert surprise[:16] == pytest.approx(losses.detach().numpy(), rel=1e-5)
     assert pieces[:16] == [model.tokenizer.id_to_piece(index) for index in first.targets[0].tolist()]
-    assert len(drawn["surprise"]) == 2, "drawn at the first validation, when no time was spent yet, and at the last"
+    assert len(drawn["surprise"]) == 4, "of five validations, the first, the second, the fourth and the last"
 
 
 def test_bigram_table_shows_probabilities(verse_file, tmp_path, drawn):
     _, model, data = fit(verse_file, tmp_path / "runs", [Pictures()], Bigram)
-    table, labels = drawn["bigram_table"][-1]
+    table, labels, caption = drawn["token_matrix"][-1]
     frequent = np.bincount(data.val_ids[:]).argsort()[::-1][0]
     assert labels[0] == model.tokenizer.id_to_piece(int(frequent)).replace("\n", "↵")
     assert table[0, 0] == pytest.approx(float(model.net.table.weight[frequent].softmax(-1)[frequent]))
-    assert "attention_map" not in drawn
+    assert caption == "columns\nfollow rows"
 
 
 def test_embedding_has_a_label_for_each_row(watched):
@@ -346,7 +348,7 @@ def test_hparams_are_named_after_their_flags(verse_file, tmp_path):
     assert found["model.seed"].number_value == 7
     assert found["steps"].number_value == 2
     assert found["model.net.n_layer"].number_value == 1
-    assert found["model.net.class_path"].string_value == "lmlight.models.transformer.Transformer"
+    assert found["model.net.class_path"].string_value == "lmlight.Transformer"
     assert found["data.tokenizer.vocab_size"].number_value == 400
     assert found["data.subword_sampling"].string_value == "None"
 

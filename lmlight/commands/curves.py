@@ -22,12 +22,10 @@ def main(args: Sequence[str]) -> None:
     parser.add_argument("--x", choices=("step", "characters", "seconds"), default="step", help="the horizontal axis")
     parser.add_argument("--output", type=Path, default=Path("curves.png"), help="the figure: .png, .svg or .pdf")
     options = parser.parse_args(args)
-    runs = dict[str, list[dict[str, float]]]()
+    runs = {str(run): rows for run in options.runs if (rows := read(run, options.x))}
     for run in options.runs:
-        try:
-            runs[str(run)] = read(run, options.x)
-        except UserError as error:
-            say(error, "skipped")
+        if str(run) not in runs:
+            say(UserError(f"'{run}' has no metrics.csv with a finite loss and {options.x}"), "skipped")
     if not runs:
         raise UserError("none of these can be plotted: pass the folders of runs, such as runs/*")
     from lmlight import pictures  # Matplotlib takes a third of a second to import
@@ -35,8 +33,7 @@ def main(args: Sequence[str]) -> None:
     try:
         pictures.learning_curves(runs, options.x).savefig(options.output)
     except (OSError, ValueError) as error:
-        why = getattr(error, "strerror", None) or str(error)
-        raise UserError(f"'{options.output}' cannot be written ({why}): pass another --output") from None
+        raise UserError(f"'{options.output}' cannot be written ({error}): pass another --output") from None
     for name, rows in runs.items():
         best = min(row["val/nats_per_char"] for row in rows)
         print(f"{name}: best {best:.4f} nats per character, {len(rows)} validations")
@@ -44,23 +41,11 @@ def main(args: Sequence[str]) -> None:
 
 
 def read(run: Path, x: str) -> list[dict[str, float]]:
-    """The validations in a run's `metrics.csv` whose loss and `x` are finite; NaN for other metrics that are missing.
-
-    Args:
-        run: the run's folder, or the file.
-        x: a column, see `--x`.
-
-    Raises:
-        UserError: there is no such validation, or no table.
-    """
+    """The validations in a run's `metrics.csv`, or in that file, whose loss and column `x` are finite; none without one."""
     path = run / "metrics.csv" if run.is_dir() else run
     try:
         with path.open(encoding="utf-8", newline="") as file:
             rows = [{name: float(value or "nan") for name, value in row.items()} for row in csv.DictReader(file)]
-    except (OSError, ValueError, TypeError, csv.Error) as error:
-        reason = getattr(error, "strerror", None) or "not a table of numbers"
-        raise UserError(f"'{path}' cannot be read ({reason})") from None
-    rows = [row for row in rows if all(math.isfinite(row.get(name, math.nan)) for name in (x, "val/nats_per_char"))]
-    if not rows:
-        raise UserError(f"'{path}' has no validation with a finite loss and {x}")
-    return rows
+    except (OSError, ValueError, TypeError, csv.Error):
+        return []
+    return [row for row in rows if all(math.isfinite(row.get(name, math.nan)) for name in (x, "val/nats_per_char"))]

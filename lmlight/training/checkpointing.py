@@ -15,6 +15,7 @@ import os
 import signal
 import sys
 import threading
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from lightning.fabric.plugins import CheckpointIO
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.trainer.states import TrainerFn
+from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from lmlight import checkpoint as checkpoints
@@ -163,11 +165,16 @@ class BestLastCheckpoint(Checkpoint):
         if trainer.fast_dev_run:  # type: ignore[attr-defined]  # set late
             return
         # the largest absolute value of all weights: one answer to wait for instead of one per parameter
-        largest = torch.nn.utils.get_total_norm(trainer.lightning_module.parameters(), math.inf)
-        if not (largest.full_tensor() if isinstance(largest, DTensor) else largest).isfinite():
+        if not total_norm(trainer.lightning_module.parameters(), math.inf).isfinite():
             raise non_finite_error("a weight", trainer)
         trainer.save_checkpoint(self._path(name))
         self.last_model_path = str(self._path(name))
+
+
+def total_norm(tensors: Iterable[Tensor], order: float = 2.0) -> Tensor:
+    """The norm of all tensors together, which may be sharded over the processes."""
+    norm = torch.nn.utils.get_total_norm(tensors, order)
+    return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
 
 def non_finite_error(what: str, trainer: Trainer) -> UserError:

@@ -82,8 +82,7 @@ class OneLineParser(LightningArgumentParser):
 class LmlightCLI(LightningCLI):
     """Lightning's CLI with lmlight's defaults, and with the settings that a checkpoint or its run contributes."""
 
-    source: Source | None = None
-    resumed_step: int | None = None
+    source = Source({})
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
@@ -108,13 +107,13 @@ class LmlightCLI(LightningCLI):
     def parse_arguments(self, parser: LightningArgumentParser, args: Sequence[str]) -> None:  # type: ignore[override]
         if args and args[0] in SUBCOMMANDS:
             self.source = find_source(args[0], args[1:])
-        if self.source is not None:
+        if self.source.settings:
             args = [args[0], f"--config={json.dumps(self.source.settings)}", *args[1:]]
         self.config = parser.parse_args(args)
         command, config = self.config.subcommand, self.config[self.config.subcommand]
-        if self.source is None and command not in ("fit", "prepare"):
+        if self.source.path is None and command not in ("fit", "prepare"):
             raise UserError(f"{command} needs a model: --ckpt_path best, or runs/.../checkpoints/best.ckpt")
-        if self.source is not None and self.source.run is None and "init_from" in config:
+        if config.get("init_from") and self.source.run is None:
             config.init_from = str(self.source.path)
         # Lightning would take settings from the checkpoint, and config.yaml is to start the same run again, not resume it
         config.ckpt_path = None
@@ -130,9 +129,7 @@ class LmlightCLI(LightningCLI):
         self.settings: dict[str, Any] = json.loads(dump)[self.subcommand]
 
     def instantiate_classes(self) -> None:
-        extra = {"init_from": self.source.content if self.source is not None else None, "settings": self.settings}
-        if self.source is not None and self.source.run is not None:
-            self.resumed_step = self.source.content["global_step"]
+        extra = {"init_from": self.source.content, "settings": self.settings}
         make_model = partial(_make_model, extra)
         self.config_init = self.parser.instantiate(self.config, instantiators=[(make_model, LanguageModel, False)])
         extra.clear()  # the parser keeps a reference to it
@@ -141,11 +138,11 @@ class LmlightCLI(LightningCLI):
         self.model.check_net(self.datamodule.block_size)
         if self.subcommand == "fit":
             self.model.check_run(self.trainer)  # as Lightning will do, but before a strategy launches processes
-        if self.source is not None:
+        if self.source.content is not None:
             self.datamodule.tokenizer = self.model.tokenizer
-            if self.source.run is not None:
-                self.config_init.fit.ckpt_path = str(self.source.path)
             self.source.content.clear()  # the memory of its optimizer's state
+        if self.source.run is not None:
+            self.config_init.fit.ckpt_path = str(self.source.path)
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         if self.subcommand == "prepare":  # nothing is trained, whatever machine the settings are for
@@ -154,11 +151,10 @@ class LmlightCLI(LightningCLI):
             )
         options = {**self.config_init[self.subcommand].trainer, **kwargs}
         options["plugins"] = [*_as_list(options["plugins"]), AtomicCheckpointIO()]
-        run = self.source.run if self.source is not None else None
-        if any(isinstance(logger, RunLogger) for logger in _as_list(options["logger"])):
-            parent, name = (run.parent, run.name) if run else (options["default_root_dir"], None)
-            ours = RunLogger(str(parent), name, purge_step=self.resumed_step)
-            options["logger"] = [ours if isinstance(one, RunLogger) else one for one in _as_list(options["logger"])]
+        run = self.source.run
+        where = (str(run.parent), run.name, self.source.step) if run else (options["default_root_dir"],)
+        loggers = _as_list(options["logger"])
+        options["logger"] = [RunLogger(*where) if isinstance(one, RunLogger) else one for one in loggers]
         given: list[Callback] = _as_list(options["callbacks"])
         if not options["logger"]:  # LearningRateMonitor refuses to have nowhere to log to
             given = [callback for callback in given if not isinstance(callback, LearningRateMonitor)]
@@ -181,22 +177,19 @@ class LmlightCLI(LightningCLI):
         return trainer
 
     def before_fit(self) -> None:
-        if self.source is None or self.source.run is None:
+        if self.source.run is None:
             return
         changed = differences(self.source.settings, self.settings)
         if lost := [change for change in changed if change.startswith("data.tokenizer.")]:
-            raise UserError(
-                f"the tokenizer of a run cannot change ({lost[0]}): leave that out, or start a new run without the "
-                "checkpoint"
-            )
+            raise UserError(f"the tokenizer of a run cannot change ({lost[0]}): leave that out, or start a new run")
         if self.trainer.is_global_zero:
             changes = f", with {', '.join(changed)}" if changed else ""
-            print(f"Resuming {os.path.relpath(self.source.run)} at step {self.resumed_step}{changes}")
+            print(f"Resuming {os.path.relpath(self.source.run)} at step {self.source.step}{changes}")
 
     @rank_zero_only
     def after_fit(self) -> None:
         assert isinstance(self.trainer, RunTrainer)
-        print_summary(self.trainer, self.model, self.datamodule, self.resumed_step)
+        print_summary(self.trainer, self.model, self.datamodule, self.source.step)
 
 
 def _make_model(extra: dict[str, Any], kind: type[LanguageModel], **flags: Any) -> LanguageModel:

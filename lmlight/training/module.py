@@ -16,7 +16,6 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
-from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
@@ -36,7 +35,7 @@ from lmlight.optim import (
     parameter_groups,
     try_step,
 )
-from lmlight.training.checkpointing import EXTRA_STATE, non_finite_error
+from lmlight.training.checkpointing import EXTRA_STATE, non_finite_error, total_norm
 from lmlight.training.metrics import TextLoss
 from lmlight.training.precision import MatmulPrecision
 from lmlight.training.run_checks import check_run, total_steps
@@ -279,9 +278,7 @@ class LanguageModel(TextModel):
             return
         grouped = (parameter for group in optimizer.param_groups for parameter in group["params"])
         parameters = [parameter for parameter in grouped if parameter.grad is not None]
-        norm = torch.nn.utils.get_total_norm([cast(Tensor, parameter.grad) for parameter in parameters])
-        if isinstance(norm, DTensor):
-            norm = norm.full_tensor()
+        norm = total_norm([cast(Tensor, parameter.grad) for parameter in parameters])
         if is_checked and not (norm + self.step_loss).isfinite():
             raise non_finite_error("the loss" if not self.step_loss.isfinite() else "a gradient", self.trainer)
         if gradient_clip_val and gradient_clip_algorithm == "value":

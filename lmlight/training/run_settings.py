@@ -26,16 +26,17 @@ RUNS = "runs"  # the default folder of all runs
 
 
 class Source(NamedTuple):
-    """The checkpoint that a command starts from."""
+    """The checkpoint that a command starts from; empty if it names none."""
 
-    path: Path
-    content: dict[str, Any]  # from `checkpoint.read`
     settings: dict[str, Any]  # contributed to the command's settings
+    path: Path | None = None
+    content: dict[str, Any] | None = None  # from `checkpoint.read`
     run: Path | None = None  # the run's folder if the run is resumed
+    step: int | None = None  # where it is resumed
 
 
-def find_source(command: str, args: Sequence[str]) -> Source | None:
-    """The checkpoint that a command line names by a flag or in a `--config` file; None if it names none.
+def find_source(command: str, args: Sequence[str]) -> Source:
+    """The checkpoint that a command line names by a flag or in a `--config` file.
 
     Raises:
         UserError: There is none of this name, or it cannot be used for this command.
@@ -56,14 +57,15 @@ def find_source(command: str, args: Sequence[str]) -> Source | None:
     if ckpt_path is not None and init_from is not None:
         raise UserError("--ckpt_path resumes a run and --init_from starts a new one: pass only one")
     if ckpt_path is None and init_from is None:
-        return None
+        return Source({})
     root = given.get("trainer.default_root_dir") or (given.get("trainer") or {}).get("default_root_dir") or RUNS
     resumes = command == "fit" and ckpt_path is not None
     path = checkpoints.find(ckpt_path or init_from or "", root, "last" if resumes else "best")
     content = checkpoints.read(path)
     if resumes:
-        return Source(path, content, _from_run(path, content, Path(root)), path.absolute().parent.parent)
-    return Source(path, content, _from_checkpoint(content, only_net=init_from is not None))
+        run = path.absolute().parent.parent
+        return Source(_from_run(path, content, Path(root)), path, content, run, content["global_step"])
+    return Source(_from_checkpoint(content, only_net=init_from is not None), path, content)
 
 
 def _from_checkpoint(content: dict[str, Any], only_net: bool) -> dict[str, Any]:

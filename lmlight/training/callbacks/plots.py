@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import time
 from collections.abc import Iterator, Sequence
 from typing import Any, cast
 
@@ -26,8 +25,8 @@ PROJECTOR_TOKENS = 2048  # the files for the Projector are text, 20 bytes a numb
 
 
 class Pictures(FitCallback):
-    """Draws figures of the net for TensorBoard's Images page at validations, and puts the embeddings of the 2,048 most
-    frequent tokens on its Projector page at the end.
+    """Draws figures of the net for TensorBoard's Images page at validations 1, 2, 4, 8, ... and the last one, and puts the
+    embeddings of the 2,048 most frequent tokens on its Projector page at the end.
 
     - `attention`: attention weights over a line of text, one figure per head, with the tokens on both axes;
     - `bigram`: the probabilities in a bigram table, for the most frequent tokens;
@@ -40,20 +39,11 @@ class Pictures(FitCallback):
         line: text for `attention`, of which the first 20 tokens are used; null takes the beginning of the validation text.
         blocks: blocks for `attention`, counted from 1; null takes the first and the last.
         heads: heads for `attention`, counted from 1.
-        share: draw only while drawing has taken less than this share of the run's time, and at the last validation.
     """
 
-    def __init__(
-        self,
-        line: str | None = None,
-        blocks: list[int] | None = None,
-        heads: Sequence[int] = (1,),
-        share: float = 0.005,
-    ) -> None:
-        self.line, self.blocks, self.heads, self.share = line, blocks, heads, share
-
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._began, self._spent = time.monotonic(), 0.0
+    def __init__(self, line: str | None = None, blocks: list[int] | None = None, heads: Sequence[int] = (1,)) -> None:
+        self.line, self.blocks, self.heads = line, blocks, heads
+        self._validations = 0
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert isinstance(pl_module, LanguageModel) and pl_module.block_size is not None
@@ -74,13 +64,11 @@ class Pictures(FitCallback):
         writer, data = summary_writer(trainer), text_data(trainer)
         if writer is None or data is None or not trainer.is_global_zero or model.device_mesh:
             return
-        began = time.monotonic()
+        self._validations += 1
         last = trainer.should_stop or 0 < model.total_steps <= trainer.global_step
-        if self._spent > self.share * (began - self._began) and not last:
-            return
-        for name, figure in self._figures(model, data, (sums[0] / sums[1].clamp(min=1)).cpu().numpy()):
-            writer.add_figure(name, figure, trainer.global_step)
-        self._spent += time.monotonic() - began
+        if last or self._validations.bit_count() == 1:  # a power of two
+            for name, figure in self._figures(model, data, (sums[0] / sums[1].clamp(min=1)).cpu().numpy()):
+                writer.add_figure(name, figure, trainer.global_step)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert isinstance(pl_module, LanguageModel) and pl_module.net is not None and pl_module.tokenizer is not None
@@ -105,13 +93,15 @@ class Pictures(FitCallback):
             maps = net.attention_maps(torch.tensor([ids], device=model.device))[:, 0]  # (L, H, T, T)
             for block, head in itertools.product(self.blocks or sorted({1, len(maps)}), self.heads):
                 if 1 <= block <= len(maps) and 1 <= head <= maps.shape[1]:
-                    figure = pictures.attention_map(maps[block - 1, head - 1].float().cpu().numpy(), labels)
+                    weights = maps[block - 1, head - 1].float().cpu().numpy()
+                    figure = pictures.token_matrix(weights, labels, "rows attend\nto columns", vmax=1.0)
                     yield f"attention/block {block} head {head}", figure
         if isinstance(net, Bigram):
             ids = ids_by_frequency(data, net.vocab_size)[:40]
             labels = [pictures.visible(tokenizer.id_to_piece(index), 8) for index in ids]
-            table = net.table.weight.float().softmax(-1)[ids][:, ids]
-            yield "bigram", pictures.bigram_table(table.cpu().numpy(), labels)
+            table = net.table.weight.float().softmax(-1)[ids][:, ids].cpu().numpy()
+            vmax = float(np.quantile(table, 0.995))
+            yield "bigram", pictures.token_matrix(table, labels, "columns\nfollow rows", inches=6.5, vmax=vmax)
         yield "loss by position", pictures.loss_by_position(loss_by_position)
         targets, nats = self._first_targets, self._first_nats
         rows = max(1, 256 // targets.size(1))  # whole windows, 256 tokens or one window

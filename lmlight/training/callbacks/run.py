@@ -46,11 +46,8 @@ class RunProgress(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._began = time.monotonic()
         weights = sum(p.numel() for p in pl_module.parameters())
-        folder = run_folder(trainer)
-        self._print(
-            trainer,
-            f"Training {weights:,} weights on {trainer.strategy.root_device}{f' in {folder}' if folder else ''}",
-        )
+        where = f" in {folder}" if (folder := run_folder(trainer)) else ""
+        self._print(trainer, f"Training {weights:,} weights on {trainer.strategy.root_device}{where}")
         steps = pl_module.total_steps if isinstance(pl_module, LanguageModel) else max(0, trainer.max_steps)
         hidden = None if trainer.is_global_zero else True  # None: unless stderr is a terminal
         options: dict[str, Any] = {"unit": "step", "dynamic_ncols": True, "leave": False, "disable": hidden}

@@ -11,12 +11,12 @@ import torch
 from lightning.fabric.utilities.throughput import get_available_flops
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from lmlight.data.loader import Batch
 from lmlight.errors import UserError
 from lmlight.training.callbacks.base import FitCallback, text_data
+from lmlight.training.checkpointing import total_norm
 from lmlight.training.metrics import TextLoss
 from lmlight.training.module import LanguageModel
 
@@ -42,7 +42,7 @@ class Throughput(FitCallback):
         self._restart(trainer)
 
     def _restart(self, trainer: Trainer) -> None:
-        self._began, self._paused = time.perf_counter(), 0.0
+        self._began = time.perf_counter()
         self._waited = getattr(trainer.train_dataloader, "data_wait_seconds", 0.0)
         self._tokens = 0
         self._characters: Tensor | int = 0
@@ -52,7 +52,7 @@ class Throughput(FitCallback):
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         if self._paused_at is not None:  # since the last batch: a validation with its callbacks and checkpoints
-            self._paused += time.perf_counter() - self._paused_at
+            self._began += time.perf_counter() - self._paused_at
             self._paused_at = None
 
     def on_train_batch_end(
@@ -64,7 +64,7 @@ class Throughput(FitCallback):
 
     def on_logged_step(self, trainer: Trainer, model: LanguageModel) -> None:
         characters = float(self._characters)  # waits for the device, so before the clock is read
-        seconds = time.perf_counter() - self._began - self._paused
+        seconds = time.perf_counter() - self._began
         tokens_per_second = trainer.world_size * self._tokens / seconds
         metrics = {
             "tokens_per_second": tokens_per_second,
@@ -107,7 +107,7 @@ class UpdateRatio(FitCallback):
         for part, weights in _parts(model).items():
             before = self._before.pop(part)
             step = [new.detach() - old for new, old in zip(weights, before)]
-            ratios[f"update_ratio/{part}"] = _norm(step) / _norm(before).clamp(min=1e-12)
+            ratios[f"update_ratio/{part}"] = total_norm(step) / total_norm(before).clamp(min=1e-12)
         model.log_dict(ratios)
 
 
@@ -120,11 +120,6 @@ def _parts(model: LanguageModel) -> dict[str, list[Tensor]]:
         part = f"block {int(block[1]) + 1}" if block else name.partition(".")[0]
         parts.setdefault(part, []).append(parameter)
     return parts
-
-
-def _norm(tensors: list[Tensor]) -> Tensor:
-    norm = torch.nn.utils.get_total_norm(tensors)
-    return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
 
 class TrainSubsetEval(FitCallback):
