@@ -11,13 +11,9 @@ from lmlight.errors import UserError, say
 
 
 def main(args: Sequence[str] | None = None) -> int:
-    """Run a command.
+    """Run the words after `lmlight`, by default the process's; returns the exit status.
 
-    Args:
-        args: The words after `lmlight`; None takes them from the process.
-
-    Returns:
-        The exit status: 0; 2 without a command or after a user's mistake, which is one line on stderr.
+    It is 0, or 2 without a command or after a user's mistake, which is one line on stderr.
     """
     command, *rest = list(sys.argv[1:] if args is None else args) or [""]
     if command in ("", "-h", "--help"):

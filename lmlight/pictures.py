@@ -97,13 +97,11 @@ def learning_curves(runs: Mapping[str, Sequence[Mapping[str, float]]], x: str = 
     """
     figure = Figure(figsize=(7.5, 4.5), dpi=100, facecolor="white", layout="constrained")
     axes = figure.subplots()
-    for name, rows in runs.items():
-        color = None
+    for number, (name, rows) in enumerate(runs.items()):
         for column, style, label in (("val/nats_per_char", ".-", name), ("train_subset/nats_per_char", ".--", None)):
             points = [(row[x], row[column]) for row in rows if math.isfinite(row.get(column, math.nan))]
             if points:
-                (line,) = axes.plot(*zip(*points), style, color=color, label=label)
-                color = line.get_color()
+                axes.plot(*zip(*points), style, color=f"C{number}", label=label)
     axes.set(xlabel=AXES[x], ylabel="nats per character")
     axes.set_title("validation text; dashed: a subset of the training text", fontsize=9)
     axes.legend(fontsize=8)

@@ -432,7 +432,7 @@ def test_learning_curve_writes_table_and_figure(watched):
 
 def test_resumed_run_continues_its_seconds(monkeypatch):
     now = iter([10.0, 50.0, 57.0])
-    monkeypatch.setattr("lmlight.training.callbacks.learning_curve.time", SimpleNamespace(monotonic=lambda: next(now)))
+    monkeypatch.setattr("lmlight.training.callbacks.run.time", SimpleNamespace(monotonic=lambda: next(now)))
     curve = LearningCurve()
     curve.load_state_dict({"rows": [], "seconds": 100.0})
     curve.on_train_start(None, None)

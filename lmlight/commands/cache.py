@@ -15,14 +15,8 @@ from lmlight.errors import UserError
 
 
 def main(args: Sequence[str]) -> None:
-    """Runs `lmlight cache`.
-
-    Raises:
-        UserError: an unknown name; something cannot be deleted.
-    """
-    parser = Parser(
-        "lmlight cache", description="Lists downloaded texts and encoded tokens. All of them can be made again."
-    )
+    """Runs `lmlight cache`."""
+    parser = Parser("lmlight cache", description="Lists downloaded texts and encoded tokens, which can be made again.")
     parser.add_argument("--clear", nargs="*", metavar="NAME", help="delete these entries; without names, all of them")
     parser.add_argument("--cache", metavar="FOLDER", help="the cache; default: $LMLIGHT_CACHE or the platform's folder")
     options = parser.parse_args(args)

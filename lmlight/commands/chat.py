@@ -22,15 +22,9 @@ Ctrl-C stops the text, Ctrl-D or /quit ends. Settings, such as /temperature 0.7:
 
 
 def main(args: Sequence[str]) -> None:
-    """Runs the dialogue.
-
-    Raises:
-        UserError: no such checkpoint, or no such device.
-    """
+    """Runs `lmlight chat`."""
     parser = Parser("lmlight chat", description="The model continues what you type.")
-    parser.add_argument(
-        "checkpoint", nargs="?", default="best", help="a .ckpt file, a run's folder, or `best` or `last`"
-    )
+    parser.add_argument("checkpoint", nargs="?", default="best", help="a .ckpt file, a run's folder, `best` or `last`")
     parser.add_argument("--runs", default="runs", help="where `best` and `last` are looked for")
     parser.add_argument("--device", help="such as cuda or mps; a GPU is used where there is one")
     options = parser.parse_args(args)

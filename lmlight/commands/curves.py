@@ -12,11 +12,7 @@ from lmlight.errors import UserError, say
 
 
 def main(args: Sequence[str]) -> None:
-    """Runs `lmlight curves`. Entries that cannot be plotted are skipped, each with a line on stderr.
-
-    Raises:
-        UserError: no entry can be plotted; the figure cannot be written.
-    """
+    """Runs `lmlight curves`. Entries that cannot be plotted are skipped, each with a line on stderr."""
     parser = Parser("lmlight curves", description="Plots the validation losses of runs in one figure.")
     parser.add_argument("runs", nargs="+", type=Path, help="folders of runs, such as runs/*; anything else is skipped")
     parser.add_argument("--x", choices=("step", "characters", "seconds"), default="step", help="the horizontal axis")

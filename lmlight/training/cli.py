@@ -33,8 +33,7 @@ from lmlight.training.checkpointing import AtomicCheckpointIO, BestLastCheckpoin
 from lmlight.training.datamodule import TextDataModule
 from lmlight.training.module import PYTHON_ONLY, LanguageModel
 from lmlight.training.run_settings import RUNS, Source, differences, find_source
-from lmlight.training.run_trainer import RunTrainer, SaveConfig, TimeLimit, quiet
-from lmlight.training.summary import print_summary
+from lmlight.training.run_trainer import RunTrainer, SaveConfig, TimeLimit, print_summary, quiet
 
 SUBCOMMANDS = ("fit", "prepare", "validate", "test", "predict")
 TRAINER_DEFAULTS: dict[str, Any] = {
@@ -153,8 +152,9 @@ class LmlightCLI(LightningCLI):
         options["plugins"] = [*_as_list(options["plugins"]), AtomicCheckpointIO()]
         run = self.source.run
         where = (str(run.parent), run.name, self.source.step) if run else (options["default_root_dir"],)
-        loggers = _as_list(options["logger"])
-        options["logger"] = [RunLogger(*where) if isinstance(one, RunLogger) else one for one in loggers]
+        if not isinstance(options["logger"], bool):
+            loggers = _as_list(options["logger"])
+            options["logger"] = [RunLogger(*where) if isinstance(one, RunLogger) else one for one in loggers]
         given: list[Callback] = _as_list(options["callbacks"])
         if not options["logger"]:  # LearningRateMonitor refuses to have nowhere to log to
             given = [callback for callback in given if not isinstance(callback, LearningRateMonitor)]
@@ -222,14 +222,7 @@ def _mistake(error: Exception) -> Exception | None:
 
 
 def main(args: Sequence[str] | None = None) -> int:
-    """Run the command line.
-
-    Args:
-        args: The words after `lmlight`; None takes them from the process.
-
-    Returns:
-        The exit status: 0, or 2 after a user's mistake, which is one line on stderr.
-    """
+    """Run the words after `lmlight`, by default the process's; returns the exit status."""
     quiet()
     # Lightning has enumeration members as defaults, such as those of its Timer
     yaml.SafeDumper.add_multi_representer(Enum, lambda dumper, member: dumper.represent_data(member.value))

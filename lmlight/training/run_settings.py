@@ -59,12 +59,13 @@ def find_source(command: str, args: Sequence[str]) -> Source:
     if ckpt_path is None and init_from is None:
         return Source({})
     root = given.get("trainer.default_root_dir") or (given.get("trainer") or {}).get("default_root_dir") or RUNS
+    runs = Path(root).expanduser()
     resumes = command == "fit" and ckpt_path is not None
-    path = checkpoints.find(ckpt_path or init_from or "", root, "last" if resumes else "best")
+    path = checkpoints.find(ckpt_path or init_from or "", runs, "last" if resumes else "best")
     content = checkpoints.read(path)
     if resumes:
         run = path.absolute().parent.parent
-        return Source(_from_run(path, content, Path(root)), path, content, run, content["global_step"])
+        return Source(_from_run(path, content, runs), path, content, run, content["global_step"])
     return Source(_from_checkpoint(content, only_net=init_from is not None), path, content)
 
 
@@ -95,22 +96,20 @@ def _from_run(checkpoint: Path, content: dict[str, Any], runs: Path) -> dict[str
             f"checkpoint '{checkpoint}' has no optimizer state, so its run cannot be resumed: pass it as --init_from"
         )
     run = checkpoint.absolute().parent.parent
-    path = run / CONFIG
-    if checkpoint.parent.name != checkpoints.FOLDER or not path.is_file():
+    settings = None
+    if checkpoint.parent.name == checkpoints.FOLDER:
+        with suppress(OSError, ValueError, yaml.YAMLError):
+            settings = yaml.safe_load((run / CONFIG).read_text("utf-8"))
+    if not isinstance(settings, dict):
         raise UserError(
-            f"cannot resume '{checkpoint}': the run's settings, '{path}', are missing; put them there, or start a new run "
-            "from its weights with --init_from"
+            f"cannot resume '{checkpoint}': the run's settings, '{run / CONFIG}', are missing or damaged; restore them, or "
+            "start a new run from its weights with --init_from"
         )
     if run.parent.resolve() != runs.resolve():
         raise UserError(
             f"the run '{run}' is not in the folder of runs, '{runs}', and its {CONFIG} could name code to import: if you "
             f"trust it, pass --trainer.default_root_dir {run.parent}"
         )
-    settings = None
-    with suppress(OSError, ValueError, yaml.YAMLError):
-        settings = yaml.safe_load(path.read_text("utf-8"))
-    if not isinstance(settings, dict):
-        raise UserError(f"the run's settings '{path}' cannot be read: restore the file")
     settings.pop("ckpt_path", None)
     (settings.get("trainer") or {}).pop("max_time", None)  # it limits one process
     return settings

@@ -1,7 +1,8 @@
-"""A run's folder with its TensorBoard files, and its progress on the terminal."""
+"""A run's folder, its progress on the terminal, and its validations as a table and a figure."""
 
 from __future__ import annotations
 
+import csv
 import sys
 import time
 from pathlib import Path
@@ -13,8 +14,9 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 from tqdm import tqdm
 
+from lmlight import files, pictures
 from lmlight.checkpoint import make_run_dir
-from lmlight.training.callbacks.base import run_folder, validates_fit
+from lmlight.training.callbacks.base import run_folder, text_data, validates_fit
 from lmlight.training.module import LanguageModel
 
 
@@ -86,3 +88,54 @@ class RunProgress(Callback):
 def _metrics(trainer: Trainer) -> dict[str, str]:
     names, found = ("train/loss", "val/loss", "val/nats_per_char"), trainer.callback_metrics
     return {name: f"{found[name]:.4f}" for name in names if name in found}
+
+
+class LearningCurve(Callback):
+    """Writes `metrics.csv` and `curve.png` to the run's folder: the metrics of each validation, and the losses as a figure.
+
+    Besides optimizer steps, the table counts characters of training text seen, which compare across tokenizers and batch
+    sizes, and seconds of training and validation. A resumed run continues both.
+    """
+
+    def __init__(self) -> None:
+        self._rows: list[dict[str, float]] = []
+        self._began, self._seconds_before = time.monotonic(), 0.0
+        self._folder: Path | None = None
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self._folder = run_folder(trainer) if trainer.logger is not None else None
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._began = time.monotonic() - self._seconds_before
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"rows": self._rows, "seconds": time.monotonic() - self._began}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._rows, self._seconds_before = list(state_dict["rows"]), state_dict["seconds"]
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not validates_fit(trainer):
+            return
+        row = {"step": float(trainer.global_step), "seconds": time.monotonic() - self._began}
+        if data := text_data(trainer):
+            row["characters"] = data.characters_seen(trainer.global_step)
+        sections = ("train/", "val/", "train_subset/", "gap/")
+        row |= {k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith(sections)}
+        self._rows.append(row)
+        if trainer.is_global_zero and self._folder:
+            names = dict.fromkeys(name for row in self._rows for name in row)
+            with (
+                files.whole(self._folder / "metrics.csv") as beside,
+                beside.open("w", encoding="utf-8", newline="") as file,
+            ):
+                table = csv.DictWriter(file, list(names))
+                table.writeheader()
+                table.writerows(self._rows)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._rows and trainer.is_global_zero and self._folder:
+            pictures.learning_curves({self._folder.name: self._rows}).savefig(self._folder / "curve.png")
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self.on_train_end(trainer, pl_module)

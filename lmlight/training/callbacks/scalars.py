@@ -66,12 +66,12 @@ class Throughput(FitCallback):
         characters = float(self._characters)  # waits for the device, so before the clock is read
         seconds = time.perf_counter() - self._began
         tokens_per_second = trainer.world_size * self._tokens / seconds
+        device = trainer.strategy.root_device
         metrics = {
             "tokens_per_second": tokens_per_second,
             "characters_per_second": trainer.world_size * characters / seconds,
             "waiting_for_data": (getattr(trainer.train_dataloader, "data_wait_seconds", 0.0) - self._waited) / seconds,
         }
-        device = trainer.strategy.root_device
         if device.type == "cuda":
             metrics["memory_gib"] = torch.cuda.max_memory_allocated(device) / 2**30
         elif device.type == "mps":

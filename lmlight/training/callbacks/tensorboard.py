@@ -1,19 +1,22 @@
-"""Figures of a net in TensorBoard, and its token embedding."""
+"""TensorBoard's pages besides Scalars: samples of text, figures of the net, its token embedding, and settings."""
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any, cast
 
 import numpy as np
 import torch
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
 from matplotlib.figure import Figure
 from torch import Tensor, nn
+from torch.utils.tensorboard.summary import hparams
 
 from lmlight import pictures
 from lmlight.data.loader import IGNORE_INDEX, Batch
+from lmlight.generation import escape_control_characters
 from lmlight.models import Bigram, Transformer
 from lmlight.training.callbacks.base import FitCallback, summary_writer, text_data
 from lmlight.training.datamodule import TextDataModule
@@ -22,6 +25,38 @@ from lmlight.training.module import LanguageModel
 
 AXIS_TOKENS = 20  # on each axis of an attention map
 PROJECTOR_TOKENS = 2048  # the files for the Projector are text, 20 bytes a number
+
+
+class SampleText(FitCallback):
+    """Generates text for TensorBoard's Text page at each validation, with the same prompts and seed each time.
+
+    Args:
+        prompts: the prompts; null takes an empty one and a line of the validation text.
+        max_new_tokens: tokens to generate for each prompt.
+        temperature: see `Sampling`; null takes the model's own.
+    """
+
+    def __init__(
+        self, prompts: Sequence[str] | None = None, max_new_tokens: int = 64, temperature: float | None = None
+    ) -> None:
+        self.prompts, self.max_new_tokens, self.temperature = prompts, max_new_tokens, temperature
+
+    def on_fit_validation_end(self, trainer: Trainer, model: LanguageModel) -> None:
+        if (writer := summary_writer(trainer)) is None:
+            return
+        sampling = replace(model.sampling, max_new_tokens=self.max_new_tokens, num_samples=1)
+        if self.temperature is not None:
+            sampling = replace(sampling, temperature=self.temperature)
+        data = text_data(trainer)
+        prompts = ["", data.sample_prompt] if data and data.sample_prompt else [""]
+        prompts = prompts if self.prompts is None else list(self.prompts)
+        texts = model.generate(prompts, **vars(sampling))  # on every rank, because weights may be sharded
+        settings = f"temperature {sampling.temperature:g}, seed {sampling.seed}, step {trainer.global_step}"
+        for prompt, text in zip(prompts, texts):
+            # indented by four spaces, Markdown keeps line breaks and symbols
+            indented = "\n".join("    " + line for line in escape_control_characters(text).split("\n"))
+            tag = f"samples/{' '.join(prompt.split()) or 'empty prompt'}"
+            writer.add_text(tag, f"{settings}\n\n{indented}", trainer.global_step)
 
 
 class Pictures(FitCallback):
@@ -114,3 +149,35 @@ def ids_by_frequency(data: TextDataModule, vocab_size: int) -> list[int]:
     """All ids, the most frequent in the validation text first."""
     ids: list[int] = np.argsort(-data.val_ids.counts(vocab_size), kind="stable").tolist()
     return ids
+
+
+class HParamsLogger(Callback):
+    """Lists the run in TensorBoard's HParams: a table of runs to sort, their settings beside their last metrics."""
+
+    METRICS = ("val/nats_per_char", "val/bpc", "gap/nats_per_char")
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if (writer := summary_writer(trainer)) is None or not trainer.is_global_zero:
+            return
+        assert isinstance(pl_module, LanguageModel) and pl_module.net is not None
+        settings = pl_module.settings or {"model": {"net": pl_module.net.config}}
+        params = {
+            "weights": pl_module.net.num_parameters,
+            "steps": pl_module.total_steps,
+            "precision": str(trainer.precision),
+            **_flatten({section: settings.get(section, {}) for section in ("data", "model")}),
+        }
+        # not logger.log_hyperparams, which also logs a first value of each metric, before there is one
+        for summary in hparams(params, dict.fromkeys(self.METRICS, 0.0)):  # type: ignore[no-untyped-call]  # torch's
+            writer._get_file_writer().add_summary(summary)  # type: ignore[no-untyped-call]  # torch's
+
+
+def _flatten(settings: dict[str, Any], prefix: str = "") -> dict[str, bool | int | float | str]:
+    """Nested settings by the names of their flags; other values than these types as text."""
+    flat: dict[str, bool | int | float | str] = {}
+    for name, value in settings.items():
+        if isinstance(value, dict):
+            flat |= _flatten(value, prefix if name == "init_args" else f"{prefix}{name}.")
+        else:
+            flat[prefix + name] = value if isinstance(value, (bool, int, float, str)) else str(value)
+    return flat
