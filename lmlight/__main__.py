@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 
 import lmlight
-from lmlight.command_line import COMMANDS, TRAINING, unknown, usage
+from lmlight.command_line import COMMANDS, TRAINING, usage
 from lmlight.errors import UserError, say
 
 
@@ -25,7 +25,7 @@ def main(args: Sequence[str] | None = None) -> int:
     bound_spinning(command)
     try:
         if command not in COMMANDS:
-            raise unknown(command)
+            raise UserError(f"unknown command '{command}': expected one of {', '.join(COMMANDS)}")
         _, target = COMMANDS[command]
         module, _, name = target.partition(":")
         run = getattr(importlib.import_module(module), name)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import difflib
 from typing import NoReturn
 
 from lmlight.errors import UserError
@@ -35,13 +34,6 @@ commands:
 {commands}
 
 `lmlight COMMAND --help` lists a command's options; `lmlight --version` prints the version."""
-
-
-def unknown(name: str) -> UserError:
-    """The error for an unknown command."""
-    near = difflib.get_close_matches(name, COMMANDS, n=1)
-    hint = f" (did you mean {near[0]}?)" if near else ""
-    return UserError(f"unknown command '{name}'{hint}: expected one of {', '.join(COMMANDS)}")
 
 
 class Parser(argparse.ArgumentParser):

@@ -468,7 +468,7 @@ def test_an_unknown_command_is_told_all_that_there_are(capsys):
     assert typed(["fitt"]) == 2
     out, err = capsys.readouterr()
     assert out == ""
-    expected = f"unknown command 'fitt' (did you mean fit?): expected one of {', '.join(ALL_COMMANDS)}"
+    expected = f"unknown command 'fitt': expected one of {', '.join(ALL_COMMANDS)}"
     assert err == f"lmlight: error: {expected}\n"
 
 

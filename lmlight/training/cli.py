@@ -122,8 +122,6 @@ class LmlightCLI(LightningCLI):
         config.pop("config", None)
         # `--seed_everything true` has drawn one after the links were made
         config.data.seed = config.model.seed = config.model.sampling.seed = int(config.seed_everything)
-        if self.subcommand == "predict" and config.output and config.data.prompt_batch_size is None:
-            config.data.prompt_batch_size = 32
         dump = self.parser.dump(self.config, skip_unset=False, skip_link_targets=False, format="json")
         self.settings: dict[str, Any] = json.loads(dump)[self.subcommand]
 
