@@ -5,9 +5,9 @@ import os
 import sys
 from collections.abc import Sequence
 
-import lmlight
 from lmlight.command_line import COMMANDS, TRAINING, usage
 from lmlight.errors import UserError, say
+from lmlight.version import __version__
 
 
 def main(args: Sequence[str] | None = None) -> int:
@@ -20,9 +20,11 @@ def main(args: Sequence[str] | None = None) -> int:
         print(usage())
         return 0 if command else 2
     if command == "--version":
-        print(f"lmlight {lmlight.__version__}")
+        print(f"lmlight {__version__}")
         return 0
     bound_spinning(command)
+    if "" not in sys.path:
+        sys.path.append("")  # the current folder, where a user's own classes may be
     try:
         if command not in COMMANDS:
             raise UserError(f"unknown command '{command}': expected one of {', '.join(COMMANDS)}")

@@ -25,7 +25,8 @@ if sys.version_info >= (3, 11):
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 RUN = [ROOT / "README.md", ROOT / "docs" / "tutorial.md"]
-OTHER = [page for page in PAGES if page not in RUN]
+EXTENDING = ROOT / "docs" / "extending.md"  # run by test_extending.py
+OTHER = [page for page in PAGES if page not in (*RUN, EXTENDING)]
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 INLINE = re.compile(r"`(lmlight (?:fit|validate|test|predict) [^`…]+)`")
 
@@ -195,7 +196,9 @@ def test_commands_are_understood(page, capsys):
 
 @pytest.mark.usefixtures("_there")
 # what export.md shows needs extras, and is run by test_hf.py and test_graphs.py
-@pytest.mark.parametrize("page", [p for p in PAGES if blocks(p, "python") and p.name != "export.md"], ids=name_of)
+@pytest.mark.parametrize(
+    "page", [p for p in PAGES if blocks(p, "python") and p.name not in ("export.md", "extending.md")], ids=name_of
+)
 def test_python_runs_as_it_stands(page):
     newest = max(Path("runs").iterdir())
     for block in blocks(page, "python"):

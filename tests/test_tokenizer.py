@@ -13,7 +13,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from lmlight.data.subword_regularization import SubwordSampler, SubwordSampling
-from lmlight.data.tokenizer import CharTokenizer, TokenizerConfig, from_bytes
+from lmlight.data.tokenizer import CharTokenizer, TokenizerConfig, deserialize, serialize
 from lmlight.errors import UserError
 
 SPACE = "\u2581"
@@ -156,7 +156,7 @@ def test_characters_round_trip_one_id_each(text):
     assert tokenizer.decode(ids) == text
     assert len(ids) == len(text) == tokenizer.char_counts[ids].sum()
     assert tokenizer.vocab_size == len(set(text))
-    assert from_bytes(tokenizer.to_bytes()).encode(text) == ids
+    assert deserialize(serialize(tokenizer)).encode(text) == ids
 
 
 def test_an_unseen_character_is_refused_by_name():
@@ -177,11 +177,11 @@ def test_an_unseen_newline_is_refused_on_one_line():
 @pytest.mark.parametrize("kind", ["unigram", "bpe", "char", "lossy"])
 def test_a_tokenizer_comes_back_from_its_bytes(kind, verse, request):
     tokenizer = TokenizerConfig("char").train(verse) if kind == "char" else request.getfixturevalue(kind)
-    again = from_bytes(tokenizer.to_bytes())
+    again = deserialize(serialize(tokenizer))
     assert again.encode(verse) == tokenizer.encode(verse)
     assert again.decode(tokenizer.encode(verse)) == tokenizer.decode(tokenizer.encode(verse))
     assert again.to_bytes() == tokenizer.to_bytes()
-    assert again.fingerprint == tokenizer.fingerprint == hashlib.sha256(tokenizer.to_bytes()).hexdigest()
+    assert again.fingerprint == tokenizer.fingerprint == hashlib.sha256(serialize(tokenizer)).hexdigest()
     assert (again.lossless, again.vocab_size) == (tokenizer.lossless, tokenizer.vocab_size)
     assert again.char_counts.tolist() == tokenizer.char_counts.tolist()
 
@@ -202,12 +202,12 @@ def test_fingerprints_differ_between_tokenizers(unigram, bpe, lossy):
 )
 def test_bytes_that_are_no_tokenizer_are_refused(data):
     with pytest.raises(ValueError):  # noqa: PT011
-        from_bytes(data)
+        deserialize(data)
 
 
 def test_a_cut_model_is_refused(unigram):
     with pytest.raises(ValueError, match="not a SentencePiece model"):
-        from_bytes(unigram.to_bytes()[:-1])
+        deserialize(serialize(unigram)[:-1])
 
 
 # Training
@@ -458,7 +458,7 @@ def test_an_alpha_that_is_negative_or_not_finite_is_refused(alpha):
 def test_a_tokenizer_knows_the_line_endings_of_its_text(kind, newline, verse):
     text = verse.replace("\n", newline) + "\r\n\r\n\n\n\r"  # a few others do not matter
     trained = TokenizerConfig(kind, 400).train(text)
-    for tokenizer in (trained, from_bytes(trained.to_bytes())):
+    for tokenizer in (trained, deserialize(serialize(trained))):
         assert tokenizer.newline == newline
         assert tokenizer.decode(tokenizer.encode(text)) == text
         for prompt in ("MIRA:\n\nriver", "MIRA:\r\n\r\nriver"):

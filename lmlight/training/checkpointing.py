@@ -55,8 +55,9 @@ class AtomicCheckpointIO(CheckpointIO):
 class BestLastCheckpoint(Checkpoint):
     """Keeps `checkpoints/best.ckpt` and `checkpoints/last.ckpt` in the run's folder.
 
-    `best` has the lowest `val/nats_per_char`. `last` is written at each validation and at the end of the run, also on
-    SIGTERM and Ctrl-C, after which the process exits with 128 + the signal's number; a second signal exits immediately.
+    `best` has the lowest `val/nats_per_char`, or `val/loss` where characters are not counted. `last` is written at each
+    validation and at the end of the run, also on SIGTERM and Ctrl-C, after which the process exits with 128 + the signal's
+    number; a second signal exits immediately.
     Several processes notice a signal at validations and every `trainer.log_every_n_steps` steps, where they agree to leave.
 
     Args:
@@ -131,7 +132,8 @@ class BestLastCheckpoint(Checkpoint):
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.state.fn != TrainerFn.FITTING or trainer.sanity_checking:
             return
-        score = trainer.callback_metrics.get("val/nats_per_char")
+        metrics = trainer.callback_metrics
+        score = metrics.get("val/nats_per_char", metrics.get("val/loss"))
         if score is not None and (self.best_score is None or score.item() < self.best_score):
             self.best_score, self.best_model_path = score.item(), str(self._path("best"))
             self._save(trainer, "best")

@@ -19,13 +19,13 @@ from typing import Any, NoReturn
 import torch
 import yaml
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import Callback, Trainer
+from lightning.pytorch import Callback, LightningDataModule, Trainer
 from lightning.pytorch.callbacks import LearningRateMonitor, ProgressBar, WeightAveraging
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities import rank_zero_only
 
 from lmlight.errors import UserError, say
-from lmlight.models import Bigram, Transformer  # noqa: F401  (so that --model.net Bigram needs no full path)
+from lmlight.models import Transformer
 from lmlight.optim import Muon
 from lmlight.training import callbacks
 from lmlight.training.callbacks import RunLogger, RunProgress
@@ -34,6 +34,7 @@ from lmlight.training.datamodule import TextDataModule
 from lmlight.training.module import PYTHON_ONLY, LanguageModel
 from lmlight.training.run_settings import RUNS, Source, differences, find_source
 from lmlight.training.run_trainer import RunTrainer, SaveConfig, TimeLimit, print_summary, quiet
+from lmlight.user_code import import_class
 
 SUBCOMMANDS = ("fit", "prepare", "validate", "test", "predict")
 TRAINER_DEFAULTS: dict[str, Any] = {
@@ -81,21 +82,39 @@ class OneLineParser(LightningArgumentParser):
 class LmlightCLI(LightningCLI):
     """Lightning's CLI with lmlight's defaults, and with the settings that a checkpoint or its run contributes."""
 
-    source = Source({})
+    def __init__(self, args: Sequence[str], **kwargs: Any) -> None:
+        self.source, classes, words = Source({}), dict[str, str](), list(args)
+        if args and args[0] in SUBCOMMANDS:
+            self.source, classes, words = find_source(args[0], args[1:])
+            words.insert(0, args[0])
+        model = import_class("--model", classes["model"], LanguageModel) if "model" in classes else LanguageModel
+        data: type[LightningDataModule] = TextDataModule
+        if "data" in classes:
+            data = import_class("--data", classes["data"], LightningDataModule)
+        self.has_text = issubclass(data, TextDataModule)
+        if self.source.run is None and not self.has_text:
+            self.source.settings.pop("data", None)  # `TextDataModule`'s
+        if self.source.settings:
+            words.insert(1, f"--config={json.dumps(self.source.settings)}")
+        super().__init__(model, data, args=words, **kwargs)
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
         return {name: {"model", "datamodule"} for name in SUBCOMMANDS}
 
     def add_core_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        parser.add_lightning_class_args(TextDataModule, "data")
-        parser.add_class_arguments(LanguageModel, "model", skip=PYTHON_ONLY, fail_untyped=False, sub_configs=True)
+        assert self.model_class is not None and self.datamodule_class is not None
+        parser.add_lightning_class_args(self.datamodule_class, "data")
+        parser.add_class_arguments(self.model_class, "model", skip=PYTHON_ONLY, fail_untyped=False, sub_configs=True)
+        for name, base in (("model", "LanguageModel"), ("data", "LightningDataModule")):
+            help = f"Class derived from {base} to use, such as my.module.MyClass; on the command line: --{name}."
+            parser.add_argument(f"--{name}_class", type=str | None, default=None, help=help)
         # last, because its flags fill ten screens of help
         parser.add_lightning_class_args(RunTrainer, "trainer")
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         assert isinstance(parser, OneLineParser)
-        for target in ("data.seed", "model.seed", "model.sampling.seed"):
+        for target in ("model.seed", "model.sampling.seed", *(["data.seed"] if self.has_text else [])):
             parser.link_arguments("seed_everything", target, compute_fn=int)
         watching = [f"{kind.__module__}.{kind.__name__}" for kind in (LearningRateMonitor, *callbacks.DEFAULT)]
         defaults = {**TRAINER_DEFAULTS, "callbacks": [{"class_path": path} for path in watching]}
@@ -104,10 +123,6 @@ class LmlightCLI(LightningCLI):
         parser.set_defaults({f"trainer.{name}": value for name, value in defaults.items()})
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Sequence[str]) -> None:  # type: ignore[override]
-        if args and args[0] in SUBCOMMANDS:
-            self.source = find_source(args[0], args[1:])
-        if self.source.settings:
-            args = [args[0], f"--config={json.dumps(self.source.settings)}", *args[1:]]
         self.config = parser.parse_args(args)
         command, config = self.config.subcommand, self.config[self.config.subcommand]
         if self.source.path is None and command not in ("fit", "prepare"):
@@ -115,28 +130,32 @@ class LmlightCLI(LightningCLI):
         if config.get("init_from") and self.source.run is None:
             config.init_from = str(self.source.path)
         # Lightning would take settings from the checkpoint, and config.yaml is to start the same run again, not resume it
-        config.ckpt_path = None
+        if "ckpt_path" in config:
+            config.ckpt_path = None
 
     def before_instantiate_classes(self) -> None:
         config = self.config[self.subcommand]
         config.pop("config", None)
         # `--seed_everything true` has drawn one after the links were made
-        config.data.seed = config.model.seed = config.model.sampling.seed = int(config.seed_everything)
+        config.model.seed = config.model.sampling.seed = int(config.seed_everything)
+        if self.has_text:
+            config.data.seed = config.model.seed
         dump = self.parser.dump(self.config, skip_unset=False, skip_link_targets=False, format="json")
         self.settings: dict[str, Any] = json.loads(dump)[self.subcommand]
 
     def instantiate_classes(self) -> None:
         extra = {"init_from": self.source.content, "settings": self.settings}
         make_model = partial(_make_model, extra)
-        self.config_init = self.parser.instantiate(self.config, instantiators=[(make_model, LanguageModel, False)])
+        self.config_init = self.parser.instantiate(self.config, instantiators=[(make_model, LanguageModel, True)])
         extra.clear()  # the parser keeps a reference to it
         self.datamodule, self.model = (self.config_init[self.subcommand][name] for name in ("data", "model"))
         self.trainer = self.instantiate_trainer()
-        self.model.check_net(self.datamodule.block_size)
-        if self.subcommand == "fit":
-            self.model.check_run(self.trainer)  # as Lightning will do, but before a strategy launches processes
+        # as Lightning will do, but before a strategy launches processes
+        trainer = self.trainer if self.subcommand == "fit" else None
+        self.model.check(getattr(self.datamodule, "block_size", None), trainer)
         if self.source.content is not None:
-            self.datamodule.tokenizer = self.model.tokenizer
+            if self.has_text:
+                self.datamodule.tokenizer = self.model.tokenizer
             self.source.content.clear()  # the memory of its optimizer's state
         if self.source.run is not None:
             self.config_init.fit.ckpt_path = str(self.source.path)
@@ -226,10 +245,8 @@ def main(args: Sequence[str] | None = None) -> int:
     yaml.SafeDumper.add_multi_representer(Enum, lambda dumper, member: dumper.represent_data(member.value))
     try:
         LmlightCLI(
-            LanguageModel,
-            TextDataModule,
+            sys.argv[1:] if args is None else args,
             trainer_class=RunTrainer,
-            args=list(sys.argv[1:] if args is None else args),
             seed_everything_default=1337,
             save_config_callback=None,
             parser_kwargs={"prog": "lmlight", **{name: {"command": name} for name in SUBCOMMANDS}},

@@ -18,7 +18,7 @@ SUM_DTYPE = torch.float32 if torch.backends.mps.is_available() else torch.float6
 
 
 class TextLoss(Metric):
-    """Loss over a text: nats per token, its exponential, nats and bits per character, and the characters scored."""
+    """Loss over a text: nats per token and its exponential; nats and bits per character and their number if counted."""
 
     full_state_update = False
 
@@ -39,9 +39,11 @@ class TextLoss(Metric):
 
     def compute(self) -> dict[str, Tensor]:
         loss, nats_per_char = self.nats / self.tokens, self.nats / self.characters
+        per_token = {"loss": loss, "perplexity": loss.exp()}
+        if not self.characters:
+            return per_token
         return {
-            "loss": loss,
-            "perplexity": loss.exp(),
+            **per_token,
             "nats_per_char": nats_per_char,
             "bpc": nats_per_char / math.log(2),
             "characters": self.characters,

@@ -19,10 +19,13 @@ import yaml
 from lmlight import checkpoint as checkpoints
 from lmlight.command_line import Parser
 from lmlight.errors import UserError
-from lmlight.models import NETS, architecture_kwargs
+from lmlight.models import Net, architecture_kwargs
+from lmlight.user_code import full_name, import_class
 
 CONFIG = "config.yaml"  # in a run's folder
 RUNS = "runs"  # the default folder of all runs
+LOCATING = ("ckpt_path", "init_from", "trainer.default_root_dir")  # flags that decide which settings others start from
+CLASSES = ("model", "data", "model.net")  # flags that name a class whose constructor's arguments are flags, too
 
 
 class Source(NamedTuple):
@@ -35,22 +38,48 @@ class Source(NamedTuple):
     step: int | None = None  # where it is resumed
 
 
-def find_source(command: str, args: Sequence[str]) -> Source:
-    """The checkpoint that a command line names by a flag or in a `--config` file.
+def find_source(command: str, args: Sequence[str]) -> tuple[Source, dict[str, str], list[str]]:
+    """What a command line starts from, by flags or a `--config` file: a checkpoint, and the classes of model and data.
+
+    Returns:
+        The checkpoint; the classes by `CLASSES`; and the words for the parser, in which files come first and a class comes
+        before the flags for its arguments, which it would reset.
 
     Raises:
-        UserError: There is none of this name, or it cannot be used for this command.
+        UserError: There is no such checkpoint or network, or it cannot be used for this command.
     """
     parser = Parser("lmlight", add_help=False, allow_abbrev=False)
     parser.add_argument("--config", "-c", action="append", default=[])
-    for name in ("ckpt_path", "init_from", "trainer.default_root_dir"):
+    for name in (*LOCATING, *CLASSES):
         parser.add_argument(f"--{name}", dest=name)
-    flags = vars(parser.parse_known_args(args)[0])
+    known, rest = parser.parse_known_args(args)
+    flags = {name: value for name, value in vars(known).items() if value is not None}
+    configs = flags.pop("config")
     given: dict[str, Any] = {}
-    for config in flags.pop("config"):
+    for config in configs:
         with suppress(OSError, TypeError, ValueError, yaml.YAMLError):  # reported when the whole command line is parsed
             given |= yaml.safe_load(Path(config).expanduser().read_text("utf-8"))
-    given |= {name: value for name, value in flags.items() if value is not None}
+    sections = [f"--{name}={flags.pop(name)}" for name in CLASSES if Path(flags.get(name, "")).is_file()]
+    classes = named_classes(given) | {name: flags[name] for name in CLASSES if name in flags}
+    net = import_class("--model.net", classes["model.net"], Net) if "model.net" in classes else None
+    source = _source(command, given | flags, net)
+    words = [f"--config={config}" for config in configs]
+    words += [f"--model.net={classes['model.net']}"] if net is not None else []
+    classes = named_classes(source.settings) | classes
+    words += [f"--{name}_class={classes[name]}" for name in ("model", "data") if name in classes]
+    words += [*sections, *rest, *(f"--{name}={flags[name]}" for name in LOCATING if name in flags)]
+    return source, classes, words
+
+
+def named_classes(settings: dict[str, Any]) -> dict[str, str]:
+    """The classes that settings name, by `CLASSES`."""
+    net = (settings.get("model") or {}).get("net")
+    named = {"model": settings.get("model_class"), "data": settings.get("data_class")}
+    named["model.net"] = net.get("class_path") if isinstance(net, dict) else net
+    return {name: value for name, value in named.items() if isinstance(value, str)}
+
+
+def _source(command: str, given: dict[str, Any], net: type[Net] | None) -> Source:
     ckpt_path, init_from = given.get("ckpt_path"), given.get("init_from")
     if "" in (init_from, ckpt_path):
         raise UserError("--ckpt_path and --init_from need a checkpoint, and got an empty text: pass best, or a file")
@@ -66,13 +95,13 @@ def find_source(command: str, args: Sequence[str]) -> Source:
     if resumes:
         run = path.absolute().parent.parent
         return Source(_from_run(path, content, runs), path, content, run, content["global_step"])
-    return Source(_from_checkpoint(content, only_net=init_from is not None), path, content)
+    return Source(_from_checkpoint(content, checkpoints.net_class(content, net), init_from is not None), path, content)
 
 
-def _from_checkpoint(content: dict[str, Any], only_net: bool) -> dict[str, Any]:
+def _from_checkpoint(content: dict[str, Any], kind: type[Net], only_net: bool) -> dict[str, Any]:
     metadata = content[checkpoints.METADATA_KEY]
-    kind, config = NETS[metadata["net"]["class"]], metadata["net"]["config"]
-    net = {"class_path": f"{kind.__module__}.{kind.__name__}", "init_args": architecture_kwargs(config)}
+    config = metadata["net"]["config"]
+    net = {"class_path": full_name(kind), "init_args": architecture_kwargs(config)}
     block_size = config["block_size"]  # smaller than requested if the text was short
     if only_net:
         return {"model": {"net": net}, "data": {"block_size": block_size}}

@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 import torch
 import yaml
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import Timer
 
 from lmlight import checkpoint as checkpoints
@@ -27,6 +27,7 @@ from lmlight.training.checkpointing import BestLastCheckpoint
 from lmlight.training.datamodule import TextDataModule
 from lmlight.training.module import LanguageModel
 from lmlight.training.run_settings import CONFIG, resume_command
+from lmlight.user_code import full_name
 
 
 class RunTrainer(Trainer):
@@ -155,7 +156,7 @@ def write_texts(streams: list[TextStream], output: Path | None) -> None:
 
 
 def print_summary(
-    trainer: RunTrainer, model: LanguageModel, datamodule: TextDataModule, resumed_step: int | None
+    trainer: RunTrainer, model: LanguageModel, datamodule: LightningDataModule, resumed_step: int | None
 ) -> None:
     """Print where the best checkpoint is, its score, a sample of text, and what to type next."""
     keeper = next((one for one in trainer.checkpoint_callbacks if isinstance(one, BestLastCheckpoint)), None)
@@ -175,9 +176,14 @@ def print_summary(
     # not `keeper.best_score`: with `ddp_spawn`, training had a keeper of its own
     nats = best["callbacks"][keeper.state_key]["best_score"]
     print(f"\nBest checkpoint: {path} (step {best['global_step']})")
-    print(f"  {nats:.4f} nats per character, {nats / math.log(2):.4f} bits per character on the validation text")
-    if (final := trainer.callback_metrics.get("val/nats_per_char")) is not None:
-        print(f"  {final:.4f} nats per character at the last validation")
+    name, unit = "val/nats_per_char", "character"
+    if name not in best[checkpoints.METADATA_KEY]["metrics"]:
+        name, unit = "val/loss", "token"
+    print(f"  {nats:.4f} nats per {unit}, {nats / math.log(2):.4f} bits per {unit} on the validation text")
+    if (final := trainer.callback_metrics.get(name)) is not None:
+        print(f"  {final:.4f} nats per {unit} at the last validation")
+    if not isinstance(datamodule, TextDataModule):
+        return
     if datamodule.trainer is None:  # another process trained, as with `ddp_spawn`
         datamodule.prepare_data()
         datamodule.setup("fit")
@@ -187,7 +193,9 @@ def print_summary(
     text = LanguageModel.load_from_checkpoint(path).generate(prompt, max_new_tokens=150)
     print(f"\n{escape_control_characters(text)}\n")
     prompts = shlex.quote(json.dumps([prompt], ensure_ascii=False))
-    print(f"Next:\n  lmlight predict --ckpt_path {path} --data.prompts {prompts}")
+    net = checkpoints.net_class(best)
+    own = "" if net.__module__.startswith("lmlight.") else f" --model.net {full_name(net)}"
+    print(f"Next:\n  lmlight predict --ckpt_path {path}{own} --data.prompts {prompts}")
     if isinstance(trainer.logger, RunLogger):
         print(f"  tensorboard --logdir {os.path.relpath(trainer.logger.root_dir)}")
 

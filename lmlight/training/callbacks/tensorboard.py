@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.tensorboard.summary import hparams
 
 from lmlight import pictures
-from lmlight.data.loader import IGNORE_INDEX, Batch
+from lmlight.data.loader import IGNORE_INDEX, Batch, as_batch
 from lmlight.generation import escape_control_characters
 from lmlight.models import Bigram, Transformer
 from lmlight.training.callbacks.base import FitCallback, summary_writer, text_data
@@ -42,7 +42,7 @@ class SampleText(FitCallback):
         self.prompts, self.max_new_tokens, self.temperature = prompts, max_new_tokens, temperature
 
     def on_fit_validation_end(self, trainer: Trainer, model: LanguageModel) -> None:
-        if (writer := summary_writer(trainer)) is None:
+        if (writer := summary_writer(trainer)) is None or model.tokenizer is None:
             return
         sampling = replace(model.sampling, max_new_tokens=self.max_new_tokens, num_samples=1)
         if self.temperature is not None:
@@ -88,11 +88,12 @@ class Pictures(FitCallback):
     def on_validation_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Batch, batch_idx: int, *_: Any
     ) -> None:
+        targets = as_batch(batch).targets
         if batch_idx == 0:
-            self._first_targets, self._first_nats = batch.targets, outputs  # (B, T)
-        T = batch.targets.size(1)
+            self._first_targets, self._first_nats = targets, outputs  # (B, T)
+        T = targets.size(1)
         self._sums[0, :T] += outputs.sum(0)
-        self._sums[1, :T] += (batch.targets != IGNORE_INDEX).sum(0)
+        self._sums[1, :T] += (targets != IGNORE_INDEX).sum(0)
 
     def on_fit_validation_end(self, trainer: Trainer, model: LanguageModel) -> None:
         sums = cast(Tensor, trainer.strategy.reduce(self._sums, reduce_op="sum"))  # on every rank
@@ -106,12 +107,13 @@ class Pictures(FitCallback):
                 writer.add_figure(name, figure, trainer.global_step)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        assert isinstance(pl_module, LanguageModel) and pl_module.net is not None and pl_module.tokenizer is not None
+        assert isinstance(pl_module, LanguageModel) and pl_module.net is not None
         writer, data, vocab_size = summary_writer(trainer), text_data(trainer), pl_module.net.vocab_size
         tables = [module.weight for module in pl_module.net.modules() if isinstance(module, nn.Embedding)]
         table = next((weight for weight in tables if len(weight) == vocab_size), None)
         if writer is None or data is None or table is None or not trainer.is_global_zero or pl_module.device_mesh:
             return
+        assert pl_module.tokenizer is not None
         ids = ids_by_frequency(data, vocab_size)[:PROJECTOR_TOKENS]
         labels = [pictures.visible(pl_module.tokenizer.id_to_piece(index)) for index in ids]
         writer.add_embedding(table.detach().float().cpu()[ids], labels, global_step=trainer.global_step, tag="tokens")
