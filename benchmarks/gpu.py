@@ -3,7 +3,7 @@
     python benchmarks/gpu.py --fetch FILES                                  # on a machine with network access
     python benchmarks/gpu.py --out OUT --files FILES [--sections correct record throughput generation] [--minutes 9]
 
-The GPU machine needs torch 2.11 or later, lightning, sentencepiece, torchmetrics, tensorboard, matplotlib, psutil and no
+The GPU machine needs torch 2.11 or later, lightning, sentencepiece, torchmetrics, tensorboard, matplotlib and no
 network. `--fetch` downloads what else is needed into FILES: tiny Shakespeare as `input.txt`, and wheels. Wheels of packages
 that are not installed are unpacked into a temporary folder; nothing is installed.
 
@@ -49,7 +49,7 @@ if importlib.util.find_spec("lmlight") is None:
 # of the time limit, in the order in which they run
 SHARES = {"correct": 4, "record": 3, "throughput": 4, "generation": 2}
 NEEDED = (
-    *("torch", "lightning", "sentencepiece", "torchmetrics", "tensorboard", "matplotlib", "psutil", "fsspec"),
+    *("torch", "lightning", "sentencepiece", "torchmetrics", "tensorboard", "matplotlib", "fsspec"),
     *("jsonargparse", "docstring_parser", "typeshed_client", "pooch", "platformdirs"),
 )
 WHEELS = (

@@ -69,7 +69,6 @@ def lmlight_fit(data: TextDataModule, model: Callable[[], LanguageModel] = Langu
 
     def run(steps: int) -> list[float]:
         times, progress = StepTimes(), RunProgress()
-        progress.disable()
         with tempfile.TemporaryDirectory() as folder:
             watching = [pl.callbacks.LearningRateMonitor(), *(kind() for kind in callbacks.DEFAULT)]
             trainer = pl.Trainer(
@@ -78,6 +77,7 @@ def lmlight_fit(data: TextDataModule, model: Callable[[], LanguageModel] = Langu
                 limit_val_batches=0,
                 accelerator="cpu",
                 logger=RunLogger(folder),
+                enable_progress_bar=False,
                 callbacks=[times, *watching, progress, BestLastCheckpoint()],
             )
             trainer.fit(model(), datamodule=data)

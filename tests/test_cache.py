@@ -33,26 +33,26 @@ def filled(tmp_path, monkeypatch):
 def test_the_list_has_names_sizes_and_what_they_are_of(filled, capsys):
     assert main(["cache"]) == 0
     first, second, third, last = capsys.readouterr().out.splitlines()
-    assert first.split()[:2] == ["2", "MB"] and "corpora/play.txt" in first
+    assert first.split()[:2] == ["2.3", "MB"] and "corpora/play.txt" in first
     assert "tokens/abc" in second and "my.txt, 3 pieces" in second
     assert "tokens/half" in third and "not finished" in third
-    assert last.split()[0] == "2" and str(filled) in last
+    assert last.split()[0] == "2.4" and str(filled) in last
 
 
 def test_an_empty_cache_and_none_are_listed(tmp_path, capsys):
     assert main(["cache"]) == 0
     assert main(["cache", "--cache", str(tmp_path)]) == 0
-    assert capsys.readouterr().out.count("0 B") == 2
+    assert capsys.readouterr().out.count("0.0 MB  in all") == 2
 
 
 def test_clearing_by_name_and_all(filled, capsys):
     assert main(["cache", "--clear", "tokens/half"]) == 0
-    assert {entry.name for entry in cache.entries(filled)} == {"tokens/abc", "corpora/play.txt"}
+    assert cache.entries(filled).keys() == {"tokens/abc", "corpora/play.txt"}
     assert main(["cache", "--clear", "tokens/abc", "nothing"]) == 2
     assert "nothing in the cache is called 'nothing'" in capsys.readouterr().err
     assert len(cache.entries(filled)) == 2
     assert main(["cache", "--clear"]) == 0
-    assert cache.entries(filled) == []
+    assert cache.entries(filled) == {}
     assert (filled / "thesis.txt").read_text() == "years of work"
     assert (filled / "own").is_dir()
 

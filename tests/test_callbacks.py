@@ -26,7 +26,6 @@ from lmlight.training.callbacks import (
     RunLogger,
     SampleText,
     Throughput,
-    TokenEmbedding,
     TrainSubsetEval,
     UpdateRatio,
     scalars,
@@ -84,7 +83,6 @@ def watched(tmp_path_factory, verse):
         TrainSubsetEval(windows=7),
         SampleText(prompts=["", "MIRA:\n"], max_new_tokens=12, temperature=0.7),
         Pictures(blocks=[2], heads=[1, 4, 9]),
-        TokenEmbedding(),
         HParamsLogger(),
         LearningCurve(),
     ]
@@ -123,8 +121,6 @@ def test_throughput_counts_tokens_and_characters_of_the_batches(watched):
     ]
     assert characters / tokens == pytest.approx(per_token, rel=1e-5)
     assert all(0 <= share < 1 for share in values(events, "throughput/waiting_for_data"))
-    assert all(0 < share < 1 for share in values(events, "throughput/mfu"))
-    assert all(0.05 < gib < 24 for gib in values(events, "throughput/memory_gib"))
 
 
 class Clock(Callback):
@@ -134,7 +130,6 @@ class Clock(Callback):
         self.now = 0.0
 
     def perf_counter(self):
-        self.now += 1e-6  # so that the matrix product that measures the peak takes time
         return self.now
 
     def make_batch(self, rows, char_counts):
@@ -160,20 +155,19 @@ def test_throughput_excludes_validations_and_measures_waiting(verse_file, tmp_pa
     assert second == fourth == pytest.approx(2 * 8 * 16, rel=1e-3), "two steps a second"
     assert 2 * 8 * 16 <= third * 1.001 <= 3 * 8 * 16, "after a validation"
     assert values(events, "throughput/waiting_for_data")[1] == pytest.approx(0.5, rel=1e-3)
-    flops = 3 * tiny.net(400, 16).flops_per_token()
-    assert values(events, "throughput/mfu")[1] == pytest.approx(second * flops * 1e-6 / (2 * 1024**3), rel=1e-3)
 
 
 def test_throughput_sums_over_devices(monkeypatch):
     clock, model, logged = Clock(), LanguageModel(), {}
     monkeypatch.setattr("lmlight.training.callbacks.scalars.time", clock)
     monkeypatch.setattr(model, "log_dict", logged.update)
+    monkeypatch.setattr(scalars, "get_available_flops", lambda device, dtype: {torch.bfloat16: 1e12}[dtype])
     model.net, model.step_loss, model.step_is_logged = tiny.net(400, 16), torch.zeros(()), True
     trainer = SimpleNamespace(
         world_size=3,
         global_step=2,
         log_every_n_steps=2,
-        precision="32-true",
+        precision="bf16-mixed",
         train_dataloader=None,
         strategy=SimpleNamespace(root_device=torch.device("cpu")),
         accumulate_grad_batches=1,
@@ -184,7 +178,7 @@ def test_throughput_sums_over_devices(monkeypatch):
     throughput.on_train_batch_end(trainer, model, None, Batch(*torch.full((3, 8, 16), 5)), 0)
     assert logged["throughput/tokens_per_second"] == pytest.approx(3 * 8 * 16 / 2, rel=1e-3)
     assert logged["throughput/characters_per_second"] == pytest.approx(5 * 3 * 8 * 16 / 2, rel=1e-3)
-    share = 8 * 16 / 2 * 3 * model.net.flops_per_token() * 1e-6 / (2 * 1024**3)
+    share = 8 * 16 / 2 * 3 * model.net.flops_per_token() / 1e12
     assert logged["throughput/mfu"] == pytest.approx(share, rel=1e-3), "share of their joint peak"
 
 
@@ -200,22 +194,6 @@ def test_accumulated_batches_are_logged_once_per_step(verse_file, tmp_path):
     expected.append(float((keep.weights[5] - keep.weights[4]).norm() / keep.weights[4].norm()))
     assert values(events, "update_ratio/embedding") == pytest.approx(expected, rel=1e-4)
     assert len(values(events, "throughput/tokens_per_second")) == 3
-
-
-@pytest.mark.parametrize(
-    ("precision", "dtype"),
-    [
-        ("32-true", torch.float32),
-        ("bf16-mixed", torch.bfloat16),
-        ("16-true", torch.float32),
-        ("64-true", torch.float64),
-    ],
-)
-def test_peak_on_a_cpu_is_measured_in_the_data_type_of_the_run(monkeypatch, precision, dtype):
-    products = []
-    monkeypatch.setattr(torch.Tensor, "__matmul__", lambda a, b: products.append(a.dtype) or a)
-    assert scalars._peak_flops_per_second(torch.device("cpu"), precision) > 0
-    assert set(products) == {dtype} and len(products) == 4
 
 
 def test_train_subset_is_scored_like_the_validation_text(watched):
@@ -269,7 +247,7 @@ def test_samples_keep_line_breaks_and_list_their_settings(watched):
 
 def test_pictures_draws_requested_heads_and_the_last_validation(watched):
     *_, events = watched
-    expected = {"attention/block 2 head 1", "attention/block 2 head 4", "positions", "loss by position", "surprise"}
+    expected = {"attention/block 2 head 1", "attention/block 2 head 4", "loss by position", "surprise"}
     assert set(events.Tags()["images"]) == expected, "there is no head 9"
     for tag in expected:
         assert [image.step for image in events.Images(tag)][-1] == STEPS, "the last validation is always drawn"
@@ -281,11 +259,11 @@ def drawn(monkeypatch):
     from lmlight import pictures
 
     seen = {}
-    for name in ("attention_map", "surprise", "loss_by_position", "bigram_table"):
+    for name in ("token_matrix", "surprise", "loss_by_position"):
 
-        def draw(*arrays, name=name, function=getattr(pictures, name)):
+        def draw(*arrays, name=name, function=getattr(pictures, name), **options):
             seen.setdefault(name, []).append(arrays)
-            return function(*arrays)
+            return function(*arrays, **options)
 
         monkeypatch.setattr(pictures, name, draw)
     return seen
@@ -295,8 +273,10 @@ def test_pictures_show_values_of_the_net(verse_file, tmp_path, drawn):
     def net(vocab_size, block_size):
         return Transformer(vocab_size, block_size, n_layer=2, n_head=4, n_embd=32, n_kv_head=2)
 
-    _, model, data = fit(verse_file, tmp_path / "runs", [Pictures(line="MIRA:\nto", share=0.0)], net, max_steps=12)
-    weights, labels = drawn["attention_map"][-1]
+    _, model, data = fit(
+        verse_file, tmp_path / "runs", [Pictures(line="MIRA:\nto")], net, max_steps=10, val_check_interval=2
+    )
+    weights, labels, _ = drawn["token_matrix"][-1]
     assert weights.sum(1) == pytest.approx(np.ones(len(labels)), abs=1e-5)
     assert not np.triu(weights, 1).any()
     assert "".join(labels).replace("↵", "\n").replace("▁", " ") == "MIRA:\nto"
@@ -311,16 +291,16 @@ def test_pictures_show_values_of_the_net(verse_file, tmp_path, drawn):
     losses = F.cross_entropy(model.net(first.inputs[:1]).mT, first.targets[:1], reduction="none")[0]
     assert surprise[:16] == pytest.approx(losses.detach().numpy(), rel=1e-5)
     assert pieces[:16] == [model.tokenizer.id_to_piece(index) for index in first.targets[0].tolist()]
-    assert len(drawn["surprise"]) == 2, "drawn at the first validation, when no time was spent yet, and at the last"
+    assert len(drawn["surprise"]) == 4, "of five validations, the first, the second, the fourth and the last"
 
 
 def test_bigram_table_shows_probabilities(verse_file, tmp_path, drawn):
-    _, model, data = fit(verse_file, tmp_path / "runs", [Pictures(), TokenEmbedding()], Bigram)
-    table, labels = drawn["bigram_table"][-1]
+    _, model, data = fit(verse_file, tmp_path / "runs", [Pictures()], Bigram)
+    table, labels, caption = drawn["token_matrix"][-1]
     frequent = np.bincount(data.val_ids[:]).argsort()[::-1][0]
     assert labels[0] == model.tokenizer.id_to_piece(int(frequent)).replace("\n", "↵")
     assert table[0, 0] == pytest.approx(float(model.net.table.weight[frequent].softmax(-1)[frequent]))
-    assert "attention_map" not in drawn
+    assert caption == "columns\nfollow rows"
 
 
 def test_embedding_has_a_label_for_each_row(watched):
@@ -352,26 +332,25 @@ def test_hparams_list_settings_and_metrics(watched):
     *_, run, _ = watched
     events = EventAccumulator(str(run)).Reload()
     found, metrics = hparams_of(run)
-    assert found["net.n_layer"].number_value == 2
-    assert found["net.positions"].string_value == "learned"
+    assert found["model.net.n_layer"].number_value == 2
+    assert found["model.net.positions"].string_value == "learned"
     assert "val/nats_per_char" in metrics
     assert len(values(events, "val/nats_per_char")) == len(VALIDATIONS), "no placeholder values"
 
 
-def test_hparams_omit_settings_that_do_not_affect_training(verse_file, tmp_path):
+def test_hparams_are_named_after_their_flags(verse_file, tmp_path):
     from lmlight.training.cli import main
 
     flags = [f"--data.corpus={verse_file}", *tiny.FLAGS, "--trainer.max_steps=2", "--seed_everything=7"]
-    assert main(["fit", *flags, "--model.sampling.temperature=0.3", "--trainer.callbacks=HParamsLogger"]) == 0
+    assert main(["fit", *flags, "--trainer.callbacks=HParamsLogger"]) == 0
     (run,) = (tmp_path / "runs").iterdir()
     found, _ = hparams_of(run)
-    assert found["seed"].number_value == 7
+    assert found["model.seed"].number_value == 7
     assert found["steps"].number_value == 2
-    assert found["net.n_layer"].number_value == 1
-    assert found["tokenizer.vocab_size"].number_value == 400
-    for name in ("sampling", "prompts", "prompt_batch_size", "num_workers", "cache", "data", "model"):
-        assert not [key for key in found if key == name or key.startswith(f"{name}.")], name
-    assert [key for key in found if "seed" in key] == ["seed"]
+    assert found["model.net.n_layer"].number_value == 1
+    assert found["model.net.class_path"].string_value == "lmlight.Transformer"
+    assert found["data.tokenizer.vocab_size"].number_value == 400
+    assert found["data.subword_sampling"].string_value == "None"
 
 
 class Average(Callback):
@@ -453,7 +432,7 @@ def test_learning_curve_writes_table_and_figure(watched):
 
 def test_resumed_run_continues_its_seconds(monkeypatch):
     now = iter([10.0, 50.0, 57.0])
-    monkeypatch.setattr("lmlight.training.callbacks.learning_curve.time", SimpleNamespace(monotonic=lambda: next(now)))
+    monkeypatch.setattr("lmlight.training.callbacks.run.time", SimpleNamespace(monotonic=lambda: next(now)))
     curve = LearningCurve()
     curve.load_state_dict({"rows": [], "seconds": 100.0})
     curve.on_train_start(None, None)
@@ -467,10 +446,9 @@ def test_characters_seen_match_the_batches_of_an_epoch(watched):
     assert data.characters_seen(len(loader)) == pytest.approx(chars, rel=0.03)
 
 
-@pytest.mark.parametrize("make", [lambda: TrainSubsetEval(windows=0), lambda: Pictures(share=2.0)])
-def test_options_out_of_range_raise(make):
+def test_options_out_of_range_raise():
     with pytest.raises(UserError, match="must"):
-        make()
+        TrainSubsetEval(windows=0)
 
 
 def test_attention_maps_applied_to_values_give_the_output_of_attention():

@@ -155,6 +155,7 @@ TOGETHER = [
 # Nothing is left of these: no run to resume.
 ALONE = [
     ["fast_dev_run=true"],
+    ["barebones=true", "logger=false", "callbacks=null", "enable_progress_bar=false", "log_every_n_steps=0"],
     ["enable_checkpointing=false"],
     ["max_steps=0"],
     ["limit_train_batches=0"],
@@ -351,6 +352,7 @@ def test_flags_for_runs_that_keep_no_checkpoint_work(place, capsys, flags, tmp_p
     given = [f"--trainer.{flag}" for flag in flags]
     assert lmlight(place, *given) == 0, capsys.readouterr().err
     assert not list(tmp_path.glob("runs/**/*.ckpt"))
+    assert not (tmp_path / "runs").exists() or flags[0] not in ("fast_dev_run=true", "barebones=true")
 
 
 @pytest.mark.parametrize("flag", REFUSED)

@@ -54,7 +54,7 @@ class TextDataModule(LightningDataModule):
         subword_sampling: sample a new segmentation of the training text in every epoch. `null` never does.
         windows: `epoch` visits non-overlapping windows in random order; `random` draws each window independently.
         prompts: for `predict`: a list, or a file with one prompt per line (`-` is the standard input).
-        prompt_batch_size: prompts that `predict` continues together. `null` is 1, or 32 when writing to a file.
+        prompt_batch_size: prompts that `predict` continues together.
         num_workers: DataLoader processes. With `subword_sampling` of a large text, processes that segment ahead instead.
         seed: determines the order of the windows and the sampled segmentations.
 
@@ -79,7 +79,7 @@ class TextDataModule(LightningDataModule):
         subword_sampling: SubwordSampling | None = None,
         windows: Literal["epoch", "random"] = "epoch",
         prompts: list[str] | str = [""],  # noqa: B006  (never changed)
-        prompt_batch_size: int | None = None,
+        prompt_batch_size: int = 32,
         num_workers: int = 0,
         seed: int = 1337,
     ) -> None:
@@ -87,7 +87,7 @@ class TextDataModule(LightningDataModule):
         minima = {"block_size": 1, "batch_size": 1, "prompt_batch_size": 1, "num_workers": 0}
         for name, minimum in minima.items():
             value = locals()[name]
-            if value is not None and value < minimum:
+            if value < minimum:
                 raise UserError(f"data.{name} must be at least {minimum}, got {value}")
         config = tokenizer if isinstance(tokenizer, TokenizerConfig) else TokenizerConfig()
         if subword_sampling and config.kind != "unigram":
@@ -206,7 +206,7 @@ class TextDataModule(LightningDataModule):
 
     def predict_dataloader(self) -> DataLoader[list[str]]:
         """Batches of prompts, dealt out to the ranks; the last one may be empty on some ranks."""
-        batches = prompt_batches(self.prompts, self.prompt_batch_size or 1, *self._ranks()[:2])
+        batches = prompt_batches(self.prompts, self.prompt_batch_size, *self._ranks()[:2])
         return DataLoader(cast("Dataset[list[str]]", batches), batch_size=None)
 
     @property

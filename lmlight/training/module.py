@@ -17,7 +17,6 @@ from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
-from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
@@ -39,7 +38,7 @@ from lmlight.optim import (
     parameter_groups,
     try_step,
 )
-from lmlight.training.checkpointing import EXTRA_STATE, non_finite_error
+from lmlight.training.checkpointing import EXTRA_STATE, non_finite_error, total_norm
 from lmlight.training.datamodule import TextDataModule
 from lmlight.training.metrics import TextLoss
 from lmlight.training.precision import MatmulPrecision
@@ -76,7 +75,6 @@ class LanguageModel(TextModel):
 
     Attributes:
         tokenizer: Encodes prompts and decodes generated ids; None until known.
-        on_text: If set, `predict_step` calls it with each `TextStream` and its next piece of text.
         logprobs: Whether `predict_step` records the log-probability of each token.
         step_loss: Training loss of the current optimizer step, on this device.
         step_is_logged: Whether the current optimizer step is logged.
@@ -320,9 +318,7 @@ class LanguageModel(TextModel):
             return
         grouped = (parameter for group in optimizer.param_groups for parameter in group["params"])
         parameters = [parameter for parameter in grouped if parameter.grad is not None]
-        norm = torch.nn.utils.get_total_norm([cast(Tensor, parameter.grad) for parameter in parameters])
-        if isinstance(norm, DTensor):
-            norm = norm.full_tensor()
+        norm = total_norm([cast(Tensor, parameter.grad) for parameter in parameters])
         if is_checked and not (norm + self.step_loss).isfinite():
             raise non_finite_error("the loss" if not self.step_loss.isfinite() else "a gradient", self.trainer)
         if gradient_clip_val and gradient_clip_algorithm == "value":

@@ -17,14 +17,12 @@ from lightning.pytorch.callbacks import (
 from lmlight.errors import UserError
 from lmlight.optim import Schedule
 
-NOT_BUILT_YET = "before the network is built, whose size depends on the data"
 UNSUPPORTED: dict[type[Callback], str] = {
-    BaseFinetuning: f"it freezes modules {NOT_BUILT_YET}; freeze them in configure_model of a subclass of LanguageModel",
-    LearningRateFinder: "it sets model.lr, but the learning rate is the optimizer's: compare values of --model.optimizer.lr",
-    ModelPruning: f"it looks for parameters {NOT_BUILT_YET}",
-    StochasticWeightAveraging: "it replaces the schedule, so the run could not be resumed; use WeightAveraging or "
-    "EMAWeightAveraging",
-    SpikeDetection: "it cannot load its own state, so the run could not be resumed; a loss that is not finite stops any run",
+    BaseFinetuning: "it freezes modules before the network is built; override LanguageModel.configure_model instead",
+    LearningRateFinder: "the learning rate is the optimizer's: compare values of --model.optimizer.lr",
+    ModelPruning: "it looks for parameters before the network is built",
+    StochasticWeightAveraging: "it replaces the schedule, so the run could not be resumed; use EMAWeightAveraging",
+    SpikeDetection: "its state cannot be loaded, so the run could not be resumed; a non-finite loss stops any run",
 }
 
 
