@@ -35,7 +35,7 @@ def test_imports_run_one_way(monkeypatch):
         "lightning safetensors google.protobuf": [".generation", ".checkpoint", ".commands.chat", ".export.command"],
     }.items(),
 )
-def test_light_parts_do_not_wait_for_heavy_ones(absent, modules):
+def test_light_modules_do_not_import_heavy_packages(absent, modules):
     code = """if True:
         import importlib, sys
         absent, *modules = sys.argv[1:]
@@ -47,7 +47,7 @@ def test_light_parts_do_not_wait_for_heavy_ones(absent, modules):
     processes.run_afresh(absent, *modules, code=code)
 
 
-def test_benchmarks_import_what_there_is():
+def test_benchmarks_import_existing_names():
     """Also where a function does it, since no test runs most of them."""
     for path in (ROOT / "benchmarks").glob("*.py"):
         for node in ast.walk(ast.parse(path.read_text("utf-8"))):
@@ -61,12 +61,12 @@ def test_benchmarks_import_what_there_is():
                     )
 
 
-def test_no_module_is_a_drawer_for_odds_and_ends():
+def test_no_catch_all_modules():
     names = {path.stem for path in (ROOT / "lmlight").rglob("*.py")}
     assert not names & {"utils", "common", "helpers", "misc"}
 
 
-def test_the_command_line_bounds_spinning_before_torch_is_imported_and_importing_changes_nothing():
+def test_command_line_limits_spinning_threads_and_importing_does_not():
     code = """if True:
         import os, sys
         import lmlight.__main__

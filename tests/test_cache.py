@@ -30,7 +30,7 @@ def filled(tmp_path, monkeypatch):
     return folder
 
 
-def test_the_list_has_names_sizes_and_what_they_are_of(filled, capsys):
+def test_list_shows_names_sizes_and_sources(filled, capsys):
     assert main(["cache"]) == 0
     first, second, third, last = capsys.readouterr().out.splitlines()
     assert first.split()[:2] == ["2", "MB"] and "corpora/play.txt" in first
@@ -39,13 +39,13 @@ def test_the_list_has_names_sizes_and_what_they_are_of(filled, capsys):
     assert last.split()[0] == "2" and str(filled) in last
 
 
-def test_an_empty_cache_and_none_are_listed(tmp_path, capsys):
+def test_empty_or_missing_cache_is_listed(tmp_path, capsys):
     assert main(["cache"]) == 0
     assert main(["cache", "--cache", str(tmp_path)]) == 0
     assert capsys.readouterr().out.count("0 B") == 2
 
 
-def test_clearing_by_name_and_all(filled, capsys):
+def test_clear_by_name_and_clear_all(filled, capsys):
     assert main(["cache", "--clear", "tokens/half"]) == 0
     assert {entry.name for entry in cache.entries(filled)} == {"tokens/abc", "corpora/play.txt"}
     assert main(["cache", "--clear", "tokens/abc", "nothing"]) == 2
@@ -57,7 +57,7 @@ def test_clearing_by_name_and_all(filled, capsys):
     assert (filled / "own").is_dir()
 
 
-def test_the_command_does_not_wait_for_torch(filled):
+def test_cache_command_does_not_import_torch(filled):
     code = (
         "import sys; sys.argv = ['lmlight', 'cache']; from lmlight.__main__ import main; main(); "
         "sys.exit('torch' in sys.modules)"

@@ -51,8 +51,8 @@ class Keep(Callback):
         self.batches.append(batch)
 
 
-def fit(verse_file, folder, callbacks, net, **options):
-    data = tiny.data(verse_file)
+def fit(corpus_file, folder, callbacks, net, **options):
+    data = tiny.data(corpus_file)
     model = LanguageModel(net=net)
     settings = {
         **tiny.QUIET,
@@ -70,10 +70,10 @@ def fit(verse_file, folder, callbacks, net, **options):
 
 
 @pytest.fixture(scope="module")
-def watched(tmp_path_factory, verse):
+def watched(tmp_path_factory, corpus_text):
     """A run with all callbacks, and its TensorBoard events."""
     folder = tmp_path_factory.mktemp("watched")
-    (folder / "verse.txt").write_bytes(verse.encode())
+    (folder / "corpus.txt").write_bytes(corpus_text.encode())
     keep = Keep()
     patch = pytest.MonkeyPatch()
     patch.setenv("LMLIGHT_CACHE", str(folder / "cache"))
@@ -92,7 +92,7 @@ def watched(tmp_path_factory, verse):
     def net(vocab_size, block_size):
         return Transformer(vocab_size, block_size, n_layer=2, n_head=4, n_embd=32, positions="learned")
 
-    trainer, model, data = fit(folder / "verse.txt", folder / "runs", callbacks, net)
+    trainer, model, data = fit(folder / "corpus.txt", folder / "runs", callbacks, net)
     patch.undo()
     (run,) = (folder / "runs").iterdir()
     events = EventAccumulator(str(run), size_guidance={"images": 0, "tensors": 0}).Reload()
@@ -148,12 +148,12 @@ class Clock(Callback):
         self.now += 86400
 
 
-def test_throughput_excludes_validations_and_measures_waiting(verse_file, tmp_path, monkeypatch):
+def test_throughput_excludes_validations_and_measures_waiting(corpus_file, tmp_path, monkeypatch):
     clock = Clock()
     monkeypatch.setattr("lmlight.training.callbacks.scalars.time", clock)
     monkeypatch.setattr("lmlight.data.loader.time", clock)
     monkeypatch.setattr("lmlight.data.loader.identity_collate", clock.identity_collate)
-    fit(verse_file, tmp_path / "runs", [Throughput(), clock], tiny.net)
+    fit(corpus_file, tmp_path / "runs", [Throughput(), clock], tiny.net)
     (run,) = (tmp_path / "runs").iterdir()
     events = EventAccumulator(str(run)).Reload()
     first, second, third, fourth = values(events, "throughput/tokens_per_second")
@@ -188,12 +188,12 @@ def test_throughput_sums_over_devices(monkeypatch):
     assert logged["throughput/mfu"] == pytest.approx(share, rel=1e-3), "share of their joint peak"
 
 
-def test_accumulated_batches_are_logged_once_per_step(verse_file, tmp_path):
+def test_accumulated_batches_are_logged_once_per_step(corpus_file, tmp_path):
     """Five batches, accumulated two at a time: the last step of the epoch has one."""
     keep = Keep()
     options = {"accumulate_grad_batches": 2, "limit_train_batches": 5, "log_every_n_steps": 1, "max_steps": -1}
     callbacks = [keep, Throughput(), UpdateRatio()]
-    fit(verse_file, tmp_path / "runs", callbacks, tiny.net, max_epochs=1, val_check_interval=None, **options)
+    fit(corpus_file, tmp_path / "runs", callbacks, tiny.net, max_epochs=1, val_check_interval=None, **options)
     (run,) = (tmp_path / "runs").iterdir()
     events = EventAccumulator(str(run)).Reload()
     expected = [float((keep.weights[n] - keep.weights[n - 2]).norm() / keep.weights[n - 2].norm()) for n in (2, 4)]
@@ -231,7 +231,7 @@ def test_train_subset_is_scored_like_the_validation_text(watched):
     assert values(events, "gap/nats_per_char")[-1] == pytest.approx(gap, abs=1e-5)
 
 
-def test_the_gap_is_measured_in_the_precision_of_the_run(verse_file, monkeypatch):
+def test_gap_is_measured_in_the_precision_of_the_run(corpus_file, monkeypatch):
     under_autocast, score = [], LanguageModel.score
 
     def spy(self, batch, metric):
@@ -241,7 +241,7 @@ def test_the_gap_is_measured_in_the_precision_of_the_run(verse_file, monkeypatch
     monkeypatch.setattr(LanguageModel, "score", spy)
     options = {"precision": "bf16-mixed", "max_steps": 1, "val_check_interval": 1, "enable_checkpointing": False}
     trainer = pl.Trainer(**tiny.QUIET, **options, callbacks=[TrainSubsetEval(4)])
-    trainer.fit(LanguageModel(net=tiny.net), datamodule=tiny.data(verse_file))
+    trainer.fit(LanguageModel(net=tiny.net), datamodule=tiny.data(corpus_file))
     assert {(True, True), (True, False)} == set(under_autocast)
 
 
@@ -291,11 +291,11 @@ def drawn(monkeypatch):
     return seen
 
 
-def test_pictures_show_values_of_the_net(verse_file, tmp_path, drawn):
+def test_pictures_show_values_of_the_net(corpus_file, tmp_path, drawn):
     def net(vocab_size, block_size):
         return Transformer(vocab_size, block_size, n_layer=2, n_head=4, n_embd=32, n_kv_head=2)
 
-    _, model, data = fit(verse_file, tmp_path / "runs", [Pictures(line="MIRA:\nto", share=0.0)], net, max_steps=12)
+    _, model, data = fit(corpus_file, tmp_path / "runs", [Pictures(line="MIRA:\nto", share=0.0)], net, max_steps=12)
     weights, labels = drawn["attention_map"][-1]
     assert weights.sum(1) == pytest.approx(np.ones(len(labels)), abs=1e-5)
     assert not np.triu(weights, 1).any()
@@ -314,8 +314,8 @@ def test_pictures_show_values_of_the_net(verse_file, tmp_path, drawn):
     assert len(drawn["surprise"]) == 2, "drawn at the first validation, when no time was spent yet, and at the last"
 
 
-def test_bigram_table_shows_probabilities(verse_file, tmp_path, drawn):
-    _, model, data = fit(verse_file, tmp_path / "runs", [Pictures(), TokenEmbedding()], Bigram)
+def test_bigram_table_shows_probabilities(corpus_file, tmp_path, drawn):
+    _, model, data = fit(corpus_file, tmp_path / "runs", [Pictures(), TokenEmbedding()], Bigram)
     table, labels = drawn["bigram_table"][-1]
     frequent = np.bincount(data.val_ids[:]).argsort()[::-1][0]
     assert labels[0] == model.tokenizer.id_to_piece(int(frequent)).replace("\n", "↵")
@@ -358,10 +358,10 @@ def test_hparams_list_settings_and_metrics(watched):
     assert len(values(events, "val/nats_per_char")) == len(VALIDATIONS), "no placeholder values"
 
 
-def test_hparams_omit_settings_that_do_not_affect_training(verse_file, tmp_path):
+def test_hparams_omit_settings_that_do_not_affect_training(corpus_file, tmp_path):
     from lmlight.training.cli import main
 
-    flags = [f"--data.corpus={verse_file}", *tiny.FLAGS, "--trainer.max_steps=2", "--seed_everything=7"]
+    flags = [f"--data.corpus={corpus_file}", *tiny.FLAGS, "--trainer.max_steps=2", "--seed_everything=7"]
     assert main(["fit", *flags, "--model.sampling.temperature=0.3", "--trainer.callbacks=HParamsLogger"]) == 0
     (run,) = (tmp_path / "runs").iterdir()
     found, _ = hparams_of(run)
@@ -386,7 +386,7 @@ class Average(Callback):
         self.weights = {name: self.decay * before[name] + (1 - self.decay) * now[name] for name in now}
 
 
-def test_averaged_weights_are_scored_and_saved(verse_file, tmp_path):
+def test_averaged_weights_are_scored_and_saved(corpus_file, tmp_path):
     plain, keeper = Average(0.8), BestLastCheckpoint()
     model = LanguageModel(net=tiny.net)
     trainer = pl.Trainer(
@@ -398,23 +398,23 @@ def test_averaged_weights_are_scored_and_saved(verse_file, tmp_path):
         **tiny.QUIET,
     )
     pl.seed_everything(1, verbose=False)
-    trainer.fit(model, datamodule=tiny.data(verse_file))
+    trainer.fit(model, datamodule=tiny.data(corpus_file))
     best = LanguageModel.load_from_checkpoint(keeper.best_model_path)
     assert checkpoint.read(keeper.best_model_path)["global_step"] == 8
     for name, weight in best.net.state_dict().items():
         torch.testing.assert_close(weight, plain.weights[name], rtol=0, atol=1e-6)
         assert torch.equal(model.net.state_dict()[name], weight), "the model has them when fit returns"
-    metrics = pl.Trainer(**tiny.QUIET).validate(best, datamodule=tiny.data(verse_file), verbose=False)[0]
+    metrics = pl.Trainer(**tiny.QUIET).validate(best, datamodule=tiny.data(corpus_file), verbose=False)[0]
     assert metrics["val/nats_per_char"] == pytest.approx(keeper.best_score, rel=1e-6)
 
 
-def test_averaged_weights_generate_the_samples(verse_file, tmp_path):
+def test_averaged_weights_generate_the_samples(corpus_file, tmp_path):
     """Even if the averaging callback comes first in the list."""
     from lmlight.training.cli import main
 
     sample = "{class_path: lmlight.training.callbacks.SampleText, init_args: {prompts: ['MIRA:'], max_new_tokens: 20}}"
     averaging = "{class_path: EMAWeightAveraging, init_args: {decay: 0.8}}"
-    flags = [f"--data.corpus={verse_file}", *tiny.FLAGS, "--trainer.max_steps=8", "--trainer.val_check_interval=8"]
+    flags = [f"--data.corpus={corpus_file}", *tiny.FLAGS, "--trainer.max_steps=8", "--trainer.val_check_interval=8"]
     assert main(["fit", *flags, f"--trainer.callbacks=[{averaging}, {sample}]"]) == 0
     (run,) = (tmp_path / "runs").iterdir()
     text = (
@@ -429,9 +429,9 @@ def test_averaged_weights_generate_the_samples(verse_file, tmp_path):
     assert [line.removeprefix("    ") for line in text.partition("\n\n")[2].split("\n")] == expected
 
 
-def test_default_callbacks_skip_the_sanity_check(verse_file, tmp_path):
+def test_default_callbacks_skip_the_sanity_check(corpus_file, tmp_path):
     callbacks = [kind() for kind in DEFAULT]
-    fit(verse_file, tmp_path / "runs", callbacks, tiny.net, num_sanity_val_steps=2, max_steps=4)
+    fit(corpus_file, tmp_path / "runs", callbacks, tiny.net, num_sanity_val_steps=2, max_steps=4)
     (run,) = (tmp_path / "runs").iterdir()
     events = EventAccumulator(str(run), size_guidance={"images": 0, "tensors": 0}).Reload()
     assert [event.step for event in events.Tensors("samples/empty prompt/text_summary")] == [4]

@@ -33,8 +33,8 @@ SHRINK = {
 
 @pytest.mark.filterwarnings("ignore:vocab_size")
 @pytest.mark.parametrize("path", sorted(set(CONFIGS.glob("*.yaml")) - OVERLAYS), ids=lambda path: path.name)
-def test_config_trains(path, verse_file, tmp_path, capsys):
-    arguments = ["fit", f"--config={path}", f"--data.corpus={verse_file}", "--data.tokenizer.vocab_size=400"]
+def test_config_trains(path, corpus_file, tmp_path, capsys):
+    arguments = ["fit", f"--config={path}", f"--data.corpus={corpus_file}", "--data.tokenizer.vocab_size=400"]
     arguments += ["--trainer.max_steps=4", "--trainer.val_check_interval=4", "--trainer.limit_val_batches=2"]
     assert main([*arguments, *SHRINK.get(path.name, [])]) == 0, capsys.readouterr().err
     (best,) = tmp_path.glob("runs/*/checkpoints/best.ckpt")
@@ -47,7 +47,7 @@ def test_config_trains(path, verse_file, tmp_path, capsys):
             assert net.config[name] == value
 
 
-def test_shakespeare_is_the_default_spelled_out(capsys):
+def test_shakespeare_config_spells_out_the_defaults(capsys):
     def config(*arguments):
         assert pytest.raises(SystemExit, main, ["fit", *arguments, "--print_config"]).value.code == 0
         printed = yaml.safe_load(capsys.readouterr().out)
@@ -57,7 +57,7 @@ def test_shakespeare_is_the_default_spelled_out(capsys):
     assert config(f"--config={CONFIGS / 'shakespeare.yaml'}") == config()
 
 
-def test_mps_is_understood(capsys):
+def test_mps_config_is_valid(capsys):
     """All that can be seen of it on another machine."""
     with pytest.raises(SystemExit):
         main(["fit", f"--config={CONFIGS / 'mps.yaml'}", "--print_config"])
@@ -67,7 +67,7 @@ def test_mps_is_understood(capsys):
         assert "MPSAccelerator" in capsys.readouterr().err
 
 
-def test_gpt2_has_the_size_of_its_name():
+def test_gpt2_config_has_124m_parameters():
     from lmlight.models import GPT2, Transformer
 
     init_args = yaml.safe_load((CONFIGS / "gpt2-124m.yaml").read_text())["model"]["net"]["init_args"]

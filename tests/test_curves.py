@@ -43,7 +43,7 @@ def test_unusable_entries_are_skipped(runs, tmp_path, capsys):
         assert lines[name].startswith("lmlight: skipped: ") and reason in lines[name]
 
 
-def test_runs_with_the_same_name_are_told_apart(tmp_path, capsys):
+def test_runs_with_the_same_name_get_distinct_labels(tmp_path, capsys):
     for folder in ("a", "b"):
         add_run(tmp_path / folder / "run")
     assert main(["curves", "a/run", "b/run"]) == 0
@@ -60,7 +60,7 @@ def test_runs_with_the_same_name_are_told_apart(tmp_path, capsys):
         (["one", "--output=figure.doc"], "is not supported"),
     ],
 )
-def test_mistake_is_one_line(runs, arguments, message, capsys):
+def test_error_is_one_line(runs, arguments, message, capsys):
     assert main(["curves", *arguments]) == 2
     out, err = capsys.readouterr()
     assert out == "" and err.count("\n") == 1

@@ -11,7 +11,7 @@ import pytest
 from lmlight import files
 
 
-def test_a_file_takes_the_place_of_the_one_before(tmp_path):
+def test_file_replaces_the_previous_one(tmp_path):
     path = tmp_path / "x"
     for content in ("one", "two"):
         with files.whole(path) as beside:
@@ -22,7 +22,7 @@ def test_a_file_takes_the_place_of_the_one_before(tmp_path):
 
 
 @pytest.mark.parametrize("shared", [False, True])
-def test_what_fails_leaves_what_was_there(tmp_path, shared):
+def test_failed_write_keeps_the_previous_file(tmp_path, shared):
     (tmp_path / "x").write_text("before")
     with pytest.raises(UnicodeEncodeError), files.whole(tmp_path / "x", shared) as beside:
         beside.write_text("half of it \ud800")
@@ -31,7 +31,7 @@ def test_what_fails_leaves_what_was_there(tmp_path, shared):
 
 
 @pytest.mark.parametrize("links", [True, False], ids=["links", "a disk without links"])
-def test_of_those_that_write_one_file_the_first_wins(tmp_path, monkeypatch, links):
+def test_first_of_concurrent_writers_wins(tmp_path, monkeypatch, links):
     if not links:
         monkeypatch.setattr(os, "link", lambda *_: (_ for _ in ()).throw(OSError("not supported")))
     path = tmp_path / "x"
@@ -42,7 +42,7 @@ def test_of_those_that_write_one_file_the_first_wins(tmp_path, monkeypatch, link
     assert os.listdir(tmp_path) == ["x"]
 
 
-def test_a_folder_takes_the_place_of_the_one_before(tmp_path):
+def test_folder_replaces_the_previous_one(tmp_path):
     path = tmp_path / "x"
     for content in ("one", "two"):
         with files.whole_folder(path) as beside:
@@ -83,7 +83,7 @@ os.kill(os.getpid(), signal.SIGKILL)
 
 @pytest.mark.skipif(sys.platform != "linux", reason="kills processes, and exchanges folders as Linux does")
 @pytest.mark.parametrize("exchanges", [True, False], ids=["exchanged", "renamed"])
-def test_a_kill_at_any_step_leaves_the_old_folder_or_the_new_one(tmp_path, exchanges):
+def test_kill_at_any_step_leaves_the_old_or_the_new_folder(tmp_path, exchanges):
     """Where folders cannot be exchanged there may be neither for a moment; the next writing finds the old one."""
     path, found = tmp_path / "x", []
     for steps in range(100):
@@ -105,7 +105,7 @@ def test_a_kill_at_any_step_leaves_the_old_folder_or_the_new_one(tmp_path, excha
     assert os.listdir(tmp_path) == ["x"], "what the kills have left is gone with the last writing"
 
 
-def test_a_folder_s_files_are_on_the_disk_before_it_takes_its_place(tmp_path, monkeypatch):
+def test_folder_is_flushed_before_it_replaces_another(tmp_path, monkeypatch):
     calls, fsync, exchange = [], os.fsync, files._exchange
     monkeypatch.setattr(
         os, "fsync", lambda descriptor: (calls.append(os.fstat(descriptor).st_ino), fsync(descriptor))[1]

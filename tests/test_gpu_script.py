@@ -17,8 +17,8 @@ SECTION = """if True:
 
 
 @pytest.fixture
-def work(tmp_path, verse):
-    (tmp_path / "input.txt").write_text(verse)
+def work(tmp_path, corpus_text):
+    (tmp_path / "input.txt").write_text(corpus_text)
     return tmp_path
 
 
@@ -29,7 +29,7 @@ def test_section_runs_on_a_cpu(section, work):
         pytest.importorskip("transformers", reason="generation is compared with transformers (extra `engines`)")
     arguments = ["--section", section, "--work", str(work), "--out", str(work), "--device=cpu", "--tiny"]
     environment = processes.environment(TORCH_COMPILE_DISABLE="1", PIP_NO_INDEX="1")
-    processes.run(*arguments, code=SECTION, cwd=work, env=environment, longest=380)
+    processes.run(*arguments, code=SECTION, cwd=work, env=environment, timeout=380)
     rows = json.loads((work / f"{section}.json").read_text())["rows"]
     errors = {row["name"]: row["error"] for row in rows if "error" in row}
     if section == "throughput":  # nanoGPT's code comes from a package index, in the test of the network
@@ -39,7 +39,7 @@ def test_section_runs_on_a_cpu(section, work):
     assert len(rows) >= 2
 
 
-def test_a_section_that_is_stopped_does_not_stop_the_next(work):
+def test_stopped_section_does_not_stop_the_next(work):
     out = work / "out"
     words = ["--out", str(out), "--files", str(work), "--sections", "record", "generation", "--minutes=0"]
     processes.run_afresh(*words, "--device=cpu", "--tiny", script=str(SCRIPT), status=1)

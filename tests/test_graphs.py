@@ -7,7 +7,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from exporting import documented, in_small, make, save, shipped
+from exporting import documented, make, save, shipped, shrunk
 
 from lmlight import checkpoint
 from lmlight.__main__ import main
@@ -35,8 +35,8 @@ SIZES = [(1, 1), (2, 1), (1, BLOCK), (5, 7)]
 
 
 @pytest.fixture(scope="module")
-def tokenizer(verse):
-    return TokenizerConfig("unigram", 400).train(verse)
+def tokenizer(corpus_text):
+    return TokenizerConfig("unigram", 400).train(corpus_text)
 
 
 def build(name, tokenizer, block_size=BLOCK):
@@ -47,7 +47,7 @@ def build(name, tokenizer, block_size=BLOCK):
 
 @pytest.mark.filterwarnings("ignore:vocab_size")
 @pytest.mark.parametrize("name", ["default", "unusual", "bigram"])
-def test_torch_without_lmlight_gives_the_same_logits(name, tokenizer, tmp_path):
+def test_exported_program_runs_without_lmlight(name, tokenizer, tmp_path):
     net = build(name, tokenizer, 300)  # beyond 256 positions, our attention takes another path
     assert main(["export", "torch", save(tmp_path / "x.ckpt", net, tokenizer), "x.pt2"]) == 0
     code = """if True:
@@ -78,14 +78,14 @@ def has_no_source_paths(path):
 
 @pytest.mark.filterwarnings("ignore:vocab_size")
 @pytest.mark.parametrize("name", [*NETS, "bigram"])
-def test_onnxruntime_gives_the_same_logits_at_once_and_step_by_step(name, tokenizer, tmp_path, capfd):
+def test_onnxruntime_gives_the_same_logits(name, tokenizer, tmp_path, capfd):
     matches_in_onnxruntime(build(name, tokenizer), tokenizer, tmp_path, capfd)
 
 
 @pytest.mark.filterwarnings("ignore:vocab_size")
 @pytest.mark.parametrize("name", [*shipped("Transformer"), *shipped("Bigram")])
-def test_each_shipped_network_matches_in_onnxruntime(name, tmp_path, verse, capfd):
-    matches_in_onnxruntime(*in_small(name, verse, BLOCK), tmp_path, capfd)
+def test_each_shipped_network_matches_in_onnxruntime(name, tmp_path, corpus_text, capfd):
+    matches_in_onnxruntime(*shrunk(name, corpus_text, BLOCK), tmp_path, capfd)
 
 
 def matches_in_onnxruntime(net, tokenizer, tmp_path, capfd):
@@ -164,7 +164,7 @@ def test_metadata(tokenizer):
     assert [json.loads(about[name]) for name in names] == [*tokenizer.encode("\n"), None, False]
 
 
-def test_a_failed_export_leaves_no_files(tokenizer, tmp_path, monkeypatch, capsys):
+def test_failed_export_leaves_no_files(tokenizer, tmp_path, monkeypatch, capsys):
     path = save(tmp_path / "x.ckpt", build("bigram", tokenizer), tokenizer)
     monkeypatch.setitem(sys.modules, "onnxscript", None)
     assert main(["export", "onnx", path, "x.onnx"]) == 2
@@ -181,7 +181,7 @@ def test_a_failed_export_leaves_no_files(tokenizer, tmp_path, monkeypatch, capsy
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no limits on a process's files")
-def test_a_full_disk_is_one_line(tokenizer, tmp_path):
+def test_full_disk_is_a_one_line_error(tokenizer, tmp_path):
     save(tmp_path / "x.ckpt", build("bigram", tokenizer), tokenizer)
     code = """if True:
         import resource, sys

@@ -26,7 +26,7 @@ def lists(batches):
     return [[tensor.tolist() for tensor in batch] for batch in batches]
 
 
-def test_batch_is_what_plain_slicing_gives():
+def test_batch_equals_plain_slicing():
     ids, counts = IDS.tolist(), COUNTS.tolist()
     batch = make_batch(np.stack([IDS[start : start + 5] for start in (3, 0, 8)]), COUNTS)
     assert batch.inputs.tolist() == [ids[s : s + 4] for s in (3, 0, 8)]
@@ -100,7 +100,7 @@ class InMemory(ShardedWindows):
 @pytest.mark.parametrize("seed", [0, 3])
 @pytest.mark.parametrize("epoch", [0, 2])
 @pytest.mark.parametrize(("order", "starts"), [("epoch", epoch_starts), ("random", random_starts)])
-def test_sharded_windows_visit_shards_one_by_one_each_in_its_own_order(seed, epoch, order, starts):
+def test_sharded_windows_visit_shards_one_by_one(seed, epoch, order, starts):
     shards = [np.arange(100 * shard, 100 * shard + n) for shard, n in enumerate((60, 90, 4, 45, 60))]
     source = InMemory(shards, order=order, seed=seed)
     rows = np.concatenate([source.rows(epoch, at) for at in np.array_split(np.arange(len(source)), 9)])
@@ -116,7 +116,7 @@ def test_sharded_windows_visit_shards_one_by_one_each_in_its_own_order(seed, epo
     assert source.rows(epoch, np.array([0])).tolist() == rows[:1].tolist(), "positions may go back"
 
 
-def test_single_shard_has_the_order_of_the_whole_text():
+def test_single_shard_has_the_order_of_unsharded_windows():
     ids = np.arange(100)
     sharded, whole = InMemory([ids], seed=3), TokenWindows(TokenArray([ids], [100], ids.dtype), 5, 3, "epoch")
     positions = np.arange(len(whole))
@@ -124,7 +124,7 @@ def test_single_shard_has_the_order_of_the_whole_text():
     assert sharded.rows(1, positions).tolist() == whole.rows(1, positions).tolist()
 
 
-def test_changed_length_of_a_shard_leaves_the_epoch_its_number_of_windows():
+def test_resegmented_shards_keep_the_number_of_windows():
     source = InMemory([np.arange(100), np.arange(100)])
     source.shards = [np.arange(80), np.arange(130)]
     assert source.rows(0, np.arange(len(source))).shape == (len(source), 6)
@@ -157,7 +157,7 @@ def test_gpu_batches_are_pinned(monkeypatch):
 
 
 @pytest.mark.usefixtures("_without_gpu")
-def test_prefetching_gives_the_same_batches_and_counts_only_those_returned():
+def test_prefetched_batches_count_only_when_returned():
     def loader(device):
         return StatefulTrainLoader(TokenWindows(ARRAY, 2, 0, "epoch"), TrainBatchSampler(5, 1), COUNTS, device)
 
@@ -174,7 +174,7 @@ def test_prefetching_gives_the_same_batches_and_counts_only_those_returned():
 
 
 @pytest.mark.usefixtures("_without_gpu")
-def test_one_batch_is_fetched_while_the_one_before_is_in_use():
+def test_next_batch_is_fetched_while_one_is_in_use():
     fetched, threads = threading.Semaphore(0), set()
 
     def batches():

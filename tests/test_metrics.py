@@ -36,7 +36,7 @@ def plain_sums(all_batches):
     return nats, tokens, characters
 
 
-def test_unequal_batches_are_summed_and_divided_once():
+def test_batches_are_summed_and_divided_once():
     metric = TextLoss()
     for batch in batches():
         metric.update(*batch)
@@ -65,7 +65,7 @@ def test_a_uniform_guess_over_two_characters_is_one_bit():
     assert result["perplexity"].item() == pytest.approx(2)
 
 
-def test_the_states_of_two_ranks_add_up():
+def test_states_of_two_ranks_merge():
     first, second, alone = TextLoss(), TextLoss(), TextLoss()
     for metric, seed in ((first, 1), (second, 2), (alone, 1), (alone, 2)):
         for batch in batches(seed):
@@ -76,7 +76,7 @@ def test_the_states_of_two_ranks_add_up():
     )
 
 
-def test_sums_are_exact_in_a_model_of_half_precision():
+def test_sums_are_exact_in_half_precision():
     """Lightning's `bf16-true` converts the states of metrics with the weights."""
     metric = torch.nn.ModuleDict({"loss": TextLoss()}).to(torch.bfloat16)["loss"]
     for _ in range(500):
@@ -94,7 +94,7 @@ def test_reset_forgets():
     assert (result["loss"].item(), result["nats_per_char"].item(), result["characters"].item()) == (2, 0.5, 4)
 
 
-def test_fractions_of_characters_count_as_they_are():
+def test_fractional_character_counts():
     """A lossy tokenizer's counts are scaled to the original text, so they are no whole numbers."""
     metric = TextLoss()
     metric.update(
@@ -104,7 +104,7 @@ def test_fractions_of_characters_count_as_they_are():
 
 
 @pytest.mark.skipif(torch.backends.mps.is_available(), reason="MPS has no float64")
-def test_many_small_losses_are_not_lost_in_a_large_sum():
+def test_sums_are_float64():
     metric = TextLoss()
     one = torch.zeros(1, 1, dtype=torch.long)
     metric.update(torch.full((1, 1), 2.0**24), one, one + 1)

@@ -37,7 +37,7 @@ def make(**options):
 
 
 @pytest.mark.parametrize("options", VARIANTS, ids=str)
-def test_the_future_does_not_change_the_past(options):
+def test_logits_depend_on_the_past_only(options):
     net, idx = make(**options), torch.randint(11, (2, 8))
     changed = idx.clone()
     changed[:, 5] = (changed[:, 5] + 1) % 11
@@ -59,7 +59,7 @@ def test_rows_of_a_batch_are_independent(options):
 
 
 @pytest.mark.parametrize("options", VARIANTS, ids=str)
-def test_its_config_makes_the_same_net_again(options):
+def test_config_rebuilds_the_network(options):
     net = make(**options)
     again = Transformer(**net.config).eval()
     again.load_state_dict(net.state_dict())
@@ -68,7 +68,7 @@ def test_its_config_makes_the_same_net_again(options):
 
 
 @pytest.mark.parametrize("net", [Bigram(11, 8), Transformer(**SMALL)], ids=["bigram", "transformer"])
-def test_one_batch_can_be_learnt_by_heart(net):
+def test_networks_can_overfit_one_batch(net):
     torch.manual_seed(1)
     # each token is followed by one other: what a bigram can learn too
     successor = torch.randperm(11)
@@ -85,7 +85,7 @@ def test_one_batch_can_be_learnt_by_heart(net):
     assert loss < 0.05
 
 
-def test_loss_begins_near_that_of_knowing_nothing():
+def test_initial_loss_is_near_uniform():
     torch.manual_seed(0)
     net = Transformer(2048, 64)
     idx = torch.randint(2048, (8, 65))
@@ -102,7 +102,7 @@ needs_chunked_loss = pytest.mark.skipif(
 @needs_chunked_loss
 @pytest.mark.parametrize("tie", [False, True])
 @pytest.mark.parametrize("autocast", [False, True])
-def test_the_loss_in_chunks_is_the_loss(monkeypatch, tie, autocast):
+def test_chunked_loss_equals_plain_loss(monkeypatch, tie, autocast):
     net = make(tie=tie)
     idx, targets = torch.randint(11, (2, 2, 8))
 
@@ -160,14 +160,14 @@ class NoFloat64(TorchDispatchMode):
         return out
 
 
-def test_networks_are_built_on_an_accelerator_without_float64():
+def test_networks_need_no_float64_on_an_accelerator():
     with torch.device("meta"), NoFloat64():
         net = Transformer(11, 8)
     assert net.rope.device.type == "meta"
     assert Transformer(11, 8).rope.device.type == "cpu"
 
 
-def test_grouped_heads_take_attention_in_any_memory_layout(monkeypatch):
+def test_grouped_heads_work_with_any_memory_layout(monkeypatch):
     """CUDA's kernels return transposed views."""
     torch.manual_seed(0)
     net = make(n_kv_head=2)
@@ -183,7 +183,7 @@ def test_grouped_heads_take_attention_in_any_memory_layout(monkeypatch):
     assert torch.equal(generate(net, idx, Sampling(max_new_tokens=4, temperature=0)), expected)
 
 
-def test_bigram_looks_at_the_last_token_alone():
+def test_bigram_uses_the_last_token_only():
     net = Bigram(11, 8)
     idx = torch.randint(11, (2, 8))
     torch.testing.assert_close(net(idx), net.table.weight[idx])
@@ -192,7 +192,7 @@ def test_bigram_looks_at_the_last_token_alone():
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("options", [{}, {"n_kv_head": 2}, {"qk_norm": True, "bias": True}], ids=str)
 @pytest.mark.parametrize("length", [6, 257])
-def test_attention_is_the_four_lines_fused_or_not(causal, options, length):
+def test_attention_equals_explicit_attention(causal, options, length):
     torch.manual_seed(0)
     attention = Attention(32, 4, **options).double()
     x = torch.randn(2, length, 32, dtype=torch.float64)
@@ -202,7 +202,7 @@ def test_attention_is_the_four_lines_fused_or_not(causal, options, length):
     torch.testing.assert_close(attention(x, causal=causal), plain)
 
 
-def test_attention_without_the_mask_sees_the_future():
+def test_non_causal_attention_sees_the_future():
     attention = Attention(32, 4)
     x = torch.randn(1, 6, 32)
     changed = x.clone()
@@ -211,7 +211,7 @@ def test_attention_without_the_mask_sees_the_future():
     assert torch.equal(attention(x)[:, 0], attention(changed)[:, 0])
 
 
-def test_cross_attention_gathers_from_the_context_alone():
+def test_cross_attention_uses_the_context_only():
     torch.manual_seed(0)
     attention = Attention(32, 4)
     x, context = torch.randn(2, 3, 32), torch.randn(2, 7, 32)
@@ -235,13 +235,13 @@ def test_grouped_heads_equal_full_heads_with_repeated_weights():
     torch.testing.assert_close(grouped(x), full(x))
 
 
-def test_attention_weights_are_a_distribution_over_the_past():
+def test_attention_weights_are_causal_and_sum_to_one():
     weights = attention_weights(torch.randn(2, 3, 5, 8), torch.randn(2, 3, 5, 8), causal=True)
     torch.testing.assert_close(weights.sum(-1), torch.ones(2, 3, 5))
     assert weights.triu(1).abs().max() == 0
 
 
-def test_rotary_products_depend_on_the_distance_alone():
+def test_rotary_scores_depend_on_distance_only():
     torch.manual_seed(0)
     q, k = torch.randn(8, dtype=torch.float64), torch.randn(8, dtype=torch.float64)
     table = rope_cache(20, 8).double()
@@ -265,7 +265,7 @@ def test_positions_matter():
         assert (net(idx)[:, -1] - net(swapped)[:, -1]).abs().max() > 1e-4
 
 
-def test_tied_weights_are_one_tensor():
+def test_tied_weights_are_shared():
     net = make(tie=True)
     assert net.head.weight is net.embedding.weight
 
@@ -277,7 +277,7 @@ def test_dropout_acts_in_training_only():
     assert not torch.equal(net(idx), net(idx))
 
 
-def test_flops_are_those_that_torch_counts():
+def test_flops_match_torch_flop_counter():
     from torch.utils.flop_counter import FlopCounterMode
 
     net = Transformer(64, 16, n_layer=3, n_head=4, n_embd=32, mlp="gelu")
@@ -298,6 +298,6 @@ def test_flops_are_those_that_torch_counts():
         ({"rope_theta": -1.0}, "rope_theta must be above 0, got -1.0"),
     ],
 )
-def test_sizes_that_do_not_fit_are_named(options, says):
+def test_invalid_options_are_refused(options, says):
     with pytest.raises(UserError, match=says):
         Transformer(**{**SMALL, **options})

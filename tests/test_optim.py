@@ -8,7 +8,7 @@ from lmlight.models import GPT2, Bigram, Transformer
 from lmlight.optim import POLAR_EXPRESS, Muon, Schedule, label_in_order, orthogonalise, parameter_groups
 
 
-def test_groups_hold_every_parameter_once_and_matrices_alone_decay():
+def test_groups_hold_every_parameter_once_and_only_matrices_decay():
     net = Transformer(11, 8, n_layer=1, n_head=2, n_embd=16, **GPT2)
     optimizer = torch.optim.AdamW(parameter_groups(net), lr=1e-3, weight_decay=0.1)
     decay = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
@@ -17,7 +17,7 @@ def test_groups_hold_every_parameter_once_and_matrices_alone_decay():
         assert decay[id(parameter)] == (0.1 if parameter.dim() == 2 else 0.0)
 
 
-def test_grouped_steps_are_those_of_torch_without_groups():
+def test_groups_without_decay_change_nothing():
     """Without decay the groups must make no difference."""
     torch.manual_seed(0)
     ours, plain = (Transformer(11, 8, n_layer=1, n_head=2, n_embd=16) for _ in range(2))
@@ -36,7 +36,7 @@ def test_grouped_steps_are_those_of_torch_without_groups():
         assert torch.equal(a, b)
 
 
-def test_groups_tell_hidden_matrices_from_tables():
+def test_groups_separate_hidden_matrices_from_embeddings():
     net = Transformer(11, 8, n_layer=1, n_head=2, n_embd=16, **GPT2)
     name_of = {id(p): group["name"] for group in parameter_groups(net) for p in group["params"]}
     for name, parameter in net.named_parameters():
@@ -48,7 +48,7 @@ def test_groups_tell_hidden_matrices_from_tables():
 
 
 @pytest.mark.parametrize("shape", [(3, 16, 64), (3, 64, 16), (1, 32, 32)])
-def test_orthogonalise_is_near_the_polar_factor(shape):
+def test_orthogonalise_approximates_the_polar_factor(shape):
     torch.manual_seed(0)
     given = torch.randn(shape, dtype=torch.float64)
     made = orthogonalise(given)
@@ -66,7 +66,7 @@ def test_orthogonalise_is_near_the_polar_factor(shape):
     assert diagonal.min() > 0
 
 
-def test_muon_moves_tables_and_vectors_as_adamw_does_and_hidden_matrices_by_the_orthogonalised_momentum():
+def test_muon_matches_a_reference_implementation():
     torch.manual_seed(0)
     ours, plain = (Transformer(11, 8, n_layer=1, n_head=2, n_embd=16).double() for _ in range(2))
     plain.load_state_dict(ours.state_dict())
@@ -91,7 +91,7 @@ def test_muon_moves_tables_and_vectors_as_adamw_does_and_hidden_matrices_by_the_
         assert torch.allclose(a, b, rtol=0, atol=1e-12)
 
 
-def test_muon_steps_are_about_as_large_as_adamws():
+def test_muon_updates_have_the_rms_of_adamw():
     """What lets one learning rate serve both: the root mean square of an update is some 0.2 learning rates."""
     torch.manual_seed(0)
     net = Transformer(11, 8, n_layer=1, n_head=2, n_embd=64)
@@ -104,7 +104,7 @@ def test_muon_steps_are_about_as_large_as_adamws():
             assert 0.15 < (parameter - before[name]).square().mean().sqrt() / 1e-2 < 0.25
 
 
-def test_muon_moves_the_counts_of_a_resumed_run_to_its_parameters():
+def test_muon_moves_loaded_step_counts_to_the_device():
     """Checkpoints are read on the CPU, and the fused kernel wants all of a parameter's state on its device."""
     before, after = (torch.nn.Parameter(torch.ones(4, device=device)) for device in ("cpu", "meta"))
     before.grad = torch.ones(4)
@@ -126,7 +126,7 @@ def test_muon_without_named_groups_is_adamw():
     assert torch.allclose(a, b)
 
 
-def test_states_labelled_by_the_place_in_the_model_load_as_before():
+def test_optimizer_state_labelled_in_model_order_loads():
     net = Transformer(11, 8, n_layer=2, n_head=2, n_embd=16)
     for number, parameter in enumerate(net.parameters()):
         parameter.grad = torch.full_like(parameter, number + 1.0)
@@ -144,7 +144,7 @@ def test_states_labelled_by_the_place_in_the_model_load_as_before():
             assert torch.equal(other.state[parameter][name], value)
 
 
-def test_warm_up_rises_linearly_then_each_shape_falls_to_its_end():
+def test_schedule_shapes():
     for shape in ("linear", "cosine", "decay"):
         schedule = Schedule(shape, warmup_steps=4, decay_fraction=0.5, final_factor=0.1)
         assert [schedule.factor(s, 100) for s in range(4)] == pytest.approx([0.2, 0.4, 0.6, 0.8])
@@ -159,12 +159,12 @@ def test_warm_up_rises_linearly_then_each_shape_falls_to_its_end():
     assert Schedule("constant", 2).factor(10**9, -1) == 1
 
 
-def test_a_falling_schedule_needs_an_end():
+def test_falling_schedule_needs_an_end():
     with pytest.raises(UserError, match="max_steps"):
         Schedule("cosine", 0).factor(5, -1)
 
 
 @pytest.mark.parametrize("setting", [{"warmup_steps": -1}, {"decay_fraction": 2.0}, {"final_factor": -0.1}], ids=str)
-def test_values_out_of_range_are_named(setting):
+def test_values_out_of_range_are_refused(setting):
     with pytest.raises(UserError, match=next(iter(setting))):
         Schedule(**setting)

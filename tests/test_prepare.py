@@ -18,7 +18,7 @@ from lmlight.training.cli import main
 from lmlight.training.datamodule import TextDataModule
 
 UNIGRAM = TokenizerConfig("unigram", 400)
-FLAGS = ["--data.corpus=verse.txt", "--data.tokenizer.vocab_size=400", "--data.block_size=16"]
+FLAGS = ["--data.corpus=corpus.txt", "--data.tokenizer.vocab_size=400", "--data.block_size=16"]
 
 
 @pytest.fixture
@@ -52,25 +52,25 @@ def batches(data):
 # From the command line
 
 
-def test_prepare_makes_the_store_that_fit_uses(verse_file, capsys):
+def test_prepare_makes_the_store_that_fit_uses(corpus_file, capsys):
     assert main(["prepare", *FLAGS]) == 0
     said = capsys.readouterr().out
     (folder,) = Path("cache/tokens").iterdir()
     before = {path: path.stat().st_mtime_ns for path in folder.iterdir()}
     assert f"Prepared: {folder}" in said
-    data = data_of("verse.txt")
+    data = data_of("corpus.txt")
     data.prepare_data()
     assert list(Path("cache/tokens").iterdir()) == [folder]
     assert {path: path.stat().st_mtime_ns for path in folder.iterdir()} == before
     assert not Path("runs").exists()
 
 
-def test_prepare_reads_the_config_of_a_run_on_a_larger_machine(verse_file):
+def test_prepare_accepts_a_config_for_a_larger_machine(corpus_file):
     config = {
         "seed_everything": 3,
         "trainer": {"accelerator": "gpu", "devices": 8, "max_steps": 7},
         "model": {"net": {"class_path": "Bigram"}},
-        "data": {"corpus": "verse.txt", "tokenizer": {"vocab_size": 400}},
+        "data": {"corpus": "corpus.txt", "tokenizer": {"vocab_size": 400}},
     }
     Path("run.yaml").write_text(json.dumps(config))
     assert main(["prepare", "--config=run.yaml"]) == 0
@@ -78,7 +78,7 @@ def test_prepare_reads_the_config_of_a_run_on_a_larger_machine(verse_file):
     assert TokenStore(folder).tokenizer.vocab_size == 400
 
 
-def test_ctrl_c_keeps_finished_shards_and_prints_no_traceback(verse_file, small_shards, monkeypatch, capsys):
+def test_ctrl_c_keeps_finished_shards_and_prints_no_traceback(corpus_file, small_shards, monkeypatch, capsys):
     save, saved = np.save, []
 
     def interrupted(file, ids):
@@ -97,28 +97,28 @@ def test_ctrl_c_keeps_finished_shards_and_prints_no_traceback(verse_file, small_
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
-        (["--to=verse.txt"], "exists"),
-        (["--to=verse.txt/below"], "cannot be written"),
+        (["--to=corpus.txt"], "exists"),
+        (["--to=corpus.txt/below"], "cannot be written"),
         (["--format=litdata"], "pass --to FOLDER"),
         (["--format=parquet", "--to=x"], "format"),
         (["--data.corpus=nope.txt"], "no corpus at 'nope.txt'"),
         (["--init_from=nope.ckpt"], "no checkpoint at 'nope.ckpt'"),
     ],
 )
-def test_error_is_one_line(verse_file, flags, said, capsys):
+def test_error_is_one_line(corpus_file, flags, said, capsys):
     assert main(["prepare", *FLAGS, *flags]) == 2
     lines = [line for line in capsys.readouterr().err.splitlines() if not line.startswith("lmlight: warning")]
     assert len(lines) == 1 and lines[0].startswith("lmlight: error: ") and said in lines[0]
-    assert {path.name for path in Path().iterdir()} <= {"verse.txt", "cache"}
+    assert {path.name for path in Path().iterdir()} <= {"corpus.txt", "cache"}
 
 
 # A store in place of a text
 
 
 @pytest.fixture
-def copied(verse_file):
-    """A copy of the store of `verse.txt`; the cache that it was made in is gone."""
-    data_of("verse.txt").prepare().copy(Path("copy"))
+def copied(corpus_file):
+    """A copy of the store of `corpus.txt`; the cache that it was made in is gone."""
+    data_of("corpus.txt").prepare().copy(Path("copy"))
     shutil.rmtree("cache")
     return Path("copy")
 
@@ -133,9 +133,9 @@ def served(copied):
         memory.rm("/lmlight-tests", recursive=True)
 
 
-def test_copied_store_gives_the_same_batches_as_the_text(copied, verse_file):
+def test_copied_store_gives_the_same_batches_as_the_text(copied, corpus_file):
     there = TextDataModule("copy", block_size=16, batch_size=8, seed=0)
-    assert batches(there) == batches(data_of("verse.txt"))
+    assert batches(there) == batches(data_of("corpus.txt"))
     assert there.tokenizer.vocab_size == 400
 
 
@@ -217,17 +217,17 @@ def test_tokenizer_that_differs_from_the_checkpoint_is_refused(copied):
         data.prepare()
 
 
-def test_folder_of_texts_with_an_index_file_is_not_a_store(verse):
+def test_folder_of_texts_with_an_index_file_is_not_a_store(corpus_text):
     Path("texts").mkdir()
-    Path("texts/a.txt").write_text(verse)
+    Path("texts/a.txt").write_text(corpus_text)
     Path("texts/index.json").write_text("{}")
     assert corpora.find_store("texts") is None
-    assert data_of("texts").prepare().chars["train"] == int(0.9 * len(verse))
+    assert data_of("texts").prepare().chars["train"] == int(0.9 * len(corpus_text))
 
 
 @pytest.mark.parametrize("cache", ["mine", "mine/tokens", "."])
-def test_failed_preparation_deletes_nothing_else_in_the_cache_folder(verse, cache, tmp_path):
-    Path("text.txt").write_text(verse + "\u00e9\n")  # a character that the vocabulary of training lacks
+def test_failed_preparation_deletes_nothing_else_in_the_cache_folder(corpus_text, cache, tmp_path):
+    Path("text.txt").write_text(corpus_text + "\u00e9\n")  # a character that the vocabulary of training lacks
     Path("mine/tokens/0123456789abcdef").mkdir(parents=True)
     for name in ("mine/notes.txt", "mine/tokens/notes.txt", "mine/tokens/0123456789abcdef/train-00000.npy"):
         Path(name).write_text("mine")
@@ -236,13 +236,13 @@ def test_failed_preparation_deletes_nothing_else_in_the_cache_folder(verse, cach
     assert {path: path.read_bytes() for path in Path().rglob("*") if path.is_file()} == before
 
 
-def test_unfinished_store_keeps_its_tokenizer(tmp_path, verse):
+def test_unfinished_store_keeps_its_tokenizer(tmp_path, corpus_text):
     """Training may round differently on another kind of machine, and a store has one tokenizer."""
-    texts = {"train": [reading.TextChunk(verse)], "val": [reading.TextChunk(verse[:100])]}
-    first, second = (TokenizerConfig("unigram", size).train(verse) for size in (400, 390))
+    texts = {"train": [reading.TextChunk(corpus_text)], "val": [reading.TextChunk(corpus_text[:100])]}
+    first, second = (TokenizerConfig("unigram", size).train(corpus_text) for size in (400, 390))
     token_writer.write_store(tmp_path / "store", "print", texts, first)
     (tmp_path / "store" / "index.json").unlink()
     token_writer.write_store(tmp_path / "store", "print", texts, second)
     store = TokenStore(tmp_path / "store", "print")
     assert store.tokenizer.fingerprint == first.fingerprint
-    assert np.array_equal(store.ids["val"][:], first.encode(verse[:100]))
+    assert np.array_equal(store.ids["val"][:], first.encode(corpus_text[:100]))

@@ -83,13 +83,13 @@ def commands(page):
 
 
 @pytest.fixture(scope="module")
-def workshop(tmp_path_factory, verse):
+def workshop(tmp_path_factory, corpus_text):
     """A clone's folder, as far as a reader needs it, with a text and a finished run."""
     folder = tmp_path_factory.mktemp("workshop")
     for name in ("README.md", "configs", "docs"):
         (folder / name).symlink_to(ROOT / name)
     for name in ("my.txt", "more.txt", "prompts.txt"):
-        (folder / name).write_bytes(verse.encode())
+        (folder / name).write_bytes(corpus_text.encode())
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         patch.setenv("LMLIGHT_CACHE", str(folder / "cache"))
@@ -175,7 +175,7 @@ def test_commands_run_as_typed(page, monkeypatch, capsys):
 
 @pytest.mark.usefixtures("_there")
 @pytest.mark.parametrize("page", OTHER, ids=name_of)
-def test_commands_are_understood(page, capsys):
+def test_commands_parse(page, capsys):
     typed = [*commands(page), *map(shlex.split, INLINE.findall(page.read_text("utf-8")))]
     newest = max(Path("runs").iterdir())
     for typed_words in typed:
@@ -196,7 +196,7 @@ def test_commands_are_understood(page, capsys):
 @pytest.mark.usefixtures("_there")
 # what export.md shows needs extras, and is run by test_hf.py and test_graphs.py
 @pytest.mark.parametrize("page", [p for p in PAGES if blocks(p, "python") and p.name != "export.md"], ids=name_of)
-def test_python_runs_as_it_stands(page):
+def test_python_blocks_run(page):
     newest = max(Path("runs").iterdir())
     for block in blocks(page, "python"):
         with contextlib.redirect_stdout(io.StringIO()) as printed:
@@ -205,20 +205,20 @@ def test_python_runs_as_it_stands(page):
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
-def test_links_lead_somewhere(page):
+def test_links_are_valid(page):
     text = BLOCK.sub("", page.read_text("utf-8"))
     for target in re.findall(r"\]\(([^)\s]+)\)", text):
         path = target.partition("#")[0]
         assert target.startswith("https://") or (page.parent / path).exists(), target
 
 
-def test_the_table_of_configs_is_whole():
+def test_table_of_configs_is_complete():
     linked = re.findall(r"\[`([\w.-]+)`\]\(configs/([\w.-]+)\)", (ROOT / "README.md").read_text("utf-8"))
     assert all(name == target for name, target in linked)
     assert sorted(name for name, _ in linked) == sorted(path.name for path in (ROOT / "configs").iterdir())
 
 
-def test_every_page_is_on_the_site():
+def test_navigation_lists_every_page():
     def leaves(value):
         if isinstance(value, str):
             return [value]
@@ -229,7 +229,7 @@ def test_every_page_is_on_the_site():
     assert sorted(navigation) == sorted([*made, *(name_of(page).removeprefix("docs/") for page in PAGES[1:])])
 
 
-def test_the_page_of_commands_has_all_of_them_and_the_defaults():
+def test_command_line_page_lists_commands_and_defaults():
     text = (ROOT / "docs" / "command-line.md").read_text("utf-8")
     assert {*re.findall(r"^\| `lmlight (\w+)", text, re.MULTILINE)} == {*COMMANDS}
     defaults = re.findall(r"^\| `--trainer\.(\w+)` \| ([\d.]+|runs) \|", text, re.MULTILINE)

@@ -25,7 +25,7 @@ from lmlight.training.cli import main
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="SIGKILL and limits on the size of files are POSIX's")
 
-TINY = ["--data.corpus=../verse.txt", *tiny.FLAGS]
+TINY = ["--data.corpus=../corpus.txt", *tiny.FLAGS]
 # an epoch is 13 steps of two micro-batches
 HARD = [
     *TINY,
@@ -57,10 +57,10 @@ sys.exit(cli.main(sys.argv[1:]))
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory, verse):
+def place(tmp_path_factory, corpus_text):
     """Where this module's runs lie, each in a folder of its own beside the text; they share a cache."""
     folder = tmp_path_factory.mktemp("runs")
-    (folder / "verse.txt").write_bytes(verse.encode())
+    (folder / "corpus.txt").write_bytes(corpus_text.encode())
     return folder
 
 
@@ -113,7 +113,7 @@ def straight(place):
     return place / "straight"
 
 
-def test_differences_are_seen(straight):
+def test_differences_helper_finds_differences(straight):
     content = last(straight)
     other = last(straight)
     assert differences(content, other) == []
@@ -123,7 +123,7 @@ def test_differences_are_seen(straight):
 
 
 @pytest.mark.parametrize(("step", "workers"), [(9, 2), (22, 0)], ids=["within an epoch", "in a later epoch"])
-def test_a_killed_run_goes_on_to_the_bit(place, straight, step, workers):
+def test_resume_after_kill_is_exact(place, straight, step, workers):
     """With dropout, sampled segmentations, accumulation, workers, and validations and samples of text in between."""
     folder = place / f"killed-{step}"
     flags = [*HARD, f"--data.num_workers={workers}"]
@@ -143,7 +143,7 @@ def epochs(content):
     return [(state["epoch"], state["windows"]) for state in states]
 
 
-def test_the_end_of_an_epoch_is_no_place_to_stumble(place):
+def test_resume_at_epoch_boundary_is_exact(place):
     """Validations, and so checkpoints, fall on the ends of epochs; killed twice, for a resumed run may differ again."""
     flags = [*HARD, "--trainer.val_check_interval=26", "--trainer.max_steps=60"]
     run(place / "straight-epochs", "fit", *flags)
@@ -162,7 +162,7 @@ def test_the_end_of_an_epoch_is_no_place_to_stumble(place):
     assert {**scalars(folder), "epoch": None} == {**expected, "epoch": None}
 
 
-def test_a_signal_at_the_end_of_an_epoch_waits_for_the_next_step(place, straight):
+def test_signal_at_epoch_end_waits_for_the_next_step(place, straight):
     folder = place / "epoch-end"
     act = "os.kill(os.getpid(), signal.SIGTERM)"
     run(folder, "fit", *HARD, code=ACT_AT_STEP.format(step=12, act=act), status=143)
@@ -174,7 +174,7 @@ def test_a_signal_at_the_end_of_an_epoch_waits_for_the_next_step(place, straight
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_a_signal_leaves_a_checkpoint_to_go_on_from(place, straight, number, status):
+def test_resume_after_signal_is_exact(place, straight, number, status):
     folder = place / f"left-{status}"
     act = f"os.kill(os.getpid(), {int(number)})"
     _, err = run(folder, "fit", *HARD, code=ACT_AT_STEP.format(step=17, act=act), status=status)
@@ -189,7 +189,7 @@ def test_a_signal_leaves_a_checkpoint_to_go_on_from(place, straight, number, sta
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_twenty_kills_at_random_moments_change_nothing(place):
+def test_resume_after_twenty_random_kills_is_exact(place):
     """SIGKILL at any moment, also while starting, validating, or writing a checkpoint; each time `--ckpt_path last`."""
     flags = [*HARD, "--trainer.max_steps=4000", "--trainer.val_check_interval=50", "--trainer.log_every_n_steps=10"]
     run(place / "long", "fit", *flags)
@@ -221,10 +221,10 @@ def test_twenty_kills_at_random_moments_change_nothing(place):
     assert scalars(path) == scalars(straight_path)
 
 
-def test_a_run_of_epochs_is_resumed_to_its_end_and_no_further(trained, tmp_path, monkeypatch, capsys):
+def test_resume_stops_at_max_epochs(trained, tmp_path, monkeypatch, capsys):
     """Again and again, and although Lightning's count of epochs falls behind; an epoch is 13 steps."""
     monkeypatch.chdir(tmp_path)
-    flags = [f"--data.corpus={trained.parents[2] / 'verse.txt'}", *tiny.FLAGS, "--trainer.max_steps=-1"]
+    flags = [f"--data.corpus={trained.parents[2] / 'corpus.txt'}", *tiny.FLAGS, "--trainer.max_steps=-1"]
     flags += ["--trainer.callbacks=UpdateRatio", "--data.batch_size=16", "--trainer.val_check_interval=5"]
     assert main(["fit", *flags, "--trainer.max_epochs=1"]) == 0
     steps = last(tmp_path)["global_step"]
@@ -234,7 +234,7 @@ def test_a_run_of_epochs_is_resumed_to_its_end_and_no_further(trained, tmp_path,
         assert last(tmp_path)["lr_schedulers"][0]["last_epoch"] == epochs * steps
 
 
-def test_a_second_signal_ends_at_once(place):
+def test_second_signal_ends_at_once(place):
     act = "os.kill(os.getpid(), signal.SIGTERM); os.kill(os.getpid(), signal.SIGTERM); print('still here')"
     folder = place / "twice"
     out, _ = run(folder, "fit", *HARD, code=ACT_AT_STEP.format(step=17, act=act), status=143)
@@ -242,14 +242,14 @@ def test_a_second_signal_ends_at_once(place):
     assert last(folder)["global_step"] == 14
 
 
-def test_an_exception_leaves_the_last_good_checkpoint(place):
+def test_exception_keeps_the_last_checkpoint(place):
     folder = place / "exception"
     _, err = run(folder, "fit", *HARD, code=ACT_AT_STEP.format(step=17, act="raise KeyError('oops')"), status=1)
     assert "oops" in err
     assert last(folder)["global_step"] == 14
 
 
-def test_out_of_time_leaves_a_checkpoint(place):
+def test_max_time_leaves_a_checkpoint(place):
     folder = place / "time"
     out, _ = run(folder, "fit", *HARD, "--trainer.max_steps=100000", "--trainer.max_time=00:00:00:01")
     step = last(folder)["global_step"]
@@ -273,7 +273,7 @@ def alone(place):
 
 
 @pytest.mark.parametrize("devices", [2, 4])
-def test_any_number_of_processes_gives_the_same_run(place, alone, devices):
+def test_ddp_run_equals_a_single_process_run(place, alone, devices):
     folder = place / f"ddp-{devices}"
     run_afresh(folder, "fit", *TINY, *DDP, "--trainer.precision=64-true", f"--trainer.devices={devices}")
     assert len(list(folder.glob("runs/*"))) == 1
@@ -291,19 +291,19 @@ def test_any_number_of_processes_gives_the_same_run(place, alone, devices):
     )
 
 
-def test_every_character_is_scored_once_by_any_number_of_processes(alone, place, verse):
+def test_ddp_validation_scores_every_character_once(alone, place, corpus_text):
     def figures(run, devices):
         flags = [f"--trainer.devices={devices}", "--trainer.strategy=ddp", "--trainer.precision=64-true"]
         out, _ = run(alone, "validate", "--ckpt_path=last", "--trainer.accelerator=cpu", *flags)
         return dict(line.split() for line in out.strip().split("\n"))
 
     expected = figures(run, 1)
-    assert int(expected["val/characters"]) == len(verse) - int(0.9 * len(verse))
+    assert int(expected["val/characters"]) == len(corpus_text) - int(0.9 * len(corpus_text))
     assert figures(run_afresh, 3) == expected
 
 
 @pytest.mark.parametrize("overlay", ["ddp", "fsdp"])
-def test_a_checkpoint_goes_from_one_process_to_two_and_back(place, alone, overlay):
+def test_resume_from_one_process_to_two_and_back(place, alone, overlay):
     """Each leaves on a signal; of two processes, one of them gets it."""
     folder = place / f"there-and-back-{overlay}"
     config = Path(__file__).parents[1] / "configs" / f"{overlay}.yaml"
@@ -330,7 +330,7 @@ def test_a_checkpoint_goes_from_one_process_to_two_and_back(place, alone, overla
         torch.testing.assert_close(model[name], weight, rtol=0, atol=atol)
 
 
-def test_spawned_processes_hand_the_trained_model_back(place, alone):
+def test_ddp_spawn_returns_the_trained_model(place, alone):
     """By the command line, whose summary reads it; and resumed by the documented command."""
     folder = place / "spawn"
     flags = ["--trainer.strategy=ddp_spawn", "--trainer.devices=2", "--trainer.precision=64-true"]
@@ -355,7 +355,7 @@ from lmlight.training.checkpointing import AtomicCheckpointIO, BestLastCheckpoin
 model = LanguageModel(net=tiny.net)
 options = {{**tiny.QUIET, "devices": 2, "strategy": "ddp_fork", "max_steps": 2, "default_root_dir": "runs/one"}}
 trainer = pl.Trainer(**options, callbacks=[BestLastCheckpoint()], plugins=[AtomicCheckpointIO()])
-trainer.fit(model, datamodule=tiny.data("../verse.txt"))
+trainer.fit(model, datamodule=tiny.data("../corpus.txt"))
 trained = checkpoint.read("runs/one/checkpoints/last.ckpt")
 assert trained["global_step"] == 2
 print("same:", all(torch.equal(model.state_dict()[name], weight) for name, weight in trained["state_dict"].items()))
@@ -363,14 +363,14 @@ print(repr(model.generate("MIRA:", max_new_tokens=5)))
 """
 
 
-def test_forked_processes_hand_the_trained_model_back_to_python(place):
+def test_ddp_fork_returns_the_trained_model(place):
     out, _ = run_afresh(place / "fork", code=FORK.format(tests=str(Path(__file__).parent)))
     same, text = out.strip().split("\n")[-2:]
     assert same == "same: True"
     assert text.startswith("'MIRA:")
 
 
-def test_averaged_weights_are_resumed_to_the_bit(place):
+def test_resume_with_averaged_weights_is_exact(place):
     """EMA of the weights, a callback of Lightning's, from a kill on: the averages and the weights behind them."""
     flags = [*HARD, "--trainer.callbacks+=EMAWeightAveraging", "--trainer.callbacks.decay=0.9"]
     run(place / "averaged", "fit", *flags)
@@ -386,14 +386,14 @@ def test_averaged_weights_are_resumed_to_the_bit(place):
     assert scalars(folder) == scalars(place / "averaged")
 
 
-def test_a_mistake_with_several_processes_is_one_line(place):
+def test_ddp_error_is_one_line(place):
     flags = [*TINY, "--data.batch_size=7", "--trainer.strategy=ddp", "--trainer.devices=2"]
     _, err = run_afresh(place / "mistake", "fit", *flags, status=2)
     assert err.count("lmlight: error: data.batch_size 7 counts the windows") == 1
     assert "Traceback" not in err
 
 
-def test_resuming_takes_every_setting_of_the_run_and_flags_win(place, capsys, monkeypatch):
+def test_resume_restores_settings_and_flags_override_them(place, capsys, monkeypatch):
     """Trainer, model and data; from the run's config.yaml, which a resumed run writes anew."""
     folder = place / "settings"
     flags = [*TINY, "--trainer.max_steps=20", "--trainer.precision=bf16-mixed", "--trainer.gradient_clip_val=0.3"]
@@ -435,12 +435,12 @@ def test_resuming_takes_every_setting_of_the_run_and_flags_win(place, capsys, mo
     assert printed["trainer"]["precision"] == "bf16-mixed"
 
 
-def test_settings_with_which_a_run_cannot_be_resumed_do_not_replace_its_own(trained, tmp_path, capsys, monkeypatch):
+def test_resume_with_incompatible_settings_is_refused_and_keeps_the_config(trained, tmp_path, capsys, monkeypatch):
     shutil.copytree(trained, tmp_path / "runs" / "copy")
     config = tmp_path / "runs" / "copy" / "config.yaml"
     before = config.read_bytes()
     monkeypatch.chdir(tmp_path)
-    (tmp_path.parent / "verse.txt").write_bytes((trained.parents[2] / "verse.txt").read_bytes())
+    (tmp_path.parent / "corpus.txt").write_bytes((trained.parents[2] / "corpus.txt").read_bytes())
     for flags, says in {
         "--data.block_size=32": "longer than the 16 tokens",
         "--model.net=Bigram": "another net",
@@ -459,7 +459,7 @@ def test_settings_with_which_a_run_cannot_be_resumed_do_not_replace_its_own(trai
 
 
 @pytest.mark.parametrize("damage", ["missing", "damaged", "empty"])
-def test_resuming_without_the_settings_of_the_run_is_refused(trained, tmp_path, capsys, damage):
+def test_resume_without_config_is_refused(trained, tmp_path, capsys, damage):
     shutil.copytree(trained, tmp_path / "runs" / "copy")
     config = tmp_path / "runs" / "copy" / "config.yaml"
     config.unlink() if damage == "missing" else config.write_text("data: {" if damage == "damaged" else "")
@@ -489,7 +489,7 @@ def copied(trained, tmp_path, monkeypatch):
     """Makes a copy of the finished run, with some setting changed, in a folder beside which a module lies."""
     (tmp_path / "theirs.py").write_text(THEIRS)
     (tmp_path / "other.yaml").write_text("class_path: theirs.Callback\n")
-    text = trained.parents[2] / "verse.txt"
+    text = trained.parents[2] / "corpus.txt"
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
 
@@ -509,7 +509,7 @@ def copied(trained, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("what", FOREIGN)
-def test_a_run_from_elsewhere_cannot_name_code_to_import(copied, capsys, what):
+def test_config_of_a_foreign_run_cannot_import_code(copied, capsys, what):
     """Its config.yaml is not a file that the user has passed."""
     copied("elsewhere", *FOREIGN[what])
     assert main(["fit", "--ckpt_path=elsewhere/copy"]) == 2
@@ -518,7 +518,7 @@ def test_a_run_from_elsewhere_cannot_name_code_to_import(copied, capsys, what):
     assert not Path("imported").exists()
 
 
-def test_the_user_s_own_runs_are_trusted(copied, capsys):
+def test_own_runs_are_trusted(copied, capsys):
     copied("runs", *FOREIGN["a class"])
     copied("elsewhere", *FOREIGN["its name alone"])
     assert main(["fit", "--ckpt_path=runs/copy", "--trainer.max_steps=31"]) == 0, capsys.readouterr().err
@@ -527,7 +527,7 @@ def test_the_user_s_own_runs_are_trusted(copied, capsys):
     assert main(["fit", "--ckpt_path=elsewhere/copy", *flags]) == 0, capsys.readouterr().err
 
 
-def test_a_checkpoint_alone_is_not_resumed_with_the_settings_of_a_folder_above(trained, tmp_path, capsys):
+def test_config_of_a_parent_folder_is_not_used(trained, tmp_path, capsys):
     (tmp_path / "models").mkdir()
     shutil.copy(trained / "checkpoints" / "last.ckpt", tmp_path / "models" / "last.ckpt")
     shutil.copy(trained / "config.yaml", tmp_path / "config.yaml")
@@ -535,10 +535,10 @@ def test_a_checkpoint_alone_is_not_resumed_with_the_settings_of_a_folder_above(t
     assert "the run's settings" in capsys.readouterr().err
 
 
-def test_arguments_of_the_optimizer_can_change_when_a_run_is_resumed(trained, tmp_path, capsys, monkeypatch):
+def test_optimizer_arguments_can_change_on_resume(trained, tmp_path, capsys, monkeypatch):
     """Although its state, and the scheduler's, hold those that it had; and a flag may fit this optimizer alone."""
     monkeypatch.chdir(tmp_path)
-    text, seen = trained.parents[2] / "verse.txt", []
+    text, seen = trained.parents[2] / "corpus.txt", []
     flags = [f"--data.corpus={text}", *tiny.FLAGS, "--trainer.max_steps=4", "--trainer.val_check_interval=4"]
     flags += ["--model.optimizer=torch.optim.AdamW", "--model.optimizer.lr=1e-3", "--model.schedule.warmup_steps=0"]
     assert main(["fit", *flags]) == 0
@@ -559,10 +559,10 @@ def test_arguments_of_the_optimizer_can_change_when_a_run_is_resumed(trained, tm
     assert seen[0]["lr"] == pytest.approx(2e-3 * 7 / 16), "as it is in config.yaml now"
 
 
-def test_a_run_is_resumed_where_it_lies(trained, tmp_path, capsys, monkeypatch):
+def test_run_is_resumed_in_its_own_folder(trained, tmp_path, capsys, monkeypatch):
     """By the command that its end prints, whatever folder it was started or moved to."""
     monkeypatch.chdir(tmp_path)
-    text = trained.parents[2] / "verse.txt"
+    text = trained.parents[2] / "corpus.txt"
     flags = [f"--data.corpus={text}", *tiny.FLAGS, "--trainer.max_steps=2", "--trainer.val_check_interval=1"]
     assert main(["fit", *flags, "--trainer.default_root_dir=out"]) == 0
     (run,) = Path("out").iterdir()
@@ -585,11 +585,11 @@ def test_a_run_is_resumed_where_it_lies(trained, tmp_path, capsys, monkeypatch):
     assert not Path("runs").exists()
 
 
-def test_two_runs_started_at_once_do_not_meet(place):
+def test_two_runs_can_start_at_once(place):
     folder = place / "two"
     flags = [*TINY, "--trainer.max_steps=3", "--data.tokenizer.vocab_size=399"]
     for process in [processes.start("fit", *flags, **options_in(folder)) for _ in range(2)]:
-        _, err = process.communicate(timeout=processes.LONGEST)
+        _, err = process.communicate(timeout=processes.TIMEOUT)
         assert process.returncode == 0, err
     assert len(list(folder.glob("runs/*/checkpoints/last.ckpt"))) == 2
     assert len(list(folder.glob("runs/*/events*"))) == 2
@@ -607,7 +607,7 @@ def trained(straight, monkeypatch):
     return folder
 
 
-def test_a_run_s_folder_best_and_last_are_taken_for_a_checkpoint(trained, capsys):
+def test_run_folder_best_and_last_are_accepted_as_ckpt_path(trained, capsys):
     printed = []
     for name in ("best", str(trained), str(trained / "checkpoints"), str(trained / "checkpoints/best.ckpt")):
         assert main(["validate", f"--ckpt_path={name}"]) == 0
@@ -616,7 +616,7 @@ def test_a_run_s_folder_best_and_last_are_taken_for_a_checkpoint(trained, capsys
     assert main(["validate", "--ckpt_path=last"]) == 0
 
 
-def test_last_is_of_the_newest_run(tmp_path):
+def test_last_is_the_newest_run(tmp_path):
     for age, name in ((30, "a"), (10, "b"), (20, "c")):
         path = tmp_path / name / "checkpoints" / "last.ckpt"
         path.parent.mkdir(parents=True)
@@ -627,7 +627,7 @@ def test_last_is_of_the_newest_run(tmp_path):
         checkpoint.find("best", tmp_path, "last")
 
 
-def test_resuming_before_there_is_a_checkpoint_is_a_clear_line(capsys):
+def test_resume_without_checkpoint_is_refused(capsys):
     assert main(["fit", "--ckpt_path=last"]) == 2
     assert "no run in 'runs' has a checkpoint 'last' yet" in capsys.readouterr().err
     Path("runs/x").mkdir(parents=True)
@@ -635,7 +635,7 @@ def test_resuming_before_there_is_a_checkpoint_is_a_clear_line(capsys):
     assert "has no checkpoint 'last.ckpt'" in capsys.readouterr().err
 
 
-def test_finetuning_takes_net_weights_and_tokenizer_and_nothing_else(trained, tmp_path, capsys):
+def test_init_from_takes_net_weights_and_tokenizer_only(trained, tmp_path, capsys):
     text = tmp_path / "other.txt"
     text.write_text("SHE:\nAnother text altogether, with words of its own.\n" * 60)
     flags = [f"--data.corpus={text}", "--trainer.max_steps=1", "--trainer.val_check_interval=1", "--data.batch_size=4"]
@@ -664,7 +664,7 @@ def test_finetuning_takes_net_weights_and_tokenizer_and_nothing_else(trained, tm
     assert "n_embd 32 in the checkpoint, 64 here" in capsys.readouterr().err
 
 
-def test_best_is_where_the_figure_is_smallest_and_last_is_always_the_latest(verse_file, monkeypatch):
+def test_best_and_last_checkpoints(corpus_file, monkeypatch):
     scores, saved = iter([2.0, 1.0, 3.0]), []
 
     def note(content, path):
@@ -682,7 +682,7 @@ def test_best_is_where_the_figure_is_smallest_and_last_is_always_the_latest(vers
         plugins=[AtomicCheckpointIO()],
         **tiny.QUIET,
     )
-    trainer.fit(LanguageModel(net=Bigram), datamodule=tiny.data(verse_file))
+    trainer.fit(LanguageModel(net=Bigram), datamodule=tiny.data(corpus_file))
     assert saved == [
         ("last", 2, None),
         ("best", 3, 2.0),
@@ -695,7 +695,7 @@ def test_best_is_where_the_figure_is_smallest_and_last_is_always_the_latest(vers
     ]
 
 
-def test_the_best_of_a_run_is_the_one_that_lies_beside_it(tmp_path):
+def test_best_checkpoint_is_found_after_a_move(tmp_path):
     """A moved run's is found where it is now; another folder's is not ours to report."""
     keeper = BestLastCheckpoint()
     keeper._folder = tmp_path
@@ -708,7 +708,7 @@ def test_the_best_of_a_run_is_the_one_that_lies_beside_it(tmp_path):
 
 
 @pytest.mark.parametrize("when", ["loss", "gradient"])
-def test_not_a_number_stops_at_its_step_and_is_never_saved(trained, tmp_path, capsys, monkeypatch, when):
+def test_non_finite_loss_or_gradient_stops_and_is_not_saved(trained, tmp_path, capsys, monkeypatch, when):
     step = LanguageModel.training_step
 
     def poisoned(self, batch, index):
@@ -730,7 +730,7 @@ def test_not_a_number_stops_at_its_step_and_is_never_saved(trained, tmp_path, ca
     assert all(weight.isfinite().all() for weight in content["state_dict"].values())
 
 
-def test_weights_that_are_not_finite_are_not_saved(trained, tmp_path, capsys, monkeypatch):
+def test_non_finite_weights_are_not_saved(trained, tmp_path, capsys, monkeypatch):
     def poison(self):
         next(self.net.parameters()).data[0, 0] = float("nan")
 
@@ -740,7 +740,7 @@ def test_weights_that_are_not_finite_are_not_saved(trained, tmp_path, capsys, mo
     assert not list(tmp_path.glob("runs/*/checkpoints/*.ckpt"))
 
 
-def test_flags_win_over_the_checkpoint_when_going_on(trained, capsys):
+def test_flags_override_the_checkpoint_on_resume(trained, capsys):
     with pytest.raises(SystemExit):
         main(["fit", f"--ckpt_path={trained}", "--model.net.dropout=0.4", "--print_config"])
     config = yaml.safe_load(capsys.readouterr().out)
@@ -758,7 +758,7 @@ def content_of(net):
     return {"state_dict": state, checkpoint.METADATA_KEY: checkpoint.model_metadata(net, CharTokenizer("abc"), {}, {})}
 
 
-def test_a_flipped_bit_is_refused_or_changes_nothing_and_the_newest_good_file_is_named(tmp_path):
+def test_flipped_bit_is_refused_or_harmless(tmp_path):
     """Bits that nobody reads, such as the archive's dates and padding, may flip; see also `checkpoint._is_intact`."""
     path, good, content = tmp_path / "last.ckpt", tmp_path / "best.ckpt", content_of(Bigram(3, 8))
     checkpoint.write(content, good)
@@ -783,7 +783,7 @@ def test_a_flipped_bit_is_refused_or_changes_nothing_and_the_newest_good_file_is
             checkpoint.read(path)
 
 
-def test_a_full_disk_leaves_the_file_of_before(tmp_path):
+def test_full_disk_keeps_the_previous_checkpoint(tmp_path):
     """A limit on the size of files stands in for the disk."""
     code = """if True:
         import resource, signal
@@ -806,7 +806,7 @@ def test_a_full_disk_leaves_the_file_of_before(tmp_path):
     assert checkpoint.net_of(checkpoint.read(tmp_path / "x.ckpt")).vocab_size == 3
 
 
-def test_a_kill_while_writing_leaves_the_file_of_before(tmp_path):
+def test_kill_while_writing_keeps_the_previous_checkpoint(tmp_path):
     """The process dies after the bytes and before the rename; what it leaves is overwritten by the next write."""
     code = """if True:
         import os, signal
@@ -824,7 +824,7 @@ def test_a_kill_while_writing_leaves_the_file_of_before(tmp_path):
     assert os.listdir(tmp_path) == ["x.ckpt"]
 
 
-def test_all_is_flushed_to_the_disk_before_the_rename_and_the_rename_after_it(tmp_path, monkeypatch):
+def test_checkpoint_is_flushed_before_the_rename(tmp_path, monkeypatch):
     calls, path = [], tmp_path / "x.ckpt"
     fsync, replace = os.fsync, Path.replace
 

@@ -31,14 +31,14 @@ return words.join('\\n');
 
 
 @pytest.fixture(scope="module")
-def address(tmp_path_factory, verse):
+def address(tmp_path_factory, corpus_text):
     """The address of a TensorBoard that shows a run of ten steps with two validations."""
     folder = tmp_path_factory.mktemp("run")
     patch = pytest.MonkeyPatch()
     patch.chdir(folder)
     patch.setenv("LMLIGHT_CACHE", str(folder / "cache"))
-    (folder / "verse.txt").write_bytes(verse.encode())
-    arguments = ["fit", "--data.corpus=verse.txt", "--data.tokenizer.vocab_size=400", "--data.block_size=16"]
+    (folder / "corpus.txt").write_bytes(corpus_text.encode())
+    arguments = ["fit", "--data.corpus=corpus.txt", "--data.tokenizer.vocab_size=400", "--data.block_size=16"]
     arguments += [
         "--model.net.n_layer=1",
         "--model.net.n_embd=32",
@@ -74,8 +74,15 @@ def test_scalars(browser, address):
     shows(browser, address, "scalars&tagFilter=throughput", *speeds, "throughput/waiting_for_data")
 
 
-def test_text(browser, address, opening):
-    shows(browser, address, "text", f"samples/{opening}/text_summary", "temperature 1, seed 1337, step 10", opening)
+def test_text(browser, address, sample_prompt):
+    shows(
+        browser,
+        address,
+        "text",
+        f"samples/{sample_prompt}/text_summary",
+        "temperature 1, seed 1337, step 10",
+        sample_prompt,
+    )
 
 
 def test_images(browser, address):

@@ -39,9 +39,9 @@ def folder(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["unigram", "bpe", "char"])
-def test_store_returns_ids_characters_and_tokenizer(tmp_path, verse, kind):
-    tokenizer = TokenizerConfig(kind, 400).train(verse)
-    texts = {"train": verse[:4000], "val": verse[4000:]}
+def test_store_returns_ids_characters_and_tokenizer(tmp_path, corpus_text, kind):
+    tokenizer = TokenizerConfig(kind, 400).train(corpus_text)
+    texts = {"train": corpus_text[:4000], "val": corpus_text[4000:]}
     pieces = {split: [TextChunk(text)] for split, text in texts.items()}
     write_store(tmp_path / "deep" / "down" / "store", "print", pieces, tokenizer)
     store = TokenStore(tmp_path / "deep" / "down" / "store", "print")
@@ -179,24 +179,26 @@ def contents(folder):
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-def test_shards_do_not_depend_on_the_number_of_processes(tmp_path, small_shards, verse):
-    tokenizer = TokenizerConfig("unigram", 400).train(verse)
+def test_shards_do_not_depend_on_the_number_of_processes(tmp_path, small_shards, corpus_text):
+    tokenizer = TokenizerConfig("unigram", 400).train(corpus_text)
     for processes in (1, 2):
-        write_store(tmp_path / str(processes), "print", {"train": pieces_of(verse)}, tokenizer, processes=processes)
+        write_store(
+            tmp_path / str(processes), "print", {"train": pieces_of(corpus_text)}, tokenizer, processes=processes
+        )
     assert contents(tmp_path / "1") == contents(tmp_path / "2")
-    assert len(contents(tmp_path / "1")) == 2 + len(verse) // 1000
+    assert len(contents(tmp_path / "1")) == 2 + len(corpus_text) // 1000
     read = TokenStore(tmp_path / "2", "print")
-    assert read.ids["train"][:].tolist() == tokenizer.encode(verse)
-    assert read.chars == {"train": len(verse)}
+    assert read.ids["train"][:].tolist() == tokenizer.encode(corpus_text)
+    assert read.chars == {"train": len(corpus_text)}
 
 
 def full(*args, **options):
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
-def test_interrupted_write_continues_with_the_next_shard(tmp_path, small_shards, verse, monkeypatch):
+def test_interrupted_write_continues_with_the_next_shard(tmp_path, small_shards, corpus_text, monkeypatch):
     """The disk is full after three shards: they stay, are not a store, and are not written again."""
-    tokenizer = CharTokenizer(sorted(set(verse)))
+    tokenizer = CharTokenizer(sorted(set(corpus_text)))
     save, saved = np.save, []
 
     def save_three(file, ids):
@@ -207,16 +209,16 @@ def test_interrupted_write_continues_with_the_next_shard(tmp_path, small_shards,
 
     monkeypatch.setattr(np, "save", save_three)
     with pytest.raises(OSError, match=os.strerror(errno.ENOSPC)):
-        write_store(tmp_path / "store", "print", {"train": pieces_of(verse)}, tokenizer, processes=1)
+        write_store(tmp_path / "store", "print", {"train": pieces_of(corpus_text)}, tokenizer, processes=1)
     assert sorted(contents(tmp_path / "store")) == ["tokenizer", *(f"train-0000{n}.npy" for n in range(3))]
     assert not TokenStore.is_finished(tmp_path / "store")
     with pytest.raises(UserError):
         TokenStore(tmp_path / "store", "print")
     assert read_tokenizer(tmp_path / "store").fingerprint == tokenizer.fingerprint
     monkeypatch.setattr(np, "save", lambda file, ids: saved.append(len(ids)) or save(file, ids))
-    write_store(tmp_path / "store", "print", {"train": pieces_of(verse)}, tokenizer, processes=1)
-    assert sum(saved) == len(verse), "a shard was written twice"
-    assert TokenStore(tmp_path / "store", "print").ids["train"][:].tolist() == tokenizer.encode(verse)
+    write_store(tmp_path / "store", "print", {"train": pieces_of(corpus_text)}, tokenizer, processes=1)
+    assert sum(saved) == len(corpus_text), "a shard was written twice"
+    assert TokenStore(tmp_path / "store", "print").ids["train"][:].tolist() == tokenizer.encode(corpus_text)
 
 
 KILLED = """

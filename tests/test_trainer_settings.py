@@ -177,7 +177,7 @@ REFUSED = {
     "profiler=xla": "torch_xla",
     "val_check_interval=0": "must be above 0, got 0",
     "accumulate_grad_batches=0": "must be at least 1, got 0",
-    "default_root_dir=verse.txt/x": "the run's folder cannot be made in 'verse.txt/x'",
+    "default_root_dir=corpus.txt/x": "the run's folder cannot be made in 'corpus.txt/x'",
     "val_check_interval=0.5": "check_val_every_n_epoch",
     "accumulate_grad_batches=3": "batch_size 8",
     "gradient_clip_algorithm=scissors": "['value', 'norm']",
@@ -202,10 +202,10 @@ REFUSED = {
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory, verse):
+def place(tmp_path_factory, corpus_text):
     """The text, and a cache that all rows share."""
     folder = tmp_path_factory.mktemp("settings")
-    (folder / "verse.txt").write_bytes(verse.encode())
+    (folder / "corpus.txt").write_bytes(corpus_text.encode())
     return folder
 
 
@@ -247,7 +247,7 @@ def fit(place, options, ckpt_path=None, optimizer=None):
     settings.setdefault("plugins", [AtomicCheckpointIO()])
     model = LanguageModel(net=tiny.net, **({"optimizer": optimizer} if optimizer else {}))
     trainer = pl.Trainer(**settings)
-    trainer.fit(model, datamodule=tiny.data(place / "verse.txt"), ckpt_path=ckpt_path, weights_only=True)
+    trainer.fit(model, datamodule=tiny.data(place / "corpus.txt"), ckpt_path=ckpt_path, weights_only=True)
     return trainer
 
 
@@ -268,7 +268,7 @@ ROWS = [(name, value) for name, values in ARGUMENTS.items() for value in values]
 
 
 @pytest.mark.parametrize(("name", "value"), ROWS, ids=[f"{name}={value}" for name, value in ROWS])
-def test_every_trainer_argument_works(place, name, value):
+def test_trainer_argument_works(place, name, value):
     options = {name: value, "accelerator": "auto"} if value == "single device" else {name: value}
     if name == "check_val_every_n_epoch" and value:
         options["val_check_interval"] = 0.5
@@ -276,12 +276,12 @@ def test_every_trainer_argument_works(place, name, value):
 
 
 @pytest.mark.parametrize("options", WITHOUT_CHECKPOINTS, ids=str)
-def test_runs_that_keep_no_checkpoint_work(place, options):
+def test_run_without_checkpoints_works(place, options):
     fit(place, options)
 
 
 @pytest.mark.parametrize("name", [*CALLBACKS, *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW_CALLBACKS)])
-def test_every_callback_works(place, name):
+def test_callback_works(place, name):
     options = {"callbacks": lambda: [getattr(lightning_callbacks, name)(**{**CALLBACKS, **SLOW_CALLBACKS}[name])]}
     if name in PROGRESS_BARS:
         options["enable_progress_bar"] = True
@@ -291,24 +291,24 @@ def test_every_callback_works(place, name):
 
 
 @pytest.mark.parametrize("name", REFUSED_CALLBACKS)
-def test_callbacks_that_cannot_work_are_refused(place, name):
+def test_unsuitable_callback_is_refused(place, name):
     callback = getattr(lightning_callbacks, name)(**REFUSED_CALLBACKS[name])
     with pytest.raises(UserError, match=r"^\w+ cannot be used: "):
         fit(place, {"callbacks": [callback]})
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_every_optimizer_works(place, name):
+def test_optimizer_works(place, name):
     works(place, {}, optimizer=lambda params: getattr(torch.optim, name)(params, lr=1e-3))
 
 
 @pytest.mark.parametrize("name", REFUSED_OPTIMIZERS)
-def test_optimizers_that_cannot_work_are_refused(place, name):
+def test_unsuitable_optimizer_is_refused(place, name):
     with pytest.raises(UserError, match="model.optimizer cannot train this model"):
         fit(place, {}, optimizer=getattr(torch.optim, name))
 
 
-def test_the_tables_are_complete():
+def test_tables_are_complete():
     """A new release of Lightning or torch brings rows that nobody has tried."""
     arguments = set(inspect.signature(pl.Trainer.__init__).parameters) - {"self"}
     assert arguments == ARGUMENTS.keys() | {name for row in WITHOUT_CHECKPOINTS for name in row}
@@ -329,11 +329,11 @@ def test_the_tables_are_complete():
 
 
 def lmlight(place, *flags):
-    return main(["fit", f"--data.corpus={place / 'verse.txt'}", *tiny.FLAGS, "--trainer.max_steps=4", *flags])
+    return main(["fit", f"--data.corpus={place / 'corpus.txt'}", *tiny.FLAGS, "--trainer.max_steps=4", *flags])
 
 
 @pytest.mark.parametrize("flags", TOGETHER, ids=" ".join)
-def test_flags_of_the_trainer_work_and_are_resumed(place, capsys, flags):
+def test_trainer_flags_work_and_are_resumed(place, capsys, flags):
     given = [
         "--trainer.val_check_interval=2",
         "--trainer.callbacks=UpdateRatio",
@@ -346,15 +346,15 @@ def test_flags_of_the_trainer_work_and_are_resumed(place, capsys, flags):
 
 
 @pytest.mark.parametrize("flags", ALONE, ids=" ".join)
-def test_flags_for_runs_that_keep_no_checkpoint_work(place, capsys, flags, tmp_path):
+def test_trainer_flags_without_checkpoints_work(place, capsys, flags, tmp_path):
     given = [f"--trainer.{flag}" for flag in flags]
     assert lmlight(place, *given) == 0, capsys.readouterr().err
     assert not list(tmp_path.glob("runs/**/*.ckpt"))
 
 
 @pytest.mark.parametrize("flag", REFUSED)
-def test_flags_of_the_trainer_are_refused_in_one_line(place, capsys, flag, tmp_path):
-    (tmp_path / "verse.txt").touch()
+def test_invalid_trainer_flag_is_a_one_line_error(place, capsys, flag, tmp_path):
+    (tmp_path / "corpus.txt").touch()
     assert lmlight(place, f"--trainer.{flag}") == 2
     out, err = capsys.readouterr()
     assert out == ""

@@ -24,7 +24,7 @@ sizes = blocks.flatmap(lambda block: st.tuples(st.integers(block + 1, 600), st.j
 
 
 @given(sizes, seeds, epochs)
-def test_epoch_windows_lie_in_the_text_and_share_no_target(size, seed, epoch):
+def test_epoch_windows_are_in_range_and_share_no_target(size, seed, epoch):
     n_tokens, block = size
     starts = epoch_starts(n_tokens, block, seed, epoch)
     targets = [start + 1 + position for start in starts for position in range(block)]
@@ -35,7 +35,7 @@ def test_epoch_windows_lie_in_the_text_and_share_no_target(size, seed, epoch):
 
 
 @given(sizes, seeds, epochs)
-def test_epoch_windows_leave_out_less_than_two_blocks(size, seed, epoch):
+def test_epoch_windows_omit_less_than_two_blocks(size, seed, epoch):
     n_tokens, block = size
     left_out = (n_tokens - 1) - block * len(epoch_starts(n_tokens, block, seed, epoch))
     assert 0 <= left_out < 2 * block
@@ -71,7 +71,7 @@ def test_offsets_and_orders_vary_by_epoch_and_seed():
 
 
 @given(sizes, seeds, epochs)
-def test_random_windows_lie_in_the_text(size, seed, epoch):
+def test_random_windows_are_in_range(size, seed, epoch):
     n_tokens, block = size
     starts = random_starts(n_tokens, block, seed, epoch)
     assert len(starts) == windows_per_epoch(n_tokens, block)
@@ -124,7 +124,7 @@ def test_only_the_last_window_is_shorter(n_tokens, block, data):
 
 
 @given(st.integers(0, 60), st.integers(0, 2), st.integers(1, 9), st.integers(1, 5))
-def test_every_window_is_scored_once_by_any_number_of_processes(full, shorter, batch_size, world_size):
+def test_ranks_together_evaluate_every_window_once(full, shorter, batch_size, world_size):
     windows = full + shorter
     ranks = [eval_batches(full, windows, batch_size, rank, world_size) for rank in range(world_size)]
     batches = [batch for rank in ranks for batch in rank]
