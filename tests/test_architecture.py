@@ -1,4 +1,4 @@
-"""The house keeps its order: imports run one way, and the light parts stay light."""
+"""Package structure: imports follow the layers, and light modules do not import heavy packages."""
 
 import ast
 import importlib
@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[1]
 
 
 def test_imports_run_one_way(monkeypatch):
-    """The layers of pyproject.toml; see docs/design.md."""
+    """The layers are in pyproject.toml; see docs/design.md."""
     monkeypatch.chdir(ROOT)
     assert importlinter.lint_imports(config_filename=str(ROOT / "pyproject.toml"), cache_dir=None) == 0
 
@@ -48,7 +48,7 @@ def test_light_modules_do_not_import_heavy_packages(absent, modules):
 
 
 def test_benchmarks_import_existing_names():
-    """Also where a function does it, since no test runs most of them."""
+    """Including imports inside functions, which no test runs."""
     for path in (ROOT / "benchmarks").glob("*.py"):
         for node in ast.walk(ast.parse(path.read_text("utf-8"))):
             if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "lmlight":
@@ -76,6 +76,6 @@ def test_command_line_limits_spinning_threads_and_importing_does_not():
         lmlight.__main__.main(sys.argv[1:])
         """
     environment = {k: v for k, v in os.environ.items() if k not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
-    for command, turns in (("fit", "1000"), ("predict", "10000")):
+    for command, spin_count in (("fit", "1000"), ("predict", "10000")):
         out, err = processes.run_afresh(command, code=code, env=environment, status=1)
-        assert (out.strip(), err.strip()) == ("False False", turns)
+        assert (out.strip(), err.strip()) == ("False False", spin_count)

@@ -1,4 +1,4 @@
-"""`lmlight cache` lists what there is and deletes nothing else."""
+"""`lmlight cache` lists cached data and deletes nothing else."""
 
 import processes
 import pytest
@@ -12,7 +12,7 @@ from lmlight.data.tokenizer import CharTokenizer
 
 @pytest.fixture
 def filled(tmp_path, monkeypatch):
-    """A cache with a corpus, a store and half of one, and things of the user's beside them."""
+    """A cache with a corpus, a finished and an unfinished store, and files of the user."""
     folder = cache.cache_dir()
     write_store(
         folder / "tokens" / "abc",

@@ -36,18 +36,18 @@ from lmlight.training.checkpointing import AtomicCheckpointIO, BestLastCheckpoin
 STEPS, VALIDATIONS = 8, (4, 8)
 
 
-class Keep(Callback):
-    """Records each step."""
+class Recorder(Callback):
+    """Records losses, embeddings and batches."""
 
     def __init__(self):
         self.losses, self.weights, self.batches = [], [], []
 
     def on_train_start(self, trainer, model):
-        self.weights.append(model.net.embedding.weight.detach().clone() if hasattr(model.net, "embedding") else None)
+        self.weights.append(model.net.embedding.weight.detach().clone())
 
     def on_train_batch_end(self, trainer, model, outputs, batch, batch_idx):
         self.losses.append(float(outputs["loss"]))
-        self.weights.append(model.net.embedding.weight.detach().clone() if hasattr(model.net, "embedding") else None)
+        self.on_train_start(trainer, model)
         self.batches.append(batch)
 
 
@@ -70,15 +70,15 @@ def fit(corpus_file, folder, callbacks, net, **options):
 
 
 @pytest.fixture(scope="module")
-def watched(tmp_path_factory, corpus_text):
+def logged_run(tmp_path_factory, corpus_text):
     """A run with all callbacks, and its TensorBoard events."""
-    folder = tmp_path_factory.mktemp("watched")
+    folder = tmp_path_factory.mktemp("logged_run")
     (folder / "corpus.txt").write_bytes(corpus_text.encode())
-    keep = Keep()
+    recorder = Recorder()
     patch = pytest.MonkeyPatch()
     patch.setenv("LMLIGHT_CACHE", str(folder / "cache"))
     callbacks = [
-        keep,
+        recorder,
         Throughput(),
         UpdateRatio(),
         TrainSubsetEval(windows=7),
@@ -96,30 +96,32 @@ def watched(tmp_path_factory, corpus_text):
     patch.undo()
     (run,) = (folder / "runs").iterdir()
     events = EventAccumulator(str(run), size_guidance={"images": 0, "tensors": 0}).Reload()
-    return keep, trainer, model, data, run, events
+    return recorder, trainer, model, data, run, events
 
 
 def values(events, tag):
     return [event.value for event in events.Scalars(tag)]
 
 
-def test_update_ratio_is_norm_of_step_over_norm_of_weights(watched):
-    keep, *_, events = watched
-    assert values(events, "train/loss") == pytest.approx(keep.losses[1::2])
+def test_update_ratio_is_norm_of_step_over_norm_of_weights(logged_run):
+    recorder, *_, events = logged_run
+    assert values(events, "train/loss") == pytest.approx(recorder.losses[1::2])
     expected = [
-        float((keep.weights[n] - keep.weights[n - 1]).norm() / keep.weights[n - 1].norm()) for n in (2, 4, 6, 8)
+        float((recorder.weights[n] - recorder.weights[n - 1]).norm() / recorder.weights[n - 1].norm())
+        for n in (2, 4, 6, 8)
     ]
     assert values(events, "update_ratio/embedding") == pytest.approx(expected, rel=1e-4)
     parts = {tag.partition("/")[2] for tag in events.Tags()["scalars"] if tag.startswith("update_ratio/")}
     assert parts == {"embedding", "positions", "block 1", "block 2", "norm", "head"}
 
 
-def test_throughput_counts_tokens_and_characters_of_the_batches(watched):
-    keep, *_, events = watched
+def test_throughput_counts_tokens_and_characters_of_the_batches(logged_run):
+    recorder, *_, events = logged_run
     tokens, characters = (np.array(values(events, f"throughput/{n}_per_second")) for n in ("tokens", "characters"))
     assert len(tokens) == STEPS / 2
     per_token = [
-        sum(float(batch.target_chars.sum()) for batch in keep.batches[n : n + 2]) / (2 * 8 * 16) for n in range(0, 8, 2)
+        sum(float(batch.target_chars.sum()) for batch in recorder.batches[n : n + 2]) / (2 * 8 * 16)
+        for n in range(0, 8, 2)
     ]
     assert characters / tokens == pytest.approx(per_token, rel=1e-5)
     assert all(0 <= share < 1 for share in values(events, "throughput/waiting_for_data"))
@@ -134,7 +136,7 @@ class Clock(Callback):
         self.now = 0.0
 
     def perf_counter(self):
-        self.now += 1e-6  # so that the matrix product that measures the peak takes time
+        self.now += 1e-6  # the matrix product that measures the peak must take time
         return self.now
 
     def identity_collate(self, batch):
@@ -185,19 +187,21 @@ def test_throughput_sums_over_devices(monkeypatch):
     assert logged["throughput/tokens_per_second"] == pytest.approx(3 * 8 * 16 / 2, rel=1e-3)
     assert logged["throughput/characters_per_second"] == pytest.approx(5 * 3 * 8 * 16 / 2, rel=1e-3)
     share = 8 * 16 / 2 * 3 * model.net.flops_per_token() * 1e-6 / (2 * 1024**3)
-    assert logged["throughput/mfu"] == pytest.approx(share, rel=1e-3), "share of their joint peak"
+    assert logged["throughput/mfu"] == pytest.approx(share, rel=1e-3), "share of the joint peak of all devices"
 
 
 def test_accumulated_batches_are_logged_once_per_step(corpus_file, tmp_path):
     """Five batches, accumulated two at a time: the last step of the epoch has one."""
-    keep = Keep()
+    recorder = Recorder()
     options = {"accumulate_grad_batches": 2, "limit_train_batches": 5, "log_every_n_steps": 1, "max_steps": -1}
-    callbacks = [keep, Throughput(), UpdateRatio()]
+    callbacks = [recorder, Throughput(), UpdateRatio()]
     fit(corpus_file, tmp_path / "runs", callbacks, tiny.net, max_epochs=1, val_check_interval=None, **options)
     (run,) = (tmp_path / "runs").iterdir()
     events = EventAccumulator(str(run)).Reload()
-    expected = [float((keep.weights[n] - keep.weights[n - 2]).norm() / keep.weights[n - 2].norm()) for n in (2, 4)]
-    expected.append(float((keep.weights[5] - keep.weights[4]).norm() / keep.weights[4].norm()))
+    expected = [
+        float((recorder.weights[n] - recorder.weights[n - 2]).norm() / recorder.weights[n - 2].norm()) for n in (2, 4)
+    ]
+    expected.append(float((recorder.weights[5] - recorder.weights[4]).norm() / recorder.weights[4].norm()))
     assert values(events, "update_ratio/embedding") == pytest.approx(expected, rel=1e-4)
     assert len(values(events, "throughput/tokens_per_second")) == 3
 
@@ -218,8 +222,8 @@ def test_peak_on_a_cpu_is_measured_in_the_data_type_of_the_run(monkeypatch, prec
     assert set(products) == {dtype} and len(products) == 4
 
 
-def test_train_subset_is_scored_like_the_validation_text(watched):
-    _, _, model, data, _, events = watched
+def test_train_subset_is_scored_like_the_validation_text(logged_run):
+    _, _, model, data, _, events = logged_run
     nats = chars = 0.0
     for batch in data.train_subset_dataloader(7):
         losses = F.cross_entropy(
@@ -245,18 +249,8 @@ def test_gap_is_measured_in_the_precision_of_the_run(corpus_file, monkeypatch):
     assert {(True, True), (True, False)} == set(under_autocast)
 
 
-def test_train_subset_is_spread_over_the_text(watched):
-    _, _, _, data, *_ = watched
-    starts = [int(start) for start in data.train_subset_dataloader(7).windows[:, 0]]
-    assert len(starts) == 7
-    assert starts[0] == 0
-    assert starts[-1] > len(data.store.ids["train"]) - 3 * 16
-    assert all(start % 16 == 0 for start in starts)
-    assert len(data.train_subset_dataloader(10_000).windows) == (len(data.store.ids["train"]) - 1) // 16
-
-
-def test_samples_keep_line_breaks_and_list_their_settings(watched):
-    _, _, model, _, _, events = watched
+def test_samples_keep_line_breaks_and_list_their_settings(logged_run):
+    _, _, model, _, _, events = logged_run
     samples = events.Tensors("samples/MIRA:/text_summary")
     assert [sample.step for sample in samples] == list(VALIDATIONS)
     text = samples[-1].tensor_proto.string_val[0].decode()
@@ -267,8 +261,8 @@ def test_samples_keep_line_breaks_and_list_their_settings(watched):
     assert "samples/empty prompt/text_summary" in events.Tags()["tensors"]
 
 
-def test_pictures_draws_requested_heads_and_the_last_validation(watched):
-    *_, events = watched
+def test_pictures_draws_requested_heads_and_the_last_validation(logged_run):
+    *_, events = logged_run
     expected = {"attention/block 2 head 1", "attention/block 2 head 4", "positions", "loss by position", "surprise"}
     assert set(events.Tags()["images"]) == expected, "there is no head 9"
     for tag in expected:
@@ -311,7 +305,7 @@ def test_pictures_show_values_of_the_net(corpus_file, tmp_path, drawn):
     losses = F.cross_entropy(model.net(first.inputs[:1]).mT, first.targets[:1], reduction="none")[0]
     assert surprise[:16] == pytest.approx(losses.detach().numpy(), rel=1e-5)
     assert pieces[:16] == [model.tokenizer.id_to_piece(index) for index in first.targets[0].tolist()]
-    assert len(drawn["surprise"]) == 2, "drawn at the first validation, when no time was spent yet, and at the last"
+    assert len(drawn["surprise"]) == 2, "drawn at the first validation, before any time is spent, and at the last"
 
 
 def test_bigram_table_shows_probabilities(corpus_file, tmp_path, drawn):
@@ -323,8 +317,8 @@ def test_bigram_table_shows_probabilities(corpus_file, tmp_path, drawn):
     assert "attention_map" not in drawn
 
 
-def test_embedding_has_a_label_for_each_row(watched):
-    _, _, model, _, run, _ = watched
+def test_embedding_has_a_label_for_each_row(logged_run):
+    _, _, model, _, run, _ = logged_run
     (labels,) = run.glob("**/metadata.tsv")
     (vectors,) = run.glob("**/tensors.tsv")
     labels, rows = labels.read_text("utf-8").rstrip("\n").split("\n"), vectors.read_text().strip().split("\n")
@@ -348,8 +342,8 @@ def hparams_of(run):
     return settings.session_start_info.hparams, [metric.name.tag for metric in experiment.experiment.metric_infos]
 
 
-def test_hparams_list_settings_and_metrics(watched):
-    *_, run, _ = watched
+def test_hparams_list_settings_and_metrics(logged_run):
+    *_, run, _ = logged_run
     events = EventAccumulator(str(run)).Reload()
     found, metrics = hparams_of(run)
     assert found["net.n_layer"].number_value == 2
@@ -439,8 +433,8 @@ def test_default_callbacks_skip_the_sanity_check(corpus_file, tmp_path):
     assert len((run / "metrics.csv").read_text().splitlines()) == 2
 
 
-def test_learning_curve_writes_table_and_figure(watched):
-    _, _, _, data, run, events = watched
+def test_learning_curve_writes_table_and_figure(logged_run):
+    _, _, _, data, run, events = logged_run
     with (run / "metrics.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
     assert [float(row["step"]) for row in rows] == list(VALIDATIONS)
@@ -460,8 +454,8 @@ def test_resumed_run_continues_its_seconds(monkeypatch):
     assert curve.state_dict()["seconds"] == 107.0
 
 
-def test_characters_seen_match_the_batches_of_an_epoch(watched):
-    _, _, _, data, *_ = watched
+def test_characters_seen_match_the_batches_of_an_epoch(logged_run):
+    _, _, _, data, *_ = logged_run
     loader = data.train_dataloader()
     chars = sum(int(batch.target_chars.sum()) for batch in loader)
     assert data.characters_seen(len(loader)) == pytest.approx(chars, rel=0.03)
