@@ -333,7 +333,7 @@ MISTAKES = {
     "no such corpus": (["fit", "--data.corpus=nope.txt"], "no corpus at 'nope.txt'"),
     "empty corpus": (["fit", "--data.corpus=empty.txt"], "is empty"),
     "binary corpus": (["fit", "--data.corpus=binary.txt"], "binary"),
-    "not UTF-8": (["fit", "--data.corpus=latin.txt"], "not UTF-8 (byte 0xe9 at offset 3)"),
+    "not UTF-8": (["fit", "--data.corpus=latin.txt"], "not utf-8 (byte 0xe9 at offset 3, line 1)"),
     "no such encoding": (["fit", "--data.encoding=rot13"], "data.encoding must be a text encoding"),
     "short text": (["fit", "--data.corpus=short.txt", "--data.tokenizer.kind=char"], "at least about"),
     "empty path": (["fit", "--ckpt_path="], "need a checkpoint, and got an empty text"),

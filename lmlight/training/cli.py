@@ -128,7 +128,8 @@ class LmlightCLI(LightningCLI):
         if self.source is None and command not in ("fit", "prepare"):
             raise UserError(f"{command} needs a model: --ckpt_path best, or runs/.../checkpoints/best.ckpt")
         # Lightning would take settings from the checkpoint, and config.yaml is to start the same run again, not resume it
-        config.ckpt_path = None
+        if "ckpt_path" in config:
+            config.ckpt_path = None
 
     def before_instantiate_classes(self) -> None:
         config = self.config[self.subcommand]

@@ -40,15 +40,10 @@ class RunTrainer(Trainer):
             made: str | None = str(self.default_root_dir)
             if ours := next((logger for logger in self.loggers if isinstance(logger, RunLogger)), None):
                 made = ours.log_dir
-            elif self.state.fn == "fit" and not self.leaves_nothing and self.is_global_zero:
+            elif self.state.fn == "fit" and not self.fast_dev_run and self.is_global_zero:  # type: ignore[attr-defined]
                 made = str(checkpoints.make_run_dir(Path(self.default_root_dir)))
             self.run_folder = str(self.strategy.broadcast(made))
         return self.run_folder
-
-    @property
-    def leaves_nothing(self) -> bool:
-        """Whether a run writes no files."""
-        return bool(self.fast_dev_run or self.barebones)  # type: ignore[attr-defined]  # Lightning sets them late
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """In a process that a strategy has spawned."""
