@@ -272,11 +272,6 @@ def test_only_training_text_is_sampled(corpus_text, corpus_file):
         assert scored(scoring) == data.tokenizer.encode(val)
 
 
-def test_subword_sampling_needs_a_unigram_tokenizer(corpus_file):
-    with pytest.raises(UserError, match="subword_sampling"):
-        ready(corpus_file, tokenizer=TokenizerConfig("bpe", 400), subword_sampling=SubwordSampling())
-
-
 def test_given_tokenizer_is_used(corpus_text, corpus_file):
     given = CharTokenizer(sorted(set(corpus_text), reverse=True))
     data = TextDataModule(str(corpus_file), block_size=16, tokenizer=TokenizerConfig("unigram", 1))

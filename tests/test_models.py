@@ -1,4 +1,4 @@
-"""Nets against plainer truths: the mask, the fused attention, rotary positions, shapes, overfitting."""
+"""Networks against simpler references: causality, attention, rotary positions, the loss, overfitting."""
 
 import math
 
@@ -31,7 +31,7 @@ VARIANTS = [
 def make(**options):
     torch.manual_seed(0)
     net = Transformer(**SMALL, **options).eval()
-    for parameter in net.parameters():  # away from the initial near-zeros, where much goes unnoticed
+    for parameter in net.parameters():  # the small initial weights would hide mistakes
         parameter.data.add_(torch.randn_like(parameter) * 0.2)
     return net
 
@@ -43,13 +43,8 @@ def test_logits_depend_on_the_past_only(options):
     changed[:, 5] = (changed[:, 5] + 1) % 11
     before, after = net(idx), net(changed)
     torch.testing.assert_close(before[:, :5], after[:, :5])
-    assert (before[:, 5:] - after[:, 5:]).abs().amax((0, 2)).min() > 1e-4, "what follows must change, at each position"
-
-
-@pytest.mark.parametrize("options", VARIANTS, ids=str)
-def test_logits_of_a_prefix_are_those_of_the_whole(options):
-    net, idx = make(**options), torch.randint(11, (2, 8))
-    torch.testing.assert_close(net(idx[:, :3]), net(idx)[:, :3])
+    assert (before[:, 5:] - after[:, 5:]).abs().amax((0, 2)).min() > 1e-4, "every later position must change"
+    torch.testing.assert_close(net(idx[:, :3]), before[:, :3])
 
 
 @pytest.mark.parametrize("options", VARIANTS, ids=str)
@@ -70,14 +65,14 @@ def test_config_rebuilds_the_network(options):
 @pytest.mark.parametrize("net", [Bigram(11, 8), Transformer(**SMALL)], ids=["bigram", "transformer"])
 def test_networks_can_overfit_one_batch(net):
     torch.manual_seed(1)
-    # each token is followed by one other: what a bigram can learn too
+    # each token always has the same successor, which a bigram can learn, too
     successor = torch.randperm(11)
     idx = [torch.arange(4)]
     for _ in range(8):
         idx.append(successor[idx[-1]])
     idx = torch.stack(idx, dim=1)  # (4, 9)
     optimizer = torch.optim.AdamW(net.parameters(), lr=3e-2)
-    for _ in range(400):
+    for _ in range(150):
         loss = F.cross_entropy(net(idx[:, :-1]).flatten(0, 1), idx[:, 1:].flatten())
         optimizer.zero_grad()
         loss.backward()
@@ -95,7 +90,7 @@ def test_initial_loss_is_near_uniform():
 
 needs_chunked_loss = pytest.mark.skipif(
     not hasattr(F, "linear_cross_entropy"),
-    reason="torch has it from 2.13 on; before, the loss is always computed whole",
+    reason="the chunked loss needs torch 2.13",
 )
 
 
@@ -150,7 +145,7 @@ def test_query_key_norm_keeps_the_data_type_under_autocast():
 
 
 class NoFloat64(TorchDispatchMode):
-    """Fails where a device other than the CPU gets a float64 tensor, which MPS does not have."""
+    """Fails if a float64 tensor is made on a device other than the CPU: MPS does not support it."""
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
@@ -168,7 +163,7 @@ def test_networks_need_no_float64_on_an_accelerator():
 
 
 def test_grouped_heads_work_with_any_memory_layout(monkeypatch):
-    """CUDA's kernels return transposed views."""
+    """CUDA kernels return transposed views."""
     torch.manual_seed(0)
     net = make(n_kv_head=2)
     idx = torch.randint(11, (2, 3))
@@ -221,7 +216,7 @@ def test_cross_attention_uses_the_context_only():
     torch.testing.assert_close(attention(x, kv_input=context[:, order], causal=False), y)  # a set has no order
     constant = context[:, :1].expand(-1, 7, -1)
     gathered = attention(x, kv_input=constant, causal=False)
-    torch.testing.assert_close(gathered[:, 0], gathered[:, 1])  # whatever is asked, there is one thing to hear
+    torch.testing.assert_close(gathered[:, 0], gathered[:, 1])  # all values are the same
     assert (attention(x, kv_input=context + 1, causal=False) - y).abs().max() > 1e-3
 
 
@@ -249,7 +244,7 @@ def test_rotary_scores_depend_on_distance_only():
     for distance in (0, 3, 7):
         along = scores.diagonal(-distance)
         torch.testing.assert_close(along, along[:1].expand_as(along), atol=1e-6, rtol=0)
-    # as complex numbers: channel i and i + D/2 turn by position × frequency
+    # as complex numbers: channels i and i + D/2 rotate by position × frequency
     turned = torch.view_as_complex(torch.stack((q[:4], q[4:]), -1)) * torch.polar(
         torch.ones(4, dtype=torch.float64), 5 * 10000.0 ** (-torch.arange(0, 8, 2, dtype=torch.float64) / 8)
     )

@@ -1,4 +1,4 @@
-"""Tokenizers give back every character; sampled segmentations follow the distribution that they claim."""
+"""Tokenizers are lossless, and sampled segmentations follow their distribution."""
 
 import hashlib
 import itertools
@@ -71,10 +71,10 @@ def with_examples(texts):
     return decorate
 
 
-# Nothing is lost
+# Lossless encoding
 
 
-# letters and spaces that the pieces are made of, as often as anything in Unicode
+# any Unicode, or the characters that pieces consist of
 texts = st.text() | st.text(alphabet=f"aeinorst \n\t{SPACE}<>x0é漢", max_size=80)
 
 
@@ -87,19 +87,22 @@ def test_encode_decode_round_trip_and_character_counts(subword, text):
     assert all(0 <= index < subword.vocab_size for index in ids)
 
 
-def test_training_text_is_compressed(subword, corpus_text):
+def test_training_text_is_compressed_line_by_line(subword, corpus_text):
     ids = subword.encode(corpus_text)
     assert subword.decode(ids) == corpus_text
     assert subword.char_counts[ids].sum() == len(corpus_text)
     assert len(ids) < len(corpus_text) / 2
     assert subword.vocab_size == len(subword.char_counts) == 400
     assert subword.lossless
+    newline = subword.encode("\n")
+    by_line = [subword.encode(line) for line in corpus_text.split("\n")]
+    assert ids == subword.encode(corpus_text) == [*by_line[0], *(i for line in by_line[1:] for i in newline + line)]
 
 
 @with_examples(AWKWARD)
 @given(text=texts)
 def test_character_counts_of_prefixes(subword, text):
-    """A byte piece counts at its character's first byte, so no prefix of the ids counts more than it has begun."""
+    """The first byte piece of a character has its count, so a prefix counts the characters that it starts."""
     ids = subword.encode(text)
     seen = 0
     for end, index in enumerate(ids[:200], start=1):
@@ -136,16 +139,6 @@ def test_invalid_utf8_decodes_to_replacement_characters(subword):
     assert subword.decode(subword.encode("漢")[-1:]) == "\ufffd"
 
 
-def test_the_same_text_gives_the_same_ids(subword, corpus_text):
-    assert subword.encode(corpus_text) == subword.encode(corpus_text)
-
-
-def test_tokens_of_the_whole_are_those_of_its_lines(subword, corpus_text):
-    newline = subword.encode("\n")
-    line_by_line = [subword.encode(line) for line in corpus_text.split("\n")]
-    assert subword.encode(corpus_text) == [*line_by_line[0], *(i for line in line_by_line[1:] for i in newline + line)]
-
-
 # Characters
 
 
@@ -159,19 +152,14 @@ def test_char_tokenizer_round_trip(text):
     assert from_bytes(tokenizer.to_bytes()).encode(text) == ids
 
 
-def test_an_unseen_character_is_refused_by_name():
-    with pytest.raises(UserError, match="'ž'") as caught:
-        CharTokenizer("abc").encode("abž")
+@pytest.mark.parametrize(("text", "name"), [("abž", "'ž'"), ("a\nb", r"'\\n'")])
+def test_unseen_character_is_refused(text, name):
+    with pytest.raises(UserError, match=name) as caught:
+        CharTokenizer("abc").encode(text)
     assert "\n" not in str(caught.value)
 
 
-def test_an_unseen_newline_is_refused_on_one_line():
-    with pytest.raises(UserError) as caught:
-        CharTokenizer("abc").encode("a\nb")
-    assert "\n" not in str(caught.value)
-
-
-# The tokenizer as bytes
+# Serialization
 
 
 @pytest.mark.parametrize("kind", ["unigram", "bpe", "char", "lossy"])
@@ -191,21 +179,10 @@ def test_fingerprints_differ_between_tokenizers(unigram, bpe, lossy):
     assert len({tokenizer.fingerprint for tokenizer in (unigram, bpe, lossy, *chars)}) == 5
 
 
-@pytest.mark.parametrize(
-    "data",
-    [
-        b"garbage",
-        b"{not json",
-        b"",
-        b"{}",
-    ],
-)
-def test_invalid_tokenizer_bytes_are_refused(data):
-    with pytest.raises(ValueError):  # noqa: PT011
-        from_bytes(data)
-
-
-def test_a_cut_model_is_refused(unigram):
+def test_invalid_tokenizer_bytes_are_refused(unigram):
+    for data in (b"garbage", b"{not json", b"", b"{}"):
+        with pytest.raises(ValueError):  # noqa: PT011
+            from_bytes(data)
     with pytest.raises(ValueError, match="not a SentencePiece model"):
         from_bytes(unigram.to_bytes()[:-1])
 
@@ -219,7 +196,7 @@ def test_training_is_deterministic(kind, corpus_text):
     assert config.train(corpus_text).to_bytes() == config.train(corpus_text).to_bytes()
 
 
-IN_A_FRESH_PROCESS = """
+TRAIN_AND_SAMPLE = """
 import hashlib, sys
 from lmlight.data.subword_regularization import SubwordSampler, SubwordSampling
 from lmlight.data.tokenizer import TokenizerConfig
@@ -233,7 +210,7 @@ assert "torch" not in sys.modules
 
 
 def test_training_and_sampling_are_the_same_in_another_process(unigram, corpus_text, corpus_file):
-    out, err = processes.run_afresh(code=IN_A_FRESH_PROCESS, env=processes.environment(PYTHONHASHSEED="7"))
+    out, err = processes.run_afresh(code=TRAIN_AND_SAMPLE, env=processes.environment(PYTHONHASHSEED="7"))
     ids = SubwordSampler(unigram, corpus_text, SubwordSampling(0.2)).sample_segmentation(3, 5)
     assert err == ""
     assert out.split() == [unigram.fingerprint, hashlib.sha256(ids.tobytes()).hexdigest()]
@@ -304,7 +281,7 @@ def test_tokenizer_of_a_text_without_spaces_is_lossless(kind, text):
     assert tokenizer.decode(tokenizer.encode(other)) == other
 
 
-# The lossy default of SentencePiece
+# Lossy tokenizers
 
 
 def test_lossy_tokenizer_folds_newlines_and_spaces(lossy):
@@ -316,7 +293,7 @@ def test_lossy_tokenizer_folds_newlines_and_spaces(lossy):
 
 
 def segmentations(word, scores):
-    """Every way to write `word` with the pieces in `scores`."""
+    """All segmentations of `word` into the pieces in `scores`."""
     if not word:
         return [()]
     return [
@@ -328,7 +305,7 @@ def segmentations(word, scores):
 
 
 def chi_square(observed, expected, draws):
-    """How far Pearson's statistic is from its mean, in standard deviations; rare outcomes are put together."""
+    """The distance of Pearson's statistic from its mean in standard deviations; rare outcomes are merged."""
     assert set(observed) <= set(expected)
     cells, rare_observed, rare_expected = [], 0, 0.0
     for outcome, probability in expected.items():
@@ -347,7 +324,7 @@ def chi_square(observed, expected, draws):
 @pytest.mark.parametrize("before", ["", " "])
 @pytest.mark.parametrize("alpha", [0.0, 0.05, 0.1, 0.2])
 def test_segmentations_follow_their_probabilities(unigram, before, alpha):
-    """Against the enumeration of all of a word's segmentations, weighed by exp(alpha × the sum of their scores)."""
+    """Reference: all segmentations of a word, with weights exp(alpha × the sum of the scores)."""
     processor = spm.SentencePieceProcessor(model_proto=unigram.to_bytes())
     scores = {
         processor.id_to_piece(index): processor.get_score(index)
@@ -409,18 +386,6 @@ def test_repeated_words_are_sampled_independently(unigram):
     assert len(set(words)) > 10
 
 
-def test_sampling_keeps_space_marks_and_newlines(unigram):
-    text = f"river{SPACE}stone\n\n{SPACE}\n lantern\r\n"
-    sampler = SubwordSampler(unigram, text, SubwordSampling(0.1))
-    assert {unigram.decode(sampler.sample_segmentation(0, epoch).tolist()) for epoch in range(20)} == {text}
-
-
-def test_sampling_a_long_word(unigram):
-    text = "wondering" * 300
-    ids = SubwordSampler(unigram, text, SubwordSampling(0.1)).sample_segmentation(0, 0)
-    assert unigram.decode(ids.tolist()) == text
-
-
 LOSSY_TEXTS = [
     "river stone\n\n  lantern   morning \n",
     f"a{SPACE}river  {SPACE} stone",
@@ -456,14 +421,14 @@ def test_invalid_alpha_is_refused(alpha):
 @pytest.mark.parametrize("kind", ["unigram", "bpe", "char"])
 @pytest.mark.parametrize("newline", ["\n", "\r\n", "\r"])
 def test_tokenizer_knows_the_line_endings_of_its_text(kind, newline, corpus_text):
-    text = corpus_text.replace("\n", newline) + "\r\n\r\n\n\n\r"  # a few others do not matter
+    text = corpus_text.replace("\n", newline) + "\r\n\r\n\n\n\r"  # a few others are ignored
     trained = TokenizerConfig(kind, 400).train(text)
     for tokenizer in (trained, from_bytes(trained.to_bytes())):
         assert tokenizer.newline == newline
         assert tokenizer.decode(tokenizer.encode(text)) == text
         for prompt in ("MIRA:\n\nriver", "MIRA:\r\n\r\nriver"):
             assert tokenizer.encode_prompt(prompt) == tokenizer.encode(f"MIRA:{newline}{newline}river")
-        assert tokenizer.decode(tokenizer.bos_ids) == newline[-1], "one id, which other engines can be told"
+        assert tokenizer.decode(tokenizer.bos_ids) == newline[-1], "one id, which exports can name"
 
 
 def test_lossy_tokenizer_has_no_line_endings(corpus_text):
