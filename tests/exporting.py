@@ -63,20 +63,19 @@ def save(path, net, tokenizer, **more):
 
 
 def shipped(kind):
-    """File names of the shipped configs whose network has this class."""
-    default = {"class_path": "Transformer"}
-    return [
-        path.name
+    """File names of the shipped configs that name a network of this class."""
+    nets = {
+        path.name: yaml.safe_load(path.read_text("utf-8")).get("model", {}).get("net", {})
         for path in sorted((ROOT / "configs").glob("*.yaml"))
-        if yaml.safe_load(path.read_text("utf-8")).get("model", {}).get("net", default)["class_path"] == kind
-    ]
+    }
+    return [name for name, net in nets.items() if net.get("class_path") == kind]
 
 
 def shrunk(name, text, block_size=BLOCK):
     """Builds a shipped config's network and tokenizer, with fewer and narrower layers and a small vocabulary."""
     config = yaml.safe_load((ROOT / "configs" / name).read_text("utf-8"))
     tokenizer = TokenizerConfig(**{**config.get("data", {}).get("tokenizer", {}), "vocab_size": 400}).train(text)
-    net = config.get("model", {}).get("net", {"class_path": "Transformer"})
+    net = config["model"]["net"]
     options = dict(net.get("init_args", {}))
     if net["class_path"] == "Transformer":
         options |= {"n_layer": 2, "n_embd": 8 * options.get("n_head", 4)}
