@@ -1,4 +1,4 @@
-"""Runs that are killed, moved, spread over processes, and started twice. Real processes, as a user would have them."""
+"""Killed, resumed, moved, distributed and concurrent runs, in processes of their own."""
 
 import os
 import random
@@ -8,6 +8,7 @@ import signal
 import stat
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import lightning.pytorch as pl
@@ -23,7 +24,7 @@ from lmlight.models import Bigram
 from lmlight.training.checkpointing import AtomicCheckpointIO, BestLastCheckpoint
 from lmlight.training.cli import main
 
-pytestmark = pytest.mark.skipif(os.name != "posix", reason="SIGKILL and limits on the size of files are POSIX's")
+pytestmark = pytest.mark.skipif(os.name != "posix", reason="needs SIGKILL and limits on file sizes")
 
 TINY = ["--data.corpus=../corpus.txt", *tiny.FLAGS]
 # an epoch is 13 steps of two micro-batches
@@ -35,7 +36,7 @@ HARD = [
     "--trainer.val_check_interval=14",
     "--trainer.max_steps=30",
 ]
-# A process that does something to itself when it begins a given step, with whatever flags.
+# Runs the command line with a callback that acts at the start of a given step.
 ACT_AT_STEP = """
 import os, signal, sys
 from lightning.pytorch import Callback
@@ -58,7 +59,7 @@ sys.exit(cli.main(sys.argv[1:]))
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory, corpus_text):
-    """Where this module's runs lie, each in a folder of its own beside the text; they share a cache."""
+    """The parent folder of all runs, with the corpus and a shared cache."""
     folder = tmp_path_factory.mktemp("runs")
     (folder / "corpus.txt").write_bytes(corpus_text.encode())
     return folder
@@ -70,12 +71,12 @@ def options_in(folder):
 
 
 def run(folder, *arguments, **options):
-    """`lmlight ARGUMENTS` as a process in `folder`; `code` stands in for the command."""
+    """Runs `lmlight ARGUMENTS`, or `code`, in `folder` in a forked process."""
     return processes.run(*arguments, **options_in(folder), **options)
 
 
 def run_afresh(folder, *arguments, **options):
-    """The same in a new interpreter, for Lightning repeats its command to start a run's other processes."""
+    """The same in a new interpreter: strategy `ddp` repeats the command to start other processes."""
     return processes.run_afresh(*arguments, **options_in(folder), **options)
 
 
@@ -85,7 +86,7 @@ def last(folder):
 
 
 def scalars(folder):
-    """All that TensorBoard shows of a run, or of the one run in `folder`, but for what the clock decides."""
+    """All scalars of a run, or of the only run in `folder`, except throughput."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     (path,) = folder.glob("runs/*") if (folder / "runs").exists() else [folder]
@@ -95,7 +96,7 @@ def scalars(folder):
 
 
 def differences(a, b, path=""):
-    """Every place in which two checkpoints are not the same to the bit; the folder and the time of the run may differ."""
+    """Returns all differences between two checkpoints, except times."""
     if path.endswith("seconds"):
         return []
     if isinstance(a, dict) and isinstance(b, dict):
@@ -109,13 +110,12 @@ def differences(a, b, path=""):
 
 @pytest.fixture(scope="module")
 def straight(place):
-    run_afresh(place / "straight", "fit", *HARD)
+    run(place / "straight", "fit", *HARD)
     return place / "straight"
 
 
 def test_differences_helper_finds_differences(straight):
-    content = last(straight)
-    other = last(straight)
+    content, other = last(straight), last(straight)
     assert differences(content, other) == []
     other["state_dict"]["net.embedding.weight"][0, 0] += 1e-7
     other["loops"]["fit_loop"]["epoch_progress"]["total"]["ready"] += 1
@@ -124,18 +124,18 @@ def test_differences_helper_finds_differences(straight):
 
 @pytest.mark.parametrize(("step", "workers"), [(9, 2), (22, 0)], ids=["within an epoch", "in a later epoch"])
 def test_resume_after_kill_is_exact(place, straight, step, workers):
-    """With dropout, sampled segmentations, accumulation, workers, and validations and samples of text in between."""
+    """With dropout, subword sampling, accumulation, workers, validations and samples."""
     folder = place / f"killed-{step}"
     flags = [*HARD, f"--data.num_workers={workers}"]
     run(
         folder, "fit", *flags, code=ACT_AT_STEP.format(step=step, act="os.kill(os.getpid(), signal.SIGKILL)"), status=-9
     )
     assert last(folder)["global_step"] < step
-    run(folder, "fit", "--ckpt_path=last")  # as documented: without the run's flags
+    run(folder, "fit", "--ckpt_path=last")  # without the flags of the run
     expected, content = last(straight), last(folder)
     expected["lmlight"]["settings"]["data"]["num_workers"] = workers
     assert differences(expected, content) == []
-    assert scalars(folder) == scalars(straight), "a step twice, or another figure"
+    assert scalars(folder) == scalars(straight), "steps or values differ"
 
 
 def epochs(content):
@@ -144,7 +144,7 @@ def epochs(content):
 
 
 def test_resume_at_epoch_boundary_is_exact(place):
-    """Validations, and so checkpoints, fall on the ends of epochs; killed twice, for a resumed run may differ again."""
+    """Checkpoints fall on epoch ends. The run is killed three times, also after a resume."""
     flags = [*HARD, "--trainer.val_check_interval=26", "--trainer.max_steps=60"]
     run(place / "straight-epochs", "fit", *flags)
     folder = place / "epochs"
@@ -155,9 +155,7 @@ def test_resume_at_epoch_boundary_is_exact(place):
         assert last(folder)["global_step"] == step // 13 * 13, "an epoch is 13 steps"
     run(folder, "fit", "--ckpt_path=last")
     found = differences(last(place / "straight-epochs"), last(folder))
-    assert [difference for difference in found if "epoch_progress" not in difference] == [], (
-        "only Lightning's own count"
-    )
+    assert [difference for difference in found if "epoch_progress" not in difference] == []  # Lightning's own count
     expected = scalars(place / "straight-epochs")
     assert {**scalars(folder), "epoch": None} == {**expected, "epoch": None}
 
@@ -190,7 +188,7 @@ def test_resume_after_signal_is_exact(place, straight, number, status):
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_resume_after_twenty_random_kills_is_exact(place):
-    """SIGKILL at any moment, also while starting, validating, or writing a checkpoint; each time `--ckpt_path last`."""
+    """SIGKILL at any moment, also while starting, validating or writing a checkpoint."""
     flags = [*HARD, "--trainer.max_steps=4000", "--trainer.val_check_interval=50", "--trainer.log_every_n_steps=10"]
     run(place / "long", "fit", *flags)
     folder, draw = place / "twenty", random.Random(0)
@@ -222,7 +220,7 @@ def test_resume_after_twenty_random_kills_is_exact(place):
 
 
 def test_resume_stops_at_max_epochs(trained, tmp_path, monkeypatch, capsys):
-    """Again and again, and although Lightning's count of epochs falls behind; an epoch is 13 steps."""
+    """After several resumes, although Lightning's count of epochs falls behind. An epoch is 13 steps."""
     monkeypatch.chdir(tmp_path)
     flags = [f"--data.corpus={trained.parents[2] / 'corpus.txt'}", *tiny.FLAGS, "--trainer.max_steps=-1"]
     flags += ["--trainer.callbacks=UpdateRatio", "--data.batch_size=16", "--trainer.val_check_interval=5"]
@@ -255,7 +253,7 @@ def test_max_time_leaves_a_checkpoint(place):
     step = last(folder)["global_step"]
     assert re.search(rf"Stopped at step {step} of 100000; to resume: .* fit --ckpt_path runs/.*/last\.ckpt\n", out)
     assert 0 < step < 100_000
-    # the limit was that process's: a resumed run takes it neither from the config nor, as used up, from the checkpoint
+    # the limit is not resumed: neither from the config nor, as used up, from the checkpoint
     out, _ = run(folder, "fit", f"--trainer.max_steps={step + 3}", "--ckpt_path=last")
     assert f"at step {step}, with trainer.max_steps: 100000 -> {step + 3}\n" in out
     assert last(folder)["global_step"] == step + 3
@@ -263,19 +261,20 @@ def test_max_time_leaves_a_checkpoint(place):
     assert last(folder)["global_step"] == step + 5
 
 
-DDP = ["--trainer.strategy=ddp", "--trainer.max_steps=14", "--trainer.val_check_interval=7"]
+DDP = ["--trainer.max_steps=14", "--trainer.val_check_interval=7"]
 
 
 @pytest.fixture(scope="module")
 def alone(place):
-    run(place / "alone", "fit", *TINY, *DDP[1:], "--trainer.precision=64-true")
+    run(place / "alone", "fit", *TINY, *DDP, "--trainer.precision=64-true")
     return place / "alone"
 
 
-@pytest.mark.parametrize("devices", [2, 4])
-def test_ddp_run_equals_a_single_process_run(place, alone, devices):
+@pytest.mark.parametrize(("strategy", "devices"), [("ddp", 2), ("ddp_fork", 4)])
+def test_ddp_run_equals_a_single_process_run(place, alone, strategy, devices):
     folder = place / f"ddp-{devices}"
-    run_afresh(folder, "fit", *TINY, *DDP, "--trainer.precision=64-true", f"--trainer.devices={devices}")
+    flags = [f"--trainer.strategy={strategy}", "--trainer.precision=64-true", f"--trainer.devices={devices}"]
+    (run_afresh if strategy == "ddp" else run)(folder, "fit", *TINY, *DDP, *flags)
     assert len(list(folder.glob("runs/*"))) == 1
     expected, found = scalars(alone), scalars(folder)
     assert expected.keys() == found.keys()
@@ -292,23 +291,23 @@ def test_ddp_run_equals_a_single_process_run(place, alone, devices):
 
 
 def test_ddp_validation_scores_every_character_once(alone, place, corpus_text):
-    def figures(run, devices):
-        flags = [f"--trainer.devices={devices}", "--trainer.strategy=ddp", "--trainer.precision=64-true"]
+    def metrics(devices):
+        flags = [f"--trainer.devices={devices}", "--trainer.strategy=ddp_fork", "--trainer.precision=64-true"]
         out, _ = run(alone, "validate", "--ckpt_path=last", "--trainer.accelerator=cpu", *flags)
         return dict(line.split() for line in out.strip().split("\n"))
 
-    expected = figures(run, 1)
+    expected = metrics(devices=1)
     assert int(expected["val/characters"]) == len(corpus_text) - int(0.9 * len(corpus_text))
-    assert figures(run_afresh, 3) == expected
+    assert metrics(devices=3) == expected
 
 
 @pytest.mark.parametrize("overlay", ["ddp", "fsdp"])
 def test_resume_from_one_process_to_two_and_back(place, alone, overlay):
-    """Each leaves on a signal; of two processes, one of them gets it."""
+    """Each run ends with a signal, which one of two processes receives."""
     folder = place / f"there-and-back-{overlay}"
     config = Path(__file__).parents[1] / "configs" / f"{overlay}.yaml"
     # ModelParallelStrategy has no float64
-    one = ["fit", *TINY, *DDP[1:], f"--trainer.precision={'32' if overlay == 'fsdp' else '64'}-true"]
+    one = ["fit", *TINY, *DDP, f"--trainer.precision={'32' if overlay == 'fsdp' else '64'}-true"]
     straight, atol = alone, 1e-10
     if overlay == "fsdp":
         straight, atol = place / "alone-32", 1e-5
@@ -330,17 +329,19 @@ def test_resume_from_one_process_to_two_and_back(place, alone, overlay):
         torch.testing.assert_close(model[name], weight, rtol=0, atol=atol)
 
 
-def test_ddp_spawn_returns_the_trained_model(place, alone):
-    """By the command line, whose summary reads it; and resumed by the documented command."""
-    folder = place / "spawn"
-    flags = ["--trainer.strategy=ddp_spawn", "--trainer.devices=2", "--trainer.precision=64-true"]
-    out, err = run_afresh(folder, "fit", *TINY, *DDP, *flags)
+@pytest.mark.parametrize("strategy", ["ddp_spawn", "ddp_fork"])
+def test_launched_processes_return_the_trained_model(place, alone, strategy):
+    """The summary of the command line reads the model."""
+    folder = place / strategy
+    flags = [f"--trainer.strategy={strategy}", "--trainer.devices=2", "--trainer.precision=64-true"]
+    out, err = run(folder, "fit", *TINY, *DDP, *flags)
     assert "Best checkpoint: " in out and "(step 14)" in out and "\nNext:\n" in out
     assert "lmlight: error" not in err
     for name, weight in last(alone)["state_dict"].items():
         torch.testing.assert_close(last(folder)["state_dict"][name], weight, rtol=0, atol=1e-10)
-    run_afresh(folder, "fit", "--ckpt_path=last", "--trainer.max_steps=16")
-    assert last(folder)["global_step"] == 16
+    if strategy == "ddp_fork":
+        run(folder, "fit", "--ckpt_path=last", "--trainer.max_steps=16")
+        assert last(folder)["global_step"] == 16
 
 
 FORK = """
@@ -364,14 +365,14 @@ print(repr(model.generate("MIRA:", max_new_tokens=5)))
 
 
 def test_ddp_fork_returns_the_trained_model(place):
-    out, _ = run_afresh(place / "fork", code=FORK.format(tests=str(Path(__file__).parent)))
+    out, _ = run(place / "fork", code=FORK.format(tests=str(Path(__file__).parent)))
     same, text = out.strip().split("\n")[-2:]
     assert same == "same: True"
     assert text.startswith("'MIRA:")
 
 
 def test_resume_with_averaged_weights_is_exact(place):
-    """EMA of the weights, a callback of Lightning's, from a kill on: the averages and the weights behind them."""
+    """EMAWeightAveraging restores the averages and the current weights."""
     flags = [*HARD, "--trainer.callbacks+=EMAWeightAveraging", "--trainer.callbacks.decay=0.9"]
     run(place / "averaged", "fit", *flags)
     folder = place / "averaged-killed"
@@ -382,7 +383,7 @@ def test_resume_with_averaged_weights_is_exact(place):
     assert differences(expected, last(folder)) == []
     assert not torch.equal(
         expected["current_model_state"]["net.head.weight"], expected["state_dict"]["net.head.weight"]
-    ), "the average is not the last weights"
+    ), "the averages are not the last weights"
     assert scalars(folder) == scalars(place / "averaged")
 
 
@@ -394,7 +395,7 @@ def test_ddp_error_is_one_line(place):
 
 
 def test_resume_restores_settings_and_flags_override_them(place, capsys, monkeypatch):
-    """Trainer, model and data; from the run's config.yaml, which a resumed run writes anew."""
+    """Settings of trainer, model and data come from config.yaml, which a resumed run rewrites."""
     folder = place / "settings"
     flags = [*TINY, "--trainer.max_steps=20", "--trainer.precision=bf16-mixed", "--trainer.gradient_clip_val=0.3"]
     flags += ["--trainer.callbacks=lmlight.training.callbacks.TrainSubsetEval", "--trainer.callbacks.windows=3"]
@@ -403,14 +404,8 @@ def test_resume_restores_settings_and_flags_override_them(place, capsys, monkeyp
     run(folder, "fit", *flags, code=ACT_AT_STEP.format(step=3, act=act), status=143)
     (path,) = folder.glob("runs/*/config.yaml")
     before = yaml.safe_load(path.read_text())
-    out, _ = run(
-        folder,
-        "fit",
-        "--ckpt_path=last",
-        "--trainer.max_steps=6",
-        "--model.sampling.temperature=0.5",
-        "--trainer.callbacks+=Timer",
-    )
+    flags = ["--trainer.max_steps=6", "--model.sampling.temperature=0.5", "--trainer.callbacks+=Timer"]
+    out, _ = run(folder, "fit", "--ckpt_path=last", *flags)
     (line,) = [line for line in out.split("\n") if line.startswith("Resuming")]
     changed = "trainer.max_steps: 20 -> 6", "trainer.callbacks: [TrainSubsetEval] -> [TrainSubsetEval, Timer]"
     assert line.startswith(f"Resuming {path.parent.relative_to(folder)} at step 4, with ")
@@ -418,21 +413,22 @@ def test_resume_restores_settings_and_flags_override_them(place, capsys, monkeyp
     assert line.count("->") == 3
     after = yaml.safe_load(path.read_text())
     assert after["trainer"].pop("max_steps") == 6
-    assert [entry["class_path"].rpartition(".")[2] for entry in after["trainer"].pop("callbacks")] == [
-        "TrainSubsetEval",
-        "Timer",
-    ]
+    names = [entry["class_path"].rpartition(".")[2] for entry in after["trainer"].pop("callbacks")]
+    assert names == ["TrainSubsetEval", "Timer"]
     assert after["model"]["sampling"].pop("temperature") == 0.5
-    assert after["ckpt_path"] is None, "passed as --config, it starts such a run again"
+    assert after["ckpt_path"] is None, "passed as --config, it starts a new run"
     del before["trainer"]["max_steps"], before["trainer"]["callbacks"]
     del before["model"]["sampling"]["temperature"]
     assert after == before
     assert len(list(folder.glob("runs/*"))) == 1
     monkeypatch.chdir(folder)
     with pytest.raises(SystemExit):
-        main(["fit", "--ckpt_path=last", "--print_config"])
+        main(["fit", "--ckpt_path=last", "--model.net.dropout=0.4", "--print_config"])
     printed = yaml.safe_load(capsys.readouterr().out)
     assert printed["trainer"]["precision"] == "bf16-mixed"
+    net = printed["model"]["net"]["init_args"]
+    assert net["dropout"] == 0.4
+    assert net["n_embd"] == 32
 
 
 def test_resume_with_incompatible_settings_is_refused_and_keeps_the_config(trained, tmp_path, capsys, monkeypatch):
@@ -486,7 +482,7 @@ FOREIGN = {
 
 @pytest.fixture
 def copied(trained, tmp_path, monkeypatch):
-    """Makes a copy of the finished run, with some setting changed, in a folder beside which a module lies."""
+    """Returns a function that copies the finished run with one setting changed, next to a module `theirs`."""
     (tmp_path / "theirs.py").write_text(THEIRS)
     (tmp_path / "other.yaml").write_text("class_path: theirs.Callback\n")
     text = trained.parents[2] / "corpus.txt"
@@ -510,7 +506,7 @@ def copied(trained, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("what", FOREIGN)
 def test_config_of_a_foreign_run_cannot_import_code(copied, capsys, what):
-    """Its config.yaml is not a file that the user has passed."""
+    """Its config.yaml was not passed by the user."""
     copied("elsewhere", *FOREIGN[what])
     assert main(["fit", "--ckpt_path=elsewhere/copy"]) == 2
     error = capsys.readouterr().err
@@ -536,7 +532,7 @@ def test_config_of_a_parent_folder_is_not_used(trained, tmp_path, capsys):
 
 
 def test_optimizer_arguments_can_change_on_resume(trained, tmp_path, capsys, monkeypatch):
-    """Although its state, and the scheduler's, hold those that it had; and a flag may fit this optimizer alone."""
+    """They override the values in the state of the optimizer and the scheduler. A flag may be specific to the optimizer."""
     monkeypatch.chdir(tmp_path)
     text, seen = trained.parents[2] / "corpus.txt", []
     flags = [f"--data.corpus={text}", *tiny.FLAGS, "--trainer.max_steps=4", "--trainer.val_check_interval=4"]
@@ -556,11 +552,11 @@ def test_optimizer_arguments_can_change_on_resume(trained, tmp_path, capsys, mon
     assert {tuple(group["betas"]) for group in seen} == {(0.8, 0.9)}
     seen.clear()
     assert main(["fit", "--ckpt_path=last", "--trainer.max_steps=16"]) == 0
-    assert seen[0]["lr"] == pytest.approx(2e-3 * 7 / 16), "as it is in config.yaml now"
+    assert seen[0]["lr"] == pytest.approx(2e-3 * 7 / 16), "config.yaml has the new value"
 
 
 def test_run_is_resumed_in_its_own_folder(trained, tmp_path, capsys, monkeypatch):
-    """By the command that its end prints, whatever folder it was started or moved to."""
+    """Whatever folder it was started in or moved to."""
     monkeypatch.chdir(tmp_path)
     text = trained.parents[2] / "corpus.txt"
     flags = [f"--data.corpus={text}", *tiny.FLAGS, "--trainer.max_steps=2", "--trainer.val_check_interval=1"]
@@ -588,9 +584,8 @@ def test_run_is_resumed_in_its_own_folder(trained, tmp_path, capsys, monkeypatch
 def test_two_runs_can_start_at_once(place):
     folder = place / "two"
     flags = [*TINY, "--trainer.max_steps=3", "--data.tokenizer.vocab_size=399"]
-    for process in [processes.start("fit", *flags, **options_in(folder)) for _ in range(2)]:
-        _, err = process.communicate(timeout=processes.TIMEOUT)
-        assert process.returncode == 0, err
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(lambda _: run(folder, "fit", *flags), range(2)))
     assert len(list(folder.glob("runs/*/checkpoints/last.ckpt"))) == 2
     assert len(list(folder.glob("runs/*/events*"))) == 2
 
@@ -600,7 +595,7 @@ def test_two_runs_can_start_at_once(place):
 
 @pytest.fixture
 def trained(straight, monkeypatch):
-    """In the folder of a finished run; gives the run's own folder."""
+    """Changes to the parent folder of a finished run; returns the folder of the run."""
     monkeypatch.chdir(straight)
     monkeypatch.setenv("LMLIGHT_CACHE", str(straight.parent / "cache"))
     (folder,) = straight.glob("runs/*")
@@ -652,7 +647,7 @@ def test_init_from_takes_net_weights_and_tokenizer_only(trained, tmp_path, capsy
     (config,) = tmp_path.glob("runs/*/config.yaml")
     for _ in range(2):
         started_from = yaml.safe_load(config.read_text())["init_from"]
-        assert started_from == str(trained / "checkpoints" / "best.ckpt"), "it starts such a run again"
+        assert started_from == str(trained / "checkpoints" / "best.ckpt"), "as --config, it starts the same run"
         assert (
             main(["fit", "--ckpt_path=last", flags[-2], f"--trainer.max_steps={last(tmp_path)['global_step'] + 1}"])
             == 0
@@ -688,7 +683,7 @@ def test_best_and_last_checkpoints(corpus_file, monkeypatch):
         ("best", 3, 2.0),
         ("last", 3, 2.0),
         ("last", 4, 2.0),
-        ("best", 6, 1.0),  # two steps and a validation fall together: saved once, after it
+        ("best", 6, 1.0),  # saved once, after the validation
         ("last", 6, 1.0),
         ("last", 8, 1.0),
         ("last", 9, 1.0),
@@ -696,7 +691,7 @@ def test_best_and_last_checkpoints(corpus_file, monkeypatch):
 
 
 def test_best_checkpoint_is_found_after_a_move(tmp_path):
-    """A moved run's is found where it is now; another folder's is not ours to report."""
+    """The best checkpoint of a moved run is found; one in another folder is not reported."""
     keeper = BestLastCheckpoint()
     keeper._folder = tmp_path
     state = {"best_score": 1.0, "best_model_path": "elsewhere/best.ckpt"}
@@ -740,15 +735,7 @@ def test_non_finite_weights_are_not_saved(trained, tmp_path, capsys, monkeypatch
     assert not list(tmp_path.glob("runs/*/checkpoints/*.ckpt"))
 
 
-def test_flags_override_the_checkpoint_on_resume(trained, capsys):
-    with pytest.raises(SystemExit):
-        main(["fit", f"--ckpt_path={trained}", "--model.net.dropout=0.4", "--print_config"])
-    config = yaml.safe_load(capsys.readouterr().out)
-    assert config["model"]["net"]["init_args"]["dropout"] == 0.4
-    assert config["model"]["net"]["init_args"]["n_embd"] == 32
-
-
-# The file itself
+# Checkpoint files
 
 
 def content_of(net):
@@ -759,13 +746,13 @@ def content_of(net):
 
 
 def test_flipped_bit_is_refused_or_harmless(tmp_path):
-    """Bits that nobody reads, such as the archive's dates and padding, may flip; see also `checkpoint._is_intact`."""
+    """Unused bits, such as dates and padding of the archive, may flip; see `checkpoint._is_intact`."""
     path, good, content = tmp_path / "last.ckpt", tmp_path / "best.ckpt", content_of(Bigram(3, 8))
     checkpoint.write(content, good)
     checkpoint.write(content, path)
     whole, refused = path.read_bytes(), []
-    assert differences(torch.load(path, weights_only=True), content) == [], "torch reads it as any other file"
-    directory = whole.index(b"PK\x01\x02")  # of the archive: every bit there, a sample of the rest
+    assert differences(torch.load(path, weights_only=True), content) == [], "torch can read it"
+    directory = whole.index(b"PK\x01\x02")  # of the archive: test all of it, and a sample of the rest
     for position in [*range(0, directory, 13), *range(directory, len(whole))]:
         for bit in (4, 16):
             path.write_bytes(whole[:position] + bytes([whole[position] ^ bit]) + whole[position + 1 :])
@@ -780,7 +767,7 @@ def test_flipped_bit_is_refused_or_harmless(tmp_path):
 
 
 def test_full_disk_keeps_the_previous_checkpoint(tmp_path):
-    """A limit on the size of files stands in for the disk."""
+    """A limit on the file size simulates it."""
     code = """if True:
         import resource, signal
         from test_reliability import content_of
@@ -803,7 +790,7 @@ def test_full_disk_keeps_the_previous_checkpoint(tmp_path):
 
 
 def test_kill_while_writing_keeps_the_previous_checkpoint(tmp_path):
-    """The process dies after the bytes and before the rename; what it leaves is overwritten by the next write."""
+    """The process is killed before the rename; the next write overwrites what it leaves."""
     code = """if True:
         import os, signal
         from test_reliability import content_of
