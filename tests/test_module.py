@@ -1,5 +1,6 @@
-"""LanguageModel under Lightning's Trainer, from Python."""
+"""LanguageModel and Lightning's Trainer, from Python."""
 
+import contextlib
 import csv
 import itertools
 import math
@@ -45,7 +46,7 @@ def trained(data, steps=5, net=small_net, optimizer=adamw, **options):
 @pytest.mark.parametrize("net", [small_net, Bigram], ids=["transformer", "bigram"])
 def test_validation_metrics_equal_plain_sums(data, corpus_text, net):
     trainer, model = trained(data, net=net)
-    figures = trainer.validate(model, datamodule=data, verbose=False)[0]
+    metrics = trainer.validate(model, datamodule=data, verbose=False)[0]
 
     train, val = corpus_text[: int(0.9 * len(corpus_text))], corpus_text[int(0.9 * len(corpus_text)) :]
     stream = model.tokenizer.encode(train)[-1:] + model.tokenizer.encode(val)
@@ -55,18 +56,18 @@ def test_validation_metrics_equal_plain_sums(data, corpus_text, net):
             window = torch.tensor(stream[start : start + 17])
             logits = model.eval().net(window[None, :-1])[0]
             nats -= logits.log_softmax(-1).gather(1, window[1:, None]).sum().item()
-    assert figures["val/characters"] == len(val)
-    assert figures["val/nats_per_char"] == pytest.approx(nats / len(val), rel=1e-5)
-    assert figures["val/bpc"] == pytest.approx(nats / len(val) / math.log(2), rel=1e-5)
-    assert figures["val/loss"] == pytest.approx(nats / (len(stream) - 1), rel=1e-5)
-    assert figures["val/perplexity"] == pytest.approx(math.exp(nats / (len(stream) - 1)), rel=1e-4)
+    assert metrics["val/characters"] == len(val)
+    assert metrics["val/nats_per_char"] == pytest.approx(nats / len(val), rel=1e-5)
+    assert metrics["val/bpc"] == pytest.approx(nats / len(val) / math.log(2), rel=1e-5)
+    assert metrics["val/loss"] == pytest.approx(nats / (len(stream) - 1), rel=1e-5)
+    assert metrics["val/perplexity"] == pytest.approx(math.exp(nats / (len(stream) - 1)), rel=1e-4)
 
 
 def test_sliding_window_test_scores_the_same_characters(data, corpus_text):
     trainer, model = trained(data, steps=30)
-    figures = {k: v for part in trainer.test(model, datamodule=data, verbose=False) for k, v in part.items()}
+    metrics = {k: v for part in trainer.test(model, datamodule=data, verbose=False) for k, v in part.items()}
     plain = trainer.validate(model, datamodule=data, verbose=False)[0]
-    names = {name.split("/dataloader")[0]: value for name, value in figures.items()}
+    names = {name.split("/dataloader")[0]: value for name, value in metrics.items()}
     assert names["test/nats_per_char"] == plain["val/nats_per_char"]
     assert (
         names["test_sliding/characters"] == names["test/characters"] == len(corpus_text) - int(0.9 * len(corpus_text))
@@ -75,7 +76,7 @@ def test_sliding_window_test_scores_the_same_characters(data, corpus_text):
 
 
 def test_training_equals_a_plain_adamw_loop(data):
-    """The same steps without Lightning: same order of windows, schedule, groups and clipping."""
+    """The reference has the same windows, schedule, groups and clipping, without Lightning."""
     _, model = trained(data, steps=4, net=tiny.net, gradient_clip_val=1.0)
     pl.seed_everything(1, verbose=False)
     plain = tiny.net(model.tokenizer.vocab_size, 16)
@@ -108,12 +109,12 @@ def test_gradient_accumulation_gives_the_same_steps_and_metrics(data, tmp_path):
 
     once = logged(1)
     assert len(once) == 3
-    assert min(norm for _, _, norm in once) > 0.1, "as it was before clipping"
+    assert min(norm for _, _, norm in once) > 0.1, "the norm before clipping"
     assert logged(4) == [pytest.approx(row, rel=1e-4) for row in once]
 
 
 def test_random_numbers_depend_on_seed_step_micro_batch_and_rank():
-    """Which is why a run goes on exactly: no generator's state is kept."""
+    """Checkpoints need no generator state for exact resume."""
     drawn = {}
     places = list(itertools.product((1, 2), (0, 1, 7), (0, 1), (0, 1)))
     for seed, step, micro_batch, rank in [*places, *reversed(places)]:
@@ -135,7 +136,7 @@ def test_random_numbers_depend_on_seed_step_micro_batch_and_rank():
 
 @pytest.mark.parametrize("algorithm", ["norm", "value"])
 def test_fused_optimizer_clips_under_bf16_mixed(data, algorithm):
-    """Lightning itself refuses that. Clipped to next to nothing, far below AdamW's eps, a step is the weight decay alone."""
+    """Lightning itself refuses it. Clipped far below AdamW's eps, a step is the weight decay only."""
     trainer, model = trained(
         data, steps=1, precision="bf16-mixed", gradient_clip_val=1e-14, gradient_clip_algorithm=algorithm
     )
@@ -145,31 +146,24 @@ def test_fused_optimizer_clips_under_bf16_mixed(data, algorithm):
     torch.testing.assert_close(model.net.head.weight, before * (1 - 2e-3 / 3 * 0.1), rtol=0, atol=1e-7)
 
 
-def test_matmul_precision_is_set_during_training_only(data):
-    class Note(pl.Callback):
-        def on_train_batch_start(self, *args):
-            self.seen = torch.get_float32_matmul_precision()
+@pytest.mark.parametrize("error", [None, KeyError("bug"), KeyboardInterrupt(), SystemExit(143)], ids=repr)
+def test_matmul_precision_is_set_during_training_only(data, error):
+    seen = []
 
-    before, note = torch.get_float32_matmul_precision(), Note()
-    trained(data, steps=1, callbacks=[note])
-    assert (before, note.seen) == ("highest", "medium")
-    assert torch.get_float32_matmul_precision() == before
-
-
-@pytest.mark.parametrize("error", [KeyError("bug"), KeyboardInterrupt(), SystemExit(143)], ids=repr)
-def test_matmul_precision_is_restored_when_fit_raises(data, error):
-    class Fail(pl.Callback):
+    class Observer(pl.Callback):
         def on_train_batch_end(self, *args):
-            assert torch.get_float32_matmul_precision() == "medium"
-            raise error
+            seen.append(torch.get_float32_matmul_precision())
+            if error is not None:
+                raise error
 
-    with pytest.raises((KeyError, SystemExit)):
-        trained(data, steps=1, callbacks=[Fail()])
+    with pytest.raises((KeyError, SystemExit)) if error else contextlib.nullcontext():
+        trained(data, steps=1, callbacks=[Observer()])
+    assert seen == ["medium"]
     assert torch.get_float32_matmul_precision() == "highest"
 
 
 def learning_rates(data, schedule, **options):
-    """The learning rate of each micro-batch, and the number of steps."""
+    """Returns the learning rate of each micro-batch and the number of steps."""
     rates = []
 
     class Note(pl.Callback):
@@ -221,7 +215,7 @@ def test_schedule_without_an_end_is_refused(data):
 
 
 def test_clipping_by_norm_limits_the_norm(data):
-    """On a gradient that is known: far above the limit, what is left has the limit's norm."""
+    """A gradient far above the limit is scaled to the norm of the limit."""
     _, model = trained(data, steps=1)
     for parameter in model.parameters():
         parameter.grad = torch.full_like(parameter, 3.0)
@@ -262,13 +256,7 @@ def test_generate_keeps_training_mode_and_random_state(data):
     text = model.generate("a", max_new_tokens=5)
     assert torch.equal(torch.rand(3), expected)
     assert model.training
-    assert text == model.generate("a", max_new_tokens=5), "dropout took part"
-
-
-def test_empty_prompt_starts_after_a_newline(data):
-    _, model = trained(data)
-    sampling = {"max_new_tokens": 10, "temperature": 0}
-    assert model.generate("", **sampling) == model.generate("\n", **sampling)[1:]
+    assert text == model.generate("a", max_new_tokens=5), "dropout is off"
 
 
 def test_checkpoint_is_self_contained(data, tmp_path):
@@ -279,7 +267,7 @@ def test_checkpoint_is_self_contained(data, tmp_path):
         "from lmlight import LanguageModel; m = LanguageModel.load_from_checkpoint('../x.ckpt'); "
         "print(repr(m.generate('MIRA:', max_new_tokens=10)), m.tokenizer.encode('MIRA:'), m.tokenizer.decode([70]))"
     )
-    out, _ = processes.run_afresh(code=code, cwd=tmp_path / "elsewhere")
+    out, _ = processes.run(code=code, cwd=tmp_path / "elsewhere")
     expected = repr(model.generate("MIRA:", max_new_tokens=10)), model.tokenizer.encode("MIRA:")
     assert out.strip() == f"{expected[0]} {expected[1]} {model.tokenizer.decode([70])}"
 
@@ -294,7 +282,7 @@ def test_checkpoint_of_another_net_is_refused(data, tmp_path):
 
 
 def test_fit_validate_and_test_in_any_order(data):
-    """Lightning validates in inference mode outside of `fit`; what the metrics keep must not."""
+    """Lightning validates in inference mode outside `fit`; the state of metrics must not depend on it."""
     trainer, model = trained(data, steps=2, val_check_interval=1, check_val_every_n_epoch=None)
     before = trainer.validate(model, datamodule=data, verbose=False)[0]["val/nats_per_char"]
     trainer.test(model, datamodule=data, verbose=False)
@@ -314,7 +302,7 @@ def test_corpus_must_be_a_path(corpus_file):
 
 
 def test_data_with_another_tokenizer_is_refused(data, corpus_file):
-    """Its ids would mean other pieces to the model: figures and training would be silently wrong."""
+    """Its ids have another meaning, so training and metrics would be wrong."""
     _, model = trained(data, steps=1)
     other = TextDataModule(str(corpus_file), block_size=16, batch_size=8, tokenizer=TokenizerConfig(vocab_size=390))
     for run in (pl.Trainer(max_steps=1, **tiny.QUIET).fit, pl.Trainer(**tiny.QUIET).validate):
@@ -326,7 +314,7 @@ def test_data_with_another_tokenizer_is_refused(data, corpus_file):
 
 
 def test_custom_network_cannot_be_checkpointed(data):
-    """And nothing is swallowed: Lightning takes a StopIteration in a hook for the end of the data."""
+    """The error is not swallowed: Lightning takes a StopIteration in a hook for the end of the data."""
 
     class Mine(torch.nn.Module):
         def __init__(self, vocab_size, block_size):
@@ -372,14 +360,14 @@ def test_resuming_with_another_optimizer_is_refused(data, tmp_path):
         pl.Trainer(max_steps=4, **tiny.QUIET).fit(
             LanguageModel(net=small_net), datamodule=data, ckpt_path=tmp_path / "x.ckpt", weights_only=True
         )
-    # its weights are still good to validate with
+    # the weights can still be validated
     pl.Trainer(**tiny.QUIET).validate(
         LanguageModel(net=small_net), datamodule=data, ckpt_path=tmp_path / "x.ckpt", weights_only=True, verbose=False
     )
 
 
 def test_request_to_stop_between_micro_batches_waits_for_the_step(data, tmp_path):
-    """It is granted at the step's end, not earlier: the checkpoint is of a whole step."""
+    """The run stops at the end of the step, so that the checkpoint is of a complete step."""
 
     class StopOnce(pl.Callback):
         def on_train_batch_end(self, trainer, model, outputs, batch, batch_idx):
@@ -421,7 +409,7 @@ def test_model_and_data_can_be_pickled(data):
 
 
 def test_state_dict_can_be_loaded_into_an_empty_model(data):
-    """Which is how a strategy that launches processes hands the trained model back."""
+    """Strategies that launch processes return the trained model this way."""
     _, model = trained(data, steps=1)
     other = LanguageModel()
     other.load_state_dict(model.state_dict())
@@ -491,7 +479,7 @@ def test_checkpoint_has_the_metrics_of_its_own_weights(data, tmp_path):
     trainer = pl.Trainer(max_steps=4, val_check_interval=2, limit_val_batches=2, callbacks=[keeper], **options)
     trainer.fit(model, datamodule=data)
     trainer.save_checkpoint(tmp_path / "end.ckpt")
-    assert Model.read(tmp_path / "step=3.ckpt").metrics == {}, "validated one step before"
+    assert Model.read(tmp_path / "step=3.ckpt").metrics == {}, "validated one step earlier"
     metrics = Model.read(tmp_path / "end.ckpt").metrics
     assert metrics["val/nats_per_char"] == trainer.callback_metrics["val/nats_per_char"].item()
     assert {"val/bpc", "val/perplexity"} < metrics.keys()

@@ -1,7 +1,7 @@
-"""Every argument of Lightning's Trainer; every callback, logger and profiler of Lightning's; every optimizer of torch's.
+"""Every Trainer argument, callback, logger and profiler of Lightning, and every optimizer of torch.
 
-Each row either works, in `fit` and when the run is resumed, or is refused in one line; none ends in a traceback. Rows run in
-Python, where one takes a tenth of a second; the command line, where one takes one or two, gets them several at a time.
+Each row either works, in `fit` and on resume, or is refused with a one-line error. Python runs rows one by one, in a tenth
+of a second each. The command line takes a second or two, so it gets several at a time.
 """
 
 import inspect
@@ -24,7 +24,7 @@ from lmlight.training.callbacks import DEFAULT, RunLogger
 from lmlight.training.checkpointing import AtomicCheckpointIO, BestLastCheckpoint
 from lmlight.training.cli import main
 
-# Each works alone, from Python: a value of a Trainer argument, beside the others' defaults.
+# Values of Trainer arguments; each works alone, from Python.
 ARGUMENTS = {
     "accelerator": ["auto", "cpu"],
     "strategy": ["auto", "ddp", "single device"],
@@ -66,7 +66,7 @@ ARGUMENTS = {
     "enable_autolog_hparams": [True, False],
     "model_registry": ["x"],
 }
-# They keep no checkpoint: there is nothing to resume.
+# These runs keep no checkpoint to resume.
 WITHOUT_CHECKPOINTS = [
     {"fast_dev_run": True},
     {"fast_dev_run": 2},
@@ -109,56 +109,26 @@ REFUSED_CALLBACKS = {
 }
 PROGRESS_BARS = ("ProgressBar", "RichProgressBar", "TQDMProgressBar")
 
-OPTIMIZERS = [
-    "ASGD",
-    "Adadelta",
-    "Adafactor",
-    "Adagrad",
-    "Adam",
-    "AdamW",
-    "Adamax",
-    "NAdam",
-    "RAdam",
-    "RMSprop",
-    "Rprop",
-    "SGD",
-]
-REFUSED_OPTIMIZERS = ["LBFGS", "Muon", "SparseAdam"]
+OPTIMIZERS = "ASGD Adadelta Adafactor Adagrad Adam AdamW Adamax NAdam RAdam RMSprop Rprop SGD"
+REFUSED_OPTIMIZERS = "LBFGS Muon SparseAdam"  # see test_module.py
 
-# Flags of the command line that work together, in one run.
+# Trainer flags of the command line that work together in one run.
 TOGETHER = [
-    ["accelerator=cpu", "strategy=auto", "devices=1", "num_nodes=1", "precision=bf16-mixed", "num_sanity_val_steps=2"],
-    ["max_epochs=1", "max_steps=-1", "limit_train_batches=3", "limit_val_batches=1", "log_every_n_steps=0"],
-    ["min_epochs=1", "min_steps=3", "max_time=00:00:01:00", "overfit_batches=4", "val_check_interval=1"],
-    ["accumulate_grad_batches=2", "gradient_clip_algorithm=value", "gradient_clip_val=0.5", "detect_anomaly=true"],
-    ["check_val_every_n_epoch=1", "val_check_interval=0.5", "enable_model_summary=true", "limit_test_batches=1"],
-    ["val_check_interval=00:00:00:01", "deterministic=warn", "benchmark=true", "inference_mode=false"],
-    ["use_distributed_sampler=true", "sync_batchnorm=true", "reload_dataloaders_every_n_epochs=1", "profiler=simple"],
-    ["enable_autolog_hparams=false", "model_registry=x", "limit_predict_batches=1", "enable_progress_bar=false"],
-    ["enable_checkpointing=true", "strategy=ddp", "plugins=LightningEnvironment", "logger=true"],
-    [
-        "logger=CSVLogger",
-        "logger.save_dir=logs",
-        "callbacks+=Timer",
-        "callbacks+=RichProgressBar",
-        "callbacks+=ModelSummary",
-    ],
-    ["callbacks+=EarlyStopping", "callbacks.monitor=val/nats_per_char", "callbacks+=ModelCheckpoint", "logger=false"],
-    [
-        "callbacks+=EMAWeightAveraging",
-        "callbacks+=DeviceStatsMonitor",
-        "callbacks+=OnExceptionCheckpoint",
-        "callbacks.dirpath=x",
-    ],
-    ["default_root_dir=runs/deeper", "logger=TensorBoardLogger", "logger.save_dir=logs", "callbacks=null"],
+    "accelerator=cpu strategy=auto devices=1 num_nodes=1 precision=bf16-mixed num_sanity_val_steps=2",
+    "max_epochs=1 max_steps=-1 limit_train_batches=3 limit_val_batches=1 log_every_n_steps=0",
+    "min_epochs=1 min_steps=3 max_time=00:00:01:00 overfit_batches=4 val_check_interval=1",
+    "accumulate_grad_batches=2 gradient_clip_algorithm=value gradient_clip_val=0.5 detect_anomaly=true",
+    "check_val_every_n_epoch=1 val_check_interval=0.5 enable_model_summary=true limit_test_batches=1",
+    "val_check_interval=00:00:00:01 deterministic=warn benchmark=true inference_mode=false",
+    "use_distributed_sampler=true sync_batchnorm=true reload_dataloaders_every_n_epochs=1 profiler=simple",
+    "enable_autolog_hparams=false model_registry=x limit_predict_batches=1 enable_progress_bar=false",
+    "enable_checkpointing=true strategy=ddp plugins=LightningEnvironment logger=true",
+    "logger=CSVLogger logger.save_dir=logs callbacks+=Timer callbacks+=RichProgressBar callbacks+=ModelSummary",
+    "callbacks+=EarlyStopping callbacks.monitor=val/nats_per_char callbacks+=ModelCheckpoint logger=false",
+    "callbacks+=EMAWeightAveraging callbacks+=DeviceStatsMonitor callbacks+=OnExceptionCheckpoint callbacks.dirpath=x",
+    "default_root_dir=runs/deeper logger=TensorBoardLogger logger.save_dir=logs callbacks=null",
 ]
-# Nothing is left of these: no run to resume.
-ALONE = [
-    ["fast_dev_run=true"],
-    ["enable_checkpointing=false"],
-    ["max_steps=0"],
-    ["limit_train_batches=0"],
-]
+ALONE = ["fast_dev_run=true", "enable_checkpointing=false", "max_steps=0", "limit_train_batches=0"]
 REFUSED = {
     "accelerator=tpu": "torch_xla",
     "accelerator=abacus": "invalid accelerator name",
@@ -189,21 +159,19 @@ REFUSED = {
     "logger=LitLogger": "trainer.logger",
     "callbacks+=EarlyStopping": "monitor",
     "callbacks+=NoSuchCallback": "trainer.callbacks",
-    **{
-        f"callbacks+={name}": "trainer.callbacks"
-        for name in ("OnExceptionCheckpoint", "ThroughputMonitor", "ModelPruning")
-    },
-    **{
-        f"callbacks+={name}": f"{name} cannot be used"
-        for name in ("LearningRateFinder", "BackboneFinetuning", "SpikeDetection")
-    },
+    "callbacks+=OnExceptionCheckpoint": "trainer.callbacks",
+    "callbacks+=ThroughputMonitor": "trainer.callbacks",
+    "callbacks+=ModelPruning": "trainer.callbacks",
+    "callbacks+=LearningRateFinder": "LearningRateFinder cannot be used",
+    "callbacks+=BackboneFinetuning": "BackboneFinetuning cannot be used",
+    "callbacks+=SpikeDetection": "SpikeDetection cannot be used",
     "callbacks+=StochasticWeightAveraging": "swa_lrs",
 }
 
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory, corpus_text):
-    """The text, and a cache that all rows share."""
+    """The folder of the corpus, and of a cache that all rows share."""
     folder = tmp_path_factory.mktemp("settings")
     (folder / "corpus.txt").write_bytes(corpus_text.encode())
     return folder
@@ -218,7 +186,7 @@ def _share_the_cache(place, monkeypatch):
 
 
 def made(name, value):
-    """A value of the tables above: some have to be made afresh for each trainer."""
+    """Makes the value of a row: some objects must be new for each trainer."""
     if name == "logger" and value in ("csv", "tensorboard", "ours", "two"):
         csv, ours = lightning_loggers.CSVLogger("logs"), RunLogger("runs")
         return {
@@ -238,7 +206,7 @@ def made(name, value):
 
 
 def fit(place, options, ckpt_path=None, optimizer=None):
-    """`Trainer.fit` from Python, with lmlight's checkpoints unless the row is about going without."""
+    """Runs `Trainer.fit`, with lmlight's checkpoints unless the row disables them."""
     settings = {**tiny.QUIET, "max_steps": 2, "check_val_every_n_epoch": None, "val_check_interval": 2, **options}
     if "barebones" in options:
         settings = {key: value for key, value in settings.items() if key not in tiny.QUIET or key == "accelerator"}
@@ -252,7 +220,7 @@ def fit(place, options, ckpt_path=None, optimizer=None):
 
 
 def works(place, options, optimizer=None):
-    """Whether the row trains and is resumed for two more steps."""
+    """Checks that the row trains, and resumes for two more steps."""
 
     def make():
         return {name: made(name, value() if callable(value) else value) for name, value in options.items()}
@@ -297,22 +265,18 @@ def test_unsuitable_callback_is_refused(place, name):
         fit(place, {"callbacks": [callback]})
 
 
-@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("name", OPTIMIZERS.split())
 def test_optimizer_works(place, name):
     works(place, {}, optimizer=lambda params: getattr(torch.optim, name)(params, lr=1e-3))
 
 
-@pytest.mark.parametrize("name", REFUSED_OPTIMIZERS)
-def test_unsuitable_optimizer_is_refused(place, name):
-    with pytest.raises(UserError, match="model.optimizer cannot train this model"):
-        fit(place, {}, optimizer=getattr(torch.optim, name))
-
-
 def test_tables_are_complete():
-    """A new release of Lightning or torch brings rows that nobody has tried."""
+    """New releases of Lightning and torch may add arguments and classes."""
     arguments = set(inspect.signature(pl.Trainer.__init__).parameters) - {"self"}
     assert arguments == ARGUMENTS.keys() | {name for row in WITHOUT_CHECKPOINTS for name in row}
-    flags = {flag.partition("=")[0].rstrip("+").partition(".")[0] for row in (*TOGETHER, *ALONE) for flag in row}
+    flags = {
+        flag.partition("=")[0].rstrip("+").partition(".")[0] for row in (*TOGETHER, *ALONE) for flag in row.split()
+    }
     refused = {flag.partition("=")[0].partition(".")[0] for flag in REFUSED}
     assert arguments == flags | (refused & arguments)
     assert set(lightning_callbacks.__all__) == CALLBACKS.keys() | SLOW_CALLBACKS.keys() | REFUSED_CALLBACKS.keys()
@@ -323,7 +287,7 @@ def test_tables_are_complete():
         for name, kind in vars(torch.optim).items()
         if isinstance(kind, type) and issubclass(kind, torch.optim.Optimizer) and kind is not torch.optim.Optimizer
     }
-    assert optimizers == {*OPTIMIZERS, *REFUSED_OPTIMIZERS}
+    assert optimizers == {*OPTIMIZERS.split(), *REFUSED_OPTIMIZERS.split()}
 
 
 # The command line
@@ -333,23 +297,22 @@ def lmlight(place, *flags):
     return main(["fit", f"--data.corpus={place / 'corpus.txt'}", *tiny.FLAGS, "--trainer.max_steps=4", *flags])
 
 
-@pytest.mark.parametrize("flags", TOGETHER, ids=" ".join)
+@pytest.mark.parametrize("flags", TOGETHER)
 def test_trainer_flags_work_and_are_resumed(place, capsys, flags):
     given = [
         "--trainer.val_check_interval=2",
         "--trainer.callbacks=UpdateRatio",
-        *(f"--trainer.{flag}" for flag in flags),
+        *(f"--trainer.{flag}" for flag in flags.split()),
     ]
     assert lmlight(place, *given) == 0, capsys.readouterr().err
-    root = [f"--trainer.{flag}" for flag in flags if flag.startswith("default_root_dir")]
+    root = [f"--trainer.{flag}" for flag in flags.split() if flag.startswith("default_root_dir")]
     assert main(["fit", "--ckpt_path=last", "--trainer.max_steps=14", *root]) == 0, capsys.readouterr().err
     assert "Resuming runs/" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("flags", ALONE, ids=" ".join)
+@pytest.mark.parametrize("flags", ALONE)
 def test_trainer_flags_without_checkpoints_work(place, capsys, flags, tmp_path):
-    given = [f"--trainer.{flag}" for flag in flags]
-    assert lmlight(place, *given) == 0, capsys.readouterr().err
+    assert lmlight(place, f"--trainer.{flags}") == 0, capsys.readouterr().err
     assert not list(tmp_path.glob("runs/**/*.ckpt"))
 
 
@@ -363,5 +326,5 @@ def test_invalid_trainer_flag_is_a_one_line_error(place, capsys, flag, tmp_path)
     assert len(lines) == 1, err
     assert lines[0].startswith("lmlight: error: ")
     assert REFUSED[flag] in lines[0]
-    # the last is noticed with the data at hand, when the loggers have their folders
+    # this error is raised after the loggers have made their folders
     assert not (tmp_path / "runs").exists() or flag == "check_val_every_n_epoch=1"
