@@ -1,6 +1,7 @@
 """Helpers of the export tests: small networks and checkpoints, unusual texts, shrunk shipped configs, and code blocks of
 docs/export.md. Needs no extra."""
 
+import random
 import re
 from pathlib import Path
 
@@ -22,7 +23,7 @@ OPTIONS = {  # by model_type
     "gpt2": GPT2,
     "gpt2, no bias": {**GPT2, "bias": False, "tie": False},
 }
-HOSTILE = [
+UNUSUAL = [
     "",
     "\n",
     "\n\n\n a\n",
@@ -80,6 +81,13 @@ def shrunk(name, text, block_size=BLOCK):
     if net["class_path"] == "Transformer":
         options |= {"n_layer": 2, "n_embd": 8 * options.get("n_head", 4)}
     return perturbed(NETS[net["class_path"]], tokenizer.vocab_size, block_size, **options), tokenizer
+
+
+def random_texts(count):
+    """Short texts of letters, spaces, control tokens, byte pieces and characters outside the vocabulary."""
+    draw = random.Random(0)
+    alphabet = "etaoin shrdlu\n ,.<>s/unk0x41\u2581é日🙂~ST"
+    return ["".join(draw.choices(alphabet, k=draw.randrange(60))) for _ in range(count)]
 
 
 def documented(word):

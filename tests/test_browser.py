@@ -5,13 +5,12 @@ Needs `pip install -e '.[test,engines,browser]'`, `npm install --prefix examples
 
 import functools
 import http.server
-import random
 import re
 import threading
 import time
 
 import pytest
-from exporting import HOSTILE, ROOT, make, save
+from exporting import ROOT, UNUSUAL, make, random_texts, save
 
 from lmlight.__main__ import main
 from lmlight.data.tokenizer import CharTokenizer, TokenizerConfig
@@ -126,9 +125,7 @@ def test_ids_are_the_same_for_any_text(kind, tokenizers, corpus_text, folder, si
     tokenizer = tokenizers[kind]
     export(folder, kind, Bigram(tokenizer.vocab_size, BLOCK), tokenizer)
     browser.get(f"{site}/index.html?model=none")
-    draw = random.Random(0)
-    alphabet = "etaoin shrdlu\n ,.<>s/unk0x41\u2581é日🙂~ST"
-    texts = [corpus_text, *HOSTILE, *("".join(draw.choices(alphabet, k=draw.randrange(60))) for _ in range(200))]
+    texts = [corpus_text, *UNUSUAL, *random_texts(200)]
     found = from_module(
         browser,
         """const file = await (await fetch(given[0])).arrayBuffer();

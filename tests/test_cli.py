@@ -63,7 +63,7 @@ def test_fit_summary(finished, sample_prompt):
     assert tensorboard == f"{Path(sys.executable).with_name('tensorboard')} --logdir runs"
 
 
-def test_run_folder_has_config_checkpoints_and_tensorboard_files(finished):
+def test_run_folder_has_config_metrics_and_best_checkpoint(finished):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     folder, _, best = finished
@@ -71,13 +71,8 @@ def test_run_folder_has_config_checkpoints_and_tensorboard_files(finished):
     config = yaml.safe_load((run / "config.yaml").read_text())
     assert config["data"]["block_size"] == 16
     assert config["model"]["net"]["init_args"]["n_embd"] == 32
-    assert (run / "checkpoints/last.ckpt").is_file()
     assert len((run / "metrics.csv").read_text().splitlines()) == 3
-    assert (run / "curve.png").is_file()
     events = EventAccumulator(str(run)).Reload()
-    scalars = set(events.Tags()["scalars"])
-    assert {"train/loss", "val/nats_per_char", "val/bpc", "val/loss", "val/perplexity", "grad_norm"} <= scalars
-    assert any(name.startswith("lr-") for name in scalars)
     assert [event.step for event in events.Tensors("samples/empty prompt/text_summary")] == [3, 6]
     validations = events.Scalars("val/nats_per_char")
     assert len(validations) == 2

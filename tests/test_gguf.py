@@ -6,7 +6,7 @@ import urllib.request
 
 import pytest
 import torch
-from exporting import HOSTILE, OPTIONS, make, save, shipped, shrunk
+from exporting import OPTIONS, UNUSUAL, make, save, shipped, shrunk
 
 from lmlight.__main__ import main
 from lmlight.data.tokenizer import TokenizerConfig
@@ -113,7 +113,7 @@ def test_ids_are_the_same(kind, tokenizers, tmp_path, corpus_text):
     ours = tokenizers[kind]
     assert main(["export", "gguf", save(tmp_path / "x.ckpt", make(ours, {}, BLOCK), ours), "x.gguf"]) == 0
     engine = Engine(tmp_path / "x.gguf")
-    for text in (corpus_text, *HOSTILE):
+    for text in (corpus_text, *UNUSUAL):
         # llama.cpp takes ▁ for a space, and has no byte fallback for unigram models
         if "\u2581" in text or "\0" in text or (kind == "unigram" and not text.isascii()):
             continue

@@ -22,14 +22,7 @@ NETS = {
     "default": {},
     "gpt2": GPT2,
     "llama": {**LLAMA, "n_kv_head": 2},
-    "unusual": {
-        "positions": "learned",
-        "norm": "rmsnorm",
-        "mlp": "swiglu",
-        "n_kv_head": 1,
-        "bias": True,
-        "tie": True,
-    },
+    "unusual": {"positions": "learned", "norm": "rmsnorm", "mlp": "swiglu", "n_kv_head": 1, "bias": True, "tie": True},
 }
 SIZES = [(1, 1), (2, 1), (1, BLOCK), (5, 7)]
 
@@ -128,10 +121,7 @@ def matches_in_onnxruntime(net, tokenizer, tmp_path, capfd):
 @pytest.mark.filterwarnings("ignore:vocab_size")
 @pytest.mark.parametrize(
     ("word", "module", "words"),
-    [
-        ("onnxruntime", "onnxruntime", ["onnx", "model.onnx"]),
-        ("torch.export", "torch", ["torch", "model.pt2"]),
-    ],
+    [("onnxruntime", "onnxruntime", ["onnx", "model.onnx"]), ("torch.export", "torch", ["torch", "model.pt2"])],
 )
 def test_documented_code_runs(word, module, words, tokenizer, tmp_path, capsys):
     pytest.importorskip(module, reason="needs the extra `engines`")

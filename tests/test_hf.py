@@ -2,13 +2,13 @@
 
 import itertools
 import json
-import random
 import re
+import sys
 
 import pytest
 import torch
 import yaml
-from exporting import BLOCK, HOSTILE, OPTIONS, documented, make, save, shipped, shrunk
+from exporting import BLOCK, OPTIONS, UNUSUAL, documented, make, random_texts, save, shipped, shrunk
 
 from lmlight import checkpoint
 from lmlight.__main__ import main
@@ -110,10 +110,7 @@ def test_ids_are_the_same_for_any_text(kind, tokenizers, tmp_path, corpus_text):
     assert main(["export", "hf", save(tmp_path / "x.ckpt", make(ours, {}), ours), "out"]) == 0
     theirs = transformers.AutoTokenizer.from_pretrained("out")
     assert len(theirs) == ours.vocab_size
-    draw = random.Random(0)
-    alphabet = "etaoin shrdlu\n ,.<>s/unk0x41\u2581é日🙂~ST"
-    texts = [corpus_text, *HOSTILE, *("".join(draw.choices(alphabet, k=draw.randrange(60))) for _ in range(300))]
-    for text in texts:
+    for text in (corpus_text, *UNUSUAL, *random_texts(300)):
         if kind == "char" and not set(text) <= set(ours.characters):
             with pytest.raises(UserError):
                 ours.encode(text)
@@ -186,9 +183,6 @@ def test_model_card_and_files(tokenizers, tmp_path):
     assert "somewhere" not in card, "the folder of the corpus is private"
     assert {path.name for path in (tmp_path / "out").iterdir()} == hf.FILES
     assert json.loads((tmp_path / "out" / "generation_config.json").read_text())["temperature"] == 0.8
-
-
-def test_model_card_names_a_separate_validation_text(tokenizers):
     settings = {"data": {"corpus": "train.txt", "val_corpus": "somewhere/val.txt"}}
     model = Model(make(tokenizers["char"], {}), tokenizers["char"], {}, settings, {"val/nats_per_char": 1.5}, 9)
     assert "On a separate text, val.txt:" in hf.model_card(model, "mit")
@@ -229,8 +223,8 @@ def test_existing_files_are_replaced_only_with_force(tokenizers, tmp_path, capsy
 
 def test_missing_package_error_names_its_extra(tokenizers, tmp_path, monkeypatch, capsys):
     path = save(tmp_path / "x.ckpt", make(tokenizers["char"], {}), tokenizers["char"])
-    monkeypatch.setitem(__import__("sys").modules, "safetensors.torch", None)
-    monkeypatch.setitem(__import__("sys").modules, "safetensors", None)
+    monkeypatch.setitem(sys.modules, "safetensors.torch", None)
+    monkeypatch.setitem(sys.modules, "safetensors", None)
     assert main(["export", "hf", path, "out"]) == 2
     assert "pip install 'lmlight[hf]'" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()

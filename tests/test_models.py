@@ -89,8 +89,7 @@ def test_initial_loss_is_near_uniform():
 
 
 needs_chunked_loss = pytest.mark.skipif(
-    not hasattr(F, "linear_cross_entropy"),
-    reason="the chunked loss needs torch 2.13",
+    not hasattr(F, "linear_cross_entropy"), reason="the chunked loss needs torch 2.13"
 )
 
 

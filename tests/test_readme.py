@@ -1,7 +1,7 @@
-"""The pages say what is so: commands and Python run as typed, links lead somewhere, tables are whole.
+"""Documentation: commands and Python blocks run, links are valid, and tables are complete.
 
-Commands of README.md and the tutorial are run for real, in their order and on small texts, with flags that shorten them;
-those of the other pages are understood, down to each flag and value.
+The commands of README.md and the tutorial run in order, on small texts and with flags that shorten them. The commands of
+other pages are parsed with every flag and value.
 """
 
 import contextlib
@@ -44,13 +44,7 @@ SHORT = {
     "validate": ["--trainer.limit_val_batches=1", "--trainer.accelerator=cpu"],
 }
 
-OTHERS = (
-    "python3 -m venv .venv",
-    "source .venv/bin/activate",
-    "pytest",
-    "mkdocs serve",
-    "tensorboard --logdir runs",
-)
+OTHERS = ("python3 -m venv .venv", "source .venv/bin/activate", "pytest", "mkdocs serve", "tensorboard --logdir runs")
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -64,7 +58,7 @@ def blocks(page, language):
 
 
 def commands(page):
-    """The words of each command of a page's shell blocks: `&&` parts two, and an open quote goes on in the next line."""
+    """The words of each command in the shell blocks of a page. Commands are split at `&&`; quotes may span lines."""
     for block in blocks(page, "sh"):
         typed = ""
         for line in block.replace("\\\n", " ").split("\n"):
@@ -79,12 +73,12 @@ def commands(page):
                 words = words[words.index("&&") + 1 :]
             if words:
                 yield words
-        assert not typed, "a quote that is not closed"
+        assert not typed, "unclosed quote"
 
 
 @pytest.fixture(scope="module")
 def workshop(tmp_path_factory, corpus_text):
-    """A clone's folder, as far as a reader needs it, with a text and a finished run."""
+    """The folder of a clone, with texts and a finished run."""
     folder = tmp_path_factory.mktemp("workshop")
     for name in ("README.md", "configs", "docs"):
         (folder / name).symlink_to(ROOT / name)
@@ -98,7 +92,7 @@ def workshop(tmp_path_factory, corpus_text):
 
 
 @pytest.fixture
-def _there(workshop, monkeypatch):
+def _in_workshop(workshop, monkeypatch):
     monkeypatch.chdir(workshop)
     monkeypatch.setenv("LMLIGHT_CACHE", str(workshop / "cache"))
 
@@ -111,7 +105,7 @@ def status_of(arguments):
 
 
 def lmlight(arguments, monkeypatch):
-    """The exit status of a command, shortened."""
+    """Runs a shortened command and returns its exit status."""
     command, *rest = arguments
     if command == "chat":
         monkeypatch.setattr("sys.stdin", io.StringIO("/max_new_tokens 4\nMIRA:\n/quit\n"))
@@ -119,25 +113,25 @@ def lmlight(arguments, monkeypatch):
     if command == "cache":
         return main(arguments)
     if command in ("export", "import"):
-        print(f"{command}: test_hf.py and test_hf_import.py run it, for it needs an extra")
+        print(f"{command} needs an extra: see test_hf.py and test_hf_import.py")
         return 0
     if command == "curves":
         return main(["curves", *(path for word in rest for path in expanded(word))])
     more = list(SHORT[command])
     if command == "fit" and "--ckpt_path" in rest:
-        more.append("--trainer.max_steps=3")  # there must be something left to do
+        more.append("--trainer.max_steps=3")  # more steps than the run has
     elif command == "fit" and "--data.corpus" not in rest:
         more.append("--data.corpus=my.txt")
     return status_of([*arguments, *more])
 
 
 def expanded(word):
-    """As a shell does."""
+    """Expands a pattern as a shell does."""
     return [str(path) for path in sorted(Path().glob(word))] or [word]
 
 
 def check_pip(arguments):
-    """An install line has the shape of one that works: this checkout, with extras that there are."""
+    """An install command names this checkout and existing extras."""
     command, *flags, what = arguments
     assert command == "install"
     assert {*flags} <= {"-q", "-e"}
@@ -146,7 +140,7 @@ def check_pip(arguments):
         assert extra in tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]["optional-dependencies"]
 
 
-@pytest.mark.usefixtures("_there")
+@pytest.mark.usefixtures("_in_workshop")
 @pytest.mark.parametrize("page", RUN, ids=name_of)
 def test_commands_run_as_typed(page, monkeypatch, capsys):
     ran = 0
@@ -158,22 +152,22 @@ def test_commands_run_as_typed(page, monkeypatch, capsys):
             ran += 1
         elif name == "pip":
             check_pip(arguments)
-        elif name == "python3" and arguments[0] == "-c":  # makes a text
+        elif name == "python3" and arguments[0] == "-c":  # writes a text
             subprocess.run([sys.executable, *arguments], check=True, timeout=60)
             text = Path("my.txt").read_text("utf-8")
             assert len(text) > 300_000
             Path("my.txt").write_text(text[:20_000], "utf-8")
-        elif name == "cat":  # makes another
+        elif name == "cat":  # writes another
             assert arguments[-2:] == [">", "more.txt"]
             texts = [Path(path).read_text("utf-8") for word in arguments[:-2] for path in expanded(word)]
             assert len(texts) >= 10
             Path("more.txt").write_text("".join(texts)[:20_000], "utf-8")
-        else:  # what CI runs by itself, or another test
+        else:  # run by CI or by other tests
             assert shlex.join([name, *arguments]) in OTHERS
     assert ran >= 5
 
 
-@pytest.mark.usefixtures("_there")
+@pytest.mark.usefixtures("_in_workshop")
 @pytest.mark.parametrize("page", OTHER, ids=name_of)
 def test_commands_parse(page, capsys):
     typed = [*commands(page), *map(shlex.split, INLINE.findall(page.read_text("utf-8")))]
@@ -182,19 +176,19 @@ def test_commands_parse(page, capsys):
         words = [re.sub(r"runs/20\d\d-[\d_-]+|model\.ckpt", str(newest), word) for word in typed_words]
         if "lmlight" not in words or COMMANDS[words[words.index("lmlight") + 1]].target != TRAINING:
             continue
-        arguments = words[words.index("lmlight") + 1 :]  # behind a pipe, torchrun or srun
+        arguments = words[words.index("lmlight") + 1 :]  # after a pipe, torchrun or srun
         end = [at for at, word in enumerate(arguments) if word.startswith((">", "|", "$("))]
         arguments = arguments[: end[0]] if end else arguments
         if arguments[1:] != ["--help"]:
             assert status_of([*arguments, "--print_config"]) == 0, (shlex.join(words), capsys.readouterr().err)
-            Path("mine.yaml").write_text(capsys.readouterr().out, "utf-8")  # which a page takes up again
+            Path("mine.yaml").write_text(capsys.readouterr().out, "utf-8")  # a page uses this file
     for block in blocks(page, "yaml"):
         Path("block.yaml").write_text(block, "utf-8")
         assert status_of(["fit", "--config=block.yaml", "--print_config"]) == 0, capsys.readouterr().err
 
 
-@pytest.mark.usefixtures("_there")
-# what export.md shows needs extras, and is run by test_hf.py and test_graphs.py
+@pytest.mark.usefixtures("_in_workshop")
+# export.md needs extras: see test_hf.py and test_graphs.py
 @pytest.mark.parametrize("page", [p for p in PAGES if blocks(p, "python") and p.name != "export.md"], ids=name_of)
 def test_python_blocks_run(page):
     newest = max(Path("runs").iterdir())
