@@ -179,7 +179,7 @@ def test_end_of_text_ends_the_text(folder, site, browser):
 
 def test_status_line_names_files_that_cannot_be_opened(tokenizers, corpus_text, folder, site, browser):
     browser.get(f"{site}/index.html?model=nowhere.onnx")
-    status(browser, "There is no nowhere.onnx beside this page: choose a file")
+    status(browser, "There is no nowhere.onnx next to this page: choose a file")
     (folder / "text.onnx").write_text(corpus_text)
     browser.find_element("id", "file").send_keys(str(folder / "text.onnx"))
     status(browser, "text.onnx: not a file of lmlight export onnx")
