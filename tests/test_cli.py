@@ -556,7 +556,7 @@ def test_simple_profiler_prints_its_report(corpus_file):
 
 
 def test_docstrings_document_every_argument():
-    """An attribute with the name of an argument would replace its help."""
+    """The parser would show the text of an attribute instead of that of an argument with the same name."""
     for kind in (LanguageModel, TextDataModule, Transformer, Muon, Schedule, Sampling, TokenizerConfig):
         sections = re.split(r"\n(Args|Attributes|Raises):\n", inspect.getdoc(kind))
         names = {

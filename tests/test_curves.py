@@ -23,7 +23,7 @@ def add_run(folder, table=TABLE):
 
 @pytest.fixture
 def runs(tmp_path):
-    """Two runs, and entries that are not."""
+    """Two runs and unusable entries."""
     for name, table in {"one": TABLE, "two": TABLE, **{name: table for name, (table, _) in UNUSABLE.items()}}.items():
         add_run(tmp_path / name, table)
     (tmp_path / "notes.txt").write_text("seed 3 was the best\n")

@@ -1,4 +1,4 @@
-"""A file or a folder appears whole or not at all; a kill in between is in test_reliability.py."""
+"""Files and folders are written atomically. Kills while writing checkpoints are in test_reliability.py."""
 
 import os
 import shutil
@@ -30,7 +30,7 @@ def test_failed_write_keeps_the_previous_file(tmp_path, shared):
     assert (tmp_path / "x").read_text() == "before"
 
 
-@pytest.mark.parametrize("links", [True, False], ids=["links", "a disk without links"])
+@pytest.mark.parametrize("links", [True, False], ids=["hard links", "no hard links"])
 def test_first_of_concurrent_writers_wins(tmp_path, monkeypatch, links):
     if not links:
         monkeypatch.setattr(os, "link", lambda *_: (_ for _ in ()).throw(OSError("not supported")))
@@ -38,7 +38,7 @@ def test_first_of_concurrent_writers_wins(tmp_path, monkeypatch, links):
     with files.whole(path, shared=True) as one, files.whole(path, shared=True) as two:
         one.write_text("one")
         two.write_text("two")
-    assert path.read_text() == "two", "which was done first"
+    assert path.read_text() == "two", "the inner block ended first"
     assert os.listdir(tmp_path) == ["x"]
 
 
@@ -54,7 +54,7 @@ def test_folder_replaces_the_previous_one(tmp_path):
     assert os.listdir(tmp_path) == ["x"]
 
 
-# Replaces a folder in a process that kills itself at the n-th of the steps that another process could see or the disk.
+# Replaces a folder in a process that kills itself before its n-th file system operation.
 REPLACE = """
 import os, signal
 from pathlib import Path
@@ -81,10 +81,10 @@ os.kill(os.getpid(), signal.SIGKILL)
 """
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="kills processes, and exchanges folders as Linux does")
+@pytest.mark.skipif(sys.platform != "linux", reason="exchanges folders atomically, which needs Linux")
 @pytest.mark.parametrize("exchanges", [True, False], ids=["exchanged", "renamed"])
 def test_kill_at_any_step_leaves_the_old_or_the_new_folder(tmp_path, exchanges):
-    """Where folders cannot be exchanged there may be neither for a moment; the next writing finds the old one."""
+    """Without an atomic exchange, both may be missing; the next write restores the old folder."""
     path, found = tmp_path / "x", []
     for steps in range(100):
         shutil.rmtree(path, ignore_errors=True)
@@ -102,7 +102,7 @@ def test_kill_at_any_step_leaves_the_old_or_the_new_folder(tmp_path, exchanges):
         if out:
             break
     assert found[0]["a"] == "old" and found[-1]["a"] == "new" and len(found) > 6
-    assert os.listdir(tmp_path) == ["x"], "what the kills have left is gone with the last writing"
+    assert os.listdir(tmp_path) == ["x"], "the last write deletes temporary files"
 
 
 def test_folder_is_flushed_before_it_replaces_another(tmp_path, monkeypatch):

@@ -1,4 +1,4 @@
-"""The script for a GPU, on the CPU: each section's code runs, and a section that fails does not take others with it."""
+"""benchmarks/gpu.py on the CPU: every section runs, and a stopped section does not stop others."""
 
 import json
 from pathlib import Path
@@ -7,7 +7,7 @@ import processes
 import pytest
 
 SCRIPT = Path(__file__).parents[1] / "benchmarks" / "gpu.py"
-# compiling is a no-op here: `test_module.py` compiles, marked slow
+# compilation is disabled here; see `test_module.py`, marked slow
 SECTION = """if True:
     import runpy, sys
     sys.argv[0] = {script!r}
@@ -22,7 +22,7 @@ def work(tmp_path, corpus_text):
     return tmp_path
 
 
-@pytest.mark.timeout(400)  # some twenty runs of `lmlight`: under a minute on an idle machine
+@pytest.mark.timeout(400)  # about twenty runs of `lmlight`
 @pytest.mark.parametrize("section", ["correct", "record", "generation", "throughput"])
 def test_section_runs_on_a_cpu(section, work):
     if section == "generation":
@@ -32,7 +32,7 @@ def test_section_runs_on_a_cpu(section, work):
     processes.run(*arguments, code=SECTION, cwd=work, env=environment, timeout=380)
     rows = json.loads((work / f"{section}.json").read_text())["rows"]
     errors = {row["name"]: row["error"] for row in rows if "error" in row}
-    if section == "throughput":  # nanoGPT's code comes from a package index, in the test of the network
+    if section == "throughput":  # nanoGPT's code needs a package index
         assert set(errors) == {"nanoGPT's net", "nanoGPT's net, compiled"}
     else:
         assert not errors

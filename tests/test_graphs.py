@@ -41,7 +41,7 @@ def build(name, tokenizer, block_size=BLOCK):
 @pytest.mark.filterwarnings("ignore:vocab_size")
 @pytest.mark.parametrize("name", ["default", "unusual", "bigram"])
 def test_exported_program_runs_without_lmlight(name, tokenizer, tmp_path):
-    net = build(name, tokenizer, 300)  # beyond 256 positions, our attention takes another path
+    net = build(name, tokenizer, 300)  # attention has another implementation beyond 256 positions
     assert main(["export", "torch", save(tmp_path / "x.ckpt", net, tokenizer), "x.pt2"]) == 0
     code = """if True:
         import sys
@@ -64,7 +64,7 @@ def test_exported_program_runs_without_lmlight(name, tokenizer, tmp_path):
 
 
 def has_no_source_paths(path):
-    """Whether a file does not name the source files that made it."""
+    """Whether a file contains no paths of source files."""
     data = path.read_bytes()
     return not any(word in data for word in (b"transformer.py", b"graph.py", b"site-packages"))
 
@@ -148,7 +148,7 @@ def test_metadata(tokenizer):
         "eos_id": 3,
         "supports_sliding_window": True,
     }
-    assert json.loads(about["tokenizer.json"])["added_tokens"] == [], "end of text is not found in a text"
+    assert json.loads(about["tokenizer.json"])["added_tokens"] == [], "end of text is no token of a text"
     about = metadata(Model(build("gpt2", tokenizer), tokenizer, {}, {}, {}, 0))
     names = "bos_id", "eos_id", "supports_sliding_window"
     assert [json.loads(about[name]) for name in names] == [*tokenizer.encode("\n"), None, False]
@@ -170,7 +170,7 @@ def test_failed_export_leaves_no_files(tokenizer, tmp_path, monkeypatch, capsys)
     checkpoint.read(tmp_path / "x.ckpt")
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="no limits on a process's files")
+@pytest.mark.skipif(sys.platform == "win32", reason="needs limits on file sizes")
 def test_full_disk_is_a_one_line_error(tokenizer, tmp_path):
     save(tmp_path / "x.ckpt", build("bigram", tokenizer), tokenizer)
     code = """if True:

@@ -31,7 +31,7 @@ SIZES = {
 
 @pytest.fixture(scope="module")
 def foreign_tokenizer(corpus_text):
-    """Like Llama 2's: BPE with byte fallback, `<s>` and `</s>`, a space in front of each text, no piece for a newline."""
+    """Like that of Llama 2: BPE with byte fallback, `<s>` and `</s>`, a space before each text, no newline piece."""
     model = io.BytesIO()
     spm.SentencePieceTrainer.train(
         sentence_iterator=iter(corpus_text.split("\n")),
@@ -48,7 +48,7 @@ def foreign_tokenizer(corpus_text):
 
 @pytest.fixture
 def foreign(tmp_path, foreign_tokenizer):
-    """Saves a folder with transformers and returns the network in it."""
+    """Returns a function that saves a model with transformers and returns its network."""
 
     def build(kind="llama", **options):
         torch.manual_seed(0)
@@ -115,7 +115,7 @@ def test_foreign_tokenizer_becomes_lossless_with_the_same_pieces(foreign, tmp_pa
     assert tokenizer.pieces == [before.id_to_piece(i) for i in range(440)]
     for text in ("MIRA:\n  river stone\n\n", "<s> 日本 ▁", ""):
         assert tokenizer.decode(tokenizer.encode(text)) == text
-    assert tokenizer.encode(" river") == before.encode("river"), "the original adds the space"
+    assert tokenizer.encode(" river") == before.encode("river"), "the original adds a space"
 
 
 def test_imported_checkpoint_predicts_and_finetunes(foreign, tmp_path, corpus_file, capsys):

@@ -1,4 +1,4 @@
-"""Batches are what plain slicing gives, wherever the ids are; every source follows its seed and epoch only."""
+"""Batches equal plain slices of the ids, and depend on seed and epoch only."""
 
 import threading
 from concurrent.futures import Future
@@ -71,7 +71,7 @@ def test_shorter_last_window_is_a_batch_by_itself():
 
 def test_worker_processes_change_nothing(tmp_path):
     write_store(tmp_path, "print", {"train": [TextChunk("abcabc\ncab" * 3)]}, ABC)
-    ids = TokenStore(tmp_path, "print").ids["train"]  # memory-mapped: opened again in each process
+    ids = TokenStore(tmp_path, "print").ids["train"]  # memory-mapped, and opened in each process
     alone, together = (
         lists(StatefulTrainLoader(TokenWindows(ids, 4, 0, "epoch", n), TrainBatchSampler(5, 2), ABC.char_counts))
         for n in (0, 2)
@@ -82,7 +82,7 @@ def test_worker_processes_change_nothing(tmp_path):
 
 
 class InMemory(ShardedWindows):
-    """Shards that are lists of arrays; notes what is requested."""
+    """Serves shards from memory and records requests."""
 
     fingerprint = "print"
 
@@ -105,14 +105,14 @@ def test_sharded_windows_visit_shards_one_by_one(seed, epoch, order, starts):
     source = InMemory(shards, order=order, seed=seed)
     rows = np.concatenate([source.rows(epoch, at) for at in np.array_split(np.arange(len(source)), 9)])
     assert (np.diff(rows) == 1).all()
-    seen = {}  # the starts of the windows in each shard, in the order in which they are visited
+    seen = {}  # starts of the windows of each shard, in order
     for start in rows[:, 0].tolist():
         seen.setdefault(start // 100, []).append(start % 100)
     assert len(rows) == sum(map(len, seen.values()))
     assert list(seen) == [s for s in np.random.default_rng((seed, epoch)).permutation(5).tolist() if s != 2]
     assert seen == {shard: starts(len(shards[shard]), 5, seed, epoch, shard).tolist() for shard in seen}
-    assert seen[0] != seen[4], "two shards of the same length have the same order"
-    assert source.requests == [(epoch, shard) for shard in seen], "a shard was requested twice"
+    assert seen[0] != seen[4], "shards of the same length have different orders"
+    assert source.requests == [(epoch, shard) for shard in seen], "each shard is requested once"
     assert source.rows(epoch, np.array([0])).tolist() == rows[:1].tolist(), "positions may go back"
 
 
@@ -137,7 +137,7 @@ def test_block_longer_than_every_shard_is_refused():
 
 @pytest.fixture
 def _without_gpu(monkeypatch):
-    """Makes a CPU do what a GPU would, except pinning."""
+    """Lets the GPU code path run on a CPU, without pinned memory."""
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
     dataloader = loaders.DataLoader
     monkeypatch.setattr(

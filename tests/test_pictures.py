@@ -1,4 +1,4 @@
-"""Figures, by what they contain and not by their pixels."""
+"""Contents of figures."""
 
 import numpy as np
 import pytest
@@ -73,4 +73,4 @@ def test_learning_curves_share_an_axis(x):
 def test_labels_make_control_characters_visible(piece, shown):
     assert pictures.visible(piece) == shown
     figure = pictures.attention_map(np.ones((1, 1)), [pictures.visible(piece)])
-    figure.canvas.draw()  # an unfinished formula would raise
+    figure.canvas.draw()  # raises for invalid formulas

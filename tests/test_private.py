@@ -1,4 +1,4 @@
-"""The private attributes of Lightning that lmlight relies on exist, and there are no others."""
+"""lmlight uses private attributes only if they are listed, and the listed ones exist."""
 
 import ast
 import importlib

@@ -1,4 +1,4 @@
-"""docs/reference.md lists what is public: no less, and no more."""
+"""docs/reference.md lists the complete public interface."""
 
 import re
 import sys
@@ -15,7 +15,7 @@ PAGE = Path(__file__).parents[1] / "docs" / "reference.md"
 
 
 def listed(section):
-    """The names in the table of a section."""
+    """Names in the table of a section."""
     text = PAGE.read_text("utf-8").split(f"## {section}\n")[1].split("\n## ")[0]
     return re.findall(r"^\| `([^`]+)` \|", text, re.MULTILINE)
 

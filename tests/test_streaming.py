@@ -1,4 +1,4 @@
-"""A streamed store is the text, in an order that depends on seed, epoch and position only."""
+"""Streamed stores hold the text, in an order that depends on seed, epoch and position only."""
 
 import shutil
 import sys
@@ -24,7 +24,7 @@ T, BATCH = 16, 8
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory, corpus_text):
-    """A folder with `store` and, in litdata's chunks, `streamed`, both of the corpus_text."""
+    """A folder with the corpus as `store`, and in litdata's format as `streamed`."""
     folder = tmp_path_factory.mktemp("streaming")
     (folder / "corpus.txt").write_bytes(corpus_text.encode())
     with pytest.MonkeyPatch.context() as patch:
@@ -68,7 +68,7 @@ def test_chunks_hold_the_text_except_an_incomplete_page(made):
     assert ids.dtype == text.dtype and len(text) - len(ids) < 32
     assert np.array_equal(ids, text[: len(ids)])
     assert TokenStore(made / "streamed").tokens["train"] == len(ids)
-    # windows follow the order of every sharded source
+    # windows have the order of all sharded sources
     order = np.random.default_rng((0, 1)).permutation(len(chunks))
     expected = [chunks[c][start : start + T + 1] for c in order for start in epoch_starts(len(chunks[c]), T, 0, 1, c)]
     assert rows_of(data_of(made / "streamed"), epoch=1).tolist() == [row.tolist() for row in expected]
@@ -80,7 +80,7 @@ def test_streamed_batches_are_deterministic_and_resume(made):
     before = torch.get_rng_state()
     loader = data.train_dataloader()
     epochs = [list(loader) for _ in range(2)]
-    assert torch.equal(torch.get_rng_state(), before), "training's random numbers changed"
+    assert torch.equal(torch.get_rng_state(), before), "the global random state is unchanged"
     counts = torch.from_numpy(data.tokenizer.char_counts)
     for number, batches in enumerate(epochs):
         rows = torch.from_numpy(rows_of(data, number))
@@ -97,7 +97,7 @@ def test_validation_text_is_the_same(made):
 
 
 def test_chunks_are_read_from_a_remote_store(made):
-    """litdata copies `local:` addresses to its cache like those of object storage."""
+    """litdata copies `local:` URLs to its cache, like those of object storage."""
     store = TokenStore(made / "streamed")
     remote = streaming.StreamedWindows(store, f"local:{made / 'streamed'}", T, 0, "epoch")
     assert remote.rows(0, np.arange(len(remote))).tolist() == rows_of(data_of(made / "streamed")).tolist()

@@ -1,4 +1,4 @@
-"""A tiny run in TensorBoard, in a real browser: `pytest -m browser`.
+"""A small run in TensorBoard, in a real browser: `pytest -m browser`.
 
 Needs `pip install -e '.[test,browser]'` and Chromium with its driver (Debian: `apt-get install chromium chromium-driver`).
 """
@@ -6,6 +6,7 @@ Needs `pip install -e '.[test,browser]'` and Chromium with its driver (Debian: `
 import time
 
 import pytest
+import tiny
 from tensorboard import program
 
 from lmlight.training.cli import main
@@ -32,21 +33,14 @@ return words.join('\\n');
 
 @pytest.fixture(scope="module")
 def address(tmp_path_factory, corpus_text):
-    """The address of a TensorBoard that shows a run of ten steps with two validations."""
+    """The address of a TensorBoard server with a run of ten steps and two validations."""
     folder = tmp_path_factory.mktemp("run")
     patch = pytest.MonkeyPatch()
     patch.chdir(folder)
     patch.setenv("LMLIGHT_CACHE", str(folder / "cache"))
     (folder / "corpus.txt").write_bytes(corpus_text.encode())
-    arguments = ["fit", "--data.corpus=corpus.txt", "--data.tokenizer.vocab_size=400", "--data.block_size=16"]
-    arguments += [
-        "--model.net.n_layer=1",
-        "--model.net.n_embd=32",
-        "--model.net.positions=learned",
-        "--data.batch_size=8",
-    ]
-    arguments += ["--trainer.max_steps=10", "--trainer.val_check_interval=5", "--trainer.log_every_n_steps=1"]
-    assert main([*arguments, "--trainer.accelerator=cpu"]) == 0
+    flags = ["--model.net.positions=learned", "--trainer.max_steps=10", "--trainer.val_check_interval=5"]
+    assert main(["fit", "--data.corpus=corpus.txt", *tiny.FLAGS, *flags]) == 0
     server = program.TensorBoard()
     server.configure(argv=[None, "--logdir", str(folder / "runs"), "--port", "0", "--load_fast", "false"])
     yield server.launch()
@@ -54,7 +48,7 @@ def address(tmp_path_factory, corpus_text):
 
 
 def shows(browser, address, page, *expected, seconds=40):
-    """Opens a page of TensorBoard and waits until it shows all expected text."""
+    """Opens a page of TensorBoard and waits for the expected texts."""
     browser.get("about:blank")
     browser.get(f"{address}#{page}")
     missing, end = list(expected), time.monotonic() + seconds
