@@ -64,12 +64,17 @@ def save(path, net, tokenizer, **more):
 
 
 def shipped(kind):
-    """File names of the shipped configs that name a network of this class."""
-    nets = {
-        path.name: yaml.safe_load(path.read_text("utf-8")).get("model", {}).get("net", {})
-        for path in sorted((ROOT / "configs").glob("*.yaml"))
-    }
-    return [name for name, net in nets.items() if net.get("class_path") == kind]
+    """File names of the shipped configs with networks of this class: one for each architecture and kind of tokenizer."""
+    names = {}
+    for path in sorted((ROOT / "configs").glob("*.yaml")):
+        config = yaml.safe_load(path.read_text("utf-8"))
+        net = config.get("model", {}).get("net", {})
+        if net.get("class_path") == kind:
+            sizes = {**SIZES, "dropout": 0.0} if kind == "Transformer" else {}
+            options = NETS[kind](9, 8, **{**net.get("init_args", {}), **sizes}).config
+            tokenizer = TokenizerConfig(**{**config["data"].get("tokenizer", {}), "vocab_size": 400})
+            names.setdefault(f"{options} {tokenizer}", path.name)
+    return list(names.values())
 
 
 def shrunk(name, text, block_size=BLOCK):

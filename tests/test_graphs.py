@@ -1,10 +1,10 @@
 """ONNX and torch.export: the same logits at any size, and no local paths in the files."""
 
 import json
-import subprocess
 import sys
 
 import numpy as np
+import processes
 import pytest
 import torch
 from exporting import documented, make, save, shipped, shrunk
@@ -39,28 +39,31 @@ def build(name, tokenizer, block_size=BLOCK):
 
 
 @pytest.mark.filterwarnings("ignore:vocab_size")
-@pytest.mark.parametrize("name", ["default", "unusual", "bigram"])
-def test_exported_program_runs_without_lmlight(name, tokenizer, tmp_path):
-    net = build(name, tokenizer, 300)  # attention has another implementation beyond 256 positions
-    assert main(["export", "torch", save(tmp_path / "x.ckpt", net, tokenizer), "x.pt2"]) == 0
+def test_exported_program_runs_without_lmlight(tokenizer, tmp_path):
     code = """if True:
         import sys
         sys.modules["lmlight"] = None  # importing it is an error
         import torch
-        extra = {"block_size": "", "tokenizer.json": ""}
-        module = torch.export.load("x.pt2", extra_files=extra).module()
-        assert extra["block_size"] == "300" and '"Unigram"' in extra["tokenizer.json"]
         torch.set_num_threads(1)
-        with torch.no_grad():
-            torch.save([module(ids) for ids in torch.load("ids.pt")], "logits.pt")
+        for name in sys.argv[1:]:
+            extra = {"block_size": "", "tokenizer.json": ""}
+            module = torch.export.load(f"{name}.pt2", extra_files=extra).module()
+            assert extra["block_size"] == "300" and '"Unigram"' in extra["tokenizer.json"]
+            with torch.no_grad():
+                torch.save([module(ids) for ids in torch.load("ids.pt")], f"{name}.logits")
         """
+    # attention has another implementation beyond 256 positions
+    nets = {name: build(name, tokenizer, 300) for name in ("default", "unusual", "bigram")}
+    for name, net in nets.items():
+        assert main(["export", "torch", save(tmp_path / f"{name}.ckpt", net, tokenizer), f"{name}.pt2"]) == 0
+        assert has_no_source_paths(tmp_path / f"{name}.pt2")
     ids = [torch.randint(tokenizer.vocab_size, size) for size in (*SIZES, (2, 300))]
     torch.save(ids, "ids.pt")
-    subprocess.run([sys.executable, "-c", code], check=True)
+    processes.run_afresh(*nets, code=code)
     with torch.no_grad():
-        for one, logits in zip(ids, torch.load("logits.pt")):
-            torch.testing.assert_close(logits, net(one), atol=1e-4, rtol=0)
-    assert has_no_source_paths(tmp_path / "x.pt2")
+        for name, net in nets.items():
+            for one, logits in zip(ids, torch.load(f"{name}.logits"), strict=True):
+                torch.testing.assert_close(logits, net(one), atol=1e-4, rtol=0)
 
 
 def has_no_source_paths(path):
@@ -179,7 +182,7 @@ def test_full_disk_is_a_one_line_error(tokenizer, tmp_path):
         from lmlight.__main__ import main
         sys.exit(main(["export", "torch", "x.ckpt", "x.pt2"]))
         """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=100)
-    assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
-    assert "x.pt2' cannot be written (File too large)" in done.stderr
+    _, err = processes.run(code=code, status=2)
+    assert err.count("\n") == 1, err
+    assert "x.pt2' cannot be written (File too large)" in err
     assert [entry.name for entry in tmp_path.iterdir()] == ["x.ckpt"]
