@@ -87,7 +87,7 @@ def headings(items: list[AnchorLink]) -> Iterator[AnchorLink]:
 
 
 def mathml(match: re.Match[str]) -> str:
-    """A formula between `\(` and `\)`, or `\[` and `\]`."""
+    r"""A formula between `\(` and `\)`, or `\[` and `\]`."""
     formula = html.unescape(match[1])
     result = latex2mathml.converter.convert(formula[2:-2], display="block" if formula.startswith("\\[") else "inline")
     return re.sub(r"<mi>ln</mi>(?!<mo)", '<mi>ln</mi><mspace width="0.17em"/>', result)  # as LaTeX does
@@ -130,7 +130,7 @@ def configs_page() -> str:
     """All of configs/, to be read in one place."""
     paths = sorted((ROOT / "configs").glob("*.yaml"))
     listings = [f"## {path.name}\n\n```yaml\n{path.read_text('utf-8').rstrip()}\n```\n" for path in paths]
-    about = "Each holds only what departs from the defaults. Several may be given; later ones, and flags, win."
+    about = "Each config holds only what differs from the defaults. Configs can be combined: later ones and flags win."
     example = "lmlight fit --config configs/gpt2-124m.yaml --config configs/ddp.yaml --trainer.max_steps 1000"
     return "\n".join(["# Configs", "", about, "", f"```sh\n{example}\n```", "", *listings])
 
@@ -145,9 +145,9 @@ def notebook_page(path: Path) -> tuple[str, dict[str, bytes]]:
             raise PluginError(f"{folder}/{path.name} is not of this {path.name}: execute it again")
         notebook = executed
         if notebook["metadata"]["shortened"]:
-            about += ". The outputs below are of a run with shorter training than yours will be."
+            about += ". The outputs below are from a run with shorter training than yours."
     else:
-        about += " and run it to see its outputs."
+        about += " and run it to see the outputs."
     pictures: dict[str, bytes] = {}
     parts = []
     for cell in notebook["cells"]:

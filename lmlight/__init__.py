@@ -5,13 +5,14 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from lmlight.version import __version__ as __version__
+
 if TYPE_CHECKING:
     from lmlight.generation import Sampling
     from lmlight.models import Bigram, Transformer
     from lmlight.training.datamodule import TextDataModule
     from lmlight.training.module import LanguageModel
 
-__version__ = "0.1.0"
 __all__ = ["Bigram", "LanguageModel", "Sampling", "TextDataModule", "Transformer"]
 
 _HOMES = {

@@ -5,9 +5,9 @@ import os
 import sys
 from collections.abc import Sequence
 
-import lmlight
 from lmlight.command_line import COMMANDS, TRAINING, unknown, usage
 from lmlight.errors import UserError, say
+from lmlight.version import __version__
 
 
 def main(args: Sequence[str] | None = None) -> int:
@@ -25,9 +25,11 @@ def main(args: Sequence[str] | None = None) -> int:
         print(usage())
         return 0 if command else 2
     if command == "--version":
-        print(f"lmlight {lmlight.__version__}")
+        print(f"lmlight {__version__}")
         return 0
     bound_spinning(command)
+    if "" not in sys.path:
+        sys.path.append("")  # the current folder, where a user's own classes may be
     try:
         if command not in COMMANDS and not command.startswith("-"):  # options, such as --config, may precede a command
             raise unknown(command)

@@ -24,11 +24,12 @@ from typing import IO, Any, Literal
 import torch
 from torch import Tensor
 
-import lmlight
 from lmlight import files
-from lmlight.data.tokenizer import Tokenizer, from_bytes
+from lmlight.data.tokenizer import Tokenizer, deserialize, serialize
 from lmlight.errors import UserError
-from lmlight.models import NETS, Net
+from lmlight.models import Net
+from lmlight.user_code import subclasses
+from lmlight.version import __version__
 
 METADATA_KEY = "lmlight"
 FORMAT_VERSION = 3  # raised when older files can no longer be read
@@ -38,7 +39,7 @@ NET_PREFIX = "net."  # of the network's weights in the LightningModule's state d
 
 def model_metadata(
     net: Net,
-    tokenizer: Tokenizer,
+    tokenizer: Tokenizer | None,
     sampling: Mapping[str, Any] = MappingProxyType({}),
     settings: Mapping[str, Any] = MappingProxyType({}),
     optimizer: dict[str, Any] | None = None,
@@ -46,42 +47,24 @@ def model_metadata(
     """The `lmlight` entry of a checkpoint.
 
     Args:
-        net: An instance of one of `models.NETS`, or of a class derived from one (FSDP derives one).
-        tokenizer: The tokenizer; stored as bytes.
+        net: The network; its class is stored by name.
+        tokenizer: The tokenizer; stored as bytes. None if the data had none.
         sampling: Arguments of the model's `Sampling`.
         settings: Plain values; `data` holds the data module's arguments.
         optimizer: Class name and hyperparameters of the optimizer whose state the checkpoint holds.
 
     Returns:
         The entry. `LanguageModel` adds `metrics` if these weights have been validated.
-
-    Raises:
-        UserError: See `net_name`.
     """
     return {
-        "lmlight_version": lmlight.__version__,
+        "lmlight_version": __version__,
         "format_version": FORMAT_VERSION,
-        "net": {"class": net_name(net), "config": net.config},
-        "tokenizer": torch.frombuffer(bytearray(tokenizer.to_bytes()), dtype=torch.uint8),
+        "net": {"class": net.class_name, "config": net.config},
+        "tokenizer": torch.frombuffer(bytearray(serialize(tokenizer)), dtype=torch.uint8) if tokenizer else None,
         "sampling": dict(sampling),
         "settings": dict(settings),
         "optimizer": optimizer,
     }
-
-
-def net_name(net: Net) -> str:
-    """The key of `models.NETS` for this network.
-
-    Raises:
-        UserError: The network is of another class.
-    """
-    for name, kind in NETS.items():
-        if isinstance(net, kind):
-            return name
-    raise UserError(
-        f"a checkpoint cannot hold a {type(net).__name__}: expected one of lmlight's networks ({', '.join(NETS)}); to train "
-        "a custom one, use the Python API with Trainer(enable_checkpointing=False)"
-    )
 
 
 def write(content: dict[str, Any], path: str | Path) -> None:
@@ -158,7 +141,7 @@ def check(content: dict[str, Any], path: str | Path) -> dict[str, Any]:
     if metadata.get("format_version") != FORMAT_VERSION:
         raise UserError(
             f"checkpoint '{path}' was written by lmlight {metadata.get('lmlight_version')} in format "
-            f"{metadata.get('format_version')}, but lmlight {lmlight.__version__} reads format {FORMAT_VERSION}: "
+            f"{metadata.get('format_version')}, but lmlight {__version__} reads format {FORMAT_VERSION}: "
             "install the version that wrote it"
         )
     return content
@@ -211,10 +194,24 @@ def make_run_dir(runs: Path) -> Path:
     raise AssertionError("unreachable")
 
 
-def tokenizer_of(checkpoint: dict[str, Any]) -> Tokenizer:
-    """The tokenizer of a checkpoint."""
-    data: Tensor = checkpoint[METADATA_KEY]["tokenizer"]
-    return from_bytes(data.numpy().tobytes())
+def tokenizer_of(checkpoint: dict[str, Any]) -> Tokenizer | None:
+    """The tokenizer of a checkpoint; None if the data of its run had none."""
+    data: Tensor | None = checkpoint[METADATA_KEY]["tokenizer"]
+    return None if data is None else deserialize(data.numpy().tobytes())
+
+
+def text_model_of(checkpoint: dict[str, Any], trusted: type[Net] | None = None) -> tuple[Net, Tokenizer]:
+    """The network, in evaluation mode, and the tokenizer.
+
+    Raises:
+        UserError: See `net_class`; there is no tokenizer.
+    """
+    net, tokenizer = net_of(checkpoint, trusted), tokenizer_of(checkpoint)
+    if tokenizer is None:
+        raise UserError(
+            "this checkpoint has no tokenizer, because its run's data had none: it can generate token ids only"
+        )
+    return net.eval(), tokenizer
 
 
 def weights_of(checkpoint: dict[str, Any]) -> dict[str, Tensor]:
@@ -223,17 +220,37 @@ def weights_of(checkpoint: dict[str, Any]) -> dict[str, Tensor]:
     return {name.removeprefix(NET_PREFIX): value for name, value in state.items() if name.startswith(NET_PREFIX)}
 
 
-def net_of(checkpoint: dict[str, Any]) -> Net:
-    """The network of a checkpoint, with its weights."""
-    net = untrained_net_of(checkpoint)
+def net_class(checkpoint: dict[str, Any], trusted: type[Net] | None = None) -> type[Net]:
+    """The class of a checkpoint's network. It is never imported because the file names it.
+
+    Args:
+        checkpoint: From `read`.
+        trusted: The class, if the user has named it. None looks among the classes that have been imported.
+
+    Raises:
+        UserError: The class has not been imported, or `trusted` is another one.
+    """
+    name: str = checkpoint[METADATA_KEY]["net"]["class"]
+    if trusted is None and (trusted := subclasses(Net).get(name)) is None:
+        raise UserError(
+            f"the checkpoint's network is a {name}, whose module is not imported, because that would run its code: if you "
+            f"trust it, pass --model.net {name}, or net={name.rpartition('.')[2]} in Python"
+        )
+    if not f".{name}".endswith(f".{trusted.__qualname__}"):
+        raise UserError(f"the checkpoint's network is a {name}, not a {trusted.__qualname__}: pass --model.net {name}")
+    return trusted
+
+
+def net_of(checkpoint: dict[str, Any], trusted: type[Net] | None = None) -> Net:
+    """The network of a checkpoint, with its weights; see `net_class`."""
+    net = untrained_net_of(checkpoint, trusted)
     net.load_state_dict(weights_of(checkpoint))
     return net
 
 
-def untrained_net_of(checkpoint: dict[str, Any]) -> Net:
-    """A network of the checkpoint's class and size, with initial weights."""
-    metadata = checkpoint[METADATA_KEY]["net"]
-    return NETS[metadata["class"]](**metadata["config"])
+def untrained_net_of(checkpoint: dict[str, Any], trusted: type[Net] | None = None) -> Net:
+    """A network of the checkpoint's class and size, with initial weights; see `net_class`."""
+    return net_class(checkpoint, trusted)(**checkpoint[METADATA_KEY]["net"]["config"])
 
 
 def check_compatible(checkpoint: dict[str, Any], net: Net) -> None:
@@ -243,7 +260,9 @@ def check_compatible(checkpoint: dict[str, Any], net: Net) -> None:
         UserError: The class or a size differs.
     """
     metadata = checkpoint[METADATA_KEY]["net"]
-    here, there = {"class": net_name(net), **net.config}, {"class": metadata["class"], **metadata["config"]}
+    # by its last name: a script's class has another module when it is imported
+    here = {"class": net.class_name.rpartition(".")[2], **net.config}
+    there = {"class": metadata["class"].rpartition(".")[2], **metadata["config"]}
     differing = {k for k in here.keys() | there.keys() if here.get(k) != there.get(k)} - {"dropout"}
     if differing:
         what = ", ".join(f"{k} {there.get(k)} in the checkpoint, {here.get(k)} here" for k in sorted(differing))

@@ -126,14 +126,16 @@ def learning_curves(runs: Mapping[str, Sequence[Mapping[str, float]]], x: str = 
     """
     figure = Figure(figsize=(7.5, 4.5), dpi=100, facecolor="white", layout="constrained")
     axes = figure.subplots()
+    unit = "character" if any("val/nats_per_char" in row for rows in runs.values() for row in rows) else "token"
+    loss = "val/nats_per_char" if unit == "character" else "val/loss"
     for name, rows in runs.items():
         color = None
-        for column, style, label in (("val/nats_per_char", ".-", name), ("train_subset/nats_per_char", ".--", None)):
+        for column, style, label in ((loss, ".-", name), ("train_subset/nats_per_char", ".--", None)):
             points = [(row[x], row[column]) for row in rows if math.isfinite(row.get(column, math.nan))]
             if points:
                 (line,) = axes.plot(*zip(*points), style, color=color, label=label)
                 color = line.get_color()
-    axes.set(xlabel=AXES[x], ylabel="nats per character")
+    axes.set(xlabel=AXES[x], ylabel=f"nats per {unit}")
     axes.set_title("validation text; dashed: a subset of the training text", fontsize=9)
     axes.legend(fontsize=8)
     axes.grid(alpha=0.3)

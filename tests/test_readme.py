@@ -25,7 +25,8 @@ if sys.version_info >= (3, 11):
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 RUN = [ROOT / "README.md", ROOT / "docs" / "tutorial.md"]
-OTHER = [page for page in PAGES if page not in RUN]
+EXTENDING = ROOT / "docs" / "extending.md"  # run by test_extending.py
+OTHER = [page for page in PAGES if page not in (*RUN, EXTENDING)]
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 INLINE = re.compile(r"`(lmlight (?:fit|validate|test|predict) [^`…]+)`")
 
@@ -189,7 +190,9 @@ def test_commands_parse(page, capsys):
 
 @pytest.mark.usefixtures("_in_workshop")
 # export.md needs extras: see test_hf.py and test_graphs.py
-@pytest.mark.parametrize("page", [p for p in PAGES if blocks(p, "python") and p.name != "export.md"], ids=name_of)
+@pytest.mark.parametrize(
+    "page", [p for p in PAGES if blocks(p, "python") and p.name not in ("export.md", "extending.md")], ids=name_of
+)
 def test_python_blocks_run(page):
     newest = max(Path("runs").iterdir())
     for block in blocks(page, "python"):

@@ -13,7 +13,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from lmlight.data.subword_regularization import SubwordSampler, SubwordSampling
-from lmlight.data.tokenizer import CharTokenizer, TokenizerConfig, from_bytes
+from lmlight.data.tokenizer import CharTokenizer, TokenizerConfig, deserialize, serialize
 from lmlight.errors import UserError
 
 SPACE = "\u2581"
@@ -149,7 +149,7 @@ def test_char_tokenizer_round_trip(text):
     assert tokenizer.decode(ids) == text
     assert len(ids) == len(text) == tokenizer.char_counts[ids].sum()
     assert tokenizer.vocab_size == len(set(text))
-    assert from_bytes(tokenizer.to_bytes()).encode(text) == ids
+    assert deserialize(serialize(tokenizer)).encode(text) == ids
 
 
 @pytest.mark.parametrize(("text", "name"), [("abž", "'ž'"), ("a\nb", r"'\\n'")])
@@ -165,11 +165,11 @@ def test_unseen_character_is_refused(text, name):
 @pytest.mark.parametrize("kind", ["unigram", "bpe", "char", "lossy"])
 def test_tokenizer_bytes_round_trip(kind, corpus_text, request):
     tokenizer = TokenizerConfig("char").train(corpus_text) if kind == "char" else request.getfixturevalue(kind)
-    again = from_bytes(tokenizer.to_bytes())
+    again = deserialize(serialize(tokenizer))
     assert again.encode(corpus_text) == tokenizer.encode(corpus_text)
     assert again.decode(tokenizer.encode(corpus_text)) == tokenizer.decode(tokenizer.encode(corpus_text))
     assert again.to_bytes() == tokenizer.to_bytes()
-    assert again.fingerprint == tokenizer.fingerprint == hashlib.sha256(tokenizer.to_bytes()).hexdigest()
+    assert again.fingerprint == tokenizer.fingerprint == hashlib.sha256(serialize(tokenizer)).hexdigest()
     assert (again.lossless, again.vocab_size) == (tokenizer.lossless, tokenizer.vocab_size)
     assert again.char_counts.tolist() == tokenizer.char_counts.tolist()
 
@@ -182,9 +182,9 @@ def test_fingerprints_differ_between_tokenizers(unigram, bpe, lossy):
 def test_invalid_tokenizer_bytes_are_refused(unigram):
     for data in (b"garbage", b"{not json", b"", b"{}"):
         with pytest.raises(ValueError):  # noqa: PT011
-            from_bytes(data)
+            deserialize(data)
     with pytest.raises(ValueError, match="not a SentencePiece model"):
-        from_bytes(unigram.to_bytes()[:-1])
+        deserialize(serialize(unigram)[:-1])
 
 
 # Training
@@ -423,7 +423,7 @@ def test_invalid_alpha_is_refused(alpha):
 def test_tokenizer_knows_the_line_endings_of_its_text(kind, newline, corpus_text):
     text = corpus_text.replace("\n", newline) + "\r\n\r\n\n\n\r"  # a few others are ignored
     trained = TokenizerConfig(kind, 400).train(text)
-    for tokenizer in (trained, from_bytes(trained.to_bytes())):
+    for tokenizer in (trained, deserialize(serialize(trained))):
         assert tokenizer.newline == newline
         assert tokenizer.decode(tokenizer.encode(text)) == text
         for prompt in ("MIRA:\n\nriver", "MIRA:\r\n\r\nriver"):

@@ -14,6 +14,8 @@ from lmlight import checkpoint as checkpoints
 from lmlight.command_line import Parser
 from lmlight.errors import UserError
 from lmlight.generation import Sampling, escape_control_characters, generate_text, start_streams
+from lmlight.models import Net
+from lmlight.user_code import import_class
 
 with contextlib.suppress(ImportError):  # not on Windows
     import readline  # noqa: F401  (gives `input` line editing)
@@ -34,11 +36,13 @@ def main(args: Sequence[str]) -> None:
         "checkpoint", nargs="?", default="best", help="a .ckpt file, a run's folder, or `best` or `last`"
     )
     parser.add_argument("--runs", default="runs", help="where `best` and `last` are looked for")
+    parser.add_argument("--model.net", dest="net", metavar="CLASS", help="the class of your own network")
     parser.add_argument("--device", help="such as cuda or mps; a GPU is used where there is one")
     options = parser.parse_args(args)
     content = checkpoints.read(checkpoints.find(options.checkpoint, options.runs, "best"))
     device = options.device or (torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu")
-    net, tokenizer = checkpoints.net_of(content).eval(), checkpoints.tokenizer_of(content)
+    trusted = import_class("--model.net", options.net, Net) if options.net else None
+    net, tokenizer = checkpoints.text_model_of(content, trusted)
     try:
         net.to(device)
     except (RuntimeError, AssertionError) as error:  # torch raises either for a device that is not there

@@ -51,6 +51,31 @@ def make_batch(rows: Tokens, char_counts: npt.NDArray[np.number]) -> Batch:
     return Batch(torch.tensor(rows[:, :-1]), torch.tensor(rows[:, 1:]), torch.tensor(char_counts[rows[:, 1:]]))
 
 
+def as_batch(batch: Any) -> Batch:
+    """A `Batch` from a pair (inputs, targets), which counts no characters; a `Batch` as it is.
+
+    Raises:
+        UserError: it is neither.
+    """
+    if isinstance(batch, Batch):
+        return batch
+    try:
+        inputs, targets = batch
+        assert inputs.ndim == 2 and inputs.shape == targets.shape
+    except (TypeError, ValueError, AttributeError, AssertionError):
+        raise UserError(
+            "a batch must be a pair (inputs, targets) of (B, T) tensors of token ids, where targets are the ids that "
+            f"follow; got {_describe(batch)}"
+        ) from None
+    return Batch(inputs, targets, torch.zeros_like(targets))
+
+
+def _describe(batch: Any) -> str:
+    if isinstance(batch, (list, tuple)):
+        return f"a {type(batch).__name__} of {len(batch)}: {', '.join(map(_describe, batch))}"
+    return f"a tensor of shape {tuple(batch.shape)}" if isinstance(batch, Tensor) else f"a {type(batch).__name__}"
+
+
 class EvalLoader:
     """One rank's batches of evaluation windows, each window once.
 

@@ -23,7 +23,7 @@ import numpy as np
 import numpy.typing as npt
 
 from lmlight import files
-from lmlight.data.tokenizer import from_bytes
+from lmlight.data.tokenizer import deserialize
 from lmlight.errors import UserError
 
 # Part of every fingerprint; raised when the same text and settings would give other files.
@@ -157,7 +157,7 @@ class TokenStore:
                 raise UserError(f"the tokens in '{folder}' are of another version of lmlight: prepare the text again")
             if fingerprint and index["fingerprint"] != fingerprint:
                 raise UserError(f"the tokens in '{folder}' are of another text or tokenizer: {remedy}")
-            self.tokenizer = from_bytes((folder / TOKENIZER).read_bytes())
+            self.tokenizer = deserialize((folder / TOKENIZER).read_bytes())
             self.metadata: dict[str, Any] = index["metadata"]
             self.streamed: dict[str, Any] | None = index.get("streamed")
             self.chars: dict[str, int] = {split: content["chars"] for split, content in index["splits"].items()}

@@ -26,7 +26,7 @@ from tqdm import tqdm
 from lmlight import files
 from lmlight.data.reading import TextChunk
 from lmlight.data.token_store import FORMAT_VERSION, INDEX, TOKENIZER, Tokens, TokenStore, shard_name, tokens_in
-from lmlight.data.tokenizer import Tokenizer, from_bytes
+from lmlight.data.tokenizer import Tokenizer, deserialize, serialize
 from lmlight.data.workers import WorkerPool, cpu_count
 from lmlight.errors import UserError
 
@@ -62,14 +62,14 @@ def write_store(
         return
     folder.mkdir(parents=True, exist_ok=True)
     try:
-        published = _publish(folder / TOKENIZER, tokenizer.to_bytes())
-        if published != tokenizer.to_bytes():  # another machine was first, whose training rounds differently
+        published = _publish(folder / TOKENIZER, serialize(tokenizer))
+        if published != serialize(tokenizer):  # another machine was first, whose training rounds differently
             try:
-                tokenizer = from_bytes(published)
+                tokenizer = deserialize(published)
             except ValueError as error:
                 raise UserError(f"the tokens in '{folder}' are damaged ({error}): prepare the text again") from None
         dtype = "uint16" if tokenizer.vocab_size <= 2**16 else "uint32"
-        pool = WorkerPool(processes or cpu_count(), _start_worker, tokenizer.to_bytes(), dtype)
+        pool = WorkerPool(processes or cpu_count(), _start_worker, serialize(tokenizer), dtype)
         # shards finish in bursts, so only their mean speed (smoothing=0) predicts the remaining time
         options = {"unit": "B", "unit_scale": True, "delay": 2, "leave": False, "smoothing": 0}
         try:
@@ -91,7 +91,7 @@ def write_store(
 def read_tokenizer(folder: Path) -> Tokenizer | None:
     """The tokenizer of a finished or unfinished store; None if it has none."""
     try:
-        return from_bytes((folder / TOKENIZER).read_bytes())
+        return deserialize((folder / TOKENIZER).read_bytes())
     except (OSError, ValueError):
         return None
 
@@ -171,7 +171,7 @@ _worker_state: tuple[Tokenizer, str] | None = None
 
 def _start_worker(tokenizer: bytes, dtype: str) -> None:
     global _worker_state
-    _worker_state = from_bytes(tokenizer), dtype
+    _worker_state = deserialize(tokenizer), dtype
 
 
 def _write_shard_in_worker(path: Path, chunks: list[TextChunk]) -> None:

@@ -14,6 +14,7 @@ segmentation wins. Does not import torch.
 from __future__ import annotations
 
 import hashlib
+import importlib
 import json
 import re
 from abc import ABC, abstractmethod
@@ -30,6 +31,7 @@ import sentencepiece as spm
 from lmlight.data.reading import MAX_LINE, TextChunk, split_long_line
 from lmlight.data.sentencepiece_training import END_OF_TEXT, SPACE, train_sentencepiece
 from lmlight.errors import UserError
+from lmlight.user_code import full_name, subclasses
 
 # Could move a terminal's cursor or reorder text: control characters except tab and line feed, line and paragraph
 # separators, bidirectional embeddings, overrides and isolates.
@@ -40,34 +42,28 @@ NEWLINE_FIELDS = {"\n": b"", "\r\n": b"\xc2\x0c\x02\r\n", "\r": b"\xc2\x0c\x01\r
 
 
 class Tokenizer(ABC):
-    """The interface of all tokenizers.
+    """The interface of all tokenizers. A subclass has `encode`, `decode`, `to_bytes` and `char_counts`.
 
     Attributes:
-        vocab_size: the number of ids, which start at 0.
-        lossless: whether `decode(encode(text)) == text` for every text that can be encoded.
         char_counts: (vocab_size,) the number of characters that each id stands for. A byte piece counts if it is the first
             byte of a character, so the counts of a text add up to its length if the tokenizer is lossless. EOS counts 0.
+        lossless: whether `decode(encode(text)) == text` for every text that can be encoded.
         eos_id: the id that ends a document; None if the vocabulary has none.
         newline: the line ending of the training text, `"\\n"`, `"\\r\\n"` or `"\\r"`.
     """
 
-    vocab_size: int
-    lossless: bool
-    newline: str
     char_counts: npt.NDArray[np.int64]
+    lossless = True
     eos_id: int | None = None
+    newline = "\n"
 
     @abstractmethod
-    def encode_chunks(self, chunks: Iterable[TextChunk]) -> list[int]:
-        """The ids of a text, with `eos_id`, if there is one, after each document.
+    def encode(self, text: str) -> list[int]:
+        """The ids of a text.
 
         Raises:
             UserError: a character is not in the vocabulary (`CharTokenizer` only).
         """
-
-    def encode(self, text: str) -> list[int]:
-        """The ids of `text`; see `encode_chunks`."""
-        return self.encode_chunks([TextChunk(text)])
 
     @abstractmethod
     def decode(self, ids: Iterable[int]) -> str:
@@ -77,9 +73,32 @@ class Tokenizer(ABC):
     def to_bytes(self) -> bytes:
         """The serialized tokenizer, for `from_bytes`."""
 
-    @abstractmethod
+    @classmethod
+    def from_bytes(cls, data: bytes) -> Tokenizer:
+        """The tokenizer that `to_bytes` serialized; by default the constructor takes its bytes.
+
+        Raises:
+            ValueError: `data` is not such a tokenizer.
+        """
+        return cls(data)  # type: ignore[call-arg]
+
+    @property
+    def vocab_size(self) -> int:
+        """The number of ids, which start at 0."""
+        return len(self.char_counts)
+
+    def encode_chunks(self, chunks: Iterable[TextChunk]) -> list[int]:
+        """The ids of a text, with `eos_id`, if there is one, after each document; see `encode`."""
+        ids: list[int] = []
+        for text, ends_document in chunks:
+            ids += self.encode(text)
+            if ends_document and self.eos_id is not None:
+                ids.append(self.eos_id)
+        return ids
+
     def id_to_piece(self, index: int) -> str:
-        """The piece with this id; SentencePiece writes a space as ▁."""
+        """The piece with this id, for display; SentencePiece writes a space as ▁."""
+        return self.decode([index])
 
     def encode_prompt(self, prompt: str) -> list[int]:
         """The ids of a prompt, after changing its line endings to those of the training text."""
@@ -102,8 +121,8 @@ class Tokenizer(ABC):
 
     @property
     def fingerprint(self) -> str:
-        """The SHA-256 of `to_bytes()`."""
-        return hashlib.sha256(self.to_bytes()).hexdigest()
+        """The SHA-256 of the class and `to_bytes()`."""
+        return hashlib.sha256(serialize(self)).hexdigest()
 
 
 class StreamingDecoder:
@@ -186,19 +205,30 @@ class TokenizerConfig:
         return SentencePieceTokenizer(model + NEWLINE_FIELDS[_most_common(newlines)] if self.lossless else model)
 
 
-def from_bytes(data: bytes) -> Tokenizer:
-    """The tokenizer that `to_bytes` serialized.
+def serialize(tokenizer: Tokenizer) -> bytes:
+    """The tokenizer as bytes, with the name of its class, for `deserialize`."""
+    return f"{full_name(type(tokenizer))}\n".encode() + tokenizer.to_bytes()
+
+
+def deserialize(data: bytes) -> Tokenizer:
+    """The tokenizer that `serialize` wrote. Its class is never imported because the data name it.
 
     Raises:
-        ValueError: `data` is not a tokenizer.
+        ValueError: `data` are not a tokenizer.
+        UserError: its class is not lmlight's and has not been imported.
     """
-    if not data.startswith(b"{"):
-        return SentencePieceTokenizer(data)
-    try:
-        content = json.loads(data)
-        return CharTokenizer(content["characters"], content["add_eos"], content["newline"])
-    except (KeyError, TypeError):
-        raise ValueError("not a character vocabulary") from None
+    name, _, content = data.partition(b"\n")
+    if name == b"lmlight.data.hf_tokenizer.HFTokenizer":
+        importlib.import_module("lmlight.data.hf_tokenizer")
+    kind = subclasses(Tokenizer).get(name.decode("ascii", "replace"))
+    if kind is None:
+        if not re.fullmatch(rb"[\w.<>]+", name) or name.startswith(b"lmlight."):
+            raise ValueError("not a tokenizer")
+        raise UserError(
+            f"the tokenizer is a {name.decode()}, whose module is not imported, because that would run its code: if you "
+            f"trust it, pass --data.tokenizer {name.decode()}, or import it first in Python"
+        )
+    return kind.from_bytes(content)
 
 
 class CharTokenizer(Tokenizer):
@@ -213,31 +243,32 @@ class CharTokenizer(Tokenizer):
     def __init__(self, characters: Iterable[str], add_eos: bool = False, newline: str | None = None) -> None:
         self.characters = list(characters)
         self.newline = newline or "".join(c for c in "\r\n" if c in self.characters) or "\n"
-        self.vocab_size = len(self.characters) + add_eos
         self.eos_id = len(self.characters) if add_eos else None
-        self.lossless = True
         self.char_counts = np.array([1] * len(self.characters) + [0] * add_eos, dtype=np.int64)
         self._id_of = {character: index for index, character in enumerate(self.characters)}
 
-    def encode_chunks(self, chunks: Iterable[TextChunk]) -> list[int]:
-        ids: list[int] = []
+    def encode(self, text: str) -> list[int]:
         try:
-            for text, ends_document in chunks:
-                ids += [self._id_of[character] for character in text]
-                if ends_document and self.eos_id is not None:
-                    ids.append(self.eos_id)
+            return [self._id_of[character] for character in text]
         except KeyError as error:
             raise UserError(
                 f"the character {error.args[0]!r} is not among the {len(self.characters)} of this character vocabulary, "
                 "which come from the training text: leave it out, or use a unigram or bpe tokenizer"
             ) from None
-        return ids
 
     def decode(self, ids: Iterable[int]) -> str:
         return "".join(self.characters[index] for index in ids if index != self.eos_id)
 
     def id_to_piece(self, index: int) -> str:
         return END_OF_TEXT if index == self.eos_id else self.characters[index]
+
+    @classmethod
+    def from_bytes(cls, data: bytes) -> CharTokenizer:
+        try:
+            content = json.loads(data)
+            return cls(content["characters"], content["add_eos"], content["newline"])
+        except (KeyError, TypeError):
+            raise ValueError("not a character vocabulary") from None
 
     def to_bytes(self) -> bytes:
         content = {"characters": "".join(self.characters), "add_eos": self.eos_id is not None, "newline": self.newline}
@@ -262,20 +293,22 @@ class SentencePieceTokenizer(Tokenizer):
             self._processor = spm.SentencePieceProcessor(model_proto=model)
         except RuntimeError as error:
             raise ValueError(f"not a SentencePiece model: {error}") from None
-        self.vocab_size = self._processor.vocab_size()
-        self.pieces: list[str] = [self._processor.id_to_piece(index) for index in range(self.vocab_size)]
+        self.pieces: list[str] = [self._processor.id_to_piece(index) for index in range(self._processor.vocab_size())]
         probe = "  a \n\n b "
         self.lossless = self._processor.decode(self._processor.encode(probe)) == probe
         self.newline = next((end for end, field in NEWLINE_FIELDS.items() if field and model.endswith(field)), "\n")
         self._newline: list[int] = self._processor.encode("\n") if self.lossless else []
         self.char_counts = np.array([len(piece) for piece in self.pieces])
-        for index in filter(self._processor.is_byte, range(self.vocab_size)):
+        for index in filter(self._processor.is_byte, range(len(self.pieces))):
             byte = int(self.pieces[index][3:5], 16)  # "<0xE2>"
             self.char_counts[index] = byte & 0xC0 != 0x80  # 0b10xxxxxx continues a character
         eos = self._processor.eos_id()
         if eos >= 0 and self.pieces[eos] == END_OF_TEXT:  # SentencePiece's own "</s>" does not occur in training
             self.eos_id = eos
             self.char_counts[eos] = 0
+
+    def encode(self, text: str) -> list[int]:
+        return self.encode_chunks([TextChunk(text)])
 
     def encode_chunks(self, chunks: Iterable[TextChunk]) -> list[int]:
         lines, ends = split_chunks(chunks, self.lossless)

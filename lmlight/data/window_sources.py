@@ -20,7 +20,7 @@ import numpy.typing as npt
 from lmlight.data.reading import TextChunk
 from lmlight.data.subword_regularization import SubwordSampler, SubwordSampling
 from lmlight.data.token_store import TokenArray, Tokens
-from lmlight.data.tokenizer import Tokenizer, from_bytes
+from lmlight.data.tokenizer import Tokenizer, deserialize, serialize
 from lmlight.data.windows import epoch_starts, random_starts, windows_per_epoch
 from lmlight.data.workers import WorkerPool
 from lmlight.errors import UserError
@@ -169,7 +169,7 @@ class ResegmentedWindows(ShardedWindows):
         super().__init__(ids.lengths.tolist(), 0 if self._single else processes, block_size, seed, order)
         self._stored = ids
         self._sampler = SubwordSampler(tokenizer, _decode_chunks(tokenizer, ids[:]) if self._single else "", sampling)
-        self._worker_arguments = tokenizer.to_bytes(), sampling, seed
+        self._worker_arguments = serialize(tokenizer), sampling, seed
         self._pool: WorkerPool | None = None
 
     @property
@@ -214,7 +214,7 @@ _worker_state: tuple[SubwordSampler, int] | None = None
 
 def _start_worker(tokenizer: bytes, sampling: SubwordSampling, seed: int) -> None:
     global _worker_state
-    _worker_state = SubwordSampler(from_bytes(tokenizer), "", sampling), seed
+    _worker_state = SubwordSampler(deserialize(tokenizer), "", sampling), seed
 
 
 def _segment_in_worker(path: Path, epoch: int, shard: int) -> Tokens:

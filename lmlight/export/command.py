@@ -12,6 +12,8 @@ from lmlight.command_line import Parser
 from lmlight.errors import UserError
 from lmlight.export import gguf_file, graph, hf, hf_import
 from lmlight.export.model import Model
+from lmlight.models import Net
+from lmlight.user_code import import_class
 
 FORMATS = {
     "gguf": ("FILE", "a .gguf file for llama.cpp, Ollama and LM Studio"),
@@ -35,6 +37,7 @@ def export(args: Sequence[str]) -> None:
         subparser.add_argument("target", metavar=target, type=Path, help="the path to write")
         subparser.add_argument("--force", action="store_true", help="replace an existing target")
         subparser.add_argument("--runs", default="runs", help="folder in which to look for `best` and `last`")
+        subparser.add_argument("--model.net", dest="net", metavar="CLASS", help="the class of your own network")
         if name == "gguf":
             precisions = ("f32", "f16", "q8_0")
             subparser.add_argument("--precision", choices=precisions, default="f32", help="precision of the matrices")
@@ -45,7 +48,7 @@ def export(args: Sequence[str]) -> None:
     options = parser.parse_args(args)
     source = checkpoints.find(options.checkpoint, options.runs, "best")
     with _new(options.target, options.force, is_folder=options.format == "hf") as path:
-        model = Model.read(source)
+        model = Model.read(source, import_class("--model.net", options.net, Net) if options.net else None)
         if options.format == "hf":
             hf.write(model, path, options.licence)
         elif options.format == "gguf":

@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import lmlight
 from lmlight.data.tokenizer import SentencePieceTokenizer
 from lmlight.export.architectures import match_architecture, named_weights
 from lmlight.export.model import Model, require_extra
 from lmlight.export.tokenizer import tokenizer_json
 from lmlight.models import Net, Transformer
+from lmlight.version import __version__
 
 # the files of an export
 FILES = {"README.md", "model.safetensors", "tokenizer.model", "config.json", "generation_config.json"}
@@ -167,7 +167,7 @@ tags:
 # A small language model of {corpus}
 
 {model.net.num_parameters:,} parameters (`{match_architecture(model.net).model_type}`), trained with lmlight \
-{lmlight.__version__} for {model.step:,} steps on {corpus}, with a context of {model.net.block_size} tokens. \
+{__version__} for {model.step:,} steps on {corpus}, with a context of {model.net.block_size} tokens. \
 {f"On {held_out}: {results}." if results else "Not evaluated."} The licence of the weights is {licence}.
 
 ```python

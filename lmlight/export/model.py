@@ -27,14 +27,14 @@ class Model:
     step: int  # optimizer steps
 
     @classmethod
-    def read(cls, path: Path) -> Model:
+    def read(cls, path: Path, trusted: type[Net] | None = None) -> Model:
         """Opens a checkpoint file.
 
         Raises:
-            UserError: see `checkpoint.read`.
+            UserError: see `checkpoint.read` and `checkpoint.net_class`, whose argument `trusted` is.
         """
         content = checkpoints.read(path)
-        net, tokenizer = checkpoints.net_of(content).eval(), checkpoints.tokenizer_of(content)
+        net, tokenizer = checkpoints.text_model_of(content, trusted)
         metadata = content[checkpoints.METADATA_KEY]
         metrics, step = metadata.get("metrics", {}), content.get("global_step", 0)
         return cls(net, tokenizer, metadata["sampling"], metadata["settings"], metrics, step)

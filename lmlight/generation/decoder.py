@@ -20,7 +20,7 @@ from torch import Tensor
 from lmlight.generation.fast_decoder import FastDecoder
 from lmlight.generation.sampling import Sampling, apply_repetition_penalty, sample_one_token
 from lmlight.models import Net
-from lmlight.models.kv_cache import KeyValueCache
+from lmlight.models.kv_cache import Cache
 
 
 class Decoder:
@@ -32,7 +32,10 @@ class Decoder:
     """
 
     def __init__(self, net: Net, batch_size: int) -> None:
-        self.net, self.cache = net, net.make_cache(batch_size)
+        self.net, self.batch_size = net, batch_size
+        self.cache: Cache | None = None
+        self._window: Tensor
+        self._lengths: list[int] = []  # of the rows in the window, without padding
         # not a call, which a compiled network would compile for each length
         self._forward: Callable[..., Tensor] = net.forward
         self._fast: FastDecoder | None = None
@@ -40,52 +43,54 @@ class Decoder:
     @torch.no_grad()
     def prefill(self, prompts: Sequence[Sequence[int]]) -> Tensor:
         """Process B prompts of at least one id each in one pass; of long ones, the last `block_size` ids."""
-        rows = [list(prompt)[-self.net.block_size :] for prompt in prompts]
-        padding = [max(map(len, rows)) - len(row) for row in rows]
-        device = next(self.net.parameters()).device
-        self._window = torch.tensor([[0] * pad + row for pad, row in zip(padding, rows)], device=device)  # (B, T)
-        self._lengths = torch.tensor([[len(row)] for row in rows], device=device)  # (B, 1), without padding
-        if self.cache is None:
-            return self._recompute()
-        self.cache.set_padding(padding)
-        return self._forward(self._window, cache=self.cache, last_only=True)[:, -1]
+        return self._start([list(prompt)[-self.net.block_size :] for prompt in prompts])
 
     @torch.no_grad()
     def step(self, tokens: Tensor) -> Tensor:
         """Append one token (B, 1) to each row."""
+        if self.cache is not None and not self.cache.supports_sliding_window:
+            self._restart_full_rows()
         if self.cache is None or not self.cache.supports_sliding_window:
-            if self.cache is not None:
-                self._restart_full_rows(self.cache)
             self._window = torch.cat((self._window, tokens), 1)[:, -self.net.block_size :]
-            self._lengths = (self._lengths + 1).clamp(max=self.net.block_size)
+            self._lengths = [min(length + 1, self.net.block_size) for length in self._lengths]
         if self.cache is None:
             return self._recompute()
         if self._fast is None and FastDecoder.supports(self.net):
-            self._fast = FastDecoder(self.net, len(tokens))
+            self._fast = FastDecoder(self.net, self.batch_size)
         if self._fast is not None:
             return self._fast(tokens, self.cache)
         return self._forward(tokens, cache=self.cache)[:, -1]
 
+    def _start(self, rows: list[list[int]]) -> Tensor:
+        self._lengths = [len(row) for row in rows]
+        padding = [max(self._lengths) - length for length in self._lengths]
+        device = next(self.net.parameters()).device
+        padded = [[0] * pad + row for pad, row in zip(padding, rows)]
+        self._window = torch.tensor(padded, dtype=torch.long, device=device)  # (B, T)
+        self.cache = self.net.make_cache(self.batch_size)
+        if self.cache is None:
+            return self._recompute()
+        self.cache.set_padding(padding)
+        self.cache.last_only = True
+        if not max(self._lengths):  # restarts with nothing, in a block of 1 to 3 tokens
+            return self._window
+        return self._forward(self._window, cache=self.cache)[:, -1]
+
     def _recompute(self) -> Tensor:
         B, T = self._window.shape
         device = self._window.device
-        columns = (torch.arange(T, device=device) - self._lengths) % T  # moves the padding to the end
+        lengths = torch.tensor(self._lengths, device=device)
+        columns = (torch.arange(T, device=device) - lengths[:, None]) % T  # moves the padding to the end
         logits = self._forward(self._window.gather(1, columns))  # (B, T, V)
-        return logits[torch.arange(B, device=device), self._lengths[:, 0] - 1]
+        return logits[torch.arange(B, device=device), lengths - 1]
 
-    def _restart_full_rows(self, cache: KeyValueCache) -> None:
+    def _restart_full_rows(self) -> None:
         """Keep the later half of the block in rows that are full, counting the token to come."""
-        full = [row for row, padding in enumerate(cache.padding) if cache.length - padding >= cache.max_length]
-        if not full:
+        block_size = self.net.block_size
+        if max(self._lengths) < block_size:
             return
-        restarted, kept = Decoder(self.net, len(full)), self.net.block_size // 2 - 1
-        assert restarted.cache is not None
-        if kept > 0:
-            restarted.prefill(self._window[full, -kept:].tolist())
-        if len(full) == len(cache.padding):
-            self.cache = restarted.cache
-        else:
-            cache.replace(full, restarted.cache)
+        kept = [length if length < block_size else max(0, block_size // 2 - 1) for length in self._lengths]
+        self._start([row[len(row) - count :] for row, count in zip(self._window.tolist(), kept)])
 
 
 class GenerationStep(NamedTuple):

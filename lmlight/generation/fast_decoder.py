@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from lmlight.models import Net, Transformer
 from lmlight.models.attention import scaled_dot_product_attention
-from lmlight.models.kv_cache import KeyValueCache
+from lmlight.models.kv_cache import Cache
 from lmlight.models.transformer import Block
 
 
@@ -35,7 +35,7 @@ class FastDecoder:
         """Whether a network can be decoded here. One with active dropout, or sharded by FSDP (a subclass), cannot."""
         return type(net) is Transformer and not (net.training and net.dropout)
 
-    def __call__(self, tokens: Tensor, cache: KeyValueCache) -> Tensor:
+    def __call__(self, tokens: Tensor, cache: Cache) -> Tensor:
         """Append `tokens` (B, 1) to the cache and compute the next-token logits (B, V)."""
         net, n_head, n_kv_head = self.net, self.net.config["n_head"], self.net.n_kv_head
         cache.advance(1)

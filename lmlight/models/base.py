@@ -2,31 +2,45 @@
 
 from __future__ import annotations
 
+import inspect
 from abc import ABC, abstractmethod
 from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lmlight.models.kv_cache import KeyValueCache
+from lmlight.errors import UserError
+from lmlight.models.kv_cache import Cache
+from lmlight.user_code import full_name
+
+SIZES = ("vocab_size", "block_size")
 
 
 class Net(nn.Module, ABC):
     """Base class of networks. A subclass implements `forward`.
 
-    Args:
-        config: the constructor's arguments, plain values only: `type(net)(**net.config)` builds the same network.
+    The first two arguments of its constructor are `vocab_size` and `block_size`, which depend on the data. The others are
+    plain values: numbers, strings, booleans, None, and lists or dicts of them.
 
     Attributes:
+        config: The constructor's arguments, recorded automatically: `type(net)(**net.config)` builds the same network.
+        class_name: Full name of the class, under which checkpoints store it.
         vocab_size: V.
-        block_size: the longest context, in tokens.
+        block_size: The longest context, in tokens.
     """
 
-    def __init__(self, config: dict[str, Any]) -> None:
-        super().__init__()
-        self.config = config
-        self.vocab_size: int = config["vocab_size"]
-        self.block_size: int = config["block_size"]
+    config: dict[str, Any]
+    class_name: str
+    vocab_size: int
+    block_size: int
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Net:
+        net = super().__new__(cls)
+        if args or kwargs:  # neither when it is unpickled or copied
+            net.config = _arguments(cls, args, kwargs)
+            net.class_name = full_name(cls)
+            net.vocab_size, net.block_size = net.config["vocab_size"], net.config["block_size"]
+        return net
 
     @abstractmethod
     def forward(self, idx: Tensor) -> Tensor:
@@ -35,10 +49,10 @@ class Net(nn.Module, ABC):
         The logits at a position must not depend on later ids.
         """
 
-    def make_cache(self, batch_size: int) -> KeyValueCache | None:
-        """Make an empty cache for `forward(idx, cache=..., last_only=...)`, as `Transformer` has it.
+    def make_cache(self, batch_size: int) -> Cache | None:
+        """Make an empty cache, for a `forward(idx, cache=None)` that takes one.
 
-        If None, generation passes the whole context to `forward` for each new token.
+        With None, generation passes the whole context to `forward` for each new token.
         """
         return None
 
@@ -58,9 +72,35 @@ class Net(nn.Module, ABC):
 
 def architecture_kwargs(config: dict[str, Any]) -> dict[str, Any]:
     """Select the arguments that a user chooses: all but the two sizes that the data determines."""
-    return {name: value for name, value in config.items() if name not in ("vocab_size", "block_size")}
+    return {name: value for name, value in config.items() if name not in SIZES}
 
 
-def init_kwargs(local_variables: dict[str, Any]) -> dict[str, Any]:
-    """Select an `__init__`'s arguments from its `locals()`, before it assigns any variable."""
-    return {name: value for name, value in local_variables.items() if name not in ("self", "__class__")}
+def _arguments(cls: type[Net], args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of a constructor by name, defaults included.
+
+    Raises:
+        UserError: it does not take the two sizes, or a value is not plain.
+    """
+    signature = inspect.signature(cls.__init__)  # not of the class, for which some versions of Python look at `__new__`
+    if tuple(signature.parameters)[1:3] != SIZES:
+        raise UserError(f"{cls.__name__}.__init__ must take vocab_size and block_size as its first two arguments")
+    bound = signature.bind(None, *args, **kwargs)  # raises TypeError as the call would
+    bound.apply_defaults()
+    config: dict[str, Any] = {}
+    for name, value in list(bound.arguments.items())[1:]:
+        config |= value if signature.parameters[name].kind is inspect.Parameter.VAR_KEYWORD else {name: value}
+    for name, value in config.items():
+        if not _is_plain(value):
+            raise UserError(
+                f"{cls.__name__} cannot be stored in a checkpoint: its argument {name} is a {type(value).__name__}, and "
+                "only plain values can be (numbers, strings, booleans, None, and lists or dicts of them)"
+            )
+    return config
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, (list, tuple)):
+        return all(map(_is_plain, value))
+    if isinstance(value, dict):
+        return all(isinstance(key, str) and _is_plain(inner) for key, inner in value.items())
+    return value is None or type(value) in (bool, int, float, str)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from lmlight.models.base import Net, init_kwargs
+from lmlight.models.base import Net
 
 
 class Bigram(Net):
@@ -16,7 +16,7 @@ class Bigram(Net):
     """
 
     def __init__(self, vocab_size: int, block_size: int) -> None:
-        super().__init__(init_kwargs(locals()))
+        super().__init__()
         self.table = nn.Embedding(vocab_size, vocab_size)
 
     def forward(self, idx: Tensor) -> Tensor:

@@ -12,24 +12,37 @@ from lmlight.models.rope import rope_cache
 
 
 class Cache:
-    """Keeps nothing, for whole sequences. A forward pass calls `advance` once, then `update` in each layer.
+    """What a forward pass keeps of earlier tokens. This base class keeps nothing, for whole sequences.
+
+    A network whose layers are not attention subclasses it to keep a state of its own (`Net.make_cache`). Generation calls
+    `set_padding` once, then `forward(idx, cache=cache)` with the prompts and with each further token.
 
     Args:
         is_causal: whether a position attends to none that follows it.
         attention_maps: a list to which each layer appends its attention weights (B, H, T, S).
 
     Attributes:
+        padding: number of tokens at the start of each row to ignore.
+        last_only: whether `forward` may compute the logits of the last position only, (B, 1, V).
+        supports_sliding_window: whether rows may grow beyond `block_size`; if not, they restart from half a block.
         input_pos: positions of the new tokens: a slice, or a tensor (T,) or (B, T).
         attn_mask: boolean, broadcast to (B, H, T, S): what new tokens attend to; None for everything.
         rope: table that replaces the network's own.
     """
 
+    padding: list[int]
+    last_only = False
+    supports_sliding_window = True
     input_pos: slice | Tensor
     attn_mask: Tensor | None = None
     rope: Tensor | None = None
 
     def __init__(self, is_causal: bool = True, attention_maps: list[Tensor] | None = None) -> None:
         self.is_causal, self.attention_maps = is_causal, attention_maps
+
+    def set_padding(self, padding: list[int]) -> None:
+        """Ignore this many tokens at the start of each row."""
+        self.padding = padding
 
     def advance(self, count: int) -> None:
         """Set the attributes for the next `count` tokens of each row."""
@@ -61,7 +74,6 @@ class KeyValueCache(Cache):
         self.set_padding([0] * batch_size)
 
     def set_padding(self, padding: list[int]) -> None:
-        """Ignore this many tokens at the start of each row."""
         self.padding, self._padding = padding, torch.tensor(padding, device=self.buffers.device)[:, None, None]
 
     def advance(self, count: int) -> None:
@@ -86,11 +98,3 @@ class KeyValueCache(Cache):
         self._new[2 * layer].copy_(k)
         self._new[2 * layer + 1].copy_(v)
         return self._kept[2 * layer], self._kept[2 * layer + 1]
-
-    def replace(self, rows: list[int], other: KeyValueCache) -> None:
-        """Replace the tokens of these rows by those of `other`."""
-        first = self.length - other.length
-        slots = torch.arange(first, self.length, device=self.buffers.device) % self.max_length
-        for row, new in zip(rows, other.buffers.unbind(1)):
-            self.buffers[:, row].index_copy_(2, slots, new[:, :, : other.length])
-        self.set_padding([first if row in rows else padding for row, padding in enumerate(self.padding)])

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from lmlight.errors import UserError
 from lmlight.models.attention import Attention, RMSNorm, apply_dropout
-from lmlight.models.base import Net, init_kwargs
+from lmlight.models.base import Net
 from lmlight.models.kv_cache import Cache, KeyValueCache
 from lmlight.models.rope import rope_cache
 
@@ -122,8 +122,12 @@ class Transformer(Net):
         norm_eps: float = 1e-5,
         rope_theta: float = 10000.0,
     ) -> None:
-        super().__init__(init_kwargs(locals()))
-        _check(self.config)
+        super().__init__()
+        sizes = {"n_layer": n_layer, "n_head": n_head, "n_embd": n_embd}
+        _check({**sizes, "n_kv_head": n_kv_head, "intermediate_size": intermediate_size}, norm_eps, rope_theta, dropout)
+        if positions == "rotary" and (n_embd // n_head) % 2:
+            raise UserError(f"rotary positions need an even head size, got n_embd / n_head = {n_embd} / {n_head}")
+        self.rope_theta = rope_theta
         self.n_kv_head, self.head_size, self.dropout = n_kv_head or n_head, n_embd // n_head, dropout
         self.intermediate_size = intermediate_size or default_intermediate_size(mlp, n_embd)
         self.embedding = nn.Embedding(vocab_size, n_embd)
@@ -151,16 +155,15 @@ class Transformer(Net):
                 ends_branch = name.endswith(("output.weight", "down.weight"))
                 nn.init.normal_(parameter, std=0.0 if ends_branch else 0.02)
 
-    def forward(self, idx: Tensor, cache: Cache | None = None, last_only: bool = False) -> Tensor:
+    def forward(self, idx: Tensor, cache: Cache | None = None) -> Tensor:
         """Map token ids (B, T) to the logits (B, T, V) of the tokens that follow each of them.
 
         Args:
             idx: T is at most `block_size`.
             cache: holds earlier tokens, which `idx` continues; None keeps nothing.
-            last_only: compute the logits of the last position only, (B, 1, V).
         """
         x = self.hidden_states(idx, cache)
-        return self.head(x[:, -1:] if last_only else x)
+        return self.head(x[:, -1:] if cache is not None and cache.last_only else x)
 
     def hidden_states(self, idx: Tensor, cache: Cache | None = None) -> Tensor:
         """Compute the input (B, T, C) of the output layer; see `forward`."""
@@ -199,26 +202,25 @@ class Transformer(Net):
 
     def make_cache(self, batch_size: int) -> KeyValueCache:
         shape = batch_size, len(self.blocks), self.n_kv_head, self.block_size, self.head_size
-        return KeyValueCache(shape, self.head.weight, self.config["rope_theta"] if self.positions is None else None)
+        return KeyValueCache(shape, self.head.weight, self.rope_theta if self.positions is None else None)
 
     def flops_per_token(self) -> int:
         # a score for each position, and the sum of the values
-        return super().flops_per_token() + 4 * len(self.blocks) * self.block_size * self.config["n_embd"]
+        return super().flops_per_token() + 4 * len(self.blocks) * self.block_size * self.embedding.embedding_dim
 
 
-def _check(config: dict[str, Any]) -> None:
-    n_head, n_embd, n_kv_head, dropout = (config[name] for name in ("n_head", "n_embd", "n_kv_head", "dropout"))
-    for name in ("n_layer", "n_head", "n_embd", "n_kv_head", "intermediate_size"):
-        if config[name] is not None and config[name] < 1:
-            raise UserError(f"{name} must be at least 1, got {config[name]}")
-    for name in ("norm_eps", "rope_theta"):
-        if not config[name] > 0:
-            raise UserError(f"{name} must be above 0, got {config[name]}")
+def _check(sizes: dict[str, int | None], norm_eps: float, rope_theta: float, dropout: float) -> None:
+    for name, size in sizes.items():
+        if size is not None and size < 1:
+            raise UserError(f"{name} must be at least 1, got {size}")
+    for name, value in (("norm_eps", norm_eps), ("rope_theta", rope_theta)):
+        if not value > 0:
+            raise UserError(f"{name} must be above 0, got {value}")
+    n_head, n_embd, n_kv_head = sizes["n_head"], sizes["n_embd"], sizes["n_kv_head"]
+    assert n_head and n_embd
     if n_embd % n_head:
         raise UserError(f"n_embd must be a multiple of n_head, got n_embd {n_embd} and n_head {n_head}")
     if n_kv_head and n_head % n_kv_head:
         raise UserError(f"n_head must be a multiple of n_kv_head, got n_head {n_head} and n_kv_head {n_kv_head}")
-    if config["positions"] == "rotary" and (n_embd // n_head) % 2:
-        raise UserError(f"rotary positions need an even head size, got n_embd / n_head = {n_embd} / {n_head}")
     if not 0 <= dropout < 1:
         raise UserError(f"dropout must be in [0, 1), got {dropout}")

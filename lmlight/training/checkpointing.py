@@ -52,10 +52,10 @@ class AtomicCheckpointIO(CheckpointIO):
 class BestLastCheckpoint(Checkpoint):
     """Keeps `checkpoints/best.ckpt` and `checkpoints/last.ckpt` in the run's folder.
 
-    `best` has the lowest `val/nats_per_char`. `last` is written at each validation, at the end of the run (also on SIGTERM
-    and Ctrl-C), and every `every_n_steps` steps. After a signal, the process exits with 128 + its number; a second signal
-    exits immediately. With several processes, a signal is noticed at validations and every `trainer.log_every_n_steps`
-    steps, because they have to agree on the step at which to leave.
+    `best` has the lowest `val/nats_per_char`, or `val/loss` where characters are not counted. `last` is written at each
+    validation, at the end of the run (also on SIGTERM and Ctrl-C), and every `every_n_steps` steps. After a signal, the
+    process exits with 128 + its number; a second signal exits immediately. With several processes, a signal is noticed at
+    validations and every `trainer.log_every_n_steps` steps, because they have to agree on the step at which to leave.
 
     Args:
         every_n_steps: Also write `last` every this many steps; 0 disables this.
@@ -133,7 +133,8 @@ class BestLastCheckpoint(Checkpoint):
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.state.fn != TrainerFn.FITTING or trainer.sanity_checking:
             return
-        score = trainer.callback_metrics.get("val/nats_per_char")
+        metrics = trainer.callback_metrics
+        score = metrics.get("val/nats_per_char", metrics.get("val/loss"))
         if score is not None and (self.best_score is None or score.item() < self.best_score):
             self.best_score, self.best_model_path = score.item(), str(self._path("best"))
             self._save(trainer, "best")

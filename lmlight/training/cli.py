@@ -19,24 +19,25 @@ from typing import Any, NoReturn
 import torch
 from jsonargparse import Namespace
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import Callback, Trainer
+from lightning.pytorch import Callback, LightningDataModule, Trainer
 from lightning.pytorch.callbacks import LearningRateMonitor, ProgressBar, WeightAveraging
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities import rank_zero_only
 
-from lmlight import __version__
 from lmlight.command_line import COMMANDS, unknown
 from lmlight.errors import UserError, say
-from lmlight.models import Bigram, Transformer  # noqa: F401  (so that --model.net Bigram needs no full path)
+from lmlight.models import Net, Transformer
 from lmlight.optim import Muon
 from lmlight.training import callbacks
 from lmlight.training.callbacks import RunLogger, RunProgress, WritePredictions
 from lmlight.training.checkpointing import AtomicCheckpointIO, BestLastCheckpoint
 from lmlight.training.datamodule import TextDataModule
 from lmlight.training.module import PYTHON_ONLY, LanguageModel
-from lmlight.training.run_settings import Source, differences, locate, runs_folder, take_apart
+from lmlight.training.run_settings import Source, differences, locate, named_classes, runs_folder, take_apart
 from lmlight.training.run_trainer import RunTrainer, SaveConfig, TimeLimit, quiet
 from lmlight.training.summary import print_summary
+from lmlight.user_code import import_class
+from lmlight.version import __version__
 
 SUBCOMMANDS = ("fit", "prepare", "validate", "test", "predict")
 TRAINER_DEFAULTS: dict[str, Any] = {
@@ -85,23 +86,49 @@ class LmlightCLI(LightningCLI):
     """Lightning's CLI with lmlight's defaults, and with the settings that a checkpoint or its run contributes."""
 
     parser: OneLineParser
-    source: Source | None = None
     announcement = ""
     resumed_step: int | None = None
+
+    def __init__(self, args: Sequence[str], **kwargs: Any) -> None:
+        self.words = take_apart(args, SUBCOMMANDS)
+        self.source = locate(self.words) if self.words else None
+        classes = {
+            **named_classes(self.source.settings if self.source else {}),
+            **(self.words.classes if self.words else {}),
+        }
+        self.classes = {name: classes[name] for name in ("model", "data") if name in classes}
+        model = (
+            import_class("--model", self.classes["model"], LanguageModel) if "model" in self.classes else LanguageModel
+        )
+        data: type[LightningDataModule] = TextDataModule
+        if "data" in self.classes:
+            data = import_class("--data", self.classes["data"], LightningDataModule)
+        if self.source is not None and self.source.run is None and not issubclass(data, TextDataModule):
+            self.source.settings.pop("data", None)  # `TextDataModule`'s
+        super().__init__(model, data, args=list(args), **kwargs)
+
+    @property
+    def _has_text(self) -> bool:
+        """Whether the data are lmlight's."""
+        return isinstance(self.datamodule_class, type) and issubclass(self.datamodule_class, TextDataModule)
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
         return {name: {"model", "datamodule"} for name in SUBCOMMANDS}
 
     def add_core_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        parser.add_lightning_class_args(TextDataModule, "data")
-        parser.add_class_arguments(LanguageModel, "model", skip=PYTHON_ONLY, fail_untyped=False, sub_configs=True)
+        assert self.model_class is not None and self.datamodule_class is not None
+        parser.add_lightning_class_args(self.datamodule_class, "data")
+        parser.add_class_arguments(self.model_class, "model", skip=PYTHON_ONLY, fail_untyped=False, sub_configs=True)
+        for name, base in (("model", "LanguageModel"), ("data", "LightningDataModule")):
+            help = f"Class derived from {base} to use, such as my.module.MyClass; on the command line: --{name}."
+            parser.add_argument(f"--{name}_class", type=str | None, default=None, help=help)
         # last, because its flags fill ten screens of help
         parser.add_lightning_class_args(RunTrainer, "trainer")
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         assert isinstance(parser, OneLineParser)
-        for target in ("data.seed", "model.seed", "model.sampling.seed"):
+        for target in ("model.seed", "model.sampling.seed", *(["data.seed"] if self._has_text else [])):
             parser.link_arguments("seed_everything", target, compute_fn=int)
         default = [
             {"class_path": f"{kind.__module__}.{kind.__name__}"} for kind in (LearningRateMonitor, *callbacks.DEFAULT)
@@ -112,15 +139,25 @@ class LmlightCLI(LightningCLI):
         parser.set_defaults({f"trainer.{name}": value for name, value in defaults.items()})
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Sequence[str]) -> None:  # type: ignore[override]
-        words = take_apart(args, SUBCOMMANDS)
+        words = self.words
         if words is not None:
-            self.source = locate(words)
             settings = [json.dumps(self.source.settings)] if self.source else []
             named = {name: value for name, value in words.located.items() if value is not None}
             if self.source is not None:
                 named["ckpt_path" if "ckpt_path" in named else "init_from"] = str(self.source.path)
             configs = [f"--config={config}" for config in (*settings, *words.configs)]
-            args = [words.command, *configs, *words.rest, *(f"--{name}={value}" for name, value in named.items())]
+            # a class before the flags for its arguments, which it would reset
+            classes = [f"--{name}_class={value}" for name, value in self.classes.items()]
+            if net := words.classes.get("model.net"):
+                import_class("--model.net", net, Net)
+                classes.append(f"--model.net={net}")
+            args = [
+                words.command,
+                *configs,
+                *classes,
+                *words.rest,
+                *(f"--{name}={value}" for name, value in named.items()),
+            ]
         self.config = _plain(parser.parse_args(args))
         command, config = self.config.subcommand, self.config[self.config.subcommand]
         if not 0 <= int(config.seed_everything) < 2**32:
@@ -135,7 +172,9 @@ class LmlightCLI(LightningCLI):
         config = self.config[self.subcommand]
         config.pop("config", None)
         # `--seed_everything true` has drawn one after the links were made
-        config.data.seed = config.model.seed = config.model.sampling.seed = int(config.seed_everything)
+        config.model.seed = config.model.sampling.seed = int(config.seed_everything)
+        if self._has_text:
+            config.data.seed = config.model.seed
         if self.subcommand == "predict" and config.output and config.data.prompt_batch_size is None:
             config.data.prompt_batch_size = 32
         dump = self.parser.dump(self.config, skip_unset=False, skip_link_targets=False, format="json")
@@ -159,19 +198,20 @@ class LmlightCLI(LightningCLI):
         content = self.source.content if self.source is not None else None
         make_model = _MakeModel(init_from=content, settings=self.settings)
         try:
-            self.config_init = self.parser.instantiate(self.config, instantiators=[(make_model, LanguageModel, False)])
+            self.config_init = self.parser.instantiate(self.config, instantiators=[(make_model, LanguageModel, True)])
             self.datamodule, self.model = (self.config_init[self.subcommand][name] for name in ("data", "model"))
             self.trainer = self.instantiate_trainer()
         except Exception as error:
             if (mistake := _creation_error(error)) is None:
                 raise
             raise mistake from error
-        self.model.check_net(self.datamodule.block_size)
-        if self.subcommand == "fit":
-            self.model.check_run(self.trainer)  # as Lightning will do, but before a strategy launches processes
-            if self.source is not None and self.source.run is not None:
-                self.config_init.fit.ckpt_path = str(self.source.path)
-        if content is not None:
+        # as Lightning will do, but before a strategy launches processes
+        self.model.check(
+            getattr(self.datamodule, "block_size", None), self.trainer if self.subcommand == "fit" else None
+        )
+        if self.subcommand == "fit" and self.source is not None and self.source.run is not None:
+            self.config_init.fit.ckpt_path = str(self.source.path)
+        if content is not None and self._has_text:
             self.datamodule.tokenizer = self.model.tokenizer
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
@@ -305,10 +345,8 @@ def main(args: Sequence[str] | None = None) -> int:
     }
     try:
         LmlightCLI(
-            LanguageModel,
-            TextDataModule,
+            sys.argv[1:] if args is None else args,
             trainer_class=RunTrainer,
-            args=list(sys.argv[1:] if args is None else args),
             seed_everything_default=1337,
             save_config_callback=None,
             parser_kwargs={"prog": "lmlight", "version": __version__, **parsers},

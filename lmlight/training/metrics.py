@@ -20,8 +20,8 @@ SUM_DTYPE = torch.float32 if torch.backends.mps.is_available() else torch.float6
 class TextLoss(Metric):
     """Loss of a network over a text, per token and per character.
 
-    `compute` returns `loss` (nats per token), `perplexity` (its exponential), `nats_per_char`, `bpc` (bits per character)
-    and `characters` (the number scored).
+    `compute` returns `loss` (nats per token) and `perplexity` (its exponential); also `nats_per_char`, `bpc` (bits per
+    character) and `characters` (the number scored), unless no characters were counted.
     """
 
     full_state_update = False
@@ -49,9 +49,11 @@ class TextLoss(Metric):
 
     def compute(self) -> dict[str, Tensor]:
         loss, nats_per_char = self.nats / self.tokens, self.nats / self.characters
+        per_token = {"loss": loss, "perplexity": loss.exp()}
+        if not self.characters:
+            return per_token
         return {
-            "loss": loss,
-            "perplexity": loss.exp(),
+            **per_token,
             "nats_per_char": nats_per_char,
             "bpc": nats_per_char / math.log(2),
             "characters": self.characters,

@@ -13,6 +13,7 @@ from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
@@ -21,10 +22,12 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from lmlight import checkpoint as checkpoints
-from lmlight.data.loader import Batch
+from lmlight.data.loader import Batch, as_batch
+from lmlight.data.tokenizer import Tokenizer
 from lmlight.errors import UserError
 from lmlight.generation import Sampling
-from lmlight.models import NETS, Net, Transformer, architecture_kwargs
+from lmlight.models import Net, Transformer, architecture_kwargs
+from lmlight.models.check import MAX_TOKENS, check_net
 from lmlight.optim import (
     Muon,
     Schedule,
@@ -37,6 +40,7 @@ from lmlight.optim import (
     try_step,
 )
 from lmlight.training.checkpointing import EXTRA_STATE, non_finite_error
+from lmlight.training.datamodule import TextDataModule
 from lmlight.training.metrics import TextLoss
 from lmlight.training.precision import MatmulPrecision
 from lmlight.training.run_checks import check_run, total_steps
@@ -61,6 +65,7 @@ class LanguageModel(TextModel):
             `medium` allows tensor cores on GPUs and oneDNN on CPUs, up to twice as fast; `highest` is torch's default.
         compile_net: Compile the network with `torch.compile`. The first steps take a minute or more and need a C++ compiler
             (CPU) or Triton (GPU). Pays off in long runs on GPUs.
+        check_causality: Before training, check on a small input that the network's logits do not depend on later tokens.
         seed: Seed of dropout. Random numbers depend only on the seed and the step, so a resumed run draws the same ones.
         init_from: A checkpoint from `checkpoint.read`: start from its weights and tokenizer.
         settings: Plain values to log as hyperparameters; `data` is also stored in checkpoints.
@@ -81,6 +86,7 @@ class LanguageModel(TextModel):
         sampling: Sampling = Sampling(),
         matmul_precision: Literal["highest", "high", "medium"] = "medium",
         compile_net: bool = False,
+        check_causality: bool = True,
         seed: int = 1337,
         init_from: dict[str, Any] | None = None,
         settings: dict[str, Any] | None = None,
@@ -88,11 +94,13 @@ class LanguageModel(TextModel):
         super().__init__(sampling)
         self.seed, self.matmul_precision, self.compile_net = seed, matmul_precision, compile_net
         self._make_net, self._make_optimizer = net, optimizer
+        self._check_causality, self._is_checked = check_causality, False
         self.schedule, self.settings = schedule, settings or {}
         self._init_from: dict[str, Any] | None = None
         if init_from is not None:
             self._init_from = {key: init_from[key] for key in (checkpoints.METADATA_KEY, "state_dict")}
             self.tokenizer = checkpoints.tokenizer_of(init_from)
+            self.vocab_size = init_from[checkpoints.METADATA_KEY]["net"]["config"]["vocab_size"]
             self.block_size = init_from[checkpoints.METADATA_KEY]["net"]["config"]["block_size"]
         self._hyperparameters: list[dict[str, Any]] = []  # of the optimizer as it was made
         self._resumed_hyperparameters: list[dict[str, Any]] = []  # the same when the resumed run began
@@ -110,18 +118,18 @@ class LanguageModel(TextModel):
         Args:
             checkpoint_path: The file.
             map_location: Device for the weights, such as `"cuda"`; None, a function or a dict mean the CPU.
-            kwargs: Constructor arguments that replace the checkpoint's, such as `sampling`; not `net`. Lightning's
+            kwargs: Constructor arguments that replace the checkpoint's, such as `sampling`. `net` is the class of your own
+                network, needed only if it is not imported under the name that the checkpoint gives. Lightning's
                 `hparams_file`, `strict` and `weights_only` are ignored: weights always match and no code is ever run.
 
         Raises:
-            UserError: See `checkpoint.read`; the device is not available; `net` is given.
+            UserError: See `checkpoint.read` and `checkpoint.net_class`; the device is not available.
         """
-        if "net" in kwargs:
-            raise UserError("load_from_checkpoint builds the network that the checkpoint describes: leave out net")
         content = checkpoints.read(checkpoint_path)
         metadata = content[checkpoints.METADATA_KEY]
+        net = checkpoints.net_class(content, kwargs.pop("net", None))
         arguments = {
-            "net": partial(NETS[metadata["net"]["class"]], **architecture_kwargs(metadata["net"]["config"])),
+            "net": partial(net, **architecture_kwargs(metadata["net"]["config"])),
             "sampling": Sampling(**metadata["sampling"]),
             "settings": metadata["settings"],
             **{name: value for name, value in kwargs.items() if name not in ("hparams_file", "strict", "weights_only")},
@@ -137,29 +145,29 @@ class LanguageModel(TextModel):
                 ) from None
         return model.eval()
 
-    def check_net(self, block_size: int) -> None:
-        """Check the network's sizes without building it.
+    def check(self, block_size: int | None, trainer: Trainer | None = None) -> None:
+        """Check the network, and what a training run needs besides data.
+
+        Args:
+            block_size: The longest context; None if it is not known yet.
+            trainer: Of the training run; None checks the network's arguments only.
 
         Raises:
-            UserError: They do not fit each other, or checkpoints cannot hold such a network.
+            UserError: See `models.check.check_net`, `optim.dummy_optimizer` and `run_checks.check_run`.
         """
-        with torch.device("meta"):  # shapes only: no time, no memory
-            checkpoints.net_name(self._make_net(1, block_size))
-
-    def check_run(self, trainer: Trainer) -> None:
-        """Check what a training run needs besides data.
-
-        Raises:
-            UserError: See `optim.dummy_optimizer` and `run_checks.check_run`.
-        """
-        dummy_optimizer(self._make_optimizer)
-        check_run(trainer, self.schedule)
+        if trainer is not None:
+            dummy_optimizer(self._make_optimizer)
+            check_run(trainer, self.schedule)
+        if self.net is None and not self._is_checked:
+            self._is_checked = trainer is not None
+            check_net(self._make_net, block_size or MAX_TOKENS, self._check_causality and trainer is not None)
 
     # Lightning's hooks, in the order in which they are called
 
     def configure_callbacks(self) -> list[Callback]:
         if self.trainer.state.fn == TrainerFn.FITTING:
-            self.check_run(self.trainer)
+            data = getattr(self.trainer, "datamodule", None)
+            self.check(getattr(data, "block_size", self.block_size), self.trainer)
         return [MatmulPrecision(self.matmul_precision)]
 
     def setup(self, stage: str) -> None:
@@ -178,8 +186,14 @@ class LanguageModel(TextModel):
             raise UserError(
                 f"data.block_size {longer} is longer than the {block_size} tokens that this model takes: lower it"
             )
-        theirs = getattr(data, "tokenizer", None)
-        if theirs is not None and theirs.fingerprint != self._tokenizer().fingerprint:
+        if not isinstance(data, TextDataModule):
+            if stage == "fit":
+                rank_zero_warn(
+                    f"{type(data).__name__} is not a TextDataModule: a resumed run may see other batches than an "
+                    "uninterrupted one, and losses are per character only if its batches count characters"
+                )
+            return
+        if data.tokenizer is not None and data.tokenizer.fingerprint != self._tokenizer().fingerprint:
             raise UserError(
                 "the datamodule and the model use different tokenizers: set datamodule.tokenizer = model.tokenizer before "
                 "the trainer prepares the data"
@@ -187,18 +201,24 @@ class LanguageModel(TextModel):
 
     def _sizes(self) -> tuple[int, int]:
         """(vocab_size, block_size), from the data unless they are known."""
-        if self.tokenizer is None or self.block_size is None:
+        if self.tokenizer is not None:
+            self.vocab_size = self.tokenizer.vocab_size
+        if self.vocab_size is None or self.block_size is None:
             try:
                 data = getattr(self.trainer, "datamodule", None)
             except RuntimeError:  # there is no trainer
                 raise UserError(NO_NETWORK) from None
-            self.tokenizer = self.tokenizer or getattr(data, "tokenizer", None)
+            tokenizer = getattr(data, "tokenizer", None)
+            if self.tokenizer is None and isinstance(tokenizer, Tokenizer):
+                self.tokenizer = tokenizer
+            self.vocab_size = getattr(self.tokenizer or data, "vocab_size", None)
             self.block_size = self.block_size or getattr(data, "block_size", None)
-        if self.tokenizer is None or self.block_size is None:
+        if self.vocab_size is None or self.block_size is None:
             raise UserError(
-                "the model has no tokenizer: train with a TextDataModule, or load a checkpoint (--ckpt_path) to predict"
+                "the sizes of the network are not known: train with a data module that has block_size and tokenizer (or "
+                "vocab_size), such as TextDataModule, or load a checkpoint (--ckpt_path) to predict"
             )
-        return self.tokenizer.vocab_size, self.block_size
+        return self.vocab_size, self.block_size
 
     def configure_model(self) -> None:
         if self.net is None:
@@ -251,8 +271,19 @@ class LanguageModel(TextModel):
             torch.get_device_module(self.device).manual_seed(seed)
         return None
 
+    def training_loss(self, batch: Batch) -> Tensor:
+        """The loss of a batch, to minimize. Override it to train with another objective; validation does not change.
+
+        Args:
+            batch: Token ids, their targets and characters.
+
+        Returns:
+            A scalar, by default the mean cross-entropy in nats per token.
+        """
+        return self._net().loss(batch.inputs, batch.targets)
+
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        loss = self._net().loss(batch.inputs, batch.targets)
+        loss = self.training_loss(as_batch(batch))
         self.step_loss += loss.detach() / self.trainer.accumulate_grad_batches
         return loss
 
@@ -295,13 +326,13 @@ class LanguageModel(TextModel):
 
     def validation_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Score a batch; returns (B, T) nats per token, for callbacks."""
-        return self.score(batch, self.val_loss)
+        return self.score(as_batch(batch), self.val_loss)
 
     def on_validation_epoch_end(self) -> None:
         self._validation = self.global_step, self._report("val", self.val_loss)
 
     def test_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
-        self.score(batch, self.sliding_loss if dataloader_idx else self.test_loss)
+        self.score(as_batch(batch), self.sliding_loss if dataloader_idx else self.test_loss)
 
     def on_test_epoch_end(self) -> None:
         self._report("test", self.test_loss)
@@ -322,8 +353,8 @@ class LanguageModel(TextModel):
             trained_by = {"class": _class_name(self.trainer.optimizers[0]), "hyperparameters": self._hyperparameters}
         for name in ("state_dict", "current_model_state"):  # the latter is WeightAveraging's
             checkpoint.get(name, {}).pop(EXTRA_STATE, None)  # part of the metadata
-        settings = {"data": self.settings.get("data", {})}
-        metadata = checkpoints.model_metadata(self._net(), self._tokenizer(), vars(self.sampling), settings, trained_by)
+        settings = {} if self.settings.get("data_class") else {"data": self.settings.get("data", {})}
+        metadata = checkpoints.model_metadata(self._net(), self.tokenizer, vars(self.sampling), settings, trained_by)
         if self._validation is not None and self._validation[0] == self.global_step:
             metadata["metrics"] = {k: v.item() for k, v in self._validation[1].items()}
         checkpoint[checkpoints.METADATA_KEY] = metadata

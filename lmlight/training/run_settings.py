@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +21,8 @@ import yaml
 from lmlight import checkpoint as checkpoints
 from lmlight.command_line import Parser
 from lmlight.errors import UserError
-from lmlight.models import NETS, architecture_kwargs
+from lmlight.models import Net, architecture_kwargs
+from lmlight.user_code import full_name, import_class
 
 CONFIG = "config.yaml"  # in a run's folder
 # Classes that a config.yaml from elsewhere may name. Importing any other module would run it.
@@ -32,6 +33,8 @@ PLAIN_TEXT = ("default_root_dir", "save_dir", "dirpath", "filename", "stop")
 NOT_RESUMED = ("config", "ckpt_path", "trainer.max_time")
 # Flags, also in `--config` files, that decide which settings the others start from.
 LOCATING = ("ckpt_path", "init_from", "trainer.default_root_dir", "trainer.logger.save_dir")
+# Flags that name a class whose constructor's arguments are flags, too.
+CLASSES = ("model", "data", "model.net")
 
 
 class Words(NamedTuple):
@@ -40,6 +43,7 @@ class Words(NamedTuple):
     command: str
     configs: list[str]  # values of --config
     located: dict[str, str | None]  # by `LOCATING`
+    classes: dict[str, str]  # by `CLASSES`, from flags and --config files
     rest: list[str]  # other flags
     runs: Path  # the folder of all runs
 
@@ -65,7 +69,7 @@ def take_apart(args: Sequence[str], commands: Sequence[str]) -> Words | None:
     """Find the flags of `LOCATING` before the others are parsed; None without one of the commands."""
     parser = Parser("lmlight", add_help=False, allow_abbrev=False)
     parser.add_argument("--config", "-c", action="append", default=[])
-    for name in LOCATING:
+    for name in (*LOCATING, *CLASSES):
         parser.add_argument(f"--{name}", dest=name)
     known, rest = parser.parse_known_args(args)
     flags = vars(known)
@@ -79,9 +83,25 @@ def take_apart(args: Sequence[str], commands: Sequence[str]) -> Words | None:
             content = yaml.safe_load(path.read_text("utf-8") if path.is_file() else config)
             given |= content if isinstance(content, dict) else {}
     located = {name: given.get(name) for name in ("ckpt_path", "init_from")}
-    located |= {name: value for name, value in flags.items() if value is not None}
+    located |= {name: flags[name] for name in LOCATING if flags[name] is not None}
     runs = located.get("trainer.logger.save_dir") or located.get("trainer.default_root_dir")
-    return Words(rest[0], configs, located, rest[1:], Path(runs) if runs else runs_folder(given))
+    words = [rest[0], *(f"--{name}={flags[name]}" for name in CLASSES if _is_file(flags[name])), *rest[1:]]
+    classes = named_classes(given) | {
+        name: flags[name] for name in CLASSES if flags[name] and not _is_file(flags[name])
+    }
+    return Words(words[0], configs, located, classes, words[1:], Path(runs) if runs else runs_folder(given))
+
+
+def _is_file(value: str | None) -> bool:
+    return value is not None and Path(value).is_file()
+
+
+def named_classes(settings: dict[str, Any]) -> dict[str, str]:
+    """The classes that settings name, by `CLASSES`."""
+    net = (settings.get("model") or {}).get("net")
+    named = {"model": settings.get("model_class"), "data": settings.get("data_class")}
+    named["model.net"] = net.get("class_path") if isinstance(net, dict) else net
+    return {name: value for name, value in named.items() if isinstance(value, str)}
 
 
 def runs_folder(settings: Any) -> Path:
@@ -112,23 +132,22 @@ def locate(words: Words) -> Source | None:
     path = checkpoints.find(ckpt_path or init_from or "", words.runs, "last" if resuming else "best")
     content = checkpoints.read(path)
     if not resuming:
-        return Source(path, content, _from_checkpoint(content, only_net=init_from is not None))
+        named = words.classes.get("model.net")
+        net = checkpoints.net_class(content, import_class("--model.net", named, Net) if named else None)
+        return Source(path, content, _from_checkpoint(content, net, only_net=init_from is not None))
     if "optimizer_states" not in content:
         raise UserError(
             f"checkpoint '{path}' has no optimizer state, so its run cannot be resumed: pass it as --init_from"
         )
     run = path.absolute().parent.parent
-    settings = _from_run(run, run.parent.resolve() == words.runs.resolve(), path)
+    trusted = run.parent.resolve() == words.runs.resolve()
+    settings = _from_run(run, trusted, path, words.classes.values())
     return Source(path, content, settings, run)
 
 
-def _from_checkpoint(content: dict[str, Any], only_net: bool) -> dict[str, Any]:
+def _from_checkpoint(content: dict[str, Any], kind: type[Net], only_net: bool) -> dict[str, Any]:
     metadata = content[checkpoints.METADATA_KEY]
-    kind = NETS[metadata["net"]["class"]]
-    net = {
-        "class_path": f"{kind.__module__}.{kind.__name__}",
-        "init_args": architecture_kwargs(metadata["net"]["config"]),
-    }
+    net = {"class_path": full_name(kind), "init_args": architecture_kwargs(metadata["net"]["config"])}
     block_size = metadata["net"]["config"]["block_size"]  # smaller than requested if the text was short
     if only_net:
         return {"model": {"net": net}, "data": {"block_size": block_size}}
@@ -141,13 +160,14 @@ def _from_checkpoint(content: dict[str, Any], only_net: bool) -> dict[str, Any]:
     return settings if seed is None else {"seed_everything": seed, **settings}
 
 
-def _from_run(run: Path, trusted: bool, checkpoint: Path) -> dict[str, Any]:
+def _from_run(run: Path, trusted: bool, checkpoint: Path, named: Iterable[str]) -> dict[str, Any]:
     """The settings in a run's `config.yaml`.
 
     Args:
         run: The run's folder.
         trusted: Whether it lies in the command's folder of runs, and is trusted like a file passed with `--config`.
         checkpoint: The checkpoint to resume, for messages.
+        named: Classes that the command names itself.
 
     Raises:
         UserError: The file is missing or damaged, or it is not trusted and names a class outside `TRUSTED_CLASSES`.
@@ -167,9 +187,9 @@ def _from_run(run: Path, trusted: bool, checkpoint: Path) -> dict[str, Any]:
         raise UserError(f"the run's settings '{path}' cannot be read ({reason}): restore the file") from None
     if not isinstance(settings, dict):
         raise UserError(f"the run's settings '{path}' hold no settings: restore the file")
-    if not trusted and (named := named_code(settings)):
+    if not trusted and (others := [name for name in named_code(settings) if name not in named]):
         raise UserError(
-            f"'{path}' names {named[0]}, which would be imported or read: if you trust that run, pass "
+            f"'{path}' names {others[0]}, which would be imported or read: if you trust that run, pass "
             f"--trainer.default_root_dir {run.parent}"
         )
     for name in NOT_RESUMED:
@@ -197,7 +217,8 @@ def named_code(settings: dict[str, Any]) -> list[str]:
 
     sections = ("data", "model", "trainer")
     whole = [str(settings[section]) for section in sections if not isinstance(settings.get(section, {}), dict)]
-    return whole + [name for section in sections[1:] for name in named(settings.get(section, {}), section)]
+    classes = [name for key in ("model_class", "data_class") for name in named(settings.get(key), key)]
+    return whole + classes + [name for section in sections[1:] for name in named(settings.get(section, {}), section)]
 
 
 def differences(before: dict[str, Any], after: dict[str, Any], prefix: str = "") -> list[str]:

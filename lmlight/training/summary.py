@@ -8,6 +8,8 @@ import os
 import shlex
 from pathlib import Path
 
+from lightning.pytorch import LightningDataModule
+
 from lmlight import checkpoint as checkpoints
 from lmlight.generation import escape_control_characters
 from lmlight.training.callbacks import RunLogger
@@ -15,10 +17,11 @@ from lmlight.training.checkpointing import BestLastCheckpoint
 from lmlight.training.datamodule import TextDataModule
 from lmlight.training.module import LanguageModel
 from lmlight.training.run_trainer import RunTrainer, command
+from lmlight.user_code import full_name
 
 
 def print_summary(
-    trainer: RunTrainer, model: LanguageModel, datamodule: TextDataModule, resumed_step: int | None
+    trainer: RunTrainer, model: LanguageModel, datamodule: LightningDataModule, resumed_step: int | None
 ) -> None:
     """Print where the best checkpoint is, its score, a sample of text, and what to type next.
 
@@ -48,10 +51,15 @@ def print_summary(
     # not `keeper.best_score`: with `ddp_spawn`, training had a keeper of its own
     nats = best["callbacks"][keeper.state_key]["best_score"]
     print(f"\nBest checkpoint: {path} (step {best['global_step']})")
-    print(f"  {nats:.4f} nats per character, {nats / math.log(2):.4f} bits per character on the validation text")
-    final = trainer.callback_metrics.get("val/nats_per_char")
+    name, unit = "val/nats_per_char", "character"
+    if name not in best[checkpoints.METADATA_KEY]["metrics"]:
+        name, unit = "val/loss", "token"
+    print(f"  {nats:.4f} nats per {unit}, {nats / math.log(2):.4f} bits per {unit} on the validation text")
+    final = trainer.callback_metrics.get(name)
     if final is not None:
-        print(f"  {final:.4f} nats per character at the last validation")
+        print(f"  {final:.4f} nats per {unit} at the last validation")
+    if not isinstance(datamodule, TextDataModule):
+        return
     if datamodule.trainer is None:  # another process trained, as with `ddp_spawn`
         datamodule.prepare_data()
         datamodule.setup("fit")
@@ -59,10 +67,12 @@ def print_summary(
         resume = f"{command()} fit --ckpt_path {os.path.relpath(keeper.last_model_path)}"
         print(f"  Stopped at step {step} of {model.total_steps}; to resume: {resume}")
     prompt = datamodule.sample_prompt
+    net = checkpoints.net_class(best)
     text = LanguageModel.load_from_checkpoint(path).generate(prompt, max_new_tokens=150)
     print(f"\n{escape_control_characters(text)}\n")
     prompts = shlex.quote(json.dumps([prompt], ensure_ascii=False))
-    print(f"Next:\n  {command()} predict --ckpt_path {path} --data.prompts {prompts}")
+    own = "" if net.__module__.startswith("lmlight.") else f" --model.net {full_name(net)}"
+    print(f"Next:\n  {command()} predict --ckpt_path {path}{own} --data.prompts {prompts}")
     if isinstance(trainer.logger, RunLogger):
         tensorboard = Path(command()).with_name("tensorboard")  # beside lmlight
         print(f"  {tensorboard} --logdir {os.path.relpath(trainer.logger.root_dir)}")

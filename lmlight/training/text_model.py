@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, overload
 
@@ -36,6 +36,7 @@ class TextModel(LightningModule):
         self.on_text: Callable[[TextStream, str], None] | None = None
         self.logprobs = False
         self.tokenizer: Tokenizer | None = None
+        self.vocab_size: int | None = None
         self.block_size: int | None = None
         self.net: Net | None = None
         self.register_load_state_dict_pre_hook(_allow_missing_extra_state)  # type: ignore[no-untyped-call]  # torch's
@@ -114,18 +115,16 @@ class TextModel(LightningModule):
 
         `ddp_spawn`, `ddp_fork` and `ddp_notebook` return the trained model to the calling process as a state dict.
         """
-        if self.net is None or self.tokenizer is None:
+        if self.net is None:
             return {}
-        with suppress(UserError):  # a custom network, which checkpoints cannot hold
-            return checkpoints.model_metadata(self.net, self.tokenizer)
-        return {}
+        return checkpoints.model_metadata(self.net, self.tokenizer)
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
         """Build the network and tokenizer if there are none; torch loads the weights next."""
         if self.net is None and state:
             content = {checkpoints.METADATA_KEY: state}
             self.net, self.tokenizer = checkpoints.untrained_net_of(content), checkpoints.tokenizer_of(content)
-            self.block_size = self.net.block_size
+            self.vocab_size, self.block_size = self.net.vocab_size, self.net.block_size
 
     def _sampling_of_one(self, changes: dict[str, Any]) -> Sampling:
         if changes.get("num_samples", 1) != 1:
@@ -149,7 +148,11 @@ class TextModel(LightningModule):
 
     def _tokenizer(self) -> Tokenizer:
         if self.tokenizer is None:
-            raise UserError(NO_NETWORK)
+            raise UserError(
+                NO_NETWORK
+                if self.net is None
+                else "this model has no tokenizer, because the data of its run had none: pass token ids to generate"
+            )
         return self.tokenizer
 
     def _net(self) -> Net:

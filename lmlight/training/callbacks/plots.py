@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 from lmlight import pictures
-from lmlight.data.loader import IGNORE_INDEX, Batch
+from lmlight.data.loader import IGNORE_INDEX, Batch, as_batch
 from lmlight.errors import UserError
 from lmlight.models import Bigram, Transformer
 from lmlight.training.callbacks.base import FitCallback, summary_writer, text_data
@@ -73,11 +73,12 @@ class Pictures(FitCallback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
+        targets = as_batch(batch).targets
         if batch_idx == 0:
-            self._first_targets, self._first_nats = batch.targets, outputs  # (B, T)
-        T = batch.targets.size(1)
+            self._first_targets, self._first_nats = targets, outputs  # (B, T)
+        T = targets.size(1)
         self._sums[0, :T] += outputs.sum(0)
-        self._sums[1, :T] += (batch.targets != IGNORE_INDEX).sum(0)
+        self._sums[1, :T] += (targets != IGNORE_INDEX).sum(0)
 
     def on_fit_validation_end(self, trainer: Trainer, model: LanguageModel) -> None:
         sums = cast(Tensor, trainer.strategy.reduce(self._sums, reduce_op="sum"))  # on every rank

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-from lmlight.data.loader import Batch
+from lmlight.data.loader import Batch, as_batch
 from lmlight.errors import UserError
 from lmlight.training.callbacks.base import FitCallback, text_data
 from lmlight.training.metrics import TextLoss
@@ -59,6 +59,7 @@ class Throughput(FitCallback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Batch, batch_idx: int
     ) -> None:
+        batch = as_batch(batch)
         self._tokens += batch.targets.numel()
         self._characters += batch.target_chars.sum()  # on the device, so nothing waits
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)

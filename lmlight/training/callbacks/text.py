@@ -36,7 +36,7 @@ class SampleText(FitCallback):
         self.prompts, self.max_new_tokens, self.temperature = prompts, max_new_tokens, temperature
 
     def on_fit_validation_end(self, trainer: Trainer, model: LanguageModel) -> None:
-        if (writer := summary_writer(trainer)) is None:
+        if (writer := summary_writer(trainer)) is None or model.tokenizer is None:
             return
         sampling = replace(model.sampling, max_new_tokens=self.max_new_tokens, num_samples=1)
         if self.temperature is not None:

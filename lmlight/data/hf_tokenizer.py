@@ -1,0 +1,119 @@
+"""Tokenizers of Hugging Face: any `tokenizer.json`, through their `tokenizers` library."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lmlight.data.tokenizer import Tokenizer
+from lmlight.errors import UserError
+
+# A tokenizer that restores these restores any text, as far as the kinds of tokenizers go that there are.
+PROBES = (
+    " a  b",
+    "a\n\n\tb ",
+    "e\u0301 \ufb01 \u00bd",
+    "\u4e2d\U0001f642\u200d",
+    "\u2581 <0x41> ##b",
+    "<s> </s> A\r\nB",
+    "'S ,",
+)
+SPACES = "\u2581\u0120"  # how pieces write a space
+
+
+class HFTokenizer(Tokenizer):
+    """A tokenizer in Hugging Face's format: byte-level BPE (GPT-2, Qwen, SmolLM2), Unigram, WordPiece and others.
+
+    Special tokens in a text are encoded like any other text.
+
+    Args:
+        data: the content of `tokenizer.json`, with the id of the EOS token as `lmlight_eos_id`.
+
+    Raises:
+        UserError: the package `tokenizers` is not installed.
+        ValueError: `data` is not a tokenizer.
+    """
+
+    def __init__(self, data: bytes) -> None:
+        try:
+            import tokenizers
+        except ModuleNotFoundError:
+            raise UserError(
+                "a tokenizer.json needs the package tokenizers, which is not installed: pip install 'lmlight[hf]'"
+            ) from None
+        self._data = data
+        try:
+            content: dict[str, Any] = json.loads(data)
+            self.eos_id = content.pop("lmlight_eos_id", None)
+            self._tokenizer = tokenizers.Tokenizer.from_str(json.dumps(content))
+        except Exception as error:  # the library raises plain ones
+            raise ValueError(f"not a tokenizer.json: {error}") from None
+        self._tokenizer.encode_special_tokens = True
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
+        special = {token["id"] for token in content.get("added_tokens", []) if token["special"]}
+        is_byte_level = '"ByteLevel"' in json.dumps(content.get("decoder"))
+        size = self._tokenizer.get_vocab_size()
+        self.char_counts = np.zeros(size, dtype=np.int64)
+        for index in range(size):
+            piece = self._tokenizer.id_to_token(index)
+            if piece is not None and index not in special and index != self.eos_id:
+                self.char_counts[index] = _characters(piece, is_byte_level)
+        self.lossless = all(
+            self.decode(ids := self.encode(text)) == text and self.char_counts[ids].sum() == len(text)
+            for text in PROBES
+        )
+
+    @classmethod
+    def from_file(cls, path: Path) -> HFTokenizer:
+        """Read a `tokenizer.json`; a `tokenizer_config.json` beside it tells which token is EOS.
+
+        Raises:
+            UserError: the file cannot be read, or is not a tokenizer.
+        """
+        try:
+            content = json.loads(path.read_text("utf-8"))
+            settings = path.with_name("tokenizer_config.json")
+            eos = json.loads(settings.read_text("utf-8")).get("eos_token") if settings.is_file() else None
+            eos = eos["content"] if isinstance(eos, dict) else eos
+            ids = {token["content"]: token["id"] for token in content.get("added_tokens", [])}
+            return cls(json.dumps({**content, "lmlight_eos_id": ids.get(eos)}, ensure_ascii=False).encode())
+        except OSError as error:
+            raise UserError(f"tokenizer '{path}' cannot be read ({error.strerror}): pass a tokenizer.json") from None
+        except (ValueError, AttributeError, KeyError, TypeError) as error:
+            raise UserError(f"'{path}' is not a Hugging Face tokenizer ({error}): pass a tokenizer.json") from None
+
+    def encode(self, text: str) -> list[int]:
+        ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
+        return ids
+
+    def decode(self, ids: Iterable[int]) -> str:
+        return str(self._tokenizer.decode(list(ids), skip_special_tokens=True))
+
+    def id_to_piece(self, index: int) -> str:
+        return str(self._tokenizer.id_to_token(index))
+
+    def to_bytes(self) -> bytes:
+        return self._data
+
+
+def _characters(piece: str, is_byte_level: bool) -> int:
+    if is_byte_level:
+        return sum(byte & 0xC0 != 0x80 for byte in map(_BYTES.get, piece) if byte is not None)
+    if len(piece) == 6 and piece.startswith("<0x") and piece.endswith(">"):
+        return int(int(piece[3:5], 16) & 0xC0 != 0x80)
+    return len(piece.removeprefix("##"))
+
+
+def _byte_characters() -> dict[str, int]:
+    """The characters with which byte-level BPE writes bytes: itself if it is printable, else one from 256 on (GPT-2)."""
+    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(256 + n): byte for n, byte in enumerate(others)}
+
+
+_BYTES = _byte_characters()

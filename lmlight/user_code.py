@@ -1,0 +1,69 @@
+"""Classes that a user names: `--model.net my.module.MyNet`. Nothing else imports code that is not lmlight's."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import traceback
+from collections.abc import Iterable
+from typing import TypeVar
+
+from lmlight.errors import UserError
+
+T = TypeVar("T")
+
+
+def subclasses(base: type[T]) -> dict[str, type[T]]:
+    """All classes derived from `base` that have been imported, by full name; of several with one name, the last."""
+    found: dict[str, type[T]] = {}
+    for kind in base.__subclasses__():
+        found |= {full_name(kind): kind, **subclasses(kind)}
+    return found
+
+
+def full_name(kind: type) -> str:
+    return f"{kind.__module__}.{kind.__qualname__}"
+
+
+def import_class(flag: str, name: str, base: type[T]) -> type[T]:
+    """Import a class that the user names.
+
+    Args:
+        flag: where it is named, for messages.
+        name: `my.module.MyClass`, or the last part of the name of a class that has been imported.
+        base: what the class is derived from.
+
+    Raises:
+        UserError: there is no such module or class, the module cannot be imported, or the class is not derived from `base`.
+    """
+    known = {kind.__name__: kind for kind in (base, *subclasses(base).values()) if not inspect.isabstract(kind)}
+    module_name, _, class_name = name.rpartition(".")
+    if not module_name:
+        if name in known:
+            return known[name]
+        raise UserError(f"{flag} {name}: expected {_one_of(known)}, or a class's full name, such as my.module.{name}")
+    try:
+        module = importlib.import_module(module_name)
+    except Exception as error:
+        missing = getattr(error, "name", None) if isinstance(error, ModuleNotFoundError) else None
+        if missing is not None and f"{module_name}.".startswith(f"{missing}."):
+            raise UserError(
+                f"{flag} {name}: there is no module {missing} in the current folder or among the installed packages"
+            ) from None
+        if isinstance(error, SyntaxError):
+            where = f"{error.filename}, line {error.lineno}"
+        else:
+            frame = traceback.extract_tb(error.__traceback__)[-1]
+            where = f"{frame.filename}, line {frame.lineno}"
+        raise UserError(f"{flag} {name} cannot be imported: {type(error).__name__}: {error} ({where})") from error
+    found = getattr(module, class_name, None)
+    if not (isinstance(found, type) and issubclass(found, base)):
+        there = [kind.__name__ for kind in subclasses(base).values() if kind.__module__ == module.__name__]
+        instead = f"; it has {_one_of(there)}" if there else ""
+        problem = f"is not derived from {base.__name__}" if found is not None else f"is not in {module_name}{instead}"
+        raise UserError(f"{flag} {name}: {class_name} {problem}")
+    return found
+
+
+def _one_of(names: Iterable[str]) -> str:
+    return " or ".join(sorted(names))
