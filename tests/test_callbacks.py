@@ -35,23 +35,23 @@ from lmlight.training.checkpointing import AtomicCheckpointIO, BestLastCheckpoin
 STEPS, VALIDATIONS = 8, (4, 8)
 
 
-class Keep(Callback):
-    """Records each step."""
+class Recorder(Callback):
+    """Records losses, embeddings and batches."""
 
     def __init__(self):
         self.losses, self.weights, self.batches = [], [], []
 
     def on_train_start(self, trainer, model):
-        self.weights.append(model.net.embedding.weight.detach().clone() if hasattr(model.net, "embedding") else None)
+        self.weights.append(model.net.embedding.weight.detach().clone())
 
     def on_train_batch_end(self, trainer, model, outputs, batch, batch_idx):
         self.losses.append(float(outputs["loss"]))
-        self.weights.append(model.net.embedding.weight.detach().clone() if hasattr(model.net, "embedding") else None)
+        self.on_train_start(trainer, model)
         self.batches.append(batch)
 
 
-def fit(verse_file, folder, callbacks, net, **options):
-    data = tiny.data(verse_file)
+def fit(corpus_file, folder, callbacks, net, **options):
+    data = tiny.data(corpus_file)
     model = LanguageModel(net=net)
     settings = {
         **tiny.QUIET,
@@ -69,15 +69,15 @@ def fit(verse_file, folder, callbacks, net, **options):
 
 
 @pytest.fixture(scope="module")
-def watched(tmp_path_factory, verse):
+def logged_run(tmp_path_factory, corpus_text):
     """A run with all callbacks, and its TensorBoard events."""
-    folder = tmp_path_factory.mktemp("watched")
-    (folder / "verse.txt").write_bytes(verse.encode())
-    keep = Keep()
+    folder = tmp_path_factory.mktemp("logged_run")
+    (folder / "corpus.txt").write_bytes(corpus_text.encode())
+    recorder = Recorder()
     patch = pytest.MonkeyPatch()
     patch.setenv("LMLIGHT_CACHE", str(folder / "cache"))
     callbacks = [
-        keep,
+        recorder,
         Throughput(),
         UpdateRatio(),
         TrainSubsetEval(windows=7),
@@ -90,34 +90,36 @@ def watched(tmp_path_factory, verse):
     def net(vocab_size, block_size):
         return Transformer(vocab_size, block_size, n_layer=2, n_head=4, n_embd=32, positions="learned")
 
-    trainer, model, data = fit(folder / "verse.txt", folder / "runs", callbacks, net)
+    trainer, model, data = fit(folder / "corpus.txt", folder / "runs", callbacks, net)
     patch.undo()
     (run,) = (folder / "runs").iterdir()
     events = EventAccumulator(str(run), size_guidance={"images": 0, "tensors": 0}).Reload()
-    return keep, trainer, model, data, run, events
+    return recorder, trainer, model, data, run, events
 
 
 def values(events, tag):
     return [event.value for event in events.Scalars(tag)]
 
 
-def test_update_ratio_is_norm_of_step_over_norm_of_weights(watched):
-    keep, *_, events = watched
-    assert values(events, "train/loss") == pytest.approx(keep.losses[1::2])
+def test_update_ratio_is_norm_of_step_over_norm_of_weights(logged_run):
+    recorder, *_, events = logged_run
+    assert values(events, "train/loss") == pytest.approx(recorder.losses[1::2])
     expected = [
-        float((keep.weights[n] - keep.weights[n - 1]).norm() / keep.weights[n - 1].norm()) for n in (2, 4, 6, 8)
+        float((recorder.weights[n] - recorder.weights[n - 1]).norm() / recorder.weights[n - 1].norm())
+        for n in (2, 4, 6, 8)
     ]
     assert values(events, "update_ratio/embedding") == pytest.approx(expected, rel=1e-4)
     parts = {tag.partition("/")[2] for tag in events.Tags()["scalars"] if tag.startswith("update_ratio/")}
     assert parts == {"embedding", "positions", "block 1", "block 2", "norm", "head"}
 
 
-def test_throughput_counts_tokens_and_characters_of_the_batches(watched):
-    keep, *_, events = watched
+def test_throughput_counts_tokens_and_characters_of_the_batches(logged_run):
+    recorder, *_, events = logged_run
     tokens, characters = (np.array(values(events, f"throughput/{n}_per_second")) for n in ("tokens", "characters"))
     assert len(tokens) == STEPS / 2
     per_token = [
-        sum(float(batch.target_chars.sum()) for batch in keep.batches[n : n + 2]) / (2 * 8 * 16) for n in range(0, 8, 2)
+        sum(float(batch.target_chars.sum()) for batch in recorder.batches[n : n + 2]) / (2 * 8 * 16)
+        for n in range(0, 8, 2)
     ]
     assert characters / tokens == pytest.approx(per_token, rel=1e-5)
     assert all(0 <= share < 1 for share in values(events, "throughput/waiting_for_data"))
@@ -143,12 +145,12 @@ class Clock(Callback):
         self.now += 86400
 
 
-def test_throughput_excludes_validations_and_measures_waiting(verse_file, tmp_path, monkeypatch):
+def test_throughput_excludes_validations_and_measures_waiting(corpus_file, tmp_path, monkeypatch):
     clock = Clock()
     monkeypatch.setattr("lmlight.training.callbacks.scalars.time", clock)
     monkeypatch.setattr("lmlight.data.loader.time", clock)
     monkeypatch.setattr("lmlight.data.loader.make_batch", clock.make_batch)
-    fit(verse_file, tmp_path / "runs", [Throughput(), clock], tiny.net)
+    fit(corpus_file, tmp_path / "runs", [Throughput(), clock], tiny.net)
     (run,) = (tmp_path / "runs").iterdir()
     events = EventAccumulator(str(run)).Reload()
     first, second, third, fourth = values(events, "throughput/tokens_per_second")
@@ -182,22 +184,24 @@ def test_throughput_sums_over_devices(monkeypatch):
     assert logged["throughput/mfu"] == pytest.approx(share, rel=1e-3), "share of their joint peak"
 
 
-def test_accumulated_batches_are_logged_once_per_step(verse_file, tmp_path):
+def test_accumulated_batches_are_logged_once_per_step(corpus_file, tmp_path):
     """Five batches, accumulated two at a time: the last step of the epoch has one."""
-    keep = Keep()
+    recorder = Recorder()
     options = {"accumulate_grad_batches": 2, "limit_train_batches": 5, "log_every_n_steps": 1, "max_steps": -1}
-    callbacks = [keep, Throughput(), UpdateRatio()]
-    fit(verse_file, tmp_path / "runs", callbacks, tiny.net, max_epochs=1, val_check_interval=None, **options)
+    callbacks = [recorder, Throughput(), UpdateRatio()]
+    fit(corpus_file, tmp_path / "runs", callbacks, tiny.net, max_epochs=1, val_check_interval=None, **options)
     (run,) = (tmp_path / "runs").iterdir()
     events = EventAccumulator(str(run)).Reload()
-    expected = [float((keep.weights[n] - keep.weights[n - 2]).norm() / keep.weights[n - 2].norm()) for n in (2, 4)]
-    expected.append(float((keep.weights[5] - keep.weights[4]).norm() / keep.weights[4].norm()))
+    expected = [
+        float((recorder.weights[n] - recorder.weights[n - 2]).norm() / recorder.weights[n - 2].norm()) for n in (2, 4)
+    ]
+    expected.append(float((recorder.weights[5] - recorder.weights[4]).norm() / recorder.weights[4].norm()))
     assert values(events, "update_ratio/embedding") == pytest.approx(expected, rel=1e-4)
     assert len(values(events, "throughput/tokens_per_second")) == 3
 
 
-def test_train_subset_is_scored_like_the_validation_text(watched):
-    _, _, model, data, _, events = watched
+def test_train_subset_is_scored_like_the_validation_text(logged_run):
+    _, _, model, data, _, events = logged_run
     nats = chars = 0.0
     for batch in data.train_subset_dataloader(7):
         losses = F.cross_entropy(
@@ -209,7 +213,7 @@ def test_train_subset_is_scored_like_the_validation_text(watched):
     assert values(events, "gap/nats_per_char")[-1] == pytest.approx(gap, abs=1e-5)
 
 
-def test_the_gap_is_measured_in_the_precision_of_the_run(verse_file, monkeypatch):
+def test_gap_is_measured_in_the_precision_of_the_run(corpus_file, monkeypatch):
     under_autocast, score = [], LanguageModel.score
 
     def spy(self, batch, metric):
@@ -219,22 +223,12 @@ def test_the_gap_is_measured_in_the_precision_of_the_run(verse_file, monkeypatch
     monkeypatch.setattr(LanguageModel, "score", spy)
     options = {"precision": "bf16-mixed", "max_steps": 1, "val_check_interval": 1, "enable_checkpointing": False}
     trainer = pl.Trainer(**tiny.QUIET, **options, callbacks=[TrainSubsetEval(4)])
-    trainer.fit(LanguageModel(net=tiny.net), datamodule=tiny.data(verse_file))
+    trainer.fit(LanguageModel(net=tiny.net), datamodule=tiny.data(corpus_file))
     assert {(True, True), (True, False)} == set(under_autocast)
 
 
-def test_train_subset_is_spread_over_the_text(watched):
-    _, _, _, data, *_ = watched
-    starts = [int(start) for start in data.train_subset_dataloader(7).windows[:, 0]]
-    assert len(starts) == 7
-    assert starts[0] == 0
-    assert starts[-1] > len(data.store.ids["train"]) - 3 * 16
-    assert all(start % 16 == 0 for start in starts)
-    assert len(data.train_subset_dataloader(10_000).windows) == (len(data.store.ids["train"]) - 1) // 16
-
-
-def test_samples_keep_line_breaks_and_list_their_settings(watched):
-    _, _, model, _, _, events = watched
+def test_samples_keep_line_breaks_and_list_their_settings(logged_run):
+    _, _, model, _, _, events = logged_run
     samples = events.Tensors("samples/MIRA:/text_summary")
     assert [sample.step for sample in samples] == list(VALIDATIONS)
     text = samples[-1].tensor_proto.string_val[0].decode()
@@ -245,8 +239,8 @@ def test_samples_keep_line_breaks_and_list_their_settings(watched):
     assert "samples/empty prompt/text_summary" in events.Tags()["tensors"]
 
 
-def test_pictures_draws_requested_heads_and_the_last_validation(watched):
-    *_, events = watched
+def test_pictures_draws_requested_heads_and_the_last_validation(logged_run):
+    *_, events = logged_run
     expected = {"attention/block 2 head 1", "attention/block 2 head 4", "loss by position", "surprise"}
     assert set(events.Tags()["images"]) == expected, "there is no head 9"
     for tag in expected:
@@ -269,12 +263,12 @@ def drawn(monkeypatch):
     return seen
 
 
-def test_pictures_show_values_of_the_net(verse_file, tmp_path, drawn):
+def test_pictures_show_values_of_the_net(corpus_file, tmp_path, drawn):
     def net(vocab_size, block_size):
         return Transformer(vocab_size, block_size, n_layer=2, n_head=4, n_embd=32, n_kv_head=2)
 
     _, model, data = fit(
-        verse_file, tmp_path / "runs", [Pictures(line="MIRA:\nto")], net, max_steps=10, val_check_interval=2
+        corpus_file, tmp_path / "runs", [Pictures(line="MIRA:\nto")], net, max_steps=10, val_check_interval=2
     )
     weights, labels, _ = drawn["token_matrix"][-1]
     assert weights.sum(1) == pytest.approx(np.ones(len(labels)), abs=1e-5)
@@ -294,8 +288,8 @@ def test_pictures_show_values_of_the_net(verse_file, tmp_path, drawn):
     assert len(drawn["surprise"]) == 4, "of five validations, the first, the second, the fourth and the last"
 
 
-def test_bigram_table_shows_probabilities(verse_file, tmp_path, drawn):
-    _, model, data = fit(verse_file, tmp_path / "runs", [Pictures()], Bigram)
+def test_bigram_table_shows_probabilities(corpus_file, tmp_path, drawn):
+    _, model, data = fit(corpus_file, tmp_path / "runs", [Pictures()], Bigram)
     table, labels, caption = drawn["token_matrix"][-1]
     frequent = np.bincount(data.val_ids[:]).argsort()[::-1][0]
     assert labels[0] == model.tokenizer.id_to_piece(int(frequent)).replace("\n", "↵")
@@ -303,8 +297,8 @@ def test_bigram_table_shows_probabilities(verse_file, tmp_path, drawn):
     assert caption == "columns\nfollow rows"
 
 
-def test_embedding_has_a_label_for_each_row(watched):
-    _, _, model, _, run, _ = watched
+def test_embedding_has_a_label_for_each_row(logged_run):
+    _, _, model, _, run, _ = logged_run
     (labels,) = run.glob("**/metadata.tsv")
     (vectors,) = run.glob("**/tensors.tsv")
     labels, rows = labels.read_text("utf-8").rstrip("\n").split("\n"), vectors.read_text().strip().split("\n")
@@ -328,8 +322,8 @@ def hparams_of(run):
     return settings.session_start_info.hparams, [metric.name.tag for metric in experiment.experiment.metric_infos]
 
 
-def test_hparams_list_settings_and_metrics(watched):
-    *_, run, _ = watched
+def test_hparams_list_settings_and_metrics(logged_run):
+    *_, run, _ = logged_run
     events = EventAccumulator(str(run)).Reload()
     found, metrics = hparams_of(run)
     assert found["model.net.n_layer"].number_value == 2
@@ -338,10 +332,10 @@ def test_hparams_list_settings_and_metrics(watched):
     assert len(values(events, "val/nats_per_char")) == len(VALIDATIONS), "no placeholder values"
 
 
-def test_hparams_are_named_after_their_flags(verse_file, tmp_path):
+def test_hparams_are_named_after_their_flags(corpus_file, tmp_path):
     from lmlight.training.cli import main
 
-    flags = [f"--data.corpus={verse_file}", *tiny.FLAGS, "--trainer.max_steps=2", "--seed_everything=7"]
+    flags = [f"--data.corpus={corpus_file}", *tiny.FLAGS, "--trainer.max_steps=2", "--seed_everything=7"]
     assert main(["fit", *flags, "--trainer.callbacks=HParamsLogger"]) == 0
     (run,) = (tmp_path / "runs").iterdir()
     found, _ = hparams_of(run)
@@ -365,7 +359,7 @@ class Average(Callback):
         self.weights = {name: self.decay * before[name] + (1 - self.decay) * now[name] for name in now}
 
 
-def test_averaged_weights_are_scored_and_saved(verse_file, tmp_path):
+def test_averaged_weights_are_scored_and_saved(corpus_file, tmp_path):
     plain, keeper = Average(0.8), BestLastCheckpoint()
     model = LanguageModel(net=tiny.net)
     trainer = pl.Trainer(
@@ -377,23 +371,23 @@ def test_averaged_weights_are_scored_and_saved(verse_file, tmp_path):
         **tiny.QUIET,
     )
     pl.seed_everything(1, verbose=False)
-    trainer.fit(model, datamodule=tiny.data(verse_file))
+    trainer.fit(model, datamodule=tiny.data(corpus_file))
     best = LanguageModel.load_from_checkpoint(keeper.best_model_path)
     assert checkpoint.read(keeper.best_model_path)["global_step"] == 8
     for name, weight in best.net.state_dict().items():
         torch.testing.assert_close(weight, plain.weights[name], rtol=0, atol=1e-6)
         assert torch.equal(model.net.state_dict()[name], weight), "the model has them when fit returns"
-    metrics = pl.Trainer(**tiny.QUIET).validate(best, datamodule=tiny.data(verse_file), verbose=False)[0]
+    metrics = pl.Trainer(**tiny.QUIET).validate(best, datamodule=tiny.data(corpus_file), verbose=False)[0]
     assert metrics["val/nats_per_char"] == pytest.approx(keeper.best_score, rel=1e-6)
 
 
-def test_averaged_weights_generate_the_samples(verse_file, tmp_path):
+def test_averaged_weights_generate_the_samples(corpus_file, tmp_path):
     """Even if the averaging callback comes first in the list."""
     from lmlight.training.cli import main
 
     sample = "{class_path: lmlight.training.callbacks.SampleText, init_args: {prompts: ['MIRA:'], max_new_tokens: 20}}"
     averaging = "{class_path: EMAWeightAveraging, init_args: {decay: 0.8}}"
-    flags = [f"--data.corpus={verse_file}", *tiny.FLAGS, "--trainer.max_steps=8", "--trainer.val_check_interval=8"]
+    flags = [f"--data.corpus={corpus_file}", *tiny.FLAGS, "--trainer.max_steps=8", "--trainer.val_check_interval=8"]
     assert main(["fit", *flags, f"--trainer.callbacks=[{averaging}, {sample}]"]) == 0
     (run,) = (tmp_path / "runs").iterdir()
     text = (
@@ -408,9 +402,9 @@ def test_averaged_weights_generate_the_samples(verse_file, tmp_path):
     assert [line.removeprefix("    ") for line in text.partition("\n\n")[2].split("\n")] == expected
 
 
-def test_default_callbacks_skip_the_sanity_check(verse_file, tmp_path):
+def test_default_callbacks_skip_the_sanity_check(corpus_file, tmp_path):
     callbacks = [kind() for kind in DEFAULT]
-    fit(verse_file, tmp_path / "runs", callbacks, tiny.net, num_sanity_val_steps=2, max_steps=4)
+    fit(corpus_file, tmp_path / "runs", callbacks, tiny.net, num_sanity_val_steps=2, max_steps=4)
     (run,) = (tmp_path / "runs").iterdir()
     events = EventAccumulator(str(run), size_guidance={"images": 0, "tensors": 0}).Reload()
     assert [event.step for event in events.Tensors("samples/empty prompt/text_summary")] == [4]
@@ -418,8 +412,8 @@ def test_default_callbacks_skip_the_sanity_check(verse_file, tmp_path):
     assert len((run / "metrics.csv").read_text().splitlines()) == 2
 
 
-def test_learning_curve_writes_table_and_figure(watched):
-    _, _, _, data, run, events = watched
+def test_learning_curve_writes_table_and_figure(logged_run):
+    _, _, _, data, run, events = logged_run
     with (run / "metrics.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
     assert [float(row["step"]) for row in rows] == list(VALIDATIONS)
@@ -439,8 +433,8 @@ def test_resumed_run_continues_its_seconds(monkeypatch):
     assert curve.state_dict()["seconds"] == 107.0
 
 
-def test_characters_seen_match_the_batches_of_an_epoch(watched):
-    _, _, _, data, *_ = watched
+def test_characters_seen_match_the_batches_of_an_epoch(logged_run):
+    _, _, _, data, *_ = logged_run
     loader = data.train_dataloader()
     chars = sum(int(batch.target_chars.sum()) for batch in loader)
     assert data.characters_seen(len(loader)) == pytest.approx(chars, rel=0.03)

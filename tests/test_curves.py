@@ -60,7 +60,7 @@ def test_runs_are_named_by_their_paths(tmp_path, capsys):
         (["one", "--output=figure.doc"], "is not supported"),
     ],
 )
-def test_mistake_is_one_line(runs, arguments, message, capsys):
+def test_error_is_one_line(runs, arguments, message, capsys):
     assert main(["curves", *arguments]) == 2
     out, err = capsys.readouterr()
     *skipped, error = err.splitlines()

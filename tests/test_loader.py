@@ -1,4 +1,4 @@
-"""Batches are what plain slicing gives, wherever the ids are; every source follows its seed and epoch only."""
+"""Batches equal plain slices of the ids, and depend on seed and epoch only."""
 
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -26,7 +26,7 @@ def lists(batches):
     return [[tensor.tolist() for tensor in batch] for batch in batches]
 
 
-def test_batch_is_what_plain_slicing_gives():
+def test_batch_equals_plain_slicing():
     ids, counts = IDS.tolist(), COUNTS.tolist()
     batch = make_batch(np.stack([IDS[start : start + 5] for start in (3, 0, 8)]), COUNTS)
     assert batch.inputs.tolist() == [ids[s : s + 4] for s in (3, 0, 8)]
@@ -96,12 +96,12 @@ def in_memory(shards, ahead=1, order="epoch", seed=0):
 @pytest.mark.parametrize("seed", [0, 3])
 @pytest.mark.parametrize("epoch", [0, 2])
 @pytest.mark.parametrize(("order", "starts"), [("epoch", epoch_starts), ("random", random_starts)])
-def test_sharded_windows_visit_shards_one_by_one_each_in_its_own_order(seed, epoch, order, starts):
+def test_sharded_windows_visit_shards_one_by_one(seed, epoch, order, starts):
     shards = [np.arange(100 * shard, 100 * shard + n) for shard, n in enumerate((60, 90, 4, 45, 60))]
     source, requests = in_memory(shards, order=order, seed=seed)
     rows = np.concatenate([source.rows(epoch, at) for at in np.array_split(np.arange(len(source)), 9)])
     assert (np.diff(rows) == 1).all()
-    seen = {}  # the starts of the windows in each shard, in the order in which they are visited
+    seen = {}  # starts of the windows of each shard, in order
     for start in rows[:, 0].tolist():
         seen.setdefault(start // 100, []).append(start % 100)
     assert len(rows) == sum(map(len, seen.values()))
@@ -114,7 +114,7 @@ def test_sharded_windows_visit_shards_one_by_one_each_in_its_own_order(seed, epo
     assert source.rows(epoch, np.array([0])).tolist() == rows[:1].tolist(), "positions may go back"
 
 
-def test_single_shard_has_the_order_of_the_whole_text():
+def test_single_shard_has_the_order_of_unsharded_windows():
     ids = np.arange(100)
     (sharded, _), whole = in_memory([ids], seed=3), stored_windows(TokenArray([ids], [100], ids.dtype), 5, 3, "epoch")
     positions = np.arange(len(whole))
@@ -136,7 +136,7 @@ def test_block_longer_than_every_shard_is_refused():
 
 @pytest.fixture
 def _without_gpu(monkeypatch):
-    """Makes a CPU do what a GPU would, except pinning."""
+    """Lets the GPU code path run on a CPU, without pinned memory."""
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
     dataloader = loaders.DataLoader
     monkeypatch.setattr(
@@ -173,7 +173,7 @@ def test_prefetching_gives_the_same_batches_and_counts_only_those_returned():
 
 
 @pytest.mark.usefixtures("_without_gpu")
-def test_one_batch_is_fetched_while_the_one_before_is_in_use():
+def test_next_batch_is_fetched_while_one_is_in_use():
     fetched, threads = threading.Semaphore(0), set()
 
     def batches():

@@ -1,4 +1,4 @@
-"""Figures, by what they contain and not by their pixels."""
+"""Contents of figures."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""A tiny run in TensorBoard, in a real browser: `pytest -m browser`.
+"""A small run in TensorBoard, in a real browser: `pytest -m browser`.
 
 Needs `pip install -e '.[test,browser]'` and Chromium with its driver (Debian: `apt-get install chromium chromium-driver`).
 """
@@ -31,14 +31,14 @@ return words.join('\\n');
 
 
 @pytest.fixture(scope="module")
-def address(tmp_path_factory, verse):
-    """The address of a TensorBoard that shows a run of ten steps with two validations."""
+def address(tmp_path_factory, corpus_text):
+    """The address of a TensorBoard server with a run of ten steps and two validations."""
     folder = tmp_path_factory.mktemp("run")
     patch = pytest.MonkeyPatch()
     patch.chdir(folder)
     patch.setenv("LMLIGHT_CACHE", str(folder / "cache"))
-    (folder / "verse.txt").write_bytes(verse.encode())
-    arguments = ["fit", "--data.corpus=verse.txt", "--data.tokenizer.vocab_size=400", "--data.block_size=16"]
+    (folder / "corpus.txt").write_bytes(corpus_text.encode())
+    arguments = ["fit", "--data.corpus=corpus.txt", "--data.tokenizer.vocab_size=400", "--data.block_size=16"]
     arguments += [
         "--model.net.n_layer=1",
         "--model.net.n_embd=32",
@@ -53,7 +53,7 @@ def address(tmp_path_factory, verse):
 
 
 def shows(browser, address, page, *expected, seconds=40):
-    """Opens a page of TensorBoard and waits until it shows all expected text."""
+    """Opens a page of TensorBoard and waits for the expected texts."""
     browser.get("about:blank")
     browser.get(f"{address}#{page}")
     missing, end = list(expected), time.monotonic() + seconds
@@ -73,8 +73,15 @@ def test_scalars(browser, address):
     shows(browser, address, "scalars&tagFilter=throughput", *speeds)
 
 
-def test_text(browser, address, opening):
-    shows(browser, address, "text", f"samples/{opening}/text_summary", "temperature 1, seed 1337, step 10", opening)
+def test_text(browser, address, sample_prompt):
+    shows(
+        browser,
+        address,
+        "text",
+        f"samples/{sample_prompt}/text_summary",
+        "temperature 1, seed 1337, step 10",
+        sample_prompt,
+    )
 
 
 def test_images(browser, address):
