@@ -10,9 +10,10 @@ import yaml
 
 from lmlight import checkpoint
 from lmlight.data.tokenizer import TokenizerConfig
-from lmlight.models import GPT2, LLAMA, NETS, Transformer
+from lmlight.models import GPT2, LLAMA, Bigram, Transformer
 
 ROOT = Path(__file__).parents[1]
+NETS = {"Bigram": Bigram, "Transformer": Transformer}
 BLOCK = 32
 SIZES = {"n_layer": 2, "n_head": 4, "n_embd": 32}
 OPTIONS = {  # by model_type
