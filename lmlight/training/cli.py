@@ -33,6 +33,7 @@ from lmlight.training.callbacks import RunLogger, RunProgress
 from lmlight.training.checkpointing import AtomicCheckpointIO, BestLastCheckpoint
 from lmlight.training.datamodule import TextDataModule
 from lmlight.training.module import PYTHON_ONLY, LanguageModel
+from lmlight.training.predictions import WritePredictions
 from lmlight.training.run_settings import RUNS, Source, differences, find_source
 from lmlight.training.run_trainer import RunTrainer, SaveConfig, TimeLimit, print_summary, quiet
 from lmlight.user_code import import_class
@@ -193,6 +194,8 @@ class LmlightCLI(LightningCLI):
                 given.append(SaveConfig(self.settings))
                 if options["enable_checkpointing"] is not False:
                     given += [] if any(isinstance(one, BestLastCheckpoint) for one in given) else [BestLastCheckpoint()]
+        elif self.subcommand == "predict":
+            given.append(WritePredictions(self.config[self.subcommand].output))
         # Averaging comes late because it takes the averaged weights away at the end of a validation; the config is saved
         # once all others have started; and the last checkpoint has the state of any ModelCheckpoint.
         order = (BestLastCheckpoint, SaveConfig, WeightAveraging)

@@ -12,7 +12,6 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 import yaml
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import Timer
@@ -21,7 +20,7 @@ from lmlight import checkpoint as checkpoints
 from lmlight import files
 from lmlight.data import streaming
 from lmlight.errors import UserError
-from lmlight.generation import TextStream, escape_control_characters
+from lmlight.generation import escape_control_characters
 from lmlight.training.callbacks import RunLogger
 from lmlight.training.checkpointing import BestLastCheckpoint
 from lmlight.training.datamodule import TextDataModule
@@ -119,40 +118,12 @@ class RunTrainer(Trainer):
             ckpt_path: A file, a run's folder, or `best` or `last` of the newest run that has one.
             output: JSON Lines file for the texts, with tokens, log-probabilities and seeds; null prints them.
         """
-        path = Path(output).expanduser() if output else None
-        if path is not None and path.exists():
-            raise UserError(f"output '{path}' exists already: pass another name, or remove it")
-        if path is not None and not path.parent.is_dir():
-            raise UserError(f"output '{path}' is in a folder that does not exist: create '{path.parent}' first")
-        model.logprobs = path is not None
-        batches = super().predict(model, datamodule=datamodule, return_predictions=True)
-        ranks: list[Any] = [batches] * self.world_size
-        if self.world_size > 1:
-            torch.distributed.all_gather_object(ranks, batches)
-        if self.is_global_zero:  # the batches of prompts were dealt out to the ranks in turn
-            write_texts([stream for turn in zip(*ranks) for batch in turn for stream in batch], path)
+        super().predict(model, datamodule=datamodule, return_predictions=False)
 
     def _print_metrics(self) -> None:
         if self.is_global_zero:
             for name, value in sorted(self.callback_metrics.items()):
                 print(f"{name:<28}{value.item():>12.6g}")
-
-
-def write_texts(streams: list[TextStream], output: Path | None) -> None:
-    """Write a JSON object a line for each text to `output`; None prints the texts with a line between them."""
-    if output is None:
-        texts = [escape_control_characters(stream.prompt + stream.text) for stream in streams]
-        print(f"\n{'-' * 40}\n".join(texts))
-        return
-    try:
-        with files.whole(output) as beside, beside.open("w", encoding="utf-8", newline="\n") as file:
-            for stream in streams:
-                record = {"prompt": stream.prompt, "completion": stream.text}
-                record |= {name: getattr(stream, name) for name in ("tokens", "logprobs", "seed", "finish_reason")}
-                file.write(json.dumps(record, ensure_ascii=False) + "\n")
-    except OSError as error:
-        raise UserError(f"output '{output}' cannot be written ({error.strerror}): pass another path") from None
-    print(f"{len(streams):,} texts in {output}")
 
 
 def print_summary(

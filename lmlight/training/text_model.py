@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, overload
@@ -33,6 +33,7 @@ class TextModel(LightningModule):
     def __init__(self, sampling: Sampling) -> None:
         super().__init__()
         self.sampling = sampling
+        self.on_text: Callable[[TextStream, str], None] | None = None
         self.logprobs = False
         self.tokenizer: Tokenizer | None = None
         self.vocab_size: int | None = None
@@ -104,7 +105,9 @@ class TextModel(LightningModule):
     def predict_step(self, batch: Sequence[str], batch_idx: int) -> list[TextStream]:
         """Continue a batch of prompts: `sampling.num_samples` texts per prompt, in the order of the prompts."""
         streams = start_streams(self._tokenizer(), batch, self.sampling)
-        deque(self._generate(streams, self.sampling, self.logprobs), maxlen=0)
+        for stream, piece in self._generate(streams, self.sampling, self.logprobs):
+            if self.on_text is not None:
+                self.on_text(stream, piece)
         return streams
 
     def get_extra_state(self) -> dict[str, Any]:

@@ -1,0 +1,113 @@
+"""The output of `predict`: texts as they are generated, or a JSON Lines file."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from tqdm import tqdm
+
+from lmlight import files
+from lmlight.errors import UserError
+from lmlight.generation import TextStream, escape_control_characters
+from lmlight.training.module import LanguageModel
+
+SEPARATOR = "-" * 40 + "\n"
+
+
+class WritePredictions(Callback):
+    """Prints the texts of `predict` as they are generated, with a line between them; or writes them to a JSON Lines file.
+
+    Texts are in the order of their prompts, whichever process generated them. The file appears when it is complete.
+
+    Args:
+        output: JSON Lines file, with `prompt`, `completion`, `tokens`, `logprobs`, `seed` and `finish_reason` of each text;
+            None prints.
+
+    Raises:
+        UserError: the file exists, or its folder does not.
+    """
+
+    def __init__(self, output: str | None = None) -> None:
+        self._output = Path(output).expanduser() if output else None
+        if self._output is not None and self._output.exists():
+            raise UserError(f"output '{output}' exists already: pass another name, or remove it")
+        if self._output is not None and not self._output.parent.is_dir():
+            raise UserError(
+                f"output '{output}' is in a folder that does not exist: create '{self._output.parent}' first"
+            )
+        self._batches: list[tuple[int, list[TextStream]]] = []  # with their place in the order of the prompts
+        self._separator = ""  # printed before each text: none before the first
+        self._live: TextStream | None = None  # the text that is being printed as it is generated
+
+    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        assert isinstance(pl_module, LanguageModel)
+        self._prints_live = self._output is None and trainer.world_size == 1
+        pl_module.logprobs = self._output is not None
+        if self._prints_live:
+            pl_module.on_text = self._print_piece
+        batches = sum(map(int, trainer.num_predict_batches))
+        hidden = True if self._prints_live or not trainer.is_global_zero else None  # None: unless stderr is a terminal
+        self._bar = tqdm(total=batches, unit="batch", disable=hidden)
+
+    def on_predict_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: list[TextStream],
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        if self._prints_live:
+            if self._live is not None:
+                print(flush=True)
+                self._separator = SEPARATOR
+            self._print(stream for stream in outputs if stream is not self._live)
+            self._live = None
+        else:
+            self._batches.append((batch_idx * trainer.world_size + trainer.global_rank, outputs))
+            self._bar.update()
+
+    def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._bar.close()
+        gathered = [self._batches]
+        if trainer.world_size > 1:
+            gathered = [[] for _ in range(trainer.world_size)]
+            torch.distributed.all_gather_object(gathered, self._batches)
+        if trainer.is_global_zero and not self._prints_live:
+            batches = sorted((batch for rank in gathered for batch in rank), key=lambda batch: batch[0])
+            streams = [stream for _, batch in batches for stream in batch]
+            if self._output is None:
+                self._print(streams)
+            else:
+                self._write(streams, self._output)
+
+    def _print_piece(self, stream: TextStream, piece: str) -> None:
+        """Prints the first text of a batch as it is generated; the others follow when the batch is complete."""
+        if self._live is None:
+            self._live, self._before = stream, stream.prompt
+            print(self._separator + escape_control_characters(stream.prompt), end="")
+        if stream is self._live:
+            print(escape_control_characters(piece, after=self._before), end="", flush=True)
+            self._before = piece
+
+    def _print(self, streams: Iterable[TextStream]) -> None:
+        for stream in streams:
+            print(self._separator + escape_control_characters(stream.prompt + stream.text), flush=True)
+            self._separator = SEPARATOR
+
+    def _write(self, streams: Sequence[TextStream], output: Path) -> None:
+        try:
+            with files.whole(output) as beside, beside.open("w", encoding="utf-8", newline="\n") as file:
+                for stream in streams:
+                    record = {"prompt": stream.prompt, "completion": stream.text}
+                    record |= {name: getattr(stream, name) for name in ("tokens", "logprobs", "seed", "finish_reason")}
+                    file.write(json.dumps(record, ensure_ascii=False) + "\n")
+        except OSError as error:
+            raise UserError(f"output '{output}' cannot be written ({error.strerror}): pass another path") from None
+        print(f"{len(streams):,} texts in {output}")
