@@ -459,7 +459,7 @@ def prompts_of(prompts):
 
 
 def test_prompts_from_a_list():
-    assert prompts_of(["MIRA:\n", "", " "]) == [["MIRA:\n"], [""], [" "]]
+    assert prompts_of(["MIRA:\n", "", " "]) == [["MIRA:\n", "", " "]]
     assert list(TextDataModule("absent.txt").predict_dataloader()) == [[""]]
 
 
@@ -474,7 +474,7 @@ def test_prompts_from_a_list():
 )
 def test_prompts_file_has_one_prompt_per_line(tmp_path, content, expected):
     (tmp_path / "prompts.txt").write_bytes(content.encode())
-    assert prompts_of("prompts.txt") == [[line] for line in expected]
+    assert prompts_of("prompts.txt") == [expected]
 
 
 @pytest.mark.parametrize("content", [None, "é".encode("latin-1")])

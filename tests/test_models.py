@@ -62,9 +62,10 @@ def test_config_rebuilds_the_network(options):
     assert torch.equal(net(idx), again(idx))
 
 
-@pytest.mark.parametrize("net", [Bigram(11, 8), Transformer(**SMALL)], ids=["bigram", "transformer"])
-def test_networks_can_overfit_one_batch(net):
+@pytest.mark.parametrize("make", [lambda: Bigram(11, 8), lambda: Transformer(**SMALL)], ids=["bigram", "transformer"])
+def test_networks_can_overfit_one_batch(make):
     torch.manual_seed(1)
+    net = make()
     # each token always has the same successor, which a bigram can learn, too
     successor = torch.randperm(11)
     idx = [torch.arange(4)]
@@ -72,7 +73,7 @@ def test_networks_can_overfit_one_batch(net):
         idx.append(successor[idx[-1]])
     idx = torch.stack(idx, dim=1)  # (4, 9)
     optimizer = torch.optim.AdamW(net.parameters(), lr=3e-2)
-    for _ in range(150):
+    for _ in range(300):
         loss = F.cross_entropy(net(idx[:, :-1]).flatten(0, 1), idx[:, 1:].flatten())
         optimizer.zero_grad()
         loss.backward()

@@ -175,7 +175,7 @@ def test_commands_parse(page, capsys):
     newest = max(Path("runs").iterdir())
     for typed_words in typed:
         words = [re.sub(r"runs/20\d\d-[\d_-]+|model\.ckpt", str(newest), word) for word in typed_words]
-        if "lmlight" not in words or COMMANDS[words[words.index("lmlight") + 1]].target != TRAINING:
+        if "lmlight" not in words or COMMANDS[words[words.index("lmlight") + 1]][1] != TRAINING:
             continue
         arguments = words[words.index("lmlight") + 1 :]  # after a pipe, torchrun or srun
         end = [at for at, word in enumerate(arguments) if word.startswith((">", "|", "$("))]
@@ -188,7 +188,7 @@ def test_commands_parse(page, capsys):
         assert status_of(["fit", "--config=block.yaml", "--print_config"]) == 0, capsys.readouterr().err
 
 
-@pytest.mark.usefixtures("_there")
+@pytest.mark.usefixtures("_in_workshop")
 # what export.md shows needs extras, and is run by test_hf.py and test_graphs.py
 @pytest.mark.parametrize(
     "page", [p for p in PAGES if blocks(p, "python") and p.name not in ("export.md", "extending.md")], ids=name_of

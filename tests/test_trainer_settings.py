@@ -291,9 +291,7 @@ def test_tables_are_complete():
     """New releases of Lightning and torch may add arguments and classes."""
     arguments = set(inspect.signature(pl.Trainer.__init__).parameters) - {"self"}
     assert arguments == ARGUMENTS.keys() | {name for row in WITHOUT_CHECKPOINTS for name in row}
-    flags = {
-        flag.partition("=")[0].rstrip("+").partition(".")[0] for row in (*TOGETHER, *ALONE) for flag in row
-    }
+    flags = {flag.partition("=")[0].rstrip("+").partition(".")[0] for row in (*TOGETHER, *ALONE) for flag in row}
     refused = {flag.partition("=")[0].partition(".")[0] for flag in REFUSED}
     assert arguments == flags | (refused & arguments)
     assert set(lightning_callbacks.__all__) == CALLBACKS.keys() | SLOW_CALLBACKS.keys() | REFUSED_CALLBACKS.keys()
