@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lmlight.data.tokenizer import CharTokenizer, StreamingDecoder, TokenizerConfig
+from lmlight.data.tokenizer import CharTokenizer, TokenizerConfig
 from lmlight.errors import UserError
 from lmlight.generation import (
     Decoder,
@@ -25,6 +25,7 @@ from lmlight.generation import (
     start_streams,
 )
 from lmlight.generation.fast_decoder import FastDecoder, pack_linear
+from lmlight.generation.text import StreamingDecoder
 from lmlight.models import GPT2, LLAMA, Bigram, Transformer
 from lmlight.models.attention import attention_weights, repeat_kv
 from lmlight.models.rope import rope_cache

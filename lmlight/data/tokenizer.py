@@ -18,7 +18,7 @@ import importlib
 import json
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import chain
 from typing import Literal
@@ -120,39 +120,6 @@ class Tokenizer(ABC):
     def fingerprint(self) -> str:
         """The SHA-256 of the class and `to_bytes()`."""
         return hashlib.sha256(serialize(self)).hexdigest()
-
-
-class StreamingDecoder:
-    """Decodes ids one by one. The texts that it returns add up to `tokenizer.decode` of all ids.
-
-    The bytes of a character are held back until it is complete or known to be invalid.
-
-    Args:
-        tokenizer: decodes.
-        prefix: the ids before the first one. A lossy tokenizer drops a space at the beginning of a text.
-    """
-
-    def __init__(self, tokenizer: Tokenizer, prefix: Sequence[int] = ()) -> None:
-        self._tokenizer = tokenizer
-        self._context = list(prefix)  # the last ids that gave text
-        self._pending: list[int] = []
-
-    def push(self, index: int) -> str:
-        """The text that is complete with this id."""
-        self._pending.append(index)
-        is_partial = self._tokenizer.decode([index]) == "\ufffd" and self._text().endswith("\ufffd")
-        return "" if is_partial else self.flush()
-
-    def flush(self) -> str:
-        """The text that was held back."""
-        text = self._text()
-        self._context = self._pending if text else self._context + self._pending
-        self._pending = []
-        return text
-
-    def _text(self) -> str:
-        before = self._tokenizer.decode(self._context)
-        return self._tokenizer.decode(self._context + self._pending)[len(before) :]
 
 
 @dataclass(frozen=True)

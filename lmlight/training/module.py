@@ -22,7 +22,6 @@ from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
 from lmlight import checkpoint as checkpoints
 from lmlight.data.loader import Batch, as_batch
-from lmlight.data.tokenizer import Tokenizer
 from lmlight.errors import UserError
 from lmlight.generation import Sampling
 from lmlight.models import Net, Transformer, architecture_kwargs
@@ -40,10 +39,9 @@ from lmlight.optim import (
 )
 from lmlight.training.checkpointing import EXTRA_STATE, non_finite_error, total_norm
 from lmlight.training.datamodule import TextDataModule
-from lmlight.training.metrics import TextLoss
 from lmlight.training.precision import MatmulPrecision
 from lmlight.training.run_checks import check_run, total_steps
-from lmlight.training.text_model import NO_NETWORK, TextModel
+from lmlight.training.text_model import TextModel
 
 PYTHON_ONLY = {"init_from", "settings"}  # arguments that are no flags
 NetCallable = Callable[[int, int], Net]
@@ -107,8 +105,6 @@ class LanguageModel(TextModel):
             self.block_size = init_from[checkpoints.METADATA_KEY]["net"]["config"]["block_size"]
         self._hyperparameters: list[dict[str, Any]] = []  # of the optimizer as it was made
         self._resumed_hyperparameters: list[dict[str, Any]] = []  # the same when the resumed run began
-        self._validation: tuple[int, dict[str, Tensor]] | None = None  # step and metrics of the last one
-        self.val_loss, self.test_loss, self.sliding_loss = TextLoss(), TextLoss(), TextLoss()
 
     @classmethod
     def load_from_checkpoint(  # type: ignore[override]
@@ -201,27 +197,6 @@ class LanguageModel(TextModel):
                 "the datamodule and the model use different tokenizers: set datamodule.tokenizer = model.tokenizer before "
                 "the trainer prepares the data"
             )
-
-    def _sizes(self) -> tuple[int, int]:
-        """(vocab_size, block_size), from the data unless they are known."""
-        if self.tokenizer is not None:
-            self.vocab_size = self.tokenizer.vocab_size
-        if self.vocab_size is None or self.block_size is None:
-            try:
-                data = getattr(self.trainer, "datamodule", None)
-            except RuntimeError:  # there is no trainer
-                raise UserError(NO_NETWORK) from None
-            tokenizer = getattr(data, "tokenizer", None)
-            if self.tokenizer is None and isinstance(tokenizer, Tokenizer):
-                self.tokenizer = tokenizer
-            self.vocab_size = getattr(self.tokenizer or data, "vocab_size", None)
-            self.block_size = self.block_size or getattr(data, "block_size", None)
-        if self.vocab_size is None or self.block_size is None:
-            raise UserError(
-                "the sizes of the network are not known: train with a data module that has block_size and tokenizer (or "
-                "vocab_size), such as TextDataModule, or load a checkpoint (--ckpt_path) to predict"
-            )
-        return self.vocab_size, self.block_size
 
     def configure_model(self) -> None:
         if self.net is None:
@@ -328,26 +303,6 @@ class LanguageModel(TextModel):
         if self.step_is_logged:
             self.log("grad_norm", norm / scaler.get_scale() if scaler is not None and still_scaled else norm)
             self.log("train/loss", self.step_loss, prog_bar=True, sync_dist=True)
-
-    def validation_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """Score a batch; returns (B, T) nats per token, for callbacks."""
-        return self.score(as_batch(batch), self.val_loss)
-
-    def on_validation_epoch_end(self) -> None:
-        self._validation = self.global_step, self._report("val", self.val_loss)
-
-    def test_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
-        self.score(as_batch(batch), self.sliding_loss if dataloader_idx else self.test_loss)
-
-    def on_test_epoch_end(self) -> None:
-        self._report("test", self.test_loss)
-        self._report("test_sliding", self.sliding_loss)
-
-    def _report(self, stage: str, metric: TextLoss) -> dict[str, Tensor]:
-        metrics = {f"{stage}/{name}": value.float() for name, value in metric.compute().items()}
-        self.log_dict(metrics)
-        metric.reset()
-        return metrics
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         if self.device_mesh is None:  # sharded strategies have done it
