@@ -1,10 +1,9 @@
-"""The cost of the default callbacks: the default recipe with all callbacks of `lmlight fit`, and with none.
+"""The cost of the default callbacks: the default recipe with and without all callbacks of `lmlight fit`.
 
     python benchmarks/callbacks.py [--steps 1000] [--rounds 3]
 
-Complete runs alternate, with validations on both sides and everything that is drawn at the end. On a shared machine, the
-difference between two runs says little, so the time inside the callbacks and the logger is also added up, as a share of the
-run. Prints Markdown tables.
+Complete runs alternate; all of them validate. Differences between runs are noisy on a shared machine, so the script also
+reports the time inside callbacks and logger as a share of the run. Prints Markdown tables.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ import time
 import warnings
 from typing import Any
 
-os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # as `lmlight fit` has it; before torch is imported
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # the value of `lmlight fit`, set before torch is imported
 
 import lightning.pytorch as pl
 from lightning.pytorch.profilers import SimpleProfiler
@@ -29,7 +28,7 @@ from lmlight.training.cli import TRAINER_DEFAULTS
 
 
 class TimedLogger(callbacks.RunLogger):
-    """Adds up the seconds that logging takes."""
+    """Sums the seconds spent in logging."""
 
     seconds = 0.0
 
@@ -40,7 +39,7 @@ class TimedLogger(callbacks.RunLogger):
 
 
 def fit(steps: int, watching: list[pl.Callback]) -> tuple[float, dict[str, float]]:
-    """The seconds of a run, and those spent in each callback and the logger."""
+    """Returns the seconds of a run, and the seconds in each callback and the logger."""
     given = ("logger", "max_steps", "default_root_dir")
     defaults: dict[str, Any] = {k: v for k, v in TRAINER_DEFAULTS.items() if k not in given}
     with tempfile.TemporaryDirectory() as folder:
@@ -73,12 +72,12 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     options = parser.parse_args()
     warnings.simplefilter("ignore")
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # the profiler's own tables
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # hides the profiler's tables
 
     def defaults() -> list[pl.Callback]:
         return [pl.callbacks.LearningRateMonitor(), *(kind() for kind in callbacks.DEFAULT)]
 
-    fit(20, defaults())  # imports, the corpus and the tokenizer
+    fit(20, defaults())  # warms up imports, corpus and tokenizer
     without, watched = [], []
     for _ in range(options.rounds):
         without.append(fit(options.steps, []))
@@ -87,13 +86,13 @@ def main() -> None:
     for name, runs in (("none", without), ("all", watched)):
         each, median = ", ".join(f"{seconds:.1f}" for seconds, _ in runs), statistics.median(s for s, _ in runs)
         print(f"| {name} | {each} | {median:.1f} |")
-    print("\n| share of the run's time, median | |\n|---|---|")
+    print("\n| share of the run time, median | |\n|---|---|")
     shares = {name: [spent[name] / seconds for seconds, spent in watched] for name in watched[0][1]}
     baseline = statistics.median(spent["logger"] / seconds for seconds, spent in without)
     shares["logger"] = [share - baseline for share in shares["logger"]]
     medians = {name: statistics.median(values) for name, values in shares.items()}
     for name, share in sorted(medians.items(), key=lambda item: -item[1]):
-        print(f"| {name}{', in excess of a run without callbacks' if name == 'logger' else ''} | {share:.2%} |")
+        print(f"| {name}{', more than without callbacks' if name == 'logger' else ''} | {share:.2%} |")
     print(f"| total | {sum(medians.values()):.2%} |")
 
 

@@ -1,11 +1,11 @@
-"""How fast a text becomes tokens, how much memory that takes, and whether training minds how large the text is.
+"""Speed and memory of tokenization, and of training on texts of different sizes.
 
-python benchmarks/data.py make text.txt --megabytes 2000     # a text that nobody wrote, the same for the same seed
-python benchmarks/data.py prepare text.txt                   # stage by stage, with the peak of resident memory
-python benchmarks/data.py train small.txt text.txt           # milliseconds a step on each, alternating
-python benchmarks/data.py read text.txt                      # windows from all over it, with the memory as it goes on
+python benchmarks/data.py make text.txt --megabytes 2000     # generates a text; the same for the same seed
+python benchmarks/data.py prepare text.txt                   # time and peak resident memory of each stage
+python benchmarks/data.py train small.txt text.txt           # milliseconds per step on each text, alternating
+python benchmarks/data.py read text.txt                      # resident memory while windows are read in random order
 python benchmarks/data.py resegment text.txt                 # sampled segmentations, shard by shard
-python benchmarks/data.py peers text.txt --megabytes 50      # encoding alone, against others with the same vocabulary
+python benchmarks/data.py peers text.txt --megabytes 50      # encoding, against other libraries with the same vocabulary
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ WORDS = 200_000
 
 
 def vocabulary(random: np.random.Generator) -> list[str]:
-    """Words of one to five syllables, in the order of their frequency; the frequent ones are short, as in language."""
-    onsets = "b br c ch cl d dr f fl g gr h j k l m n p pl qu r s sh sl st t th tr v w y z".split()  # noqa: SIM905  (read as one)
-    vowels = "a ai e ea ee i ie o oa oo ou u".split()  # noqa: SIM905  (read as one)
-    codas = ["", "", "", "", *"ck d ght l ll m n nd ng nt p r rd rk rn s ss st t th".split()]  # noqa: SIM905  (read as one)
+    """Words of one to five syllables, most frequent first. Frequent words are short, as in natural language."""
+    onsets = "b br c ch cl d dr f fl g gr h j k l m n p pl qu r s sh sl st t th tr v w y z".split()  # noqa: SIM905
+    vowels = "a ai e ea ee i ie o oa oo ou u".split()  # noqa: SIM905
+    codas = ["", "", "", "", *"ck d ght l ll m n nd ng nt p r rd rk rn s ss st t th".split()]  # noqa: SIM905
     words: dict[str, None] = {}
     while len(words) < WORDS:
         longest = 1 + min(4, len(words) * 5 // WORDS + (len(words) > 200))
@@ -47,7 +47,7 @@ def vocabulary(random: np.random.Generator) -> list[str]:
 
 
 def make(path: Path, megabytes: int, seed: int) -> None:
-    """Writes a text: word frequencies by Zipf's law with Mandelbrot's shift, sentences and paragraphs of varying length."""
+    """Writes a text with Zipf-Mandelbrot word frequencies, and sentences and paragraphs of varying length."""
     random = np.random.default_rng(seed)
     words = vocabulary(random)
     cumulative = np.cumsum(1 / (np.arange(WORDS) + 2.7))
@@ -64,11 +64,11 @@ def make(path: Path, megabytes: int, seed: int) -> None:
 
 
 class Peak:
-    """The peak of resident memory, of this process and with those that it has started, while it is watched.
+    """Measures peak resident memory inside a `with` block.
 
     Attributes:
-        own: bytes, above what this process had at the beginning.
-        all: bytes of all processes, in full.
+        own: bytes of this process, above its memory at the start.
+        all: bytes of this process and its children.
     """
 
     def __enter__(self) -> Peak:
@@ -101,38 +101,38 @@ def prepare(path: Path, cache: str) -> None:
 
     began = time.perf_counter()
 
-    def say(what: str, megabytes: float | None = None) -> None:
+    def report(stage: str, megabytes: float | None = None) -> None:
         nonlocal began
         seconds = time.perf_counter() - began
         speed = f"{megabytes / seconds:10,.1f} MB/s" if megabytes else ""
         print(
-            f"  {what:<28}{seconds:8.1f} s{speed}  {peak.own / 1e6:8,.0f} MB more, {peak.all / 1e6:,.0f} MB in all",
+            f"  {stage:<28}{seconds:8.1f} s{speed}  {peak.own / 1e6:8,.0f} MB more, {peak.all / 1e6:,.0f} MB in total",
             flush=True,
         )
         began = time.perf_counter()
 
     with Peak() as peak:
         text = corpus.load(str(path))
-        chars, size = text.size
+        chars, size = text.n_chars, path.stat().st_size
         print(f"{path}: {size / 1e6:,.0f} MB, {cpu_count()} cores")
-        say("hashed and counted", size / 1e6)
+        report("hashed and counted", size / 1e6)
         cut = corpus.train_chars(chars, 0.1)
         tokenizer = TokenizerConfig().train((chunk.text for chunk in text.chunks(0, cut)), cut)
-        say("tokenizer trained")
+        report("tokenizer trained")
         parts = {"train": text.chunks(0, cut), "val": text.chunks(cut)}
         with tempfile.TemporaryDirectory(dir=cache) as folder:
-            write_store(Path(folder) / "store", "print", parts, tokenizer, size=size)
-            say("encoded", size / 1e6)
+            write_store(Path(folder) / "store", "print", parts, tokenizer, chars=chars)
+            report("encoded", size / 1e6)
         data = TextDataModule(str(path), cache=cache)
         data.prepare_data()
         data.setup("fit")
-        say("all of it, by TextDataModule", size / 1e6)
+        report("all stages, by TextDataModule", size / 1e6)
         data.prepare_data()
-        say("the same again", size / 1e6)
+        report("again, from the cache", size / 1e6)
         for number, _ in enumerate(data.train_dataloader()):
             if number == 20_000:
                 break
-        say(f"{number:,} batches read")
+        report(f"{number:,} batches read")
 
 
 def train(paths: list[Path], cache: str, steps: int, rounds: int) -> None:
@@ -147,7 +147,7 @@ def train(paths: list[Path], cache: str, steps: int, rounds: int) -> None:
         def on_train_batch_end(
             self, trainer: pl.Trainer, module: Any, outputs: Any, batch: Any, batch_idx: int
         ) -> None:
-            if trainer.global_step == 10:  # the first ones are slower
+            if trainer.global_step == 10:  # the first steps are slower
                 self.began = time.perf_counter()
             elif trainer.global_step == 10 + steps:
                 self.seconds = (time.perf_counter() - self.began) / steps
@@ -176,7 +176,7 @@ def train(paths: list[Path], cache: str, steps: int, rounds: int) -> None:
 
 
 def read(path: Path, cache: str, batches: int) -> None:
-    """Reads windows in an epoch's order, which is all over the text, and prints what is resident meanwhile."""
+    """Reads windows in the order of an epoch and prints resident memory."""
     from lmlight import TextDataModule
 
     data = TextDataModule(str(path), cache=cache)
@@ -196,7 +196,7 @@ def read(path: Path, cache: str, batches: int) -> None:
             memory = process.memory_info()
             print(
                 f"  {number:9,} batches{time.perf_counter() - began:8.1f} s   resident {memory.rss / 1e6:6,.0f} MB, "
-                f"of it files mapped {memory.shared / 1e6:6,.0f} MB",
+                f"including mapped files {memory.shared / 1e6:6,.0f} MB",
                 flush=True,
             )
         if number == batches:
@@ -204,7 +204,7 @@ def read(path: Path, cache: str, batches: int) -> None:
 
 
 def resegment(path: Path, cache: str, shards: int) -> None:
-    """Segments shards of a text afresh, in this process and in as many as there are cores."""
+    """Resegments shards of a text in this process, and in one process per core."""
     from lmlight import TextDataModule
     from lmlight.data.subword_regularization import SubwordSampling
     from lmlight.data.workers import cpu_count
@@ -220,13 +220,13 @@ def resegment(path: Path, cache: str, shards: int) -> None:
             data.setup("fit")
             began, characters = time.perf_counter(), 0
             for shard in range(shards):
-                data._source._load([(0, coming) for coming in range(shard, min(shard + 1 + workers, shards))])
+                data._source._open([(0, coming) for coming in range(shard, min(shard + 1 + workers, shards))])
                 characters += int(counts[data._source._ids].sum())
             seconds = time.perf_counter() - began
             data.teardown("fit")
         print(
-            f"  {shards} shards, {workers} processes beside training's: {characters / 1e6 / seconds:6.2f} M characters "
-            f"a second, {peak.own / 1e6:,.0f} MB more, {peak.all / 1e6:,.0f} MB in all",
+            f"  {shards} shards, {workers} worker processes: {characters / 1e6 / seconds:6.2f} M characters "
+            f"a second, {peak.own / 1e6:,.0f} MB more, {peak.all / 1e6:,.0f} MB in total",
             flush=True,
         )
 
@@ -251,8 +251,8 @@ def peers(path: Path, megabytes: int, rounds: int) -> None:
         with tempfile.TemporaryDirectory() as folder:
             write_store(Path(folder) / "store", "print", {"train": iter(pieces)}, tokenizer)
 
-    ways: dict[str, Callable[[], Any]] = {
-        f"ours, to disk and checked, {cores} processes": ours,
+    encoders: dict[str, Callable[[], Any]] = {
+        f"lmlight, verified and written to disk, {cores} processes": ours,
         "SentencePiece's batch encoder, 1 thread": lambda: processor.encode(lines),
         f"SentencePiece's batch encoder, {cores} threads": lambda: processor.encode(lines, num_threads=cores),
     }
@@ -262,13 +262,13 @@ def peers(path: Path, megabytes: int, rounds: int) -> None:
 
     exported = json.dumps(tokenizer_json(tokenizer))
     other = Tokenizer.from_str(exported)
-    ways["Hugging Face tokenizers, unigram, all cores"] = lambda: other.encode_batch_fast(lines)
+    encoders["Hugging Face tokenizers, unigram, all cores"] = lambda: other.encode_batch_fast(lines)
     work = Path(tempfile.mkdtemp(prefix="lmlight-benchmark-"))
     (work / "tokenizer.json").write_text(exported, "utf-8")
-    # it puts a token before each file, and asks for its number
+    # litgpt puts a BOS token before each file
     (work / "generation_config.json").write_text(json.dumps({"bos_token_id": processor.unk_id()}))
     files = []
-    for number, piece in enumerate(pieces):  # a megabyte or so each, as it takes a file as a whole
+    for number, piece in enumerate(pieces):  # about a megabyte each: litgpt encodes whole files
         files.append(str(work / f"{number}.txt"))
         Path(files[-1]).write_text(piece.text, "utf-8", newline="")
 
@@ -282,18 +282,20 @@ def peers(path: Path, megabytes: int, rounds: int) -> None:
                 chunk_bytes="50MB", item_loader=litdata.TokensLoader(), verbose=False,
             )  # fmt: skip
 
-    ways[f"litgpt's TextFiles, the same tokenizer.json, {cores} workers"] = litgpt
+    encoders[f"litgpt's TextFiles, the same tokenizer.json, {cores} workers"] = litgpt
     same = different = 0
     for mine, theirs in zip(processor.encode(lines), other.encode_batch_fast(lines)):
         same += len(mine) * (mine == theirs.ids)
         different += len(mine) * (mine != theirs.ids)
-    print(f"Hugging Face's ids: {different / (same + different):.2e} of all are in lines that differ from ours")
+    print(
+        f"Hugging Face: {different / (same + different):.2e} of the ids are in lines that lmlight encodes differently"
+    )
     print(f"{len(text) / 1e6:,.0f} MB of {path.name}, vocabulary {tokenizer.vocab_size:,}")
-    best = dict.fromkeys(ways, float("inf"))
+    best = dict.fromkeys(encoders, float("inf"))
     for _ in range(rounds):
-        for name, way in ways.items():
+        for name, encode in encoders.items():
             began = time.perf_counter()
-            way()
+            encode()
             best[name] = min(best[name], time.perf_counter() - began)
     shutil.rmtree(work)
     for name, took in best.items():
@@ -301,7 +303,7 @@ def peers(path: Path, megabytes: int, rounds: int) -> None:
 
 
 def litgpt_tokenize(filename: str, folder: str) -> Iterator[Any]:
-    """litgpt's own function, in whichever process its preparation runs it."""
+    """Encodes a file with litgpt, in a worker process of litdata."""
     text_files, tokenizer = _litgpt(folder)
     yield from text_files.tokenize(filename, tokenizer)
 
@@ -318,17 +320,17 @@ def _litgpt(folder: str) -> tuple[Any, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
-    making = commands.add_parser("make", help="write a text")
+    making = commands.add_parser("make", help="generate a text")
     making.add_argument("path", type=Path)
     making.add_argument("--megabytes", type=int, default=2000)
     making.add_argument("--seed", type=int, default=1337)
-    preparing = commands.add_parser("prepare", help="measure preparing")
+    preparing = commands.add_parser("prepare", help="measure preparation")
     preparing.add_argument("path", type=Path)
     training = commands.add_parser("train", help="measure training on texts of several sizes")
     training.add_argument("paths", type=Path, nargs="+")
     training.add_argument("--steps", type=int, default=60)
     training.add_argument("--rounds", type=int, default=5)
-    reading = commands.add_parser("read", help="measure memory while windows are read from all over a text")
+    reading = commands.add_parser("read", help="measure memory while windows are read in random order")
     reading.add_argument("path", type=Path)
     reading.add_argument("--batches", type=int, default=200_000)
     segmenting = commands.add_parser("resegment", help="measure sampled segmentations")
@@ -339,7 +341,7 @@ def main() -> None:
     peering.add_argument("--megabytes", type=int, default=50)
     peering.add_argument("--rounds", type=int, default=3)
     for command in (preparing, training, reading, segmenting):
-        command.add_argument("--cache", help="where the tokens go; else into a folder that is deleted")
+        command.add_argument("--cache", help="folder for tokens (default: a temporary folder)")
     options = parser.parse_args()
     if options.command == "make":
         make(options.path, options.megabytes, options.seed)

@@ -1,12 +1,12 @@
-"""The same model in each engine: how large its file is, and how fast one text is written.
+"""File size and generation speed of the same model in each inference engine.
 
     python benchmarks/engines.py --ckpt_path FILE [--threads 2 1] [--rounds 5] [--perplexity] [--json FILE]
 
-A checkpoint is exported to each format, and a prompt continued greedily to the end of the block in each engine (llama.cpp
-goes no further), in alternating rounds, each engine in a process of its own: in one process, the threads of one spin where
-another's are wanted. Medians are given, and whether the tokens are lmlight's. With `--perplexity` llama.cpp encodes all of
-tiny Shakespeare, and both score its validation part in windows that do not overlap, one token shorter than the block, which
-llama.cpp's server does not fill. The page for browsers is driven where it is installed (docs/export.md).
+Exports a checkpoint to each format. Each engine continues a prompt greedily to the end of the block, the limit of
+llama.cpp. The engines take turns, each in its own process, because spinning threads of one engine would slow down
+another. The table has medians, and whether the tokens equal those of lmlight. With `--perplexity`, llama.cpp encodes all
+of tiny Shakespeare, and both score its validation part in non-overlapping windows. They are one token shorter than the
+block, which the server of llama.cpp does not fill. The browser page is included if it is installed (docs/export.md).
 Needs `pip install -e '.[engines,browser]'`. Prints Markdown tables.
 """
 
@@ -37,7 +37,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # as `lmlight predict` has it
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # the value of `lmlight predict`, set before torch is imported
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import numpy as np
@@ -57,54 +57,54 @@ PROMPT = "ROMEO:\nWhat say you"
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "examples" / "browser"
 
-Write = Callable[[list[int], int], list[int]]
-"""Continues ids by so many, greedily; the new ones."""
+Generate = Callable[[list[int], int], list[int]]
+"""Continues ids greedily by a number of tokens; returns the new ids."""
 Run = Callable[[list[int], int], tuple[float, list[int]]]
-"""The same with the seconds it took."""
+"""The same, with the seconds that it took."""
 
 
-def ours(model: Model) -> Write:
-    def write(prompt: list[int], new: int) -> list[int]:
+def ours(model: Model) -> Generate:
+    def generate(prompt: list[int], new: int) -> list[int]:
         sampling = Sampling(max_new_tokens=new, temperature=0)
         return [step.ids[0] for step in generate_ids(model.net, [prompt], sampling, [0])]
 
-    return write
+    return generate
 
 
-def transformers_(folder: Path) -> Write:
+def transformers_(folder: Path) -> Generate:
     net = transformers.AutoModelForCausalLM.from_pretrained(folder)
 
     @torch.inference_mode()
-    def write(prompt: list[int], new: int) -> list[int]:
+    def generate(prompt: list[int], new: int) -> list[int]:
         idx = torch.tensor([prompt])
         options: dict[str, Any] = dict(max_new_tokens=new, do_sample=False, pad_token_id=0)
         made = net.generate(idx, attention_mask=torch.ones_like(idx), **options)
         return made[0, len(prompt) :].tolist()
 
-    return write
+    return generate
 
 
-def torch_export(file: Path) -> Write:
-    """It has no cached step: each token is a pass over all that there is."""
+def torch_export(file: Path) -> Generate:
+    """The exported program has no cache, so each token needs a pass over all tokens."""
     net = torch.export.load(file).module()
 
     @torch.inference_mode()
-    def write(prompt: list[int], new: int) -> list[int]:
+    def generate(prompt: list[int], new: int) -> list[int]:
         ids = list(prompt)
         for _ in range(new):
             ids.append(int(net(torch.tensor([ids]))[0, -1].argmax()))
         return ids[len(prompt) :]
 
-    return write
+    return generate
 
 
-def onnxruntime_(file: Path, threads: int) -> Write:
+def onnxruntime_(file: Path, threads: int) -> Generate:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     session = onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
     n_layer, two, _, heads, _, head_size = session.get_inputs()[1].shape
 
-    def write(prompt: list[int], new: int) -> list[int]:
+    def generate(prompt: list[int], new: int) -> list[int]:
         past, fresh, made = np.zeros((n_layer, two, 1, heads, 0, head_size), np.float32), prompt, list[int]()
         for _ in range(new):
             logits, past = session.run(None, {"ids": np.array([fresh]), "past": past})
@@ -112,16 +112,16 @@ def onnxruntime_(file: Path, threads: int) -> Write:
             made += fresh
         return made
 
-    return write
+    return generate
 
 
 class LlamaCpp:
-    """llama.cpp's server; with `plain`, its cache is float32 and its fused attention off, as our own net counts."""
+    """The server of llama.cpp. With `plain`, it has a float32 cache and no flash attention, like lmlight."""
 
     def __init__(self, file: Path, threads: int, plain: bool = False) -> None:
         params = xllamacpp.CommonParams()
         params.model.path = str(file)
-        params.n_parallel, params.n_gpu_layers = 1, 0  # the context is the file's: the block
+        params.n_parallel, params.n_gpu_layers = 1, 0  # the context size is that of the file
         params.warmup = params.fit_params = False
         params.verbosity = 0
         params.cpuparams.n_threads = params.cpuparams_batch.n_threads = threads
@@ -139,22 +139,22 @@ class LlamaCpp:
         return answer
 
     def __call__(self, prompt: list[int], new: int) -> list[int]:
-        self.connection.close()  # while others had their turn, the server has given it up
+        self.connection.close()  # the server closes idle connections
         settings = {"temperature": 0, "return_tokens": True, "cache_prompt": False}
         return self.ask("/completion", prompt=prompt, n_predict=new, **settings)["tokens"]
 
     def nats(self, before: list[int], token: int) -> float:
-        """What a token costs behind others: it is made to be written, and its probability given is that of before."""
+        """Negative log-likelihood of `token`. A bias forces the token; the reported probability excludes the bias."""
         settings = {"n_predict": 1, "temperature": 0, "n_probs": 1, "logit_bias": [[token, 1000.0]]}
-        said = self.ask("/completion", prompt=before, cache_prompt=True, **settings)
-        (one,) = said["completion_probabilities"]
+        answer = self.ask("/completion", prompt=before, cache_prompt=True, **settings)
+        (one,) = answer["completion_probabilities"]
         assert one["id"] == token
         return -one["logprob"]
 
 
 @contextlib.contextmanager
 def page(file: Path) -> Iterator[Run]:
-    """examples/browser in Chromium without a window, timed by itself; on one thread, as from any server of plain files."""
+    """Runs examples/browser in headless Chromium, on one thread. The page measures the time."""
     from selenium import webdriver
     from selenium.webdriver.chrome.service import Service
 
@@ -189,10 +189,10 @@ def page(file: Path) -> Iterator[Run]:
         driver.quit()
 
 
-def timed(write: Write) -> Run:
+def timed(generate: Generate) -> Run:
     def run(prompt: list[int], new: int) -> tuple[float, list[int]]:
         began = time.perf_counter()
-        ids = write(prompt, new)
+        ids = generate(prompt, new)
         return time.perf_counter() - began, ids
 
     return run
@@ -204,7 +204,7 @@ def size(path: Path) -> int:
 
 
 def export(checkpoint: Path, folder: Path) -> dict[str, Path]:
-    """The checkpoint in each format, by what it is called in the table."""
+    """Exports the checkpoint to each format; returns paths by format."""
     paths = {"checkpoint": checkpoint}
     for name, words in {
         "hf": ["hf"],
@@ -219,7 +219,7 @@ def export(checkpoint: Path, folder: Path) -> dict[str, Path]:
     return paths
 
 
-ENGINES: dict[str, tuple[str, Callable[[Path, int], Write]]] = {
+ENGINES: dict[str, tuple[str, Callable[[Path, int], Generate]]] = {
     "lmlight": ("checkpoint", lambda file, _: ours(Model.read(file))),
     "transformers": ("hf", lambda file, _: transformers_(file)),
     "llama.cpp f32": ("gguf f32", lambda file, threads: LlamaCpp(file, threads, plain=True)),
@@ -228,22 +228,22 @@ ENGINES: dict[str, tuple[str, Callable[[Path, int], Write]]] = {
     "onnxruntime": ("onnx", onnxruntime_),
     "torch.export, without a cache": ("torch", lambda file, _: torch_export(file)),
 }
-"""What each runs, and how it is made of that file and a number of threads."""
+"""The format of each engine, and a function of the file and the number of threads that makes it."""
 BROWSER = "the page in Chromium"
 
 
 def work(name: str, file: Path, threads: int, orders: Connection) -> None:
-    """One engine in a process of its own, where no other's threads spin: for each order, some seconds and what it wrote."""
+    """Runs one engine in its own process. For each order, sends the seconds of each repeat and the new ids."""
     torch.set_num_threads(threads)
     warnings.simplefilter("ignore")
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    gc.disable()  # as benchmarks/generation.py
+    gc.disable()  # see benchmarks/generation.py
     with page(file) if name == BROWSER else contextlib.nullcontext() as browser:
         run = browser or timed(ENGINES[name][1](file, threads))
         while order := orders.recv():
             prompt, new, repeats = order
-            ids = run(prompt, new)[1]  # untimed: what it needs has been out of use
+            ids = run(prompt, new)[1]  # warm-up
             orders.send(([run(prompt, new)[0] for _ in range(repeats)], ids))
 
 
@@ -271,8 +271,8 @@ def speeds(model: Model, paths: dict[str, Path], threads: list[int], rounds: int
             seconds[job] += times
     for job in jobs:
         orders[job].send(None)
-    heads = [f"ms a token, {count} thread{'s' * (count > 1)}" for count in threads]
-    print(f"| {new} tokens after {len(prompt)}, greedy | file, MB |", " | ".join(heads), "| the same tokens |")
+    heads = [f"ms per token, {count} thread{'s' * (count > 1)}" for count in threads]
+    print(f"| {new} tokens after {len(prompt)}, greedy | file, MB |", " | ".join(heads), "| tokens equal to lmlight |")
     print("|---|---|" + "---|" * len(heads) + "---|")
     results = {}
     for name, file in files.items():
@@ -292,7 +292,7 @@ def perplexity(model: Model, paths: dict[str, Path], windows: int | None) -> dic
     """Prints the table of ids and perplexities over the validation text."""
     whole = corpus.load("tinyshakespeare").text
     _, text = corpus.split(whole, 0.1)
-    ids, block = model.tokenizer.encode(text), model.net.block_size - 1  # the server wants room behind the prompt
+    ids, block = model.tokenizer.encode(text), model.net.block_size - 1  # the server needs room after the prompt
     starts = range(0, len(ids) - 1, block)[:windows]
     ours = 0.0
     for start in starts:
@@ -301,7 +301,7 @@ def perplexity(model: Model, paths: dict[str, Path], windows: int | None) -> dic
     count = min(len(ids) - 1, len(starts) * block)
     results: dict[str, Any] = {"tokens": count, "lmlight": math.exp(ours / count)}
     print(
-        f"\n| {count:,} tokens of the validation text | ids of all the text | perplexity | off by |\n|---|---|---|---|"
+        f"\n| {count:,} validation tokens | ids of the whole text | perplexity | relative difference |\n|---|---|---|---|"
     )
     print(f"| lmlight | | {results['lmlight']:.4f} | |", flush=True)
     for kind in ("f32", "f16", "q8_0"):
@@ -324,13 +324,13 @@ def perplexity(model: Model, paths: dict[str, Path], windows: int | None) -> dic
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--ckpt_path", type=Path, required=True, help="a transformer of tiny Shakespeare, unigram pieces"
+        "--ckpt_path", type=Path, required=True, help="a transformer trained on tiny Shakespeare with unigram pieces"
     )
     parser.add_argument("--threads", type=int, nargs="+", default=[2, 1])
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--repeats", type=int, default=10, help="texts of each engine in a round")
+    parser.add_argument("--repeats", type=int, default=10, help="texts per engine and round")
     parser.add_argument("--perplexity", action="store_true")
-    parser.add_argument("--windows", type=int, help="of the validation text, the first so many; all by default")
+    parser.add_argument("--windows", type=int, help="number of validation windows to score (default: all)")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     warnings.simplefilter("ignore")

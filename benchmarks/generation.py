@@ -1,14 +1,14 @@
-"""How fast is text generated, against other libraries and against the memory's speed?
+"""Generation speed, compared with other libraries and with memory bandwidth.
 
     python benchmarks/generation.py [--rounds 5] [--json FILE]
 
 The shape is nanoGPT's for one GPU: 6 layers, width 384, context 256, float32, 65 characters. A prompt of 56 tokens and 200
-new ones stay within the context; everything is measured in alternating rounds of one process, medians are given.
+new tokens fit the context. All engines take turns in one process; the tables have medians.
 
-The floor of one stream is the time of its matrix-vector products alone, the weights read once from memory for each token:
-by torch's `linear`, and as lmlight's `pack_linear` does it, whichever is faster on the machine.
-The roofline of many streams is the time of reading the weights and the cache's filled part once a step, at the rate at
-which a large array can be summed; beside it, the time of the products alone, which is longer. Prints Markdown tables.
+The floor of one stream is the time of its matrix-vector products, which read the weights once per token: with torch's
+`linear`, and with lmlight's `pack_linear`.
+The roofline of many streams is the time to read the weights and the filled part of the cache once per step, at the rate at
+which a large array can be summed. The time of the matrix products, which is longer, is given, too. Prints Markdown tables.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # as `lmlight predict` has it
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # the value of `lmlight predict`, set before torch is imported
 
 import peers
 import torch
@@ -43,47 +43,47 @@ from lmlight.models import GPT2, LLAMA, Net
 SHAPE = Shape(65, 256, 6, 6, 384)
 PROMPT, NEW = 56, 200
 
-Write = Callable[[list[int], int], Any]
-"""Continues a prompt by so many tokens."""
+Generate = Callable[[list[int], int], Any]
+"""Continues a prompt by a number of tokens."""
 
 
-def ours(net: Net) -> Write:
-    def write(prompt: list[int], new: int) -> None:
+def ours(net: Net) -> Generate:
+    def generate(prompt: list[int], new: int) -> None:
         for _ in generate_ids(net, [prompt], Sampling(max_new_tokens=new), [1337]):
             pass
 
-    return write
+    return generate
 
 
-def cropping(make: Callable[[Shape], Any], **options: Any) -> Write:
-    """nanoGPT's and minGPT's own `generate`."""
+def cropping(make: Callable[[Shape], Any], **options: Any) -> Generate:
+    """`generate` of nanoGPT and minGPT."""
     net = make(SHAPE)[0].eval()
 
     @torch.inference_mode()
-    def write(prompt: list[int], new: int) -> None:
+    def generate(prompt: list[int], new: int) -> None:
         net.generate(torch.tensor([prompt]), new, **options)
 
-    return write
+    return generate
 
 
-def transformers_(make: Callable[[Shape], Any]) -> Write:
+def transformers_(make: Callable[[Shape], Any]) -> Generate:
     net = make(SHAPE)[0].eval()
 
     @torch.inference_mode()
-    def write(prompt: list[int], new: int) -> None:
+    def generate(prompt: list[int], new: int) -> None:
         idx = torch.tensor([prompt])
         options = dict(max_new_tokens=new, min_new_tokens=new, do_sample=True, top_k=0, pad_token_id=0)
         net.generate(idx, attention_mask=torch.ones_like(idx), **options)
 
-    return write
+    return generate
 
 
-def litgpt() -> Write:
-    """litgpt's net with its cache, in the loop of its `generate/base.py`, which drags in the rest of the package."""
+def litgpt() -> Generate:
+    """litgpt's network and cache in the loop of its `generate/base.py`, which would import the whole package."""
     net = peers.litgpt(SHAPE)[0].eval()
 
     @torch.inference_mode()
-    def write(prompt: list[int], new: int) -> None:
+    def generate(prompt: list[int], new: int) -> None:
         net.set_kv_cache(batch_size=1)
         idx, position = torch.tensor([prompt]), torch.arange(len(prompt))
         for _ in range(new):
@@ -91,26 +91,26 @@ def litgpt() -> Write:
             idx = logits.softmax(-1).multinomial(1)
             position = position[-1:] + 1
 
-    return write
+    return generate
 
 
-def floor(net: nn.Module, plain: bool, rows: int = 1) -> Write:
-    """The products of one step with the weights, nothing between them: with torch's linear, or as lmlight does it."""
+def floor(net: nn.Module, plain: bool, rows: int = 1) -> Generate:
+    """The products with the weights in one step and nothing else, with torch's or lmlight's linear layers."""
     layers = [module for module in net.modules() if isinstance(module, nn.Linear)]
     inputs = [torch.randn(rows, layer.in_features) for layer in layers]
     products = [partial(F.linear, weight=layer.weight) if plain else pack_linear(layer, rows) for layer in layers]
 
     @torch.inference_mode()
-    def write(_: list[int], new: int) -> None:
+    def generate(_: list[int], new: int) -> None:
         for _ in range(new):
             for x, multiply in zip(inputs, products):
                 multiply(x)
 
-    return write
+    return generate
 
 
 def read_rate() -> float:
-    """Bytes per second at which an array much larger than the processor's caches is summed; the best of ten."""
+    """Bytes per second of summing an array much larger than the CPU caches; the best of ten."""
     array, best = torch.ones(2**27), float("inf")
     for _ in range(10):
         began = time.perf_counter()
@@ -120,7 +120,7 @@ def read_rate() -> float:
 
 
 def seconds_of(rounds: int, tasks: dict[str, Callable[[], Any]]) -> dict[str, float]:
-    """The median time of each task, which take turns."""
+    """The median time of each task. The tasks take turns."""
     times: dict[str, list[float]] = {name: [] for name in tasks}
     for _ in range(rounds + 1):
         for name, task in tasks.items():
@@ -131,7 +131,7 @@ def seconds_of(rounds: int, tasks: dict[str, Callable[[], Any]]) -> dict[str, fl
 
 
 def step_times(net: Net, batch: int, prompt: int, new: int) -> list[float]:
-    """Seconds of each step after the prompt's."""
+    """Seconds of each step after the prompt."""
     began, times = time.perf_counter(), []
     prompts = torch.randint(net.vocab_size, (batch, prompt)).tolist()
     for _ in generate_ids(net, prompts, Sampling(max_new_tokens=new), list(range(batch))):
@@ -142,10 +142,10 @@ def step_times(net: Net, batch: int, prompt: int, new: int) -> list[float]:
 
 def one_stream(rounds: int) -> dict[str, float]:
     gpt2, llama, default = (Transformer(**SHAPE.__dict__, **preset).eval() for preset in (GPT2, LLAMA, {}))
-    writers = {
+    generators = {
         "lmlight, GPT-2's architecture": ours(gpt2),
-        "its matrix-vector products alone, lmlight's way": floor(gpt2, plain=False),
-        "its matrix-vector products alone, torch's way": floor(gpt2, plain=True),
+        "its matrix-vector products, lmlight's layers": floor(gpt2, plain=False),
+        "its matrix-vector products, torch's layers": floor(gpt2, plain=True),
         "nanoGPT": cropping(peers.nanogpt),
         "minGPT": cropping(peers.mingpt, do_sample=True),
         "transformers, GPT-2": transformers_(peers.hf_gpt2),
@@ -155,9 +155,11 @@ def one_stream(rounds: int) -> dict[str, float]:
         "litgpt, Llama's architecture": litgpt(),
     }
     prompt = torch.randint(65, (PROMPT,)).tolist()
-    seconds = seconds_of(rounds, {name: (lambda w=write: w(prompt, NEW)) for name, write in writers.items()})
+    seconds = seconds_of(rounds, {name: (lambda g=generate: g(prompt, NEW)) for name, generate in generators.items()})
     first = next(iter(seconds))
-    print("| one stream, 200 tokens after 56 | ms a token | tokens/s | lmlight is faster by |\n|---|---|---|---|")
+    print(
+        "| one stream, 200 tokens after 56 | ms per token | tokens/s | time relative to the first |\n|---|---|---|---|"
+    )
     for name, value in seconds.items():
         cells = [f"{1e3 * value / NEW:.2f}", f"{NEW / value:,.0f}", f"{value / seconds[first]:.2f}"]
         print("|", " | ".join([name, *cells]), "|", flush=True)
@@ -167,13 +169,15 @@ def one_stream(rounds: int) -> dict[str, float]:
 def many_streams(rounds: int) -> dict[str, Any]:
     net, rate = Transformer(**SHAPE.__dict__, **GPT2).eval(), read_rate()
     weights = sum(module.weight.nbytes for module in net.modules() if isinstance(module, nn.Linear))
-    print(f"\nAn array is summed at {rate / 1e9:.1f} GB/s.\n")
-    print("| streams | context | ms a step | products alone | tokens/s | of the roofline | of one stream's |")
+    print(f"\nMemory read rate: {rate / 1e9:.1f} GB/s.\n")
+    print(
+        "| streams | context | ms per step | products, ms | tokens/s | share of roofline | tokens/s relative to one stream |"
+    )
     print("|---|---|---|---|---|---|---|")
     results: dict[str, Any] = {"bytes_per_second": rate}
     for batch in (1, 8, 32):
         alone = floor(net, plain=False, rows=batch)
-        products = seconds_of(rounds, {"": lambda w=alone: w([], 20)})[""] / 20
+        products = seconds_of(rounds, {"": lambda g=alone: g([], 20)})[""] / 20
         for context in (32, 128, 248):
             times = [statistics.median(step_times(net, batch, context - 8, 17)) for _ in range(rounds)]
             seconds = statistics.median(times)
@@ -200,7 +204,7 @@ def prompts_and_windows(rounds: int) -> dict[str, float]:
         rounds, {name: (lambda n=net: list(generate_ids(n, [prompt], sampling, [1]))) for name, net in nets.items()}
     )
     results = {f"prefill {name}": value for name, value in passes.items()}
-    print("\n| positions | prompt of 200, ms | ms a token within the block | beyond it, median | mean | longest |")
+    print("\n| positions | prompt of 200, ms | ms per token within the block | beyond it, median | mean | maximum |")
     print("|---|---|---|---|---|---|")
     for name, net in nets.items():
         times = step_times(net, 1, 8, 760)
@@ -223,12 +227,12 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     torch.manual_seed(0)
-    gc.disable()  # the peers' imports leave a million objects, and whoever allocates next pays for looking through them
+    gc.disable()  # the imports leave a million objects; scanning them would slow down whichever task allocates next
     warnings.simplefilter("ignore")
     versions = f"torch {torch.__version__}, lmlight {lmlight.__version__}"
     print(f"{platform.machine()}, {torch.get_num_threads()} threads, {versions}\n")
     results = {
-        "one stream, seconds a token": one_stream(options.rounds),
+        "one stream, seconds per token": one_stream(options.rounds),
         "many streams": many_streams(options.rounds),
         "prompts and windows": prompts_and_windows(options.rounds),
     }

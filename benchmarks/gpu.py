@@ -1,20 +1,20 @@
-"""Everything that has to run on a GPU, in one command of less than ten minutes.
+"""All GPU checks and benchmarks, in less than ten minutes.
 
     python benchmarks/gpu.py --fetch FILES                                  # on a machine with network access
     python benchmarks/gpu.py --out OUT --files FILES [--sections correct record throughput generation] [--minutes 9]
 
-The GPU machine needs torch 2.11 or later, lightning, sentencepiece, torchmetrics, tensorboard, matplotlib, psutil and no
+The GPU machine needs torch 2.11 or later, lightning, sentencepiece, torchmetrics, tensorboard, matplotlib and no
 network. `--fetch` downloads what else is needed into FILES: tiny Shakespeare as `input.txt`, and wheels. Wheels of packages
 that are not installed are unpacked into a temporary folder; nothing is installed.
 
-- correct: training, resuming, scoring and generating on the GPU against the CPU; precisions, strategies, compilation.
-- record: `configs/shakespeare-gpu.yaml`, three seeds: the final loss, and the seconds until nanoGPT's.
-- throughput: GPT-2's smallest shape: tokens/s, the share of the matrix rate, and what Lightning and callbacks add.
-- generation: tokens/s against transformers, beside the time of reading the weights from memory.
+- correct: training, resume, scoring and generation on the GPU against the CPU; precisions, strategies, compilation.
+- record: `configs/shakespeare-gpu.yaml` with three seeds: the final loss, and the seconds until it reaches nanoGPT's.
+- throughput: the smallest GPT-2: tokens/s, the share of the matrix rate, and the overhead of Lightning and callbacks.
+- generation: tokens/s against transformers, and the time to read the weights from memory.
 
-Each section is a process with its own time limit. It writes `OUT/SECTION.json` after every measurement, so a crash or the
-limit loses nothing else; its table in `OUT/report.md` follows when it has ended. `--device cpu --tiny` runs the same code in
-seconds.
+Each section is a process with its own time limit. It writes `OUT/SECTION.json` after every measurement, so that a crash
+or the limit loses nothing else, and adds its table to `OUT/report.md` at its end. `--device cpu --tiny` runs the same
+code in seconds.
 """
 
 from __future__ import annotations
@@ -46,10 +46,10 @@ ROOT = Path(__file__).resolve().parents[1]
 if importlib.util.find_spec("lmlight") is None:
     sys.path.insert(0, str(ROOT))
 
-# of the time limit, in the order in which they run
+# shares of the time limit, in the order of the sections
 SHARES = {"correct": 4, "record": 3, "throughput": 4, "generation": 2}
 NEEDED = (
-    *("torch", "lightning", "sentencepiece", "torchmetrics", "tensorboard", "matplotlib", "psutil", "fsspec"),
+    *("torch", "lightning", "sentencepiece", "torchmetrics", "tensorboard", "matplotlib", "fsspec"),
     *("jsonargparse", "docstring_parser", "typeshed_client", "pooch", "platformdirs"),
 )
 WHEELS = (
@@ -60,7 +60,7 @@ WHEELS = (
     "pooch",
     "platformdirs",
 )
-NANOGPT_NATS = 1.4697  # nats/char of nanoGPT's character-level GPU recipe, as its README gives it
+NANOGPT_NATS = 1.4697  # nats/char of nanoGPT's character-level GPU recipe, from its README
 CURVE_ALONE = "--trainer.callbacks=lmlight.training.callbacks.LearningCurve"
 KILL_AT = "GPU_BENCHMARK_KILL_AT"
 
@@ -69,8 +69,8 @@ class Report:
     """The measurements of one section, in a JSON file.
 
     Args:
-        out: the folder for it.
-        section: names the file.
+        out: folder of the file.
+        section: name of the file.
     """
 
     def __init__(self, out: Path, section: str) -> None:
@@ -92,7 +92,7 @@ class Report:
 
 
 def markdown(section: str, rows: list[dict[str, Any]]) -> str:
-    """A section's rows as a Markdown table."""
+    """Formats the rows of a section as a Markdown table."""
     columns = list(dict.fromkeys(name for row in rows for name in row if name != "name"))
     lines = ["", "| " + " | ".join([section, *columns]) + " |", "|" + "---|" * (len(columns) + 1)]
     for row in rows:
@@ -117,7 +117,7 @@ def environment() -> dict[str, Any]:
 
 
 class Bench:
-    """What the sections share: the options, temporary folders, and `lmlight` as a function."""
+    """Shared by all sections: options, temporary folders, and the `lmlight` command."""
 
     def __init__(self, options: argparse.Namespace) -> None:
         self.device: str = options.device
@@ -139,7 +139,7 @@ class Bench:
         return [f"--{name}={value}" for name, value in sizes.items()] if self.tiny else []
 
     def command(self, *words: str) -> tuple[str, str, int]:
-        """Runs `lmlight WORDS` in this process: what it prints, its errors, and its exit status."""
+        """Runs `lmlight WORDS` in this process; returns its output, its errors and its exit status."""
         from lmlight.training.cli import main
 
         out, err = io.StringIO(), io.StringIO()
@@ -154,7 +154,7 @@ class Bench:
         return ["fit", f"--data.corpus={self.corpus}", *where, *flags]
 
     def fit(self, name: str, *flags: str, accelerator: str = "") -> Path:
-        """Trains; the folder of the run."""
+        """Trains and returns the folder of the run."""
         _, err, status = self.command(*self.fit_words(name, *flags, accelerator=accelerator))
         if status:
             raise RuntimeError(err.strip() or f"exit status {status}")
@@ -200,7 +200,7 @@ def correct(bench: Bench, report: Report) -> None:
     from lmlight.commands import chat, curves
 
     steps, every = bench.pick((60, 20), (6, 3))
-    # without an end to fall towards, a run can be killed and continued for longer
+    # a constant schedule lets a killed run continue for longer
     common = [f"--trainer.max_steps={steps}", f"--trainer.val_check_interval={every}", *bench.small()]
     common += [
         "--model.schedule.shape=constant",
@@ -219,7 +219,7 @@ def correct(bench: Bench, report: Report) -> None:
         ]
 
     def compare(name: str, limit: float, *flags: str, to: str = "cpu", accelerator: str = "") -> dict[str, Any]:
-        """Trains, and compares all losses with those of an earlier run."""
+        """Trains and compares all losses with those of an earlier run."""
         watching = [] if name == "float32" else [CURVE_ALONE]
         run = bench.fit(name, *watching, *common, *flags, accelerator=accelerator)
         losses[name] = losses_of(run)
@@ -234,11 +234,11 @@ def correct(bench: Bench, report: Report) -> None:
         return bench.run_folder(name) / "checkpoints" / "last.ckpt"
 
     def resume() -> dict[str, Any]:
-        """A killed run, resumed, against the straight one."""
+        """Compares a killed and resumed run with an uninterrupted one."""
         at = every + every // 2
         words = bench.fit_words("killed", CURVE_ALONE, *common, "--trainer.callbacks+=gpu.KillAt")
         killed = child(bench, ["-m", "lmlight", *words], {KILL_AT: str(at)})
-        assert killed == -signal.SIGKILL, f"exit status {killed} in place of a kill"
+        assert killed == -signal.SIGKILL, f"exit status {killed} instead of SIGKILL"
         assert checkpoint.read(last("killed"))["global_step"] == every
         run = bench.fit("killed", f"--ckpt_path={last('killed')}")
         weights = [checkpoint.weights_of(checkpoint.read(last(name))) for name in ("killed", "float32")]
@@ -293,6 +293,7 @@ def correct(bench: Bench, report: Report) -> None:
         for kind, more in (("cpu", 2), (bench.accelerator, 4)):
             words = [
                 f"--ckpt_path={last('moved')}",
+                f"--trainer.default_root_dir={bench.work / 'runs' / 'moved'}",
                 f"--trainer.max_steps={steps + more}",
                 f"--trainer.accelerator={kind}",
             ]
@@ -314,9 +315,10 @@ def correct(bench: Bench, report: Report) -> None:
 
         events = EventAccumulator(str(bench.run_folder("float32"))).Reload()
         scalars = {tag: events.Scalars(tag)[-1].value for tag in events.Tags()["scalars"]}
-        assert events.Tags()["images"] and "throughput/mfu" in scalars, events.Tags()
-        names = ("tokens_per_second", "mfu", "waiting_for_data", "memory_gib")
-        return {name: scalars[f"throughput/{name}"] for name in names}
+        assert events.Tags()["images"] and "throughput/tokens_per_second" in scalars, events.Tags()
+        return {
+            tag.removeprefix("throughput/"): value for tag, value in scalars.items() if tag.startswith("throughput/")
+        }
 
     def strategy(name: str, *flags: str) -> dict[str, Any]:
         words = bench.fit_words(name, CURVE_ALONE, *common, *flags)
@@ -353,14 +355,14 @@ def correct(bench: Bench, report: Report) -> None:
 
 
 def child(bench: Bench, words: list[str], variables: dict[str, str] | None = None) -> int:
-    """Runs Python in a process of its own; its exit status."""
+    """Runs Python in a child process; returns its exit status."""
     variables = {**os.environ, "PYTHONPATH": search_path(), **(variables or {})}
     return subprocess.run([sys.executable, *words], env=variables, cwd=bench.work).returncode
 
 
 @contextlib.contextmanager
 def feeding(text: str) -> Any:
-    """Lets `input` read this text."""
+    """Makes `input` read this text."""
     before, sys.stdin = sys.stdin, io.StringIO(text)
     try:
         yield
@@ -426,12 +428,12 @@ def throughput(bench: Bench, report: Report) -> None:
     def row(name: str, seconds: float, first: str = "") -> dict[str, Any]:
         milliseconds[name] = 1e3 * seconds
         found = {
-            "ms a step": 1e3 * seconds,
+            "ms per step": 1e3 * seconds,
             "tokens/s": tokens / seconds,
-            "of the matrix rate": flops * tokens / seconds / rate,
+            "share of matrix rate": flops * tokens / seconds / rate,
         }
         if first in milliseconds:
-            found[f"of {first}"] = milliseconds[name] / milliseconds[first]
+            found[f"relative to {first}"] = milliseconds[name] / milliseconds[first]
         if bench.device == "cuda":
             found["peak GiB"] = torch.cuda.max_memory_allocated() / 2**30
             torch.cuda.empty_cache()
@@ -439,7 +441,7 @@ def throughput(bench: Bench, report: Report) -> None:
         return found
 
     def bare(name: str, make: Callable[..., Any], compiled: bool, first: str = "") -> dict[str, Any]:
-        """A net in a loop that does nothing but train it."""
+        """Trains a network in a minimal loop."""
         torch.manual_seed(0)
         net, loss_of = make(shape)
         net.to(bench.device).train()
@@ -475,7 +477,7 @@ def throughput(bench: Bench, report: Report) -> None:
                 setattr(self, "began" if trainer.global_step == warmup else "ended", time.perf_counter())
 
     def fit(name: str, compiled: bool, first: str) -> dict[str, Any]:
-        """The same net and batch in `fit`, with all callbacks, but for validation."""
+        """The same network and batch in `fit` with all callbacks, without validation."""
         data = TextDataModule(
             str(bench.corpus), shape.block_size, batch, tokenizer=TokenizerConfig("unigram", bench.pick(4096, 400))
         )
@@ -494,7 +496,8 @@ def throughput(bench: Bench, report: Report) -> None:
             logger=RunLogger(str(bench.work / "runs" / name)),
             callbacks=[times, *(kind() for kind in callbacks.DEFAULT), BestLastCheckpoint()],
         )
-        model = LanguageModel(lambda *_: ours(shape)[0], adamw, compile_net=compiled)  # whatever the tokenizer's size
+        # its size does not depend on the tokenizer
+        model = LanguageModel(lambda *_: ours(shape)[0], adamw, compile_net=compiled, check_causality=False)
         trainer.fit(model, datamodule=data)
         found = row(name, (times.ended - times.began) / steps, first)
         waiting = trainer.callback_metrics.get("throughput/waiting_for_data")
@@ -530,7 +533,7 @@ def generation(bench: Bench, report: Report) -> None:
     prompt, new, rounds = bench.pick((56, 200, 3), (4, 8, 1))
 
     def read_rate() -> float:
-        """Bytes per second at which a large array is read."""
+        """Bytes per second of reading a large array."""
         array = torch.ones(bench.pick(2**29, 2**20), device=bench.device)
         return array.nbytes / bench.seconds(array.sum, warmup=0, repeats=5)
 
@@ -553,11 +556,11 @@ def generation(bench: Bench, report: Report) -> None:
         ours, other = (medians[name] / new for name in tasks)
         weights = sum(module.weight.nbytes for module in net.modules() if isinstance(module, torch.nn.Linear))
         return {
-            "ms a token": 1e3 * ours,
+            "ms per token": 1e3 * ours,
             "tokens/s": streams / ours,
             "transformers, ms": 1e3 * other,
-            "faster by": other / ours,
-            "of the time to read the weights": ours / (weights / rate),
+            "speedup": other / ours,
+            "relative to reading the weights": ours / (weights / rate),
         }
 
     rate = read_rate()
@@ -569,11 +572,11 @@ def generation(bench: Bench, report: Report) -> None:
 SECTIONS = {"correct": correct, "record": record, "throughput": throughput, "generation": generation}
 
 
-# the command
+# command line
 
 
 def fetch(folder: Path) -> None:
-    """Downloads what a GPU machine without network needs."""
+    """Downloads the files for a GPU machine without network."""
     import peers
 
     from lmlight.data import download
@@ -587,10 +590,10 @@ def fetch(folder: Path) -> None:
 
 
 def unpack(files: Path, work: Path) -> None:
-    """Puts the corpus into place, and those wheels whose packages are not installed."""
+    """Copies the corpus, and unpacks wheels of packages that are not installed."""
     if not (files / "input.txt").is_file():
         sys.exit(
-            f"gpu.py: error: '{files / 'input.txt'}' is missing: run `gpu.py --fetch {files}` where there is a network"
+            f"gpu.py: error: '{files / 'input.txt'}' is missing: run `gpu.py --fetch {files}` on a machine with a network"
         )
     shutil.copyfile(files / "input.txt", work / "input.txt")
     for wheel in sorted(files.glob("*.whl")):
@@ -600,14 +603,14 @@ def unpack(files: Path, work: Path) -> None:
             continue
         except importlib.metadata.PackageNotFoundError:
             pass
-        # peers.py looks for nanoGPT's wheel in the cache
+        # peers.py expects nanoGPT in the cache
         peer = name == "lightning_gpt"
         target = work / "cache" / "peers" / f"lightning-gpt=={version}" if peer else work / "site"
         with zipfile.ZipFile(wheel) as archive:
             archive.extractall(target)
     sys.path.append(str(work / "site"))
     if missing := [name for name in NEEDED if importlib.util.find_spec(name) is None]:
-        sys.exit(f"gpu.py: error: not installed: {', '.join(missing)}; put their wheels into '{files}'")
+        sys.exit(f"gpu.py: error: not installed: {', '.join(missing)}; copy their wheels to '{files}'")
 
 
 def search_path() -> str:
@@ -616,7 +619,7 @@ def search_path() -> str:
 
 
 def run_sections(options: argparse.Namespace) -> int:
-    """Runs each section in a process of its own. Returns the number of those that did not end well."""
+    """Runs each section in its own process. Returns the number of failed sections."""
     options.out.mkdir(parents=True, exist_ok=True)
     report, failed = options.out / "report.md", 0
     deadline = time.monotonic() + 60 * options.minutes
@@ -663,7 +666,7 @@ def run_sections(options: argparse.Namespace) -> int:
 
 
 def stop(process: subprocess.Popen[bytes]) -> None:
-    """Kills a section and what it has started."""
+    """Kills a section and its child processes."""
     if os.name == "posix":
         os.killpg(process.pid, signal.SIGKILL)
     else:
@@ -674,12 +677,12 @@ def stop(process: subprocess.Popen[bytes]) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--fetch", type=Path, metavar="FILES", help="download what the GPU machine needs, and exit")
-    parser.add_argument("--out", type=Path, default=Path("gpu-report"), help="the folder for the results")
-    parser.add_argument("--files", type=Path, default=Path("gpu-files"), help="the folder that --fetch has filled")
+    parser.add_argument("--out", type=Path, default=Path("gpu-report"), help="folder for the results")
+    parser.add_argument("--files", type=Path, default=Path("gpu-files"), help="folder filled by --fetch")
     parser.add_argument("--sections", nargs="+", choices=SECTIONS, default=list(SECTIONS))
-    parser.add_argument("--minutes", type=float, default=9, help="the time limit of all sections together")
+    parser.add_argument("--minutes", type=float, default=9, help="time limit of all sections together")
     parser.add_argument("--device", choices=("cuda", "mps", "cpu"), default="cuda")
-    parser.add_argument("--tiny", action="store_true", help="small shapes and few steps, to try the script itself")
+    parser.add_argument("--tiny", action="store_true", help="small shapes and few steps, to test the script")
     parser.add_argument("--section", choices=SECTIONS, help=argparse.SUPPRESS)  # run by the script itself
     parser.add_argument("--work", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()

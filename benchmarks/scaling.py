@@ -1,10 +1,9 @@
-"""How does the cost of a training step grow with width, depth, block size and vocabulary?
+"""Cost of a training step as a function of width, depth, block size and vocabulary size.
 
     python benchmarks/scaling.py [--repeats 7] [--json FILE]
 
-One size is varied, the others stay those of `BASE`: the default's, with a vocabulary of 4,096.
-The power is the slope of a straight line through the logarithms, once
-of the measured seconds, once of the operations that `flops_per_token` counts for the same nets: what theory says. Prints
+One size varies; the others are those of `BASE`, the defaults with a vocabulary of 4,096. The power is the slope of a
+straight line through the logarithms: of the measured seconds, and of the operations counted by `flops_per_token`. Prints
 a Markdown table.
 """
 
@@ -17,7 +16,7 @@ import statistics
 import time
 from pathlib import Path
 
-os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # as `lmlight fit` has it; before torch is imported
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # the value of `lmlight fit`, set before torch is imported
 
 import numpy as np
 import torch
@@ -27,7 +26,7 @@ from lmlight import Transformer
 from lmlight.optim import Muon, parameter_groups
 
 BASE = {"vocab_size": 4096, "block_size": 64, "n_layer": 4, "n_embd": 128}
-TOKENS = 2048  # in a step, whatever the block size
+TOKENS = 2048  # per step, for any block size
 VARIED = {
     "n_embd": (128, 192, 256, 384, 512),
     "n_layer": (2, 4, 8, 16),
@@ -37,7 +36,7 @@ VARIED = {
 
 
 def step_seconds(repeats: int, sizes: dict[str, int]) -> tuple[float, float]:
-    """The median time of a step, and the operations in it."""
+    """Returns the median time of a step and its operations."""
     net = Transformer(**sizes, n_head=sizes["n_embd"] // 32)
     optimizer = Muon(parameter_groups(net))
     idx = torch.randint(sizes["vocab_size"], (TOKENS // sizes["block_size"], sizes["block_size"] + 1))
@@ -62,7 +61,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_float32_matmul_precision("medium")
     results = {}
-    print("| varied | sizes | ms a step | power, measured | of the operations |\n|---|---|---|---|---|")
+    print("| varied | sizes | ms per step | measured power | power of operations |\n|---|---|---|---|---|")
     for name, sizes in VARIED.items():
         seconds, flops = zip(*(step_seconds(options.repeats, {**BASE, name: size}) for size in sizes))
         measured, theory = power(sizes, list(seconds)), power(sizes, list(flops))

@@ -1,10 +1,10 @@
-"""How fast is a training step: against a bare loop around the same net, nanoGPT's own loop, and other people's nets?
+"""Time of a training step, compared with a bare loop, nanoGPT's loop, and networks of other projects.
 
     python benchmarks/throughput.py [--rounds 8] [--steps 20] [--json FILE]
 
-Each table compares loops of the same shape, batch and data type, in alternating rounds of one process: medians, and
-ratios of medians. The first step of each round is left out. Peak memory is what a process of its own, doing nothing but
-ten such steps, adds to what it held with the net made. Prints Markdown tables.
+Each table compares loops with the same shape, batch and data type, which take turns in one process. It has medians, and
+ratios of medians. The first step of each round is excluded. Peak memory is the memory that ten steps in a separate
+process add after the network is built. Prints Markdown tables.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # as `lmlight fit` has it; before torch is imported
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # the value of `lmlight fit`, set before torch is imported
 
 import lightning.pytorch as pl
 import numpy as np
@@ -47,14 +47,14 @@ from lmlight.training.callbacks import RunLogger, RunProgress
 from lmlight.training.checkpointing import BestLastCheckpoint
 from lmlight.training.cli import TRAINER_DEFAULTS
 
-# a round: given a number of steps, the seconds that each of them took
+# Runs a number of steps and returns the seconds of each.
 Round = Callable[[int], list[float]]
 SMALL = Shape(65, *(NANOGPT_CPU[name] for name in ("block_size", "n_layer", "n_head", "n_embd")))
 LARGER = Shape(4096, 256, 6, 6, 384)
 
 
 class StepTimes(pl.Callback):
-    """When each step begins."""
+    """Records the start time of each step."""
 
     def __init__(self) -> None:
         self.began: list[float] = []
@@ -64,12 +64,11 @@ class StepTimes(pl.Callback):
 
 
 def lmlight_fit(data: TextDataModule, model: Callable[[], LanguageModel] = LanguageModel) -> Round:
-    """`lmlight fit` as it is by default, with its callbacks and logs; validation aside."""
+    """The default `lmlight fit` with callbacks and logging, but without validation."""
     defaults = {k: v for k, v in TRAINER_DEFAULTS.items() if k not in ("logger", "max_steps", "default_root_dir")}
 
     def run(steps: int) -> list[float]:
         times, progress = StepTimes(), RunProgress()
-        progress.disable()
         with tempfile.TemporaryDirectory() as folder:
             watching = [pl.callbacks.LearningRateMonitor(), *(kind() for kind in callbacks.DEFAULT)]
             trainer = pl.Trainer(
@@ -78,6 +77,7 @@ def lmlight_fit(data: TextDataModule, model: Callable[[], LanguageModel] = Langu
                 limit_val_batches=0,
                 accelerator="cpu",
                 logger=RunLogger(folder),
+                enable_progress_bar=False,
                 callbacks=[times, *watching, progress, BestLastCheckpoint()],
             )
             trainer.fit(model(), datamodule=data)
@@ -87,7 +87,7 @@ def lmlight_fit(data: TextDataModule, model: Callable[[], LanguageModel] = Langu
 
 
 def bare_loop(data: TextDataModule) -> Round:
-    """The default net, batches, optimizer and clipping in the shortest loop that does the work."""
+    """The default network, batches, optimizer and clipping in a minimal loop."""
     assert data.tokenizer is not None
     model = Transformer(data.tokenizer.vocab_size, data.block_size)
     optimizer = Muon(parameter_groups(model))
@@ -107,7 +107,7 @@ def bare_loop(data: TextDataModule) -> Round:
 
 
 def nanogpt_loop(precision: str) -> Round:
-    """The inner loop of nanoGPT's train.py, with its own model, optimizer and batches."""
+    """The inner loop of nanoGPT's train.py with its model, optimizer and batches."""
     model, loss_of = peers.nanogpt(SMALL)
     optimizer = model.configure_optimizers(0.1, 1e-3, (0.9, 0.99), "cpu")
     block_size, batch_size = SMALL.block_size, NANOGPT_CPU["batch_size"]
@@ -134,7 +134,7 @@ def nanogpt_loop(precision: str) -> Round:
 
 
 def net_loop(make: Callable[[Shape], Any], shape: Shape, batch_size: int) -> Round:
-    """Anyone's net in one and the same bare loop."""
+    """Any network in the same minimal loop."""
     net, loss_of = make(shape)
     net.train()
     optimizer = torch.optim.AdamW(net.parameters(), lr=1e-3, fused=True)
@@ -153,7 +153,7 @@ def net_loop(make: Callable[[Shape], Any], shape: Shape, batch_size: int) -> Rou
 
 
 def descend(loss: Tensor, net: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """What every loop does once it has the loss."""
+    """Backward pass, clipping and optimizer step."""
     loss.backward()
     torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
     optimizer.step()
@@ -162,7 +162,7 @@ def descend(loss: Tensor, net: torch.nn.Module, optimizer: torch.optim.Optimizer
 
 @contextlib.contextmanager
 def medium_precision() -> Any:
-    """What lmlight trains with, see LanguageModel's `matmul_precision`."""
+    """The default `matmul_precision` of LanguageModel."""
     torch.set_float32_matmul_precision("medium")
     try:
         yield
@@ -171,7 +171,7 @@ def medium_precision() -> Any:
 
 
 def matrix_rate(precision: str) -> float:
-    """GFLOP/s of a float32 product of 2048 × 2048 matrices, the best of ten."""
+    """GFLOP/s of a float32 product of 2048 × 2048 matrices; the best of ten."""
     torch.set_float32_matmul_precision(precision)
     a, best = torch.randn(2048, 2048), float("inf")
     for _ in range(10):
@@ -190,7 +190,7 @@ def prepared(**settings: Any) -> TextDataModule:
 
 
 def lmlight_fit_as_nanogpt() -> Round:
-    """`lmlight fit` with nanoGPT's net, optimizer, characters and batches."""
+    """`lmlight fit` with nanoGPT's architecture, optimizer, character vocabulary and batches."""
     data = prepared(tokenizer=TokenizerConfig("char"), block_size=64, batch_size=NANOGPT_CPU["batch_size"])
     return lmlight_fit(
         data,
@@ -202,7 +202,7 @@ def lmlight_fit_as_nanogpt() -> Round:
 
 
 Loops = dict[str, Callable[[], Round]]
-# each table's loops, by name; the first is what the others are compared with
+# The loops of each table by name; the first is the reference.
 TABLES: dict[str, Loops] = {
     "the default of `lmlight fit`": {
         "bare loop": lambda: bare_loop(prepared()),
@@ -213,17 +213,17 @@ TABLES: dict[str, Loops] = {
         "nanoGPT's loop at matmul precision medium": partial(nanogpt_loop, "medium"),
         "lmlight fit": lmlight_fit_as_nanogpt,
     },
-    "GPT-2's architecture, 6 layers, width 384, 4 windows of 256, vocabulary 4,096: nets alone": {
+    "GPT-2's architecture, 6 layers, width 384, 4 windows of 256, vocabulary 4,096: networks only": {
         name: partial(net_loop, make, LARGER, 4) for name, make in peers.GPT2_SHAPED.items()
     },
-    "Llama's architecture, the same sizes: nets alone": {
+    "Llama's architecture, the same sizes: networks only": {
         name: partial(net_loop, make, LARGER, 4) for name, make in peers.LLAMA_SHAPED.items()
     },
 }
 
 
 def compare(rounds: int, steps: int, loops: dict[str, Round]) -> dict[str, float]:
-    """Median seconds of a step in each loop."""
+    """Returns the median seconds of a step in each loop."""
     times: dict[str, list[float]] = {name: [] for name in loops}
     for _ in range(rounds):
         for name, loop in loops.items():
@@ -232,7 +232,7 @@ def compare(rounds: int, steps: int, loops: dict[str, Round]) -> dict[str, float
 
 
 def peak_memory(table: str, name: str) -> float:
-    """MiB that ten steps add to a process of their own."""
+    """MiB that ten steps add in a separate process."""
     command = [sys.executable, __file__, "--peak", table, name]
     return float(subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()[-1])
 
@@ -240,21 +240,21 @@ def peak_memory(table: str, name: str) -> float:
 def print_peak(table: str, name: str) -> None:
     loop = TABLES[table][name]()
 
-    def status(field: str) -> float:  # not `ru_maxrss`, which a process inherits from the one that started it
+    def status(field: str) -> float:  # `ru_maxrss` is inherited from the parent process
         (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
         return int(line.split()[1]) / 2**10
 
     if not Path("/proc/self/clear_refs").exists():
-        print(float("nan"))  # Linux alone tells
+        print(float("nan"))  # Linux only
         return
-    Path("/proc/self/clear_refs").write_text("5")  # forgets the peak so far
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     before = status("VmRSS")
     loop(10)
     print(status("VmHWM") - before)
 
 
 def sizes(table: str) -> tuple[int, float, float]:
-    """Tokens in a step, characters in a token, and the operations that a token costs in training."""
+    """Returns tokens per step, characters per token, and training operations per token."""
     if table.startswith("the default"):
         data = prepared()
         assert data.tokenizer is not None
@@ -291,7 +291,7 @@ def main() -> None:
         first = next(iter(seconds))
         characters = "" if chars == 1 else " characters/s |"
         print(
-            f"| {table} | ms a step | tokens/s |{characters} of the matrix rate | peak memory, MiB | time, of the first |"
+            f"| {table} | ms per step | tokens/s |{characters} share of matrix rate | peak memory, MiB | relative time |"
         )
         print("|---|" + "---|" * (6 if characters else 5))
         for name, value in seconds.items():

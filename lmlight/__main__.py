@@ -5,22 +5,17 @@ import os
 import sys
 from collections.abc import Sequence
 
-from lmlight.command_line import COMMANDS, TRAINING, unknown, usage
+from lmlight.command_line import COMMANDS, TRAINING, usage
 from lmlight.errors import UserError, say
 from lmlight.version import __version__
 
 
 def main(args: Sequence[str] | None = None) -> int:
-    """Run a command.
+    """Run the words after `lmlight`, by default the process's; returns the exit status.
 
-    Args:
-        args: The words after `lmlight`; None takes them from the process.
-
-    Returns:
-        The exit status: 0; 2 without a command or after a user's mistake, which is one line on stderr.
+    It is 0, or 2 without a command or after a user's mistake, which is one line on stderr.
     """
-    args = sys.argv[1:] if args is None else list(args)
-    command = args[0] if args else ""
+    command, *rest = list(sys.argv[1:] if args is None else args) or [""]
     if command in ("", "-h", "--help"):
         print(usage())
         return 0 if command else 2
@@ -31,12 +26,12 @@ def main(args: Sequence[str] | None = None) -> int:
     if "" not in sys.path:
         sys.path.append("")  # the current folder, where a user's own classes may be
     try:
-        if command not in COMMANDS and not command.startswith("-"):  # options, such as --config, may precede a command
-            raise unknown(command)
-        target = COMMANDS[command].target if command in COMMANDS else TRAINING
+        if command not in COMMANDS:
+            raise UserError(f"unknown command '{command}': expected one of {', '.join(COMMANDS)}")
+        _, target = COMMANDS[command]
         module, _, name = target.partition(":")
         run = getattr(importlib.import_module(module), name)
-        return run(args if target == TRAINING else args[1:]) or 0
+        return run([command, *rest] if target == TRAINING else rest) or 0
     except UserError as error:
         say(error)
         return 2

@@ -32,7 +32,7 @@ from lmlight.user_code import subclasses
 from lmlight.version import __version__
 
 METADATA_KEY = "lmlight"
-FORMAT_VERSION = 3  # raised when older files can no longer be read
+FORMAT_VERSION = 4  # raised when older files can no longer be read
 FOLDER = "checkpoints"  # inside a run's folder
 NET_PREFIX = "net."  # of the network's weights in the LightningModule's state dict
 

@@ -3,39 +3,29 @@
 from __future__ import annotations
 
 import argparse
-import difflib
-from typing import NamedTuple, NoReturn
+from typing import NoReturn
 
 from lmlight.errors import UserError
 
-
-class Command(NamedTuple):
-    """A command: what it does, and the function that runs it as `module:function`."""
-
-    help: str
-    target: str
-
-
-TRAINING = "lmlight.training.cli:main"  # takes the command's name, too, because options may precede it
-COMMANDS = {
-    "fit": Command("Train a model, resume a run (--ckpt_path) or finetune (--init_from).", TRAINING),
-    "prepare": Command("Train the tokenizer and encode a text, so that fit starts at once.", TRAINING),
-    "validate": Command("Score a checkpoint on the validation text.", TRAINING),
-    "test": Command("Score a checkpoint on the test text, also with a sliding window.", TRAINING),
-    "predict": Command("Generate text from a checkpoint.", TRAINING),
-    "chat": Command("Type prompts and watch the text stream.", "lmlight.commands.chat:main"),
-    "curves": Command("Plot the learning curves of several runs.", "lmlight.commands.curves:main"),
-    "export": Command(
-        "Convert a checkpoint for other engines: hf, gguf, onnx, torch.", "lmlight.export.command:export"
-    ),
-    "import": Command("Convert a Hugging Face model to a checkpoint.", "lmlight.export.command:import_"),
-    "cache": Command("List or clear cached corpora and tokens.", "lmlight.commands.cache:main"),
+TRAINING = "lmlight.training.cli:main"  # takes the command's name, too
+EXPORT = "lmlight.export.command"
+COMMANDS = {  # what each does, and the function that runs it
+    "fit": ("Train a model, resume a run (--ckpt_path) or finetune (--init_from).", TRAINING),
+    "prepare": ("Train the tokenizer and encode a text, so that fit starts at once.", TRAINING),
+    "validate": ("Score a checkpoint on the validation text.", TRAINING),
+    "test": ("Score a checkpoint on the test text, also with a sliding window.", TRAINING),
+    "predict": ("Generate text from a checkpoint.", TRAINING),
+    "chat": ("Type prompts and watch the text stream.", "lmlight.commands.chat:main"),
+    "curves": ("Plot the learning curves of several runs.", "lmlight.commands.curves:main"),
+    "export": ("Convert a checkpoint for other engines: hf, gguf, onnx, torch.", f"{EXPORT}:export"),
+    "import": ("Convert a Hugging Face model to a checkpoint.", f"{EXPORT}:import_"),
+    "cache": ("List or clear cached corpora and tokens.", "lmlight.commands.cache:main"),
 }
 
 
 def usage() -> str:
     """The text of `lmlight --help`."""
-    commands = "\n".join(f"  {name:<10}{command.help}" for name, command in COMMANDS.items())
+    commands = "\n".join(f"  {name:<10}{text}" for name, (text, _) in COMMANDS.items())
     return f"""usage: lmlight COMMAND [options]
 
 Train small transformer language models on text.
@@ -44,13 +34,6 @@ commands:
 {commands}
 
 `lmlight COMMAND --help` lists a command's options; `lmlight --version` prints the version."""
-
-
-def unknown(name: str) -> UserError:
-    """The error for an unknown command."""
-    near = difflib.get_close_matches(name, COMMANDS, n=1)
-    hint = f" (did you mean {near[0]}?)" if near else ""
-    return UserError(f"unknown command '{name}'{hint}: expected one of {', '.join(COMMANDS)}")
 
 
 class Parser(argparse.ArgumentParser):

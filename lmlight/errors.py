@@ -14,3 +14,8 @@ class UserError(ValueError):
 def say(error: Exception, kind: str = "error") -> None:
     """Prints a mistake on stderr as the one line that each of our commands gives."""
     print(f"lmlight: {kind}: {' '.join(str(error).split())}", file=sys.stderr)
+
+
+def first_line(error: Exception) -> str:
+    """The first line of another library's message, or the name of its class."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

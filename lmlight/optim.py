@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LambdaLR
+from torch.optim.lr_scheduler import LRScheduler
 
 from lmlight.errors import UserError
 from lmlight.models.base import Net
@@ -202,7 +202,7 @@ def hyperparameters(optimizer: Optimizer) -> list[dict[str, Any]]:
     return [{name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups]
 
 
-def apply_changes(scheduler: LambdaLR, now: list[dict[str, Any]], before: list[dict[str, Any]]) -> None:
+def apply_changes(scheduler: LRScheduler, now: list[dict[str, Any]], before: list[dict[str, Any]]) -> None:
     """Give a resumed run the optimizer arguments that changed since it began.
 
     Loading the states of the optimizer and the scheduler has restored the old ones.
@@ -216,7 +216,7 @@ def apply_changes(scheduler: LambdaLR, now: list[dict[str, Any]], before: list[d
         changed = {name: value for name, value in new.items() if old.get(name) != value}
         if "lr" in changed:
             scheduler.base_lrs[number] = group["initial_lr"] = changed["lr"]
-            changed["lr"] *= scheduler.lr_lambdas[number](scheduler.last_epoch)
+            changed["lr"] *= group["lr"] / old["lr"] if old["lr"] else 1.0  # the factor of the schedule
         group.update(changed)
 
 

@@ -33,30 +33,18 @@ def visible(piece: str, max_length: int = 12) -> str:
     return text if len(text) <= max_length else text[: max_length - 1] + "…"
 
 
-def attention_map(weights: Floats, labels: Sequence[str]) -> Figure:
-    """Attention weights of one head, (T, T): query tokens in rows, key tokens in columns."""
-    figure = _labelled_matrix(weights, labels, inches=3.5, margin=0.19, fontsize=6.5, vmax=1.0)
-    figure.text(0.01, 0.98, "rows attend\nto columns", fontsize=6, va="top")
-    return figure
-
-
-def bigram_table(probabilities: Floats, labels: Sequence[str]) -> Figure:
-    """Probabilities of the next token, (K, K): current tokens in rows, next tokens in columns."""
-    vmax = float(np.quantile(probabilities, 0.995))
-    figure = _labelled_matrix(probabilities, labels, inches=6.5, margin=0.14, fontsize=7, vmax=vmax)
-    figure.text(0.01, 0.98, "columns\nfollow rows", fontsize=7, va="top")
-    return figure
-
-
-def _labelled_matrix(
-    matrix: Floats, labels: Sequence[str], inches: float, margin: float, fontsize: float, vmax: float
+def token_matrix(
+    matrix: Floats, labels: Sequence[str], caption: str, inches: float = 3.5, vmax: float | None = None
 ) -> Figure:
+    """A matrix with the same tokens in rows and columns, such as attention weights: queries in rows, keys in columns."""
     figure = Figure(figsize=(inches, inches), dpi=100, facecolor="white")
+    margin = 0.35 / inches + 0.09
     axes = figure.add_axes((margin, 0.02, 0.98 - margin, 0.98 - margin))
     axes.imshow(matrix, cmap="viridis", vmin=0.0, vmax=vmax)
-    axes.set_xticks(range(len(labels)), labels, rotation=90, fontsize=fontsize, family="monospace")
-    axes.set_yticks(range(len(labels)), labels, fontsize=fontsize, family="monospace")
+    axes.set_xticks(range(len(labels)), labels, rotation=90, fontsize=6.5, family="monospace")
+    axes.set_yticks(range(len(labels)), labels, fontsize=6.5, family="monospace")
     axes.tick_params(top=True, labeltop=True, bottom=False, labelbottom=False, length=2)
+    figure.text(0.01, 0.98, caption, fontsize=6, va="top")
     return figure
 
 
@@ -74,9 +62,7 @@ def surprise(pieces: Sequence[str], nats: Floats, width: int = 42) -> Figure:
     for row, line in enumerate(lines):
         for column, (_, value) in enumerate(line):
             background[row, column] = colors(0.75 * min(1.0, value / red))[:3]
-    fontsize = (
-        8 * 72 / (100 * CHARACTER_WIDTH)
-    )  # in points; makes characters 8 pixels wide, for they start at whole pixels
+    fontsize = 8 * 72 / (100 * CHARACTER_WIDTH)  # characters 8 pixels wide, because they start at whole pixels
     text_width, text_height = width * CHARACTER_WIDTH * fontsize / 72, len(lines) * 1.6 * fontsize / 72  # inches
     w, h = text_width + 0.1, text_height + 0.4
     figure = Figure(figsize=(w, h), dpi=100, facecolor="white")
@@ -102,21 +88,6 @@ def loss_by_position(nats: Floats) -> Figure:
     return figure
 
 
-def positions(vectors: Floats) -> Figure:
-    """Learned position embeddings, (T, C), and their cosine similarities."""
-    figure = Figure(figsize=(7, 3.2), dpi=100, facecolor="white", layout="constrained")
-    left, right = figure.subplots(1, 2)
-    limit = float(np.abs(vectors).max()) or 1.0
-    left.imshow(vectors, aspect="auto", cmap="RdBu", vmin=-limit, vmax=limit)
-    left.set(xlabel="channel", ylabel="position", title="position embeddings")
-    lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
-    similarity = vectors @ vectors.T / np.maximum(lengths * lengths.T, 1e-12)
-    image = right.imshow(similarity, cmap="RdBu", vmin=-1, vmax=1)
-    right.set(xlabel="position", ylabel="position", title="cosine similarity")
-    figure.colorbar(image, ax=right)
-    return figure
-
-
 def learning_curves(runs: Mapping[str, Sequence[Mapping[str, float]]], x: str = "step") -> Figure:
     """The validation loss of one or more runs and, dashed, the loss on a subset of the training text.
 
@@ -128,13 +99,11 @@ def learning_curves(runs: Mapping[str, Sequence[Mapping[str, float]]], x: str = 
     axes = figure.subplots()
     unit = "character" if any("val/nats_per_char" in row for rows in runs.values() for row in rows) else "token"
     loss = "val/nats_per_char" if unit == "character" else "val/loss"
-    for name, rows in runs.items():
-        color = None
+    for number, (name, rows) in enumerate(runs.items()):
         for column, style, label in ((loss, ".-", name), ("train_subset/nats_per_char", ".--", None)):
             points = [(row[x], row[column]) for row in rows if math.isfinite(row.get(column, math.nan))]
             if points:
-                (line,) = axes.plot(*zip(*points), style, color=color, label=label)
-                color = line.get_color()
+                axes.plot(*zip(*points), style, color=f"C{number}", label=label)
     axes.set(xlabel=AXES[x], ylabel=f"nats per {unit}")
     axes.set_title("validation text; dashed: a subset of the training text", fontsize=9)
     axes.legend(fontsize=8)

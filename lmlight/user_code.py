@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import re
 import traceback
 from collections.abc import Iterable
+from pathlib import Path
 from typing import TypeVar
 
 from lmlight.errors import UserError
@@ -23,6 +25,13 @@ def subclasses(base: type[T]) -> dict[str, type[T]]:
 
 def full_name(kind: type) -> str:
     return f"{kind.__module__}.{kind.__qualname__}"
+
+
+def is_class_name(value: str | None) -> bool:
+    """Whether a value is the name of a class, not a file."""
+    if not value or value.endswith((".json", ".model", ".yaml", ".yml")) or not re.fullmatch(r"[\w.]+", value):
+        return False
+    return not Path(value).is_file()
 
 
 def import_class(flag: str, name: str, base: type[T]) -> type[T]:

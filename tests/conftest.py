@@ -1,8 +1,8 @@
-"""What every test has: one quiet thread, a folder of its own, a small play that nobody wrote; and a browser for some."""
+"""Shared fixtures: one torch thread, a temporary working directory per test, a generated corpus, and a browser."""
 
 import os
 
-# Before torch is imported: threads that wait for work by spinning would slow down whatever else runs here.
+# Set before torch is imported: spinning threads would slow down other processes.
 os.environ.setdefault("GOMP_SPINCOUNT", "0")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
@@ -20,11 +20,11 @@ from hypothesis.configuration import set_hypothesis_home_dir
 
 torch.set_num_threads(1)
 
-# A suite that a script starts in the background inherits Ctrl-C as ignored, and hands that on; tests send one.
+# A suite started in the background ignores SIGINT, and so would its child processes; some tests send it.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
-# Hypothesis writes what it finds in the sources while tests are collected: not into the checkout.
+# Keep Hypothesis's files out of the checkout.
 HYPOTHESIS_HOME = tempfile.mkdtemp(prefix="lmlight-hypothesis-")
 atexit.register(shutil.rmtree, HYPOTHESIS_HOME, ignore_errors=True)
 set_hypothesis_home_dir(HYPOTHESIS_HOME)
@@ -35,7 +35,7 @@ settings.register_profile(
     deadline=None,
     database=None,
     print_blob=True,
-    # the autouse folder is a function's; no property writes to it
+    # the autouse folder is function-scoped
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 settings.load_profile("lmlight")
@@ -52,14 +52,14 @@ SPEAKERS = ["MIRA", "TOBIAS", "OLD GARDENER", "PIP"]
 
 @pytest.fixture(autouse=True)
 def _own_folder(tmp_path, monkeypatch):
-    """Relative paths, and the cache, lie in the test's own temporary folder."""
+    """Runs each test in its own temporary folder, with its own cache."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("LMLIGHT_CACHE", str(tmp_path / "cache"))
 
 
 @pytest.fixture(scope="session")
-def verse():
-    """Some 6,000 characters laid out like a play, the same in every session."""
+def corpus_text():
+    """About 6,000 characters laid out like a play, the same in every session."""
     draw = random.Random(0)
     speeches = []
     while sum(map(len, speeches)) < 6000:
@@ -73,22 +73,22 @@ def verse():
 
 
 @pytest.fixture(scope="session")
-def opening(verse):
-    """The prompt of its samples: the words of the first whole line of its validation part that fit into 20 characters."""
-    line = next(line for line in verse[int(0.9 * len(verse)) :].split("\n")[1:] if line)
+def sample_prompt(corpus_text):
+    """The prompt of samples: the first words, up to 20 characters, of the first whole validation line."""
+    line = next(line for line in corpus_text[int(0.9 * len(corpus_text)) :].split("\n")[1:] if line)
     return textwrap.wrap(line, 20)[0]
 
 
 @pytest.fixture
-def verse_file(tmp_path, verse):
-    path = tmp_path / "verse.txt"
-    path.write_bytes(verse.encode())
+def corpus_file(tmp_path, corpus_text):
+    path = tmp_path / "corpus.txt"
+    path.write_bytes(corpus_text.encode())
     return path
 
 
 @pytest.fixture(scope="session")
 def browser():
-    """Chromium without a window, which the tests marked `browser` look through."""
+    """Headless Chromium for tests marked `browser`."""
     from selenium import webdriver
     from selenium.webdriver.chrome.service import Service
 
@@ -96,10 +96,10 @@ def browser():
     options.binary_location = shutil.which("chromium") or shutil.which("google-chrome") or ""
     for flag in ("headless=new", "no-sandbox", "disable-gpu", "no-first-run", "window-size=1400,1100"):
         options.add_argument(f"--{flag}")
-    # nothing but the page that is asked for is to be fetched
+    # load the requested page only
     for flag in ("disable-background-networking", "disable-component-update", "disable-sync", "disable-quic"):
         options.add_argument(f"--{flag}")
-    options.add_argument("--enable-unsafe-swiftshader")  # the Projector draws in three dimensions, without a GPU
+    options.add_argument("--enable-unsafe-swiftshader")  # WebGL without a GPU, for the Projector
     driver = webdriver.Chrome(options=options, service=Service(shutil.which("chromedriver")))
     yield driver
     driver.quit()

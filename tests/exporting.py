@@ -1,6 +1,7 @@
-"""Shared by the export tests: small networks and checkpoints, hostile texts, scaled-down shipped configs, and the code in
+"""Helpers of the export tests: small networks and checkpoints, unusual texts, shrunk shipped configs, and code blocks of
 docs/export.md. Needs no extra."""
 
+import random
 import re
 from pathlib import Path
 
@@ -9,9 +10,10 @@ import yaml
 
 from lmlight import checkpoint
 from lmlight.data.tokenizer import TokenizerConfig
-from lmlight.models import GPT2, LLAMA, NETS, Transformer
+from lmlight.models import GPT2, LLAMA, Bigram, Transformer
 
 ROOT = Path(__file__).parents[1]
+NETS = {"Bigram": Bigram, "Transformer": Transformer}
 BLOCK = 32
 SIZES = {"n_layer": 2, "n_head": 4, "n_embd": 32}
 OPTIONS = {  # by model_type
@@ -22,7 +24,7 @@ OPTIONS = {  # by model_type
     "gpt2": GPT2,
     "gpt2, no bias": {**GPT2, "bias": False, "tie": False},
 }
-HOSTILE = [
+UNUSUAL = [
     "",
     "\n",
     "\n\n\n a\n",
@@ -38,11 +40,11 @@ HOSTILE = [
 
 
 def make(tokenizer, options, block_size=BLOCK):
-    return stirred(Transformer, tokenizer.vocab_size, block_size, **{**SIZES, **options})
+    return perturbed(Transformer, tokenizer.vocab_size, block_size, **{**SIZES, **options})
 
 
-def stirred(kind, *sizes, **options):
-    """A network with noise added to its weights: initial zeros and ones would hide mistakes."""
+def perturbed(kind, *sizes, **options):
+    """Builds a network and adds noise to its weights: initial zeros and ones would hide mistakes."""
     torch.manual_seed(0)
     net = kind(*sizes, **options)
     for name, parameter in net.named_parameters():
@@ -51,7 +53,7 @@ def stirred(kind, *sizes, **options):
 
 
 def save(path, net, tokenizer, **more):
-    settings, sampling = {"data": {"corpus": "somewhere/verse.txt"}}, {"temperature": 0.8}
+    settings, sampling = {"data": {"corpus": "somewhere/corpus.txt"}}, {"temperature": 0.8}
     state = {f"net.{k}": v for k, v in net.state_dict().items()}
     content = {
         "state_dict": state,
@@ -63,28 +65,39 @@ def save(path, net, tokenizer, **more):
 
 
 def shipped(kind):
-    """The names of the shipped configs whose network is of this class."""
-    default = {"class_path": "Transformer"}
-    return [
-        path.name
-        for path in sorted((ROOT / "configs").glob("*.yaml"))
-        if yaml.safe_load(path.read_text("utf-8")).get("model", {}).get("net", default)["class_path"] == kind
-    ]
+    """File names of the shipped configs with networks of this class: one for each architecture and kind of tokenizer."""
+    names = {}
+    for path in sorted((ROOT / "configs").glob("*.yaml")):
+        config = yaml.safe_load(path.read_text("utf-8"))
+        net = config.get("model", {}).get("net", {})
+        if net.get("class_path") == kind:
+            sizes = {**SIZES, "dropout": 0.0} if kind == "Transformer" else {}
+            options = NETS[kind](9, 8, **{**net.get("init_args", {}), **sizes}).config
+            tokenizer = TokenizerConfig(**{**config["data"].get("tokenizer", {}), "vocab_size": 400})
+            names.setdefault(f"{options} {tokenizer}", path.name)
+    return list(names.values())
 
 
-def in_small(name, text, block_size=BLOCK):
-    """A shipped config's network and tokenizer with fewer and narrower layers and a small vocabulary."""
+def shrunk(name, text, block_size=BLOCK):
+    """Builds a shipped config's network and tokenizer, with fewer and narrower layers and a small vocabulary."""
     config = yaml.safe_load((ROOT / "configs" / name).read_text("utf-8"))
     tokenizer = TokenizerConfig(**{**config.get("data", {}).get("tokenizer", {}), "vocab_size": 400}).train(text)
-    net = config.get("model", {}).get("net", {"class_path": "Transformer"})
+    net = config["model"]["net"]
     options = dict(net.get("init_args", {}))
     if net["class_path"] == "Transformer":
         options |= {"n_layer": 2, "n_embd": 8 * options.get("n_head", 4)}
-    return stirred(NETS[net["class_path"]], tokenizer.vocab_size, block_size, **options), tokenizer
+    return perturbed(NETS[net["class_path"]], tokenizer.vocab_size, block_size, **options), tokenizer
+
+
+def random_texts(count):
+    """Short texts of letters, spaces, control tokens, byte pieces and characters outside the vocabulary."""
+    draw = random.Random(0)
+    alphabet = "etaoin shrdlu\n ,.<>s/unk0x41\u2581é日🙂~ST"
+    return ["".join(draw.choices(alphabet, k=draw.randrange(60))) for _ in range(count)]
 
 
 def documented(word):
-    """The first block of Python in docs/export.md that contains this word."""
+    """The first Python block of docs/export.md that contains `word`."""
     page = (ROOT / "docs" / "export.md").read_text("utf-8")
     return next(
         block for block in re.findall(r"^```python\n(.*?)^```$", page, re.MULTILINE | re.DOTALL) if word in block

@@ -1,7 +1,7 @@
-"""Processes of `lmlight`: started afresh, as a user does; or forked, which spares each the seconds that imports take.
+"""Runs `lmlight` in other processes: in a new interpreter, or forked from a server that has imported everything.
 
-A forked one is as real: its own memory, signals and exit status. It begins where
-`import lmlight.training.cli` ends, in a server that has run no test, so that nothing of one test reaches another.
+A forked process has its own memory, signals and exit status, but starts without the seconds that imports take. The
+server has run no test, so tests do not affect each other.
 """
 
 import multiprocessing
@@ -14,29 +14,29 @@ from pathlib import Path
 
 FORKING = multiprocessing.get_context("forkserver" if sys.platform == "linux" else "spawn")
 FORKING.set_forkserver_preload(["lmlight.training.cli", "lmlight.pictures", "torch.utils.tensorboard"])
-LONGEST = 100  # seconds: below pytest's own limit, which would leave the process behind
+TIMEOUT = 100  # seconds; below the limit of pytest-timeout, which would not kill the process
 
 
 def environment(**more):
-    """This process's, with one thread to each other one."""
+    """This process's environment, with one torch thread."""
     return {**os.environ, "OMP_NUM_THREADS": "1", **more}
 
 
 def start(*arguments, code=None, script=None, **options):
-    """`lmlight ARGUMENTS` in a new interpreter, as a Popen; `code`, or a file of it, stands in for the command."""
-    what = ["-c", code] if code else [script] if script else ["-m", "lmlight"]
-    command = [sys.executable, *what, *map(str, arguments)]
+    """Starts `lmlight ARGUMENTS`, or `code`, or the file `script`, in a new interpreter, and returns the Popen."""
+    program = ["-c", code] if code else [script] if script else ["-m", "lmlight"]
+    command = [sys.executable, *program, *map(str, arguments)]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     return subprocess.Popen(command, **{"env": environment(), **pipes, **options})
 
 
 def run_afresh(*arguments, status=0, typed=None, **options):
-    """The same to its end: what it wrote to stdout and stderr."""
+    """Runs it to its end, checks its exit status, and returns its stdout and stderr."""
     if typed is not None:
         options["stdin"] = subprocess.PIPE
     with start(*arguments, **options) as process:
         try:
-            out, err = process.communicate(typed, timeout=LONGEST)
+            out, err = process.communicate(typed, timeout=TIMEOUT)
         except subprocess.TimeoutExpired:
             process.kill()
             raise
@@ -44,14 +44,14 @@ def run_afresh(*arguments, status=0, typed=None, **options):
     return out, err
 
 
-def run(*arguments, status=0, code=None, cwd=".", env=None, longest=LONGEST):
-    """`lmlight ARGUMENTS`, forked, to its end: what it wrote to stdout and stderr."""
+def run(*arguments, status=0, code=None, cwd=".", env=None, timeout=TIMEOUT):
+    """Runs `lmlight ARGUMENTS` or `code` in a forked process, checks its exit status, and returns its stdout and stderr."""
     with tempfile.TemporaryDirectory() as folder:
         written = [Path(folder) / name for name in ("out", "err")]
-        what = (str(Path(cwd).absolute()), env or environment(), list(map(str, arguments)), code, written)
-        process = FORKING.Process(target=_begin, args=what)
+        args = (str(Path(cwd).absolute()), env or environment(), list(map(str, arguments)), code, written)
+        process = FORKING.Process(target=_run_forked, args=args)
         process.start()
-        process.join(longest)
+        process.join(timeout)
         if process.is_alive():
             process.kill()
             process.join()
@@ -60,7 +60,7 @@ def run(*arguments, status=0, code=None, cwd=".", env=None, longest=LONGEST):
     return out, err
 
 
-def _begin(folder, variables, arguments, code, written):
+def _run_forked(folder, variables, arguments, code, written):
     os.chdir(folder)
     os.environ.clear()
     os.environ.update(variables)

@@ -1,4 +1,4 @@
-"""The house keeps its order: imports run one way, and the light parts stay light."""
+"""Package structure: imports follow the layers, and light modules do not import heavy packages."""
 
 import ast
 import importlib
@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[1]
 
 
 def test_imports_run_one_way(monkeypatch):
-    """The layers of pyproject.toml; see docs/design.md."""
+    """The layers are in pyproject.toml; see docs/design.md."""
     monkeypatch.chdir(ROOT)
     assert importlinter.lint_imports(config_filename=str(ROOT / "pyproject.toml"), cache_dir=None) == 0
 
@@ -30,12 +30,12 @@ def test_imports_run_one_way(monkeypatch):
             ".data.corpus",
             ".data.tokenizer",
             ".data.token_store",
-            ".data.window_sources",
+            ".data.windows",
         ],
         "lightning safetensors google.protobuf": [".generation", ".checkpoint", ".commands.chat", ".export.command"],
     }.items(),
 )
-def test_light_parts_do_not_wait_for_heavy_ones(absent, modules):
+def test_light_modules_do_not_import_heavy_packages(absent, modules):
     code = """if True:
         import importlib, sys
         absent, *modules = sys.argv[1:]
@@ -47,8 +47,8 @@ def test_light_parts_do_not_wait_for_heavy_ones(absent, modules):
     processes.run_afresh(absent, *modules, code=code)
 
 
-def test_benchmarks_import_what_there_is():
-    """Also where a function does it, since no test runs most of them."""
+def test_benchmarks_import_existing_names():
+    """Including imports inside functions, which no test runs."""
     for path in (ROOT / "benchmarks").glob("*.py"):
         for node in ast.walk(ast.parse(path.read_text("utf-8"))):
             if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "lmlight":
@@ -61,12 +61,12 @@ def test_benchmarks_import_what_there_is():
                     )
 
 
-def test_no_module_is_a_drawer_for_odds_and_ends():
+def test_no_catch_all_modules():
     names = {path.stem for path in (ROOT / "lmlight").rglob("*.py")}
     assert not names & {"utils", "common", "helpers", "misc"}
 
 
-def test_the_command_line_bounds_spinning_before_torch_is_imported_and_importing_changes_nothing():
+def test_command_line_limits_spinning_threads_and_importing_does_not():
     code = """if True:
         import os, sys
         import lmlight.__main__
@@ -76,6 +76,6 @@ def test_the_command_line_bounds_spinning_before_torch_is_imported_and_importing
         lmlight.__main__.main(sys.argv[1:])
         """
     environment = {k: v for k, v in os.environ.items() if k not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
-    for command, turns in (("fit", "1000"), ("predict", "10000")):
+    for command, spin_count in (("fit", "1000"), ("predict", "10000")):
         out, err = processes.run_afresh(command, code=code, env=environment, status=1)
-        assert (out.strip(), err.strip()) == ("False False", turns)
+        assert (out.strip(), err.strip()) == ("False False", spin_count)

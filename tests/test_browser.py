@@ -5,13 +5,12 @@ Needs `pip install -e '.[test,engines,browser]'`, `npm install --prefix examples
 
 import functools
 import http.server
-import random
 import re
 import threading
 import time
 
 import pytest
-from exporting import HOSTILE, ROOT, make, save
+from exporting import ROOT, UNUSUAL, make, random_texts, save
 
 from lmlight.__main__ import main
 from lmlight.data.tokenizer import CharTokenizer, TokenizerConfig
@@ -33,8 +32,8 @@ class Quiet(http.server.SimpleHTTPRequestHandler):
 
 
 @pytest.fixture(scope="module")
-def tokenizers(verse):
-    return {kind: TokenizerConfig(kind, 400).train(verse) for kind in KINDS}
+def tokenizers(corpus_text):
+    return {kind: TokenizerConfig(kind, 400).train(corpus_text) for kind in KINDS}
 
 
 @pytest.fixture(scope="module")
@@ -122,13 +121,11 @@ def test_greedy_text_is_the_same_beyond_block_size(name, tokenizers, folder, sit
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_ids_are_the_same_for_any_text(kind, tokenizers, verse, folder, site, browser):
+def test_ids_are_the_same_for_any_text(kind, tokenizers, corpus_text, folder, site, browser):
     tokenizer = tokenizers[kind]
     export(folder, kind, Bigram(tokenizer.vocab_size, BLOCK), tokenizer)
     browser.get(f"{site}/index.html?model=none")
-    draw = random.Random(0)
-    alphabet = "etaoin shrdlu\n ,.<>s/unk0x41\u2581é日🙂~ST"
-    texts = [verse, *HOSTILE, *("".join(draw.choices(alphabet, k=draw.randrange(60))) for _ in range(200))]
+    texts = [corpus_text, *UNUSUAL, *random_texts(200)]
     found = from_module(
         browser,
         """const file = await (await fetch(given[0])).arrayBuffer();
@@ -180,13 +177,13 @@ def test_end_of_text_ends_the_text(folder, site, browser):
     assert generated(browser, prompt="", temperature=0, tokens=50) == "abc"
 
 
-def test_the_status_line_names_files_that_cannot_be_opened(tokenizers, verse, folder, site, browser):
+def test_status_line_names_files_that_cannot_be_opened(tokenizers, corpus_text, folder, site, browser):
     browser.get(f"{site}/index.html?model=nowhere.onnx")
-    status(browser, "There is no nowhere.onnx beside this page: choose a file")
-    (folder / "text.onnx").write_text(verse)
+    status(browser, "There is no nowhere.onnx next to this page: choose a file")
+    (folder / "text.onnx").write_text(corpus_text)
     browser.find_element("id", "file").send_keys(str(folder / "text.onnx"))
     status(browser, "text.onnx: not a file of lmlight export onnx")
-    lossy = TokenizerConfig("unigram", 200, lossless=False).train(verse)
+    lossy = TokenizerConfig("unigram", 200, lossless=False).train(corpus_text)
     export(folder, "lossy", Bigram(lossy.vocab_size, BLOCK), lossy)
     browser.find_element("id", "file").send_keys(str(folder / "lossy.onnx"))
     status(browser, "lossy.onnx: the model's tokenizer is lossy")
@@ -200,7 +197,7 @@ def test_the_status_line_names_files_that_cannot_be_opened(tokenizers, verse, fo
     status(browser, "the model does not know '日'")
 
 
-def test_the_page_loads_from_its_own_server_only(tokenizers, folder, site, browser):
+def test_page_loads_from_its_own_server_only(tokenizers, folder, site, browser):
     export(folder, "here", Bigram(tokenizers["char"].vocab_size, BLOCK), tokenizers["char"])
     opened(browser, site, "here")
     names = browser.execute_script("return performance.getEntriesByType('resource').map((entry) => entry.name)")

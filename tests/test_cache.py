@@ -1,4 +1,4 @@
-"""`lmlight cache` lists what there is and deletes nothing else."""
+"""`lmlight cache` lists cached data and deletes nothing else."""
 
 import processes
 import pytest
@@ -12,7 +12,7 @@ from lmlight.data.tokenizer import CharTokenizer
 
 @pytest.fixture
 def filled(tmp_path, monkeypatch):
-    """A cache with a corpus, a store and half of one, and things of the user's beside them."""
+    """A cache with a corpus, a finished and an unfinished store, and files of the user."""
     folder = cache.cache_dir()
     write_store(
         folder / "tokens" / "abc",
@@ -30,34 +30,34 @@ def filled(tmp_path, monkeypatch):
     return folder
 
 
-def test_the_list_has_names_sizes_and_what_they_are_of(filled, capsys):
+def test_list_shows_names_sizes_and_sources(filled, capsys):
     assert main(["cache"]) == 0
     first, second, third, last = capsys.readouterr().out.splitlines()
-    assert first.split()[:2] == ["2", "MB"] and "corpora/play.txt" in first
+    assert first.split()[:2] == ["2.3", "MB"] and "corpora/play.txt" in first
     assert "tokens/abc" in second and "my.txt, 3 pieces" in second
     assert "tokens/half" in third and "not finished" in third
-    assert last.split()[0] == "2" and str(filled) in last
+    assert last.split()[0] == "2.4" and str(filled) in last
 
 
-def test_an_empty_cache_and_none_are_listed(tmp_path, capsys):
+def test_empty_or_missing_cache_is_listed(tmp_path, capsys):
     assert main(["cache"]) == 0
     assert main(["cache", "--cache", str(tmp_path)]) == 0
-    assert capsys.readouterr().out.count("0 B") == 2
+    assert capsys.readouterr().out.count("0.0 MB  in all") == 2
 
 
-def test_clearing_by_name_and_all(filled, capsys):
+def test_clear_by_name_and_clear_all(filled, capsys):
     assert main(["cache", "--clear", "tokens/half"]) == 0
-    assert {entry.name for entry in cache.entries(filled)} == {"tokens/abc", "corpora/play.txt"}
+    assert cache.entries(filled).keys() == {"tokens/abc", "corpora/play.txt"}
     assert main(["cache", "--clear", "tokens/abc", "nothing"]) == 2
     assert "nothing in the cache is called 'nothing'" in capsys.readouterr().err
     assert len(cache.entries(filled)) == 2
     assert main(["cache", "--clear"]) == 0
-    assert cache.entries(filled) == []
+    assert cache.entries(filled) == {}
     assert (filled / "thesis.txt").read_text() == "years of work"
     assert (filled / "own").is_dir()
 
 
-def test_the_command_does_not_wait_for_torch(filled):
+def test_cache_command_does_not_import_torch(filled):
     code = (
         "import sys; sys.argv = ['lmlight', 'cache']; from lmlight.__main__ import main; main(); "
         "sys.exit('torch' in sys.modules)"

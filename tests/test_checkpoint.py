@@ -1,4 +1,4 @@
-"""TextFormat what may be missing, damaged, foreign or hostile."""
+"""Reading checkpoints that are missing, damaged, foreign or hostile."""
 
 import os
 import pickle
@@ -23,7 +23,7 @@ def save(path, net):
 
 
 @pytest.mark.parametrize("net", [Bigram(3, 8), Transformer(3, 8, n_layer=1, n_head=2, n_embd=16)], ids=["bigram", "t"])
-def test_a_model_comes_back_whole(net, tmp_path):
+def test_checkpoint_round_trip(net, tmp_path):
     content = checkpoint.read(save(tmp_path / "x.ckpt", net))
     again = checkpoint.net_of(content)
     idx = torch.tensor([[0, 1, 2]])
@@ -40,7 +40,7 @@ class Exploit:
 
 
 @pytest.mark.parametrize("force", ["0", "1"])
-def test_a_pickle_that_would_run_code_is_refused(tmp_path, monkeypatch, force):
+def test_pickle_that_runs_code_is_refused(tmp_path, monkeypatch, force):
     monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", force)
     harm = tmp_path / "harm"
     torch.save({"state_dict": {}, checkpoint.METADATA_KEY: Exploit(harm)}, tmp_path / "x.ckpt")
@@ -52,15 +52,16 @@ def test_a_pickle_that_would_run_code_is_refused(tmp_path, monkeypatch, force):
     assert not harm.exists()
 
 
-@pytest.mark.parametrize("keep", [0, 10, 1000, -100])
-def test_a_truncated_file_is_refused(tmp_path, keep):
+def test_truncated_file_is_refused(tmp_path):
     path = save(tmp_path / "x.ckpt", Bigram(3, 8))
-    path.write_bytes(path.read_bytes()[:keep])
-    with pytest.raises(UserError, match=r"damaged"):
-        checkpoint.read(path)
+    whole = path.read_bytes()
+    for length in (*range(0, len(whole), 503), 10, len(whole) - 100):
+        path.write_bytes(whole[:length])
+        with pytest.raises(UserError, match="damaged"):
+            checkpoint.read(path)
 
 
-def test_what_is_not_ours_is_named(tmp_path):
+def test_foreign_files_are_refused(tmp_path):
     with pytest.raises(UserError, match="no checkpoint at"):
         checkpoint.read(tmp_path / "missing.ckpt")
     with pytest.raises(UserError, match="cannot be read"):
@@ -73,10 +74,10 @@ def test_what_is_not_ours_is_named(tmp_path):
         checkpoint.read(tmp_path / "text.ckpt")
 
 
-def test_another_layout_is_named_with_the_version_that_wrote_it(tmp_path, monkeypatch):
+def test_another_format_version_is_refused_with_the_version_that_wrote_it(tmp_path, monkeypatch):
     monkeypatch.setattr(checkpoint, "FORMAT_VERSION", checkpoint.FORMAT_VERSION + 1)
     path = save(tmp_path / "x.ckpt", Bigram(3, 8))
     monkeypatch.undo()
     os.chdir(tmp_path)
-    with pytest.raises(UserError, match=r"written by lmlight 0\.1\.0 in format 4.*install the version"):
+    with pytest.raises(UserError, match=r"written by lmlight 0\.1\.0 in format \d.*install the version"):
         checkpoint.read(path)

@@ -1,4 +1,4 @@
-"""The command line, as a user types it."""
+"""The command line."""
 
 import inspect
 import io
@@ -31,17 +31,17 @@ TINY = [*tiny.FLAGS, "--trainer.max_steps=6", "--trainer.val_check_interval=3"]
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory, verse):
-    """The folder of a finished run, what it printed, and the checkpoint's path."""
+def finished(tmp_path_factory, corpus_text):
+    """The folder of a finished run, its output, and the path of its best checkpoint."""
     folder = tmp_path_factory.mktemp("finished")
-    (folder / "verse.txt").write_bytes(verse.encode())
+    (folder / "corpus.txt").write_bytes(corpus_text.encode())
     env = processes.environment(LMLIGHT_CACHE=str(folder / "cache"))
-    printed = processes.run_afresh("fit", "--data.corpus=verse.txt", *TINY, cwd=folder, env=env)
+    printed = processes.run("fit", "--data.corpus=corpus.txt", *TINY, cwd=folder, env=env)
     (best,) = folder.glob("runs/*/checkpoints/best.ckpt")
     return folder, printed, best
 
 
-def test_fit_ends_by_saying_what_it_reached_and_what_to_type(finished, opening):
+def test_fit_summary(finished, sample_prompt):
     folder, (out, err), best = finished
     assert "\r" not in out + err
     assert "\x1b" not in out + err
@@ -51,19 +51,19 @@ def test_fit_ends_by_saying_what_it_reached_and_what_to_type(finished, opening):
     assert all("val/nats_per_char" in line for line in validations)
     where = best.relative_to(folder)
     assert any(line.startswith(f"Best checkpoint: {where}") for line in lines)
-    figures = next(line for line in lines if "bits per character" in line).split()
-    nats, bits = float(figures[0]), float(figures[4])
+    summary = next(line for line in lines if "bits per character" in line).split()
+    nats, bits = float(summary[0]), float(summary[4])
     assert bits == pytest.approx(nats / 0.693147, rel=1e-3)
     assert f"val/nats_per_char {nats:.4f}" in out
-    assert f"\n{opening}" in out
-    command = next(line for line in lines if "lmlight predict" in line).strip()
-    done = subprocess.run(command, shell=True, cwd=folder, capture_output=True, text=True, timeout=100)
-    assert done.stdout.startswith(opening), done.stderr
-    tensorboard = lines[lines.index(next(line for line in lines if line.strip() == command)) + 1].strip()
-    assert tensorboard == f"{Path(sys.executable).with_name('tensorboard')} --logdir runs"
+    assert f"\n{sample_prompt}" in out
+    command, tensorboard = out.split("Next:\n")[1].strip().split("\n")
+    program, *words = shlex.split(command)
+    assert program == "lmlight"
+    assert processes.run_afresh(*words, cwd=folder)[0].startswith(sample_prompt)
+    assert tensorboard.strip() == "tensorboard --logdir runs"
 
 
-def test_a_run_leaves_its_config_checkpoints_and_tensorboard_files(finished):
+def test_run_folder_has_config_metrics_and_best_checkpoint(finished):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     folder, _, best = finished
@@ -71,28 +71,17 @@ def test_a_run_leaves_its_config_checkpoints_and_tensorboard_files(finished):
     config = yaml.safe_load((run / "config.yaml").read_text())
     assert config["data"]["block_size"] == 16
     assert config["model"]["net"]["init_args"]["n_embd"] == 32
-    assert (run / "checkpoints/last.ckpt").is_file()
-    assert checkpoint.read(best)["global_step"] in (3, 6)
     assert len((run / "metrics.csv").read_text().splitlines()) == 3
-    assert (run / "curve.png").is_file()
     events = EventAccumulator(str(run)).Reload()
-    scalars = set(events.Tags()["scalars"])
-    assert {"train/loss", "val/nats_per_char", "val/bpc", "val/loss", "val/perplexity", "grad_norm"} <= scalars
-    assert any(name.startswith("lr-") for name in scalars)
     assert [event.step for event in events.Tensors("samples/empty prompt/text_summary")] == [3, 6]
+    validations = events.Scalars("val/nats_per_char")
+    assert len(validations) == 2
+    # Lightning logs with the number of the last step, counted from 0
+    lowest = min(validations, key=lambda event: event.value)
+    assert checkpoint.read(best)["global_step"] == lowest.step + 1
 
 
-def test_best_is_by_nats_per_character(finished):
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    folder, _, best = finished
-    events = EventAccumulator(str(best.parents[1])).Reload().Scalars("val/nats_per_char")
-    assert len(events) == 2
-    # Lightning logs with the number of the step just made, counted from 0
-    assert checkpoint.read(best)["global_step"] == min(events, key=lambda event: event.value).step + 1
-
-
-def test_predict_prints_the_same_text_for_the_same_seed(finished, capsys, tmp_path):
+def test_predict_is_deterministic_for_a_seed(finished, capsys, tmp_path):
     _, _, best = finished
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("MIRA:\n\nOLD GARDENER:\n")
@@ -112,8 +101,8 @@ def test_predict_prints_the_same_text_for_the_same_seed(finished, capsys, tmp_pa
     assert not (tmp_path / "runs").exists()
 
 
-def test_predict_streams_what_it_files(finished, capsys, tmp_path):
-    """A prompt's samples, on the terminal and as JSON Lines; in a batch or alone; the log-probabilities are the net's."""
+def test_predict_prints_the_same_texts_as_its_output_file(finished, capsys, tmp_path):
+    """Samples are the same on the terminal and as JSON Lines, batched or not, with log-probabilities of the network."""
     _, _, best = finished
     arguments = [
         "predict",
@@ -160,13 +149,13 @@ def test_predict_reads_prompts_from_the_standard_input(finished, capsys, monkeyp
     assert second.startswith("PIP é")
 
 
-def test_predict_over_two_processes_keeps_the_order_of_the_prompts(finished, tmp_path):
+def test_predict_with_two_processes_keeps_prompt_order(finished, tmp_path):
     _, _, best = finished
     (tmp_path / "prompts.txt").write_text("\n".join(f"{speaker}:" for speaker in "ABCDE"))
     command = ["predict", f"--ckpt_path={best}", "--data.prompts=prompts.txt", "--model.sampling.max_new_tokens=3"]
     command += ["--trainer.accelerator=cpu", "--data.prompt_batch_size=1"]
     assert main([*command, "--output=one.jsonl"]) == 0
-    processes.run_afresh(*command, "--output=two.jsonl", "--trainer.devices=2", "--trainer.strategy=ddp")
+    processes.run(*command, "--output=two.jsonl", "--trainer.devices=2", "--trainer.strategy=ddp_fork")
 
     def texts(name):
         lines = [json.loads(line) for line in Path(name).read_text().split("\n")[:-1]]
@@ -176,30 +165,33 @@ def test_predict_over_two_processes_keeps_the_order_of_the_prompts(finished, tmp
     assert [prompt for prompt, _, _ in texts("two.jsonl")] == ["A:", "B:", "C:", "D:", "E:"]
 
 
-def test_chat_streams_verse_and_takes_settings(finished):
+def test_chat_streams_text_and_takes_settings(finished, capsys, monkeypatch):
     folder, _, best = finished
-    typed = (
-        '/max_new_tokens 5\nMIRA:\n/seed 1337\nMIRA:\n/temperature 0\n/temperature x\n/colour 1\n/stop ["a"]\n'
-        "MIRA:\n/quit\n"
-    )
-    out, err = processes.run_afresh("chat", best, typed=typed)
+
+    def chat(name, text, status=0):
+        monkeypatch.setattr("sys.stdin", io.StringIO(text))
+        assert typed(["chat", name]) == status
+        return capsys.readouterr()
+
+    settings = '/temperature 0\n/temperature x\n/colour 1\n/stop ["a"]\n'
+    out, err = chat(str(best), f"/max_new_tokens 5\nMIRA:\n/seed 1337\nMIRA:\n{settings}MIRA:\n/quit\n")
     first, again = (part.split("\n\n")[0] for part in out.split("MIRA:")[1:3])
     text = LanguageModel.load_from_checkpoint(best).generate("MIRA:", max_new_tokens=5, seed=1337)
     assert first == again == escape_control_characters(text.removeprefix("MIRA:"))
-    assert "a value of type float is wanted, got 'x'" in out
-    assert "there is no /colour" in out
+    assert "Expected a <class 'float'>. Got value: x" in out
+    assert "/repetition_penalty 1.0" in out, "of an unknown name, all that there are"
     assert err == ""
-    # the newest run's best; and the end of the input ends it
-    processes.run_afresh("chat", "best", typed="", cwd=folder)
-    _, err = processes.run_afresh("chat", "nope.ckpt", typed="", status=2)
+    _, err = chat("nope.ckpt", "", status=2)
     assert err.startswith("lmlight: error: no checkpoint at 'nope.ckpt'")
     assert err.count("\n") == 1
+    monkeypatch.chdir(folder)
+    chat("best", "")  # end of input
 
 
 @pytest.fixture
 def crlf(tmp_path):
     """The path of a checkpoint whose model writes `a`, CR, LF, `a` and so on."""
-    tokenizer, net = CharTokenizer("\n\ra"), Bigram(3, 8)
+    tokenizer, net = CharTokenizer("\n\ra", newline="\r\n"), Bigram(3, 8)
     net.table.weight.data = 9 * torch.eye(3)[[2, 0, 1]]  # what follows LF, CR, `a`
     model = Model(net, tokenizer, {"temperature": 0.0, "max_new_tokens": 7}, {}, {}, 0)
     checkpoint.write(model.to_checkpoint(), tmp_path / "crlf.ckpt")
@@ -213,22 +205,22 @@ def test_chat_prints_crlf_as_line_breaks(crlf, monkeypatch, capsys):
     assert capsys.readouterr().out.partition("\n")[2] == "a\na\na\n\n\n" + "a\na\na\na\n\n"
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="has the device that is to be missing")
-def test_chat_on_a_missing_device_is_one_line(crlf, capsys):
+@pytest.mark.skipif(torch.cuda.is_available(), reason="CUDA is available")
+def test_chat_on_missing_device_is_a_one_line_error(crlf, capsys):
     assert typed(["chat", str(crlf), "--device=cuda"]) == 2
     assert "device 'cuda' cannot be used" in capsys.readouterr().err
 
 
-def test_predict_refuses_a_sharded_strategy(crlf):
+def test_predict_refuses_sharded_strategy(crlf):
     config = Path(__file__).parents[1] / "configs" / "fsdp.yaml"
     words = ["predict", f"--ckpt_path={crlf}", "--trainer.accelerator=cpu", f"--config={config}"]
     words += ["--trainer.devices=1", "--trainer.strategy.data_parallel_size=1"]
-    # in a process of its own: the strategy leaves its rank and port in the environment
+    # the strategy leaves its rank and port in the environment
     _, err = processes.run(*words, status=2)
     assert "predict needs the whole model on each device" in err
 
 
-def test_predict_prints_crlf_as_line_breaks_and_files_it_as_it_is(crlf, capsys):
+def test_predict_prints_crlf_as_line_breaks_and_keeps_it_in_the_output_file(crlf, capsys):
     prompts = ["predict", f"--ckpt_path={crlf}", '--data.prompts=["a", "a\\n"]', "--trainer.accelerator=cpu"]
     prompts += ["--model.sampling.temperature=0", "--model.sampling.max_new_tokens=6"]
     assert main(prompts) == 0
@@ -238,8 +230,8 @@ def test_predict_prints_crlf_as_line_breaks_and_files_it_as_it_is(crlf, capsys):
     assert [(text["prompt"], text["completion"]) for text in texts] == [("a", "\r\na\r\na"), ("a\n", "a\r\na\r\n")]
 
 
-@pytest.mark.skipif(os.name != "posix", reason="sends Ctrl-C as POSIX does")
-def test_ctrl_c_ends_the_verse_and_not_the_dialogue(finished):
+@pytest.mark.skipif(os.name != "posix", reason="sends SIGINT")
+def test_ctrl_c_ends_the_text_and_not_the_chat(finished):
     _, _, best = finished
     env = processes.environment(PYTHONUNBUFFERED="1")
     with processes.start("chat", best, stdin=subprocess.PIPE, env=env) as process:
@@ -255,41 +247,41 @@ def test_ctrl_c_ends_the_verse_and_not_the_dialogue(finished):
     assert rest.rstrip().endswith(">")
 
 
-def test_validate_and_test_need_nothing_but_the_checkpoint(finished, capsys, monkeypatch):
+def test_validate_and_test_need_only_the_checkpoint(finished, capsys, monkeypatch):
     folder, (printed, _), best = finished
     monkeypatch.chdir(folder)
     assert main(["validate", f"--ckpt_path={best}"]) == 0
     out = capsys.readouterr().out
-    figures = {line.split()[0]: float(line.split()[1]) for line in out.strip().split("\n")}
-    assert f"{figures['val/nats_per_char']:.4f}" in printed
+    metrics = {line.split()[0]: float(line.split()[1]) for line in out.strip().split("\n")}
+    assert f"{metrics['val/nats_per_char']:.4f}" in printed
     assert main(["test", f"--ckpt_path={best}"]) == 0
     assert "test_sliding/nats_per_char" in capsys.readouterr().out
     assert len(list(folder.glob("runs/*"))) == 1
 
 
-def test_flags_win_over_the_checkpoint(finished, capsys, monkeypatch):
+def test_flags_override_the_checkpoint(finished, capsys, monkeypatch):
     folder, _, best = finished
     monkeypatch.chdir(folder)
     with pytest.raises(SystemExit):
         main(["validate", f"--ckpt_path={best}", "--data.batch_size=3", "--print_config"])
     config = yaml.safe_load(capsys.readouterr().out)
-    assert config["data"]["batch_size"] == 8 - 5
+    assert config["data"]["batch_size"] == 3
 
 
-def test_watching_can_be_left_out(verse_file, tmp_path, capsys):
+def test_callbacks_and_logger_can_be_disabled(corpus_file, tmp_path, capsys):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    assert main(["fit", f"--data.corpus={verse_file}", *TINY, "--trainer.callbacks=null"]) == 0
+    assert main(["fit", f"--data.corpus={corpus_file}", *TINY, "--trainer.callbacks=null"]) == 0
     (run,) = tmp_path.glob("runs/*")
     tags = EventAccumulator(str(run)).Reload().Tags()
     assert not tags["images"] and not tags["tensors"]
     assert {tag.partition("/")[0] for tag in tags["scalars"]} == {"train", "val", "grad_norm", "epoch"}
     assert not (run / "metrics.csv").exists()
-    assert main(["fit", f"--data.corpus={verse_file}", *TINY, "--trainer.logger=false"]) == 0, capsys.readouterr().err
+    assert main(["fit", f"--data.corpus={corpus_file}", *TINY, "--trainer.logger=false"]) == 0, capsys.readouterr().err
     assert not list(tmp_path.glob("runs/events*"))
 
 
-def test_print_config_runs_again_unchanged(capsys, tmp_path):
+def test_print_config_round_trip(capsys, tmp_path):
     for command in ("fit", "validate", "test", "predict"):
         with pytest.raises(SystemExit):
             main([command, "--model.net.n_layer=3", "--print_config"])
@@ -301,9 +293,9 @@ def test_print_config_runs_again_unchanged(capsys, tmp_path):
         assert yaml.safe_load(first)["model"]["net"]["init_args"]["n_layer"] == 3
 
 
-def test_the_same_seed_gives_the_same_run(verse_file, capsys):
+def test_same_seed_gives_the_same_run(corpus_file, capsys):
     def losses(seed):
-        assert main(["fit", f"--data.corpus={verse_file}", f"--seed_everything={seed}", *TINY]) == 0
+        assert main(["fit", f"--data.corpus={corpus_file}", f"--seed_everything={seed}", *TINY]) == 0
         return [line.split("  ")[1:-1] for line in capsys.readouterr().out.split("\n") if line.startswith("step")]
 
     first = losses(1)
@@ -314,7 +306,7 @@ def test_the_same_seed_gives_the_same_run(verse_file, capsys):
 
 
 @pytest.mark.parametrize(("given", "expected"), [("7", {7}), ("true", range(2, 2**32))], ids=["given", "drawn"])
-def test_one_seed_is_everybody_s(verse_file, monkeypatch, given, expected):
+def test_seed_is_shared_by_model_data_and_sampling(corpus_file, monkeypatch, given, expected):
     seeds = []
 
     def note(model):
@@ -323,10 +315,10 @@ def test_one_seed_is_everybody_s(verse_file, monkeypatch, given, expected):
 
     monkeypatch.setattr(LanguageModel, "on_train_start", note)
     assert (
-        main(["fit", f"--data.corpus={verse_file}", *TINY, f"--seed_everything={given}", "--trainer.max_steps=1"]) == 0
+        main(["fit", f"--data.corpus={corpus_file}", *TINY, f"--seed_everything={given}", "--trainer.max_steps=1"]) == 0
     )
     assert len(seeds) == 4 and len(set(seeds)) == 1
-    assert type(seeds[3]) is int and seeds[3] in expected, "a resumed run takes it from there"
+    assert type(seeds[3]) is int and seeds[3] in expected, "a resumed run restores it"
 
 
 MISTAKES = {
@@ -335,34 +327,34 @@ MISTAKES = {
     "binary corpus": (["fit", "--data.corpus=binary.txt"], "binary"),
     "not UTF-8": (["fit", "--data.corpus=latin.txt"], "not utf-8 (byte 0xe9 at offset 3, line 1)"),
     "no such encoding": (["fit", "--data.encoding=rot13"], "data.encoding must be a text encoding"),
-    "short text": (["fit", "--data.corpus=short.txt", "--data.tokenizer.kind=char"], "at least about"),
+    "short text": (["fit", "--data.corpus=short.txt", "--data.tokenizer.kind=char"], "lower --data.block_size"),
     "empty path": (["fit", "--ckpt_path="], "need a checkpoint, and got an empty text"),
     "workers": (["fit", "--data.num_workers=-1"], "num_workers must be at least 0, got -1"),
-    "seed": (["fit", "--seed_everything=-1"], "seed_everything must be in [0, 2**32), got -1"),
-    "large seed": (["fit", "--seed_everything=99999999999"], "seed_everything must be in"),
+    "seed": (["fit", "--seed_everything=-1"], "-1 is not in bounds"),
+    "large seed": (["fit", "--seed_everything=99999999999"], "99999999999 is not in bounds"),
     "block": (["fit", "--data.block_size=0"], "block_size must be at least 1, got 0"),
     "heads": (
-        ["fit", "--data.corpus=verse.txt", "--model.net.n_head=3", "--data.tokenizer.vocab_size=400"],
+        ["fit", "--data.corpus=corpus.txt", "--model.net.n_head=3", "--data.tokenizer.vocab_size=400"],
         "n_head 3",
     ),
     "layers": (
-        ["fit", "--data.corpus=verse.txt", "--model.net.n_layer=-1", "--data.tokenizer.vocab_size=400"],
+        ["fit", "--data.corpus=corpus.txt", "--model.net.n_layer=-1", "--data.tokenizer.vocab_size=400"],
         "got -1",
     ),
-    "vocabulary": (["fit", "--data.corpus=verse.txt", "--data.tokenizer.vocab_size=30"], "vocab_size 30 is too small"),
+    "vocabulary": (["fit", "--data.corpus=corpus.txt", "--data.tokenizer.vocab_size=30"], "vocab_size 30 is too small"),
     "temperature": (["fit", "--model.sampling.temperature=-1"], "temperature must be 0 (greedy) or more"),
     "schedule": (["fit", "--model.schedule.warmup_steps=-1"], "warmup_steps must be"),
     "sampling bpe": (
         [
             "fit",
-            "--data.corpus=verse.txt",
+            "--data.corpus=corpus.txt",
             "--data.tokenizer={kind: bpe, vocab_size: 400}",
             "--data.subword_sampling={}",
         ],
         "subword_sampling needs the scores of a unigram",
     ),
     "batch": (
-        ["fit", "--data.corpus=verse.txt", "--trainer.accumulate_grad_batches=3"],
+        ["fit", "--data.corpus=corpus.txt", "--trainer.accumulate_grad_batches=3"],
         "batch_size 32 counts the windows",
     ),
     "unknown flag": (["fit", "--data.blok_size=3"], "data.blok_size"),
@@ -376,8 +368,6 @@ MISTAKES = {
     "missing checkpoint": (["predict", "--ckpt_path=nope.ckpt"], "no checkpoint at 'nope.ckpt'"),
     "not a checkpoint": (["fit", "--ckpt_path=short.txt"], "short.txt"),
     "foreign checkpoint": (["validate", "--ckpt_path=foreign.ckpt"], "not a checkpoint of lmlight's"),
-    "hostile class": (["predict", "--ckpt_path=hostile.ckpt"], "theirs.Config"),
-    "also hostile class": (["predict", "--ckpt_path=hostile-too.ckpt"], "theirs.Config"),
     "no prompts file": (["predict", "--ckpt_path=good.ckpt", "--data.prompts=nope.txt"], "prompts file 'nope.txt'"),
     "another net": (
         ["validate", "--ckpt_path=good.ckpt", "--model.net.n_embd=64"],
@@ -386,49 +376,27 @@ MISTAKES = {
 }
 
 
-@pytest.mark.parametrize("name", MISTAKES)
-def test_a_mistake_is_one_line_and_leaves_nothing(name, finished, verse, tmp_path, capsys):
-    arguments, says = MISTAKES[name]
-    (tmp_path / "empty.txt").touch()
-    (tmp_path / "verse.txt").write_bytes(verse.encode())
-    (tmp_path / "binary.txt").write_bytes(b"\x7fELF\0\0")
-    (tmp_path / "latin.txt").write_bytes("caf\xe9 noir".encode("latin-1"))
+@pytest.mark.parametrize(("args", "message"), MISTAKES.values(), ids=MISTAKES)
+def test_error_is_one_line_and_leaves_no_files(args, message, finished, corpus_text, tmp_path, capsys):
+    (tmp_path / "corpus.txt").write_bytes(corpus_text.encode())
     (tmp_path / "short.txt").write_text("To be, or not to be")
+    (tmp_path / "empty.txt").touch()
+    (tmp_path / "latin.txt").write_bytes("caf\xe9 noir".encode("latin-1"))
     (tmp_path / "wrong.yaml").write_text("data:\n  blok_size: 3\n")
     torch.save({"state_dict": {}}, tmp_path / "foreign.ckpt")
     content = checkpoint.read(finished[2])
     torch.save(content, tmp_path / "good.ckpt")
-    data = content[checkpoint.METADATA_KEY]["settings"]["data"]
-    data["tokenizer"] = {"class_path": "theirs.Config", "init_args": {}}
-    torch.save(content, tmp_path / "hostile.ckpt")
-    data["tokenizer"] = "theirs.Config"
-    torch.save(content, tmp_path / "hostile-too.ckpt")
     before = set(tmp_path.iterdir())
 
-    assert main(arguments) == 2
+    assert main(args) == 2
     out, err = capsys.readouterr()
     assert out == ""
     error = [line for line in err.split("\n") if line and not line.startswith("lmlight: warning")]
     assert len(error) == 1, err
     assert error[0].startswith("lmlight: error: ")
-    assert says in error[0]
+    assert message in error[0]
     assert {path.name for path in set(tmp_path.iterdir()) - before} <= {"cache"}
-    assert not list(tmp_path.glob("cache/tokens/.*")), "a half-written store"
-
-
-def test_the_next_command_is_one_that_can_be_typed_here(tmp_path, monkeypatch):
-    from lmlight.training.run_trainer import command
-
-    script = tmp_path / "environment" / "bin" / "lmlight"
-    script.parent.mkdir(parents=True)
-    script.touch(mode=0o755)
-    monkeypatch.setattr(sys, "argv", [str(script)])
-    monkeypatch.setenv("PATH", str(tmp_path))
-    assert Path(command()) == Path("environment/bin/lmlight")
-    monkeypatch.setenv("PATH", str(script.parent))
-    assert command() == "lmlight"
-    monkeypatch.setattr(sys, "argv", [str(tmp_path / "__main__.py")])
-    assert command() == f"{sys.executable} -m lmlight"
+    assert not list(tmp_path.glob("cache/tokens/.*")), "no unfinished store"
 
 
 @pytest.mark.skipif(os.name != "posix", reason="closes a pipe as POSIX does")
@@ -451,7 +419,7 @@ def test_version(capsys):
 ALL_COMMANDS = ["fit", "prepare", "validate", "test", "predict", "chat", "curves", "export", "import", "cache"]
 
 
-def test_help_lists_every_command_without_waiting_for_torch():
+def test_help_lists_every_command_without_importing_torch():
     code = (
         "import sys; from lmlight.__main__ import main; print(main({}), 'torch' in sys.modules, 'numpy' in sys.modules)"
     )
@@ -472,24 +440,22 @@ def test_every_command_has_help(capsys):
 @pytest.mark.parametrize(
     "words", [["curves"], ["export"], ["export", "hf"], ["import"], ["cache", "--x"]], ids=" ".join
 )
-def test_missing_words_are_one_line(capsys, words):
+def test_missing_arguments_are_a_one_line_error(capsys, words):
     assert typed(words) == 2
     out, err = capsys.readouterr()
     assert out == ""
     assert err.startswith("lmlight: error: ") and err.endswith(" --help`\n") and err.count("\n") == 1
 
 
-@pytest.mark.parametrize("words", [["fitt"], ["--config=empty.yaml", "fitt"]], ids=" ".join)
-def test_an_unknown_command_is_told_all_that_there_are(capsys, words):
-    Path("empty.yaml").write_text("{}")
-    assert typed(words) == 2
+def test_an_unknown_command_is_told_all_that_there_are(capsys):
+    assert typed(["fitt"]) == 2
     out, err = capsys.readouterr()
     assert out == ""
-    expected = f"unknown command 'fitt' (did you mean fit?): expected one of {', '.join(ALL_COMMANDS)}"
+    expected = f"unknown command 'fitt': expected one of {', '.join(ALL_COMMANDS)}"
     assert err == f"lmlight: error: {expected}\n"
 
 
-def test_help_of_fit_shows_data_and_model_first_and_the_net_s_flags(capsys):
+def test_fit_help_shows_data_and_model_first_and_the_flags_of_the_net(capsys):
     with pytest.raises(SystemExit):
         typed(["fit", "--help"])
     out = capsys.readouterr().out
@@ -497,13 +463,13 @@ def test_help_of_fit_shows_data_and_model_first_and_the_net_s_flags(capsys):
     first = [flags.index(f"--{name}") for name in ("data.corpus", "model.net", "model.net.n_layer", "trainer.devices")]
     assert first == sorted(first)
     assert {"--model.net.intermediate_size", "--model.optimizer.lr", "--data.tokenizer.vocab_size"} <= set(flags)
-    assert len(out.split("options:")[0].split("\n")) < 8, "no screens of usage"
+    assert len(out.split("options:")[0].split("\n")) < 8, "no long usage"
     assert flags.count("--model.net") == flags.count("--model.optimizer") == 1
 
 
-def test_without_a_logger_runs_have_folders_of_their_own_too(verse_file, tmp_path, capsys):
+def test_runs_without_a_logger_have_their_own_folders(corpus_file, tmp_path, capsys):
     for _ in range(2):
-        assert main(["fit", f"--data.corpus={verse_file}", *TINY, "--trainer.logger=false"]) == 0
+        assert main(["fit", f"--data.corpus={corpus_file}", *TINY, "--trainer.logger=false"]) == 0
     runs = sorted((tmp_path / "runs").iterdir())
     assert len(runs) == 2
     for run in runs:
@@ -515,12 +481,12 @@ CSV = "{class_path: CSVLogger, init_args: {save_dir: logs}}"
 
 
 @pytest.mark.parametrize("logger", [CSV, f"[{CSV}, {{class_path: lmlight.training.callbacks.RunLogger}}]", "true"])
-def test_other_loggers_leave_the_run_a_folder_of_its_own(verse_file, tmp_path, capsys, logger):
-    """With its config, checkpoints and curve; and it is resumed there."""
-    assert main(["fit", f"--data.corpus={verse_file}", *TINY, f"--trainer.logger={logger}"]) == 0, (
+def test_runs_with_other_loggers_have_their_own_folder(corpus_file, tmp_path, capsys, logger):
+    """It has config, checkpoints and curve, and the run is resumed in it."""
+    assert main(["fit", f"--data.corpus={corpus_file}", *TINY, f"--trainer.logger={logger}"]) == 0, (
         capsys.readouterr().err
     )
-    (run,) = (tmp_path / "runs").glob("20*")  # beside it, Lightning's default logger has its own "lightning_logs"
+    (run,) = (tmp_path / "runs").glob("20*")  # Lightning's default logger adds "lightning_logs"
     assert {"config.yaml", "checkpoints", "metrics.csv", "curve.png"} <= {path.name for path in run.iterdir()}
     assert main(["fit", "--ckpt_path=last", "--trainer.max_steps=9"]) == 0, capsys.readouterr().err
     assert list((tmp_path / "runs").glob("20*")) == [run]
@@ -528,16 +494,16 @@ def test_other_loggers_leave_the_run_a_folder_of_its_own(verse_file, tmp_path, c
     assert len((run / "metrics.csv").read_text().splitlines()) == 4
 
 
-def test_a_trial_leaves_nothing_and_says_so(verse_file, tmp_path, capsys):
-    assert main(["fit", f"--data.corpus={verse_file}", *TINY, "--trainer.fast_dev_run=true"]) == 0
+def test_fast_dev_run_saves_nothing(corpus_file, tmp_path, capsys):
+    assert main(["fit", f"--data.corpus={corpus_file}", *TINY, "--trainer.fast_dev_run=true"]) == 0
     out = capsys.readouterr().out
-    assert "trial run (trainer.fast_dev_run): nothing was saved" in out
+    assert "Nothing was saved" in out
     assert "ckpt" not in out
     assert not (tmp_path / "runs").exists()
 
 
-def test_lightning_s_checkpoints_lie_beside_ours(verse_file, tmp_path, capsys):
-    flags = [f"--data.corpus={verse_file}", *TINY, "--trainer.callbacks+=ModelCheckpoint"]
+def test_model_checkpoint_callback_works_beside_ours(corpus_file, tmp_path, capsys):
+    flags = [f"--data.corpus={corpus_file}", *TINY, "--trainer.callbacks+=ModelCheckpoint"]
     flags += ["--trainer.callbacks.monitor=val/nats_per_char", "--trainer.callbacks.filename=theirs"]
     assert main(["fit", *flags]) == 0
     out = capsys.readouterr().out
@@ -546,9 +512,9 @@ def test_lightning_s_checkpoints_lie_beside_ours(verse_file, tmp_path, capsys):
     assert {"best.ckpt", "last.ckpt", "theirs.ckpt"} <= {path.name for path in run.rglob("*.ckpt")}
 
 
-def test_the_run_s_sampling_is_that_of_its_checkpoint(verse_file, tmp_path, capsys):
-    """In the sample at the end of fit, from Python, in chat and in predict."""
-    flags = [f"--data.corpus={verse_file}", *TINY, "--model.sampling={temperature: 0, repetition_penalty: 1.3}"]
+def test_checkpoint_keeps_the_sampling_settings_of_the_run(corpus_file, tmp_path, capsys, monkeypatch):
+    """They are used by the summary of fit, from Python, in chat and in predict."""
+    flags = [f"--data.corpus={corpus_file}", *TINY, "--model.sampling={temperature: 0, repetition_penalty: 1.3}"]
     assert main(["fit", *flags]) == 0
     out = capsys.readouterr().out
     (best,) = tmp_path.glob("runs/*/checkpoints/best.ckpt")
@@ -563,26 +529,19 @@ def test_the_run_s_sampling_is_that_of_its_checkpoint(verse_file, tmp_path, caps
         main(["predict", f"--ckpt_path={best}", '--data.prompts=["MIRA:"]', "--model.sampling.max_new_tokens=40"]) == 0
     )
     assert capsys.readouterr().out == escape_control_characters(model.generate("MIRA:", max_new_tokens=40)) + "\n"
-    typed, _ = processes.run_afresh("chat", best, typed="/max_new_tokens 40\nMIRA:\n")
-    assert escape_control_characters(model.generate("MIRA:", max_new_tokens=40)).removeprefix("MIRA:") in typed
+    monkeypatch.setattr("sys.stdin", io.StringIO("/max_new_tokens 40\nMIRA:\n"))
+    assert typed(["chat", str(best)]) == 0
+    text = escape_control_characters(model.generate("MIRA:", max_new_tokens=40)).removeprefix("MIRA:")
+    assert text in capsys.readouterr().out
 
 
-def test_a_logger_whose_library_is_missing_is_one_line(verse_file, capsys, monkeypatch):
-    monkeypatch.setitem(sys.modules, "wandb", None)
-    monkeypatch.setattr("lightning.pytorch.loggers.wandb._WANDB_AVAILABLE", False)
-    assert main(["fit", f"--data.corpus={verse_file}", *TINY, "--trainer.logger=WandbLogger"]) == 2
-    error = capsys.readouterr().err
-    assert error.count("\n") == 1
-    assert "WandbLogger cannot be created" in error
-
-
-def test_a_run_without_a_validation_says_where_its_weights_are(verse_file, tmp_path, capsys):
-    assert main(["fit", f"--data.corpus={verse_file}", *TINY, "--trainer.val_check_interval=100"]) == 0
+def test_run_without_validation_prints_where_its_weights_are(corpus_file, tmp_path, capsys):
+    assert main(["fit", f"--data.corpus={corpus_file}", *TINY, "--trainer.val_check_interval=100"]) == 0
     (last,) = tmp_path.glob("runs/*/checkpoints/last.ckpt")
     assert f"No validation was run; the weights are in {last.relative_to(tmp_path)}\n" in capsys.readouterr().out
 
 
-def test_how_often_checkpoints_are_kept_can_be_set(verse_file, tmp_path, monkeypatch):
+def test_checkpoint_interval_can_be_set(corpus_file, tmp_path, monkeypatch):
     written = []
     monkeypatch.setattr(checkpoint, "write", lambda content, path: written.append((path.name, content["global_step"])))
     keeper = [
@@ -590,17 +549,17 @@ def test_how_often_checkpoints_are_kept_can_be_set(verse_file, tmp_path, monkeyp
         "--trainer.callbacks.every_n_steps=2",
     ]
     flags = ["--trainer.limit_val_batches=0", "--trainer.max_steps=5"]
-    assert main(["fit", f"--data.corpus={verse_file}", *TINY, *keeper, *flags]) == 0
+    assert main(["fit", f"--data.corpus={corpus_file}", *TINY, *keeper, *flags]) == 0
     assert written == [("last.ckpt", 2), ("last.ckpt", 4), ("last.ckpt", 5)]
 
 
-def test_lightnings_profiler_prints_what_it_found(verse_file):
-    printed = processes.run("fit", f"--data.corpus={verse_file}", *TINY, "--trainer.profiler=simple")
+def test_simple_profiler_prints_its_report(corpus_file):
+    printed = processes.run("fit", f"--data.corpus={corpus_file}", *TINY, "--trainer.profiler=simple")
     assert "FIT Profiler Report" in "".join(printed)
 
 
-def test_the_help_of_a_flag_is_that_of_its_argument():
-    """Of a name that is also an attribute's, the parser would show the attribute's text."""
+def test_docstrings_document_every_argument():
+    """The parser would show the text of an attribute instead of that of an argument with the same name."""
     for kind in (LanguageModel, TextDataModule, Transformer, Muon, Schedule, Sampling, TokenizerConfig):
         sections = re.split(r"\n(Args|Attributes|Raises):\n", inspect.getdoc(kind))
         names = {

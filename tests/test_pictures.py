@@ -1,4 +1,4 @@
-"""Figures, by what they contain and not by their pixels."""
+"""Contents of figures."""
 
 import numpy as np
 import pytest
@@ -11,9 +11,9 @@ def image_of(figure, axes=0):
     return figure.axes[axes].images[0].get_array()
 
 
-def test_attention_map_has_tokens_on_both_axes():
+def test_token_matrix_has_tokens_on_both_axes():
     weights = np.tril(np.ones((3, 3))) / np.arange(1, 4)[:, None]
-    figure = pictures.attention_map(weights, ["a", "▁b", "↵"])
+    figure = pictures.token_matrix(weights, ["a", "▁b", "↵"], "")
     (axes,) = figure.axes
     assert [label.get_text() for label in axes.get_xticklabels()] == ["a", "▁b", "↵"]
     assert [label.get_text() for label in axes.get_yticklabels()] == ["a", "▁b", "↵"]
@@ -34,13 +34,6 @@ def test_surprising_tokens_are_redder_and_lines_are_kept():
 def test_long_line_is_wrapped():
     figure = pictures.surprise(["abcdefgh"], np.ones(1), width=5)
     assert [text.get_text() for text in figure.axes[0].texts] == ["abcde", "fgh"]
-
-
-def test_position_similarity_is_the_cosine():
-    vectors = np.array([[1.0, 0.0], [0.0, 2.0], [3.0, 3.0]])
-    figure = pictures.positions(vectors)
-    assert np.array_equal(image_of(figure), vectors)
-    assert list(image_of(figure, 1)[0]) == pytest.approx([1, 0, 0.5**0.5])
 
 
 def test_loss_by_position_counts_from_one():
@@ -72,5 +65,5 @@ def test_learning_curves_share_an_axis(x):
 )
 def test_labels_make_control_characters_visible(piece, shown):
     assert pictures.visible(piece) == shown
-    figure = pictures.attention_map(np.ones((1, 1)), [pictures.visible(piece)])
+    figure = pictures.token_matrix(np.ones((1, 1)), [pictures.visible(piece)], "")
     figure.canvas.draw()  # an unfinished formula would raise

@@ -1,4 +1,4 @@
-"""`lmlight prepare`, and prepared stores in place of a text."""
+"""`lmlight prepare`, and prepared stores as the corpus."""
 
 import json
 import re
@@ -9,8 +9,7 @@ import fsspec
 import numpy as np
 import pytest
 
-from lmlight.data import corpus as corpora
-from lmlight.data import reading, token_writer
+from lmlight.data import download, reading, token_writer
 from lmlight.data.token_store import TokenStore
 from lmlight.data.tokenizer import TokenizerConfig
 from lmlight.errors import UserError
@@ -18,7 +17,7 @@ from lmlight.training.cli import main
 from lmlight.training.datamodule import TextDataModule
 
 UNIGRAM = TokenizerConfig("unigram", 400)
-FLAGS = ["--data.corpus=verse.txt", "--data.tokenizer.vocab_size=400", "--data.block_size=16"]
+FLAGS = ["--data.corpus=corpus.txt", "--data.tokenizer.vocab_size=400", "--data.block_size=16"]
 
 
 @pytest.fixture
@@ -39,7 +38,7 @@ def data_of(corpus, **settings):
 
 
 def batches(data):
-    """All that training and validation see of a text."""
+    """All training and validation batches."""
     data.prepare_data()
     data.setup("fit")
     return [
@@ -52,25 +51,25 @@ def batches(data):
 # From the command line
 
 
-def test_prepare_makes_the_store_that_fit_uses(verse_file, capsys):
+def test_prepare_makes_the_store_that_fit_uses(corpus_file, capsys):
     assert main(["prepare", *FLAGS]) == 0
     said = capsys.readouterr().out
     (folder,) = Path("cache/tokens").iterdir()
     before = {path: path.stat().st_mtime_ns for path in folder.iterdir()}
     assert f"Prepared: {folder}" in said
-    data = data_of("verse.txt")
+    data = data_of("corpus.txt")
     data.prepare_data()
     assert list(Path("cache/tokens").iterdir()) == [folder]
     assert {path: path.stat().st_mtime_ns for path in folder.iterdir()} == before
     assert not Path("runs").exists()
 
 
-def test_prepare_reads_the_config_of_a_run_on_a_larger_machine(verse_file):
+def test_prepare_accepts_a_config_for_a_larger_machine(corpus_file):
     config = {
         "seed_everything": 3,
         "trainer": {"accelerator": "gpu", "devices": 8, "max_steps": 7},
         "model": {"net": {"class_path": "Bigram"}},
-        "data": {"corpus": "verse.txt", "tokenizer": {"vocab_size": 400}},
+        "data": {"corpus": "corpus.txt", "tokenizer": {"vocab_size": 400}},
     }
     Path("run.yaml").write_text(json.dumps(config))
     assert main(["prepare", "--config=run.yaml"]) == 0
@@ -78,7 +77,7 @@ def test_prepare_reads_the_config_of_a_run_on_a_larger_machine(verse_file):
     assert TokenStore(folder).tokenizer.vocab_size == 400
 
 
-def test_ctrl_c_keeps_finished_shards_and_prints_no_traceback(verse_file, small_shards, monkeypatch, capsys):
+def test_ctrl_c_keeps_finished_shards_and_prints_no_traceback(corpus_file, small_shards, monkeypatch, capsys):
     save, saved = np.save, []
 
     def interrupted(file, ids):
@@ -95,37 +94,36 @@ def test_ctrl_c_keeps_finished_shards_and_prints_no_traceback(verse_file, small_
 
 
 @pytest.mark.parametrize(
-    ("flags", "said"),
+    ("flags", "message"),
     [
-        (["--to=verse.txt"], "exists"),
-        (["--to=verse.txt/below"], "cannot be written"),
+        (["--to=corpus.txt"], "exists"),
+        (["--to=corpus.txt/below"], "cannot be written"),
         (["--format=litdata"], "pass --to FOLDER"),
         (["--format=parquet", "--to=x"], "format"),
-        (["--data.corpus=nope.txt"], "no corpus at 'nope.txt'"),
         (["--init_from=nope.ckpt"], "no checkpoint at 'nope.ckpt'"),
     ],
 )
-def test_error_is_one_line(verse_file, flags, said, capsys):
+def test_error_is_one_line(corpus_file, flags, message, capsys):
     assert main(["prepare", *FLAGS, *flags]) == 2
     lines = [line for line in capsys.readouterr().err.splitlines() if not line.startswith("lmlight: warning")]
-    assert len(lines) == 1 and lines[0].startswith("lmlight: error: ") and said in lines[0]
-    assert {path.name for path in Path().iterdir()} <= {"verse.txt", "cache"}
+    assert len(lines) == 1 and lines[0].startswith("lmlight: error: ") and message in lines[0]
+    assert {path.name for path in Path().iterdir()} <= {"corpus.txt", "cache"}
 
 
-# A store in place of a text
+# A store as the corpus
 
 
 @pytest.fixture
-def copied(verse_file):
-    """A copy of the store of `verse.txt`; the cache that it was made in is gone."""
-    data_of("verse.txt").prepare().copy(Path("copy"))
+def copied(corpus_file):
+    """A copy of the store of `corpus.txt`, whose cache is deleted."""
+    data_of("corpus.txt").prepare().copy(Path("copy"))
     shutil.rmtree("cache")
     return Path("copy")
 
 
 @pytest.fixture
 def served(copied):
-    """The same in object storage, as fsspec's memory has it."""
+    """The URL of the same store in fsspec's memory file system."""
     memory = fsspec.filesystem("memory")
     memory.put(str(copied), "/lmlight-tests/copy", recursive=True)
     yield "memory://lmlight-tests/copy"
@@ -133,9 +131,9 @@ def served(copied):
         memory.rm("/lmlight-tests", recursive=True)
 
 
-def test_copied_store_gives_the_same_batches_as_the_text(copied, verse_file):
+def test_copied_store_gives_the_same_batches_as_the_text(copied, corpus_file):
     there = TextDataModule("copy", block_size=16, batch_size=8, seed=0)
-    assert batches(there) == batches(data_of("verse.txt"))
+    assert batches(there) == batches(data_of("corpus.txt"))
     assert there.tokenizer.vocab_size == 400
 
 
@@ -162,13 +160,7 @@ def garble(path):
 
 @pytest.mark.parametrize(
     ("damage", "name", "said"),
-    [
-        (Path.unlink, "index.json", "unfinished"),
-        (Path.unlink, "train-00000.npy", "damaged"),
-        (garble, "val-00000.npy", "damaged"),
-        (garble, "index.json", "damaged"),
-        (garble, "tokenizer", "damaged"),
-    ],
+    [(Path.unlink, "index.json", "unfinished"), (garble, "val-00000.npy", "damaged"), (garble, "tokenizer", "damaged")],
 )
 @pytest.mark.parametrize("elsewhere", [False, True])
 def test_incomplete_store_is_a_one_line_error(copied, damage, name, said, elsewhere, capsys):
@@ -204,9 +196,6 @@ def test_store_of_another_format_version_is_refused(copied):
 def test_settings_that_differ_from_the_store_are_refused(copied, settings, said):
     with pytest.raises(UserError, match=re.escape(said)):
         TextDataModule("copy", **settings).prepare()
-
-
-def test_settings_of_the_store_are_accepted(copied):
     assert TextDataModule("copy", tokenizer=UNIGRAM).prepare().tokenizer.vocab_size == 400
 
 
@@ -217,17 +206,17 @@ def test_tokenizer_that_differs_from_the_checkpoint_is_refused(copied):
         data.prepare()
 
 
-def test_folder_of_texts_with_an_index_file_is_not_a_store(verse):
+def test_folder_of_texts_with_an_index_file_is_not_a_store(corpus_text):
     Path("texts").mkdir()
-    Path("texts/a.txt").write_text(verse)
+    Path("texts/a.txt").write_text(corpus_text)
     Path("texts/index.json").write_text("{}")
-    assert corpora.find_store("texts") is None
-    assert data_of("texts").prepare().chars["train"] == int(0.9 * len(verse))
+    assert download.find_store("texts") is None
+    assert data_of("texts").prepare().chars["train"] == int(0.9 * len(corpus_text))
 
 
 @pytest.mark.parametrize("cache", ["mine", "mine/tokens", "."])
-def test_failed_preparation_deletes_nothing_else_in_the_cache_folder(verse, cache, tmp_path):
-    Path("text.txt").write_text(verse + "\u00e9\n")  # a character that the vocabulary of training lacks
+def test_failed_preparation_deletes_nothing_else_in_the_cache_folder(corpus_text, cache, tmp_path):
+    Path("text.txt").write_text(corpus_text + "\u00e9\n")  # é is not in the training vocabulary
     Path("mine/tokens/0123456789abcdef").mkdir(parents=True)
     for name in ("mine/notes.txt", "mine/tokens/notes.txt", "mine/tokens/0123456789abcdef/train-00000.npy"):
         Path(name).write_text("mine")
@@ -236,13 +225,13 @@ def test_failed_preparation_deletes_nothing_else_in_the_cache_folder(verse, cach
     assert {path: path.read_bytes() for path in Path().rglob("*") if path.is_file()} == before
 
 
-def test_unfinished_store_keeps_its_tokenizer(tmp_path, verse):
-    """Training may round differently on another kind of machine, and a store has one tokenizer."""
-    texts = {"train": [reading.TextChunk(verse)], "val": [reading.TextChunk(verse[:100])]}
-    first, second = (TokenizerConfig("unigram", size).train(verse) for size in (400, 390))
+def test_unfinished_store_keeps_its_tokenizer(tmp_path, corpus_text):
+    """Tokenizer training may round differently on another machine, and a store must have one tokenizer."""
+    texts = {"train": [reading.TextChunk(corpus_text)], "val": [reading.TextChunk(corpus_text[:100])]}
+    first, second = (TokenizerConfig("unigram", size).train(corpus_text) for size in (400, 390))
     token_writer.write_store(tmp_path / "store", "print", texts, first)
     (tmp_path / "store" / "index.json").unlink()
     token_writer.write_store(tmp_path / "store", "print", texts, second)
     store = TokenStore(tmp_path / "store", "print")
     assert store.tokenizer.fingerprint == first.fingerprint
-    assert np.array_equal(store.ids["val"][:], first.encode(verse[:100]))
+    assert np.array_equal(store.ids["val"][:], first.encode(corpus_text[:100]))

@@ -1,4 +1,4 @@
-"""The private attributes of Lightning that lmlight relies on exist, and there are no others."""
+"""lmlight uses private attributes only if they are listed, and the listed ones exist."""
 
 import ast
 import importlib
@@ -11,7 +11,7 @@ from lmlight.training.private import PRIVATE
 FOREIGN = ("lightning.", "jsonargparse.", "torch.")
 
 
-def test_each_private_attribute_exists():
+def test_listed_private_attributes_exist():
     for name in PRIVATE:
         module, kind, attribute = name.rsplit(".", 2)
         assert hasattr(getattr(importlib.import_module(module), kind), attribute), name
@@ -25,7 +25,7 @@ def modules():
     ]
 
 
-def test_no_other_object_is_asked_for_a_private_attribute():
+def test_no_unlisted_private_attribute_is_used():
     listed = {name.rpartition(".")[2] for name in PRIVATE}
     for module in modules():
         found = {

@@ -1,7 +1,7 @@
-"""The pages say what is so: commands and Python run as typed, links lead somewhere, tables are whole.
+"""Documentation: commands and Python blocks run, links are valid, and tables are complete.
 
-Commands of README.md and the tutorial are run for real, in their order and on small texts, with flags that shorten them;
-those of the other pages are understood, down to each flag and value.
+The commands of README.md and the tutorial run in order, on small texts and with flags that shorten them. The commands of
+other pages are parsed with every flag and value.
 """
 
 import contextlib
@@ -45,13 +45,7 @@ SHORT = {
     "validate": ["--trainer.limit_val_batches=1", "--trainer.accelerator=cpu"],
 }
 
-OTHERS = (
-    "python3 -m venv .venv",
-    "source .venv/bin/activate",
-    "pytest",
-    "mkdocs serve",
-    "tensorboard --logdir runs",
-)
+OTHERS = ("python3 -m venv .venv", "source .venv/bin/activate", "pytest", "mkdocs serve", "tensorboard --logdir runs")
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -65,7 +59,7 @@ def blocks(page, language):
 
 
 def commands(page):
-    """The words of each command of a page's shell blocks: `&&` parts two, and an open quote goes on in the next line."""
+    """The words of each command in the shell blocks of a page. Commands are split at `&&`; quotes may span lines."""
     for block in blocks(page, "sh"):
         typed = ""
         for line in block.replace("\\\n", " ").split("\n"):
@@ -80,17 +74,17 @@ def commands(page):
                 words = words[words.index("&&") + 1 :]
             if words:
                 yield words
-        assert not typed, "a quote that is not closed"
+        assert not typed, "unclosed quote"
 
 
 @pytest.fixture(scope="module")
-def workshop(tmp_path_factory, verse):
-    """A clone's folder, as far as a reader needs it, with a text and a finished run."""
+def workshop(tmp_path_factory, corpus_text):
+    """The folder of a clone, with texts and a finished run."""
     folder = tmp_path_factory.mktemp("workshop")
     for name in ("README.md", "configs", "docs"):
         (folder / name).symlink_to(ROOT / name)
     for name in ("my.txt", "more.txt", "prompts.txt"):
-        (folder / name).write_bytes(verse.encode())
+        (folder / name).write_bytes(corpus_text.encode())
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         patch.setenv("LMLIGHT_CACHE", str(folder / "cache"))
@@ -99,7 +93,7 @@ def workshop(tmp_path_factory, verse):
 
 
 @pytest.fixture
-def _there(workshop, monkeypatch):
+def _in_workshop(workshop, monkeypatch):
     monkeypatch.chdir(workshop)
     monkeypatch.setenv("LMLIGHT_CACHE", str(workshop / "cache"))
 
@@ -112,7 +106,7 @@ def status_of(arguments):
 
 
 def lmlight(arguments, monkeypatch):
-    """The exit status of a command, shortened."""
+    """Runs a shortened command and returns its exit status."""
     command, *rest = arguments
     if command == "chat":
         monkeypatch.setattr("sys.stdin", io.StringIO("/max_new_tokens 4\nMIRA:\n/quit\n"))
@@ -120,25 +114,25 @@ def lmlight(arguments, monkeypatch):
     if command == "cache":
         return main(arguments)
     if command in ("export", "import"):
-        print(f"{command}: test_hf.py and test_hf_import.py run it, for it needs an extra")
+        print(f"{command} needs an extra: see test_hf.py and test_hf_import.py")
         return 0
     if command == "curves":
         return main(["curves", *(path for word in rest for path in expanded(word))])
     more = list(SHORT[command])
     if command == "fit" and "--ckpt_path" in rest:
-        more.append("--trainer.max_steps=3")  # there must be something left to do
+        more.append("--trainer.max_steps=3")  # more steps than the run has
     elif command == "fit" and "--data.corpus" not in rest:
         more.append("--data.corpus=my.txt")
     return status_of([*arguments, *more])
 
 
 def expanded(word):
-    """As a shell does."""
+    """Expands a pattern as a shell does."""
     return [str(path) for path in sorted(Path().glob(word))] or [word]
 
 
 def check_pip(arguments):
-    """An install line has the shape of one that works: this checkout, with extras that there are."""
+    """An install command names this checkout and existing extras."""
     command, *flags, what = arguments
     assert command == "install"
     assert {*flags} <= {"-q", "-e"}
@@ -147,7 +141,7 @@ def check_pip(arguments):
         assert extra in tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]["optional-dependencies"]
 
 
-@pytest.mark.usefixtures("_there")
+@pytest.mark.usefixtures("_in_workshop")
 @pytest.mark.parametrize("page", RUN, ids=name_of)
 def test_commands_run_as_typed(page, monkeypatch, capsys):
     ran = 0
@@ -159,44 +153,46 @@ def test_commands_run_as_typed(page, monkeypatch, capsys):
             ran += 1
         elif name == "pip":
             check_pip(arguments)
-        elif name == "python3" and arguments[0] == "-c":  # makes a text
+        elif name == "python3" and arguments[0] == "-c":  # writes a text
             subprocess.run([sys.executable, *arguments], check=True, timeout=60)
             text = Path("my.txt").read_text("utf-8")
             assert len(text) > 300_000
             Path("my.txt").write_text(text[:20_000], "utf-8")
-        elif name == "cat":  # makes another
+        elif name == "cat":  # writes another
             assert arguments[-2:] == [">", "more.txt"]
             texts = [Path(path).read_text("utf-8") for word in arguments[:-2] for path in expanded(word)]
             assert len(texts) >= 10
             Path("more.txt").write_text("".join(texts)[:20_000], "utf-8")
-        else:  # what CI runs by itself, or another test
+        else:  # run by CI or by other tests
             assert shlex.join([name, *arguments]) in OTHERS
     assert ran >= 5
 
 
-@pytest.mark.usefixtures("_there")
+@pytest.mark.usefixtures("_in_workshop")
 @pytest.mark.parametrize("page", OTHER, ids=name_of)
-def test_commands_are_understood(page, capsys):
+def test_commands_parse(page, capsys):
     typed = [*commands(page), *map(shlex.split, INLINE.findall(page.read_text("utf-8")))]
     newest = max(Path("runs").iterdir())
     for typed_words in typed:
         words = [re.sub(r"runs/20\d\d-[\d_-]+|model\.ckpt", str(newest), word) for word in typed_words]
-        if "lmlight" not in words or COMMANDS[words[words.index("lmlight") + 1]].target != TRAINING:
+        if "lmlight" not in words or COMMANDS[words[words.index("lmlight") + 1]][1] != TRAINING:
             continue
-        arguments = words[words.index("lmlight") + 1 :]  # behind a pipe, torchrun or srun
+        arguments = words[words.index("lmlight") + 1 :]  # after a pipe, torchrun or srun
         end = [at for at, word in enumerate(arguments) if word.startswith((">", "|", "$("))]
         arguments = arguments[: end[0]] if end else arguments
         if arguments[1:] != ["--help"]:
             assert status_of([*arguments, "--print_config"]) == 0, (shlex.join(words), capsys.readouterr().err)
-            Path("mine.yaml").write_text(capsys.readouterr().out, "utf-8")  # which a page takes up again
+            Path("mine.yaml").write_text(capsys.readouterr().out, "utf-8")  # a page uses this file
     for block in blocks(page, "yaml"):
         Path("block.yaml").write_text(block, "utf-8")
         assert status_of(["fit", "--config=block.yaml", "--print_config"]) == 0, capsys.readouterr().err
 
 
-@pytest.mark.usefixtures("_there")
+@pytest.mark.usefixtures("_in_workshop")
 # what export.md shows needs extras, and is run by test_hf.py and test_graphs.py
-@pytest.mark.parametrize("page", [p for p in PAGES if blocks(p, "python") and p.name not in ("export.md", "extending.md")], ids=name_of)
+@pytest.mark.parametrize(
+    "page", [p for p in PAGES if blocks(p, "python") and p.name not in ("export.md", "extending.md")], ids=name_of
+)
 def test_python_runs_as_it_stands(page):
     newest = max(Path("runs").iterdir())
     for block in blocks(page, "python"):
@@ -206,20 +202,20 @@ def test_python_runs_as_it_stands(page):
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
-def test_links_lead_somewhere(page):
+def test_links_are_valid(page):
     text = BLOCK.sub("", page.read_text("utf-8"))
     for target in re.findall(r"\]\(([^)\s]+)\)", text):
         path = target.partition("#")[0]
         assert target.startswith("https://") or (page.parent / path).exists(), target
 
 
-def test_the_table_of_configs_is_whole():
+def test_table_of_configs_is_complete():
     linked = re.findall(r"\[`([\w.-]+)`\]\(configs/([\w.-]+)\)", (ROOT / "README.md").read_text("utf-8"))
     assert all(name == target for name, target in linked)
     assert sorted(name for name, _ in linked) == sorted(path.name for path in (ROOT / "configs").iterdir())
 
 
-def test_every_page_is_on_the_site():
+def test_navigation_lists_every_page():
     def leaves(value):
         if isinstance(value, str):
             return [value]
@@ -230,7 +226,7 @@ def test_every_page_is_on_the_site():
     assert sorted(navigation) == sorted([*made, *(name_of(page).removeprefix("docs/") for page in PAGES[1:])])
 
 
-def test_the_page_of_commands_has_all_of_them_and_the_defaults():
+def test_command_line_page_lists_commands_and_defaults():
     text = (ROOT / "docs" / "command-line.md").read_text("utf-8")
     assert {*re.findall(r"^\| `lmlight (\w+)", text, re.MULTILINE)} == {*COMMANDS}
     defaults = re.findall(r"^\| `--trainer\.(\w+)` \| ([\d.]+|runs) \|", text, re.MULTILINE)

@@ -1,4 +1,4 @@
-"""docs/reference.md lists what is public: no less, and no more."""
+"""docs/reference.md lists the complete public interface."""
 
 import re
 import sys
@@ -15,7 +15,7 @@ PAGE = Path(__file__).parents[1] / "docs" / "reference.md"
 
 
 def listed(section):
-    """The names in the table of a section."""
+    """Names in the table of a section."""
     text = PAGE.read_text("utf-8").split(f"## {section}\n")[1].split("\n## ")[0]
     return re.findall(r"^\| `([^`]+)` \|", text, re.MULTILINE)
 
@@ -25,7 +25,7 @@ def assert_same(patterns, names):
     assert [pattern for pattern in patterns if not any(fnmatchcase(name, pattern) for name in names)] == []
 
 
-def test_names_and_commands():
+def test_python_names_and_commands():
     assert sorted(listed("Python")) == lmlight.__all__
     assert sorted(listed("Commands")) == sorted(COMMANDS)
 
@@ -38,12 +38,12 @@ def test_extras():
     assert sorted(listed("Optional dependencies")) == sorted(project["optional-dependencies"])
 
 
-def test_what_a_run_leaves_and_logs(verse_file, tmp_path):
+def test_run_folder_and_logged_metrics(corpus_file, tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     flags = ["--data.tokenizer.vocab_size=400", "--data.batch_size=4", "--trainer.max_steps=2"]
     flags += ["--trainer.val_check_interval=1", "--trainer.log_every_n_steps=1", "--trainer.accelerator=cpu"]
-    assert main(["fit", f"--data.corpus={verse_file}", *flags]) == 0
+    assert main(["fit", f"--data.corpus={corpus_file}", *flags]) == 0
     (run,) = (tmp_path / "runs").iterdir()
     files = [path.relative_to(run).as_posix() for path in run.rglob("*") if path.is_file()]
     assert_same(listed("A run's folder"), files)

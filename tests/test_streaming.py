@@ -1,5 +1,6 @@
-"""A streamed store is the text, in an order that depends on seed, epoch and position only."""
+"""Streamed stores hold the text, in an order that depends on seed, epoch and position only."""
 
+import inspect
 import shutil
 import sys
 from pathlib import Path
@@ -23,10 +24,10 @@ T, BATCH = 16, 8
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory, verse):
-    """A folder with `store` and, in litdata's chunks, `streamed`, both of the verse."""
+def made(tmp_path_factory, corpus_text):
+    """A folder with the corpus as `store`, and in litdata's format as `streamed`."""
     folder = tmp_path_factory.mktemp("streaming")
-    (folder / "verse.txt").write_bytes(verse.encode())
+    (folder / "corpus.txt").write_bytes(corpus_text.encode())
     with pytest.MonkeyPatch.context() as patch:
         for module, name, size in (
             (token_writer, "SHARD_CHARS", 1000),
@@ -37,7 +38,7 @@ def made(tmp_path_factory, verse):
         ):
             patch.setattr(module, name, size)
         data = TextDataModule(
-            str(folder / "verse.txt"),
+            str(folder / "corpus.txt"),
             cache=str(folder / "cache"),
             tokenizer=TokenizerConfig(vocab_size=400),
             block_size=T,
@@ -60,27 +61,31 @@ def rows_of(data, epoch=0):
     return data._source.rows(epoch, np.arange(len(data._source)))
 
 
-def test_chunks_hold_the_text_up_to_an_incomplete_page(made):
+def test_chunks_hold_the_text_except_an_incomplete_page(made):
     text = TokenStore(made / "store").ids["train"][:]
     source = data_of(made / "streamed")._source
-    chunks = [source._request(0, chunk).result() for chunk in range(len(source._per_shard))]
+    chunks = [source._load(0, chunk) for chunk in range(len(source._per_shard))]
     ids = np.concatenate(chunks)
     assert ids.dtype == text.dtype and len(text) - len(ids) < 32
     assert np.array_equal(ids, text[: len(ids)])
     assert TokenStore(made / "streamed").tokens["train"] == len(ids)
-    # windows follow the order of every sharded source
+    # windows have the order of all sharded sources
     order = np.random.default_rng((0, 1)).permutation(len(chunks))
-    expected = [chunks[c][start : start + T + 1] for c in order for start in epoch_starts(len(chunks[c]), T, 0, 1, c)]
+    expected = [
+        chunks[c][start : start + T + 1]
+        for c in order
+        for start in epoch_starts(len(chunks[c]), T, np.random.default_rng((0, 1, c)))
+    ]
     assert rows_of(data_of(made / "streamed"), epoch=1).tolist() == [row.tolist() for row in expected]
 
 
-def test_batches_are_those_of_every_loader(made):
+def test_streamed_batches_are_deterministic_and_resume(made):
     data = data_of(made / "streamed", num_workers=2)
     torch.manual_seed(0)
     before = torch.get_rng_state()
     loader = data.train_dataloader()
     epochs = [list(loader) for _ in range(2)]
-    assert torch.equal(torch.get_rng_state(), before), "training's random numbers changed"
+    assert torch.equal(torch.get_rng_state(), before), "the global random state is unchanged"
     counts = torch.from_numpy(data.tokenizer.char_counts)
     for number, batches in enumerate(epochs):
         rows = torch.from_numpy(rows_of(data, number))
@@ -96,16 +101,16 @@ def test_validation_text_is_the_same(made):
     assert [[t.tolist() for t in batch] for batch in streamed] == [[t.tolist() for t in batch] for batch in plain]
 
 
-def test_chunks_are_fetched_from_elsewhere(made):
-    """litdata copies `local:` addresses to its cache like those of object storage."""
+def test_chunks_are_read_from_a_remote_store(made):
+    """litdata copies `local:` URLs to its cache, like those of object storage."""
     store = TokenStore(made / "streamed")
-    remote = streaming.StreamedWindows(store, f"local:{made / 'streamed'}", T, 0, "epoch")
+    remote = streaming.streamed_windows(store, f"local:{made / 'streamed'}", T, 0, "epoch")
     assert remote.rows(0, np.arange(len(remote))).tolist() == rows_of(data_of(made / "streamed")).tolist()
     remote.close()
-    shutil.rmtree(Path(remote._pages.input_dir.path).parent)
+    shutil.rmtree(Path(inspect.getclosurevars(remote._load).nonlocals["dataset"].input_dir.path).parent)
 
 
-def test_run_is_resumed_after_its_store_has_moved(made, capsys):
+def test_run_is_resumed_after_its_store_was_moved(made, capsys):
     shutil.copytree(made / "streamed", "here")
     flags = [
         f"--data.block_size={T}",
@@ -140,13 +145,13 @@ def test_missing_chunks_are_a_one_line_error(made, missing, capsys):
     assert "chunks in" in lines[-1] and "Traceback" not in lines
 
 
-def test_stores_that_cannot_be_streamed_are_refused(made, verse_file):
+def test_stores_that_cannot_be_streamed_are_refused(made, corpus_file):
     with pytest.raises(UserError, match="litdata's format already"):
         streaming.write(TokenStore(made / "streamed"), made / "again")
     with pytest.raises(UserError, match="needs 4,096 training tokens"):
         streaming.write(TokenStore(made / "store"), made / "again")
     lossy = TextDataModule(
-        "verse.txt", block_size=T, tokenizer=TokenizerConfig(vocab_size=200, lossless=False)
+        "corpus.txt", block_size=T, tokenizer=TokenizerConfig(vocab_size=200, lossless=False)
     ).prepare()
     with pytest.raises(UserError, match="lossless"):
         streaming.write(lossy, made / "again")

@@ -1,4 +1,4 @@
-"""Tokenizers give back every character; sampled segmentations follow the distribution that they claim."""
+"""Tokenizers are lossless, and sampled segmentations follow their distribution."""
 
 import hashlib
 import itertools
@@ -43,18 +43,18 @@ AWKWARD = [
 
 
 @pytest.fixture(scope="module")
-def unigram(verse):
-    return TokenizerConfig("unigram", 400).train(verse)
+def unigram(corpus_text):
+    return TokenizerConfig("unigram", 400).train(corpus_text)
 
 
 @pytest.fixture(scope="module")
-def bpe(verse):
-    return TokenizerConfig("bpe", 400).train(verse)
+def bpe(corpus_text):
+    return TokenizerConfig("bpe", 400).train(corpus_text)
 
 
 @pytest.fixture(scope="module")
-def lossy(verse):
-    return TokenizerConfig("unigram", 120, lossless=False).train(verse)
+def lossy(corpus_text):
+    return TokenizerConfig("unigram", 120, lossless=False).train(corpus_text)
 
 
 @pytest.fixture(scope="module", params=["unigram", "bpe"])
@@ -71,35 +71,38 @@ def with_examples(texts):
     return decorate
 
 
-# Nothing is lost
+# Lossless encoding
 
 
-# letters and spaces that the pieces are made of, as often as anything in Unicode
+# any Unicode, or the characters that pieces consist of
 texts = st.text() | st.text(alphabet=f"aeinorst \n\t{SPACE}<>x0é漢", max_size=80)
 
 
 @with_examples(AWKWARD)
 @given(text=texts)
-def test_decode_gives_back_every_character_and_the_counts_add_up(subword, text):
+def test_encode_decode_round_trip_and_character_counts(subword, text):
     ids = subword.encode(text)
     assert subword.decode(ids) == text
     assert sum(int(subword.char_counts[index]) for index in ids) == len(text)
     assert all(0 <= index < subword.vocab_size for index in ids)
 
 
-def test_the_training_text_itself_round_trips_in_fewer_tokens(subword, verse):
-    ids = subword.encode(verse)
-    assert subword.decode(ids) == verse
-    assert subword.char_counts[ids].sum() == len(verse)
-    assert len(ids) < len(verse) / 2
+def test_training_text_is_compressed_line_by_line(subword, corpus_text):
+    ids = subword.encode(corpus_text)
+    assert subword.decode(ids) == corpus_text
+    assert subword.char_counts[ids].sum() == len(corpus_text)
+    assert len(ids) < len(corpus_text) / 2
     assert subword.vocab_size == len(subword.char_counts) == 400
     assert subword.lossless
+    newline = subword.encode("\n")
+    by_line = [subword.encode(line) for line in corpus_text.split("\n")]
+    assert ids == subword.encode(corpus_text) == [*by_line[0], *(i for line in by_line[1:] for i in newline + line)]
 
 
 @with_examples(AWKWARD)
 @given(text=texts)
-def test_every_prefix_counts_the_characters_that_have_begun(subword, text):
-    """A byte piece counts at its character's first byte, so no prefix of the ids counts more than it has begun."""
+def test_character_counts_of_prefixes(subword, text):
+    """The first byte piece of a character has its count, so a prefix counts the characters that it starts."""
     ids = subword.encode(text)
     seen = 0
     for end, index in enumerate(ids[:200], start=1):
@@ -112,14 +115,14 @@ def test_every_prefix_counts_the_characters_that_have_begun(subword, text):
 
 @with_examples([("", ""), (" a", " b"), ("a ", ""), ("\n", "\n"), (SPACE, SPACE)])
 @given(text=st.tuples(texts, texts))
-def test_lines_are_encoded_apart(subword, text):
+def test_lines_are_encoded_independently(subword, text):
     first, second = text
     newline = subword.encode("\n")
     assert len(newline) == 1
     assert subword.encode(first + "\n" + second) == subword.encode(first) + newline + subword.encode(second)
 
 
-def test_control_tokens_cannot_be_written_into_a_text(subword):
+def test_control_tokens_in_text_are_plain_text(subword):
     processor = spm.SentencePieceProcessor(model_proto=subword.to_bytes())
     special = {i for i in range(subword.vocab_size) if processor.is_control(i) or processor.is_unknown(i)}
     assert special.isdisjoint(subword.encode("<s></s><unk><pad>"))
@@ -127,30 +130,20 @@ def test_control_tokens_cannot_be_written_into_a_text(subword):
     assert len(subword.encode("<0x41>")) > 1
 
 
-def test_a_piece_has_a_space_at_its_start_only_and_a_newline_alone(subword):
+def test_pieces_do_not_cross_spaces_or_newlines(subword):
     assert not [piece for piece in subword.pieces if SPACE in piece[1:]]
     assert [piece for piece in subword.pieces if "\n" in piece] == ["\n"]
 
 
-def test_bytes_that_are_no_utf8_become_replacement_characters(subword):
+def test_invalid_utf8_decodes_to_replacement_characters(subword):
     assert subword.decode(subword.encode("漢")[-1:]) == "\ufffd"
-
-
-def test_the_same_text_gives_the_same_ids(subword, verse):
-    assert subword.encode(verse) == subword.encode(verse)
-
-
-def test_tokens_of_the_whole_are_those_of_its_lines(subword, verse):
-    newline = subword.encode("\n")
-    line_by_line = [subword.encode(line) for line in verse.split("\n")]
-    assert subword.encode(verse) == [*line_by_line[0], *(i for line in line_by_line[1:] for i in newline + line)]
 
 
 # Characters
 
 
 @given(st.text(min_size=1))
-def test_characters_round_trip_one_id_each(text):
+def test_char_tokenizer_round_trip(text):
     tokenizer = TokenizerConfig("char").train(text)
     ids = tokenizer.encode(text)
     assert tokenizer.decode(ids) == text
@@ -159,27 +152,22 @@ def test_characters_round_trip_one_id_each(text):
     assert deserialize(serialize(tokenizer)).encode(text) == ids
 
 
-def test_an_unseen_character_is_refused_by_name():
-    with pytest.raises(UserError, match="'ž'") as caught:
-        CharTokenizer("abc").encode("abž")
+@pytest.mark.parametrize(("text", "name"), [("abž", "'ž'"), ("a\nb", r"'\\n'")])
+def test_unseen_character_is_refused(text, name):
+    with pytest.raises(UserError, match=name) as caught:
+        CharTokenizer("abc").encode(text)
     assert "\n" not in str(caught.value)
 
 
-def test_an_unseen_newline_is_refused_on_one_line():
-    with pytest.raises(UserError) as caught:
-        CharTokenizer("abc").encode("a\nb")
-    assert "\n" not in str(caught.value)
-
-
-# The tokenizer as bytes
+# Serialization
 
 
 @pytest.mark.parametrize("kind", ["unigram", "bpe", "char", "lossy"])
-def test_a_tokenizer_comes_back_from_its_bytes(kind, verse, request):
-    tokenizer = TokenizerConfig("char").train(verse) if kind == "char" else request.getfixturevalue(kind)
+def test_tokenizer_bytes_round_trip(kind, corpus_text, request):
+    tokenizer = TokenizerConfig("char").train(corpus_text) if kind == "char" else request.getfixturevalue(kind)
     again = deserialize(serialize(tokenizer))
-    assert again.encode(verse) == tokenizer.encode(verse)
-    assert again.decode(tokenizer.encode(verse)) == tokenizer.decode(tokenizer.encode(verse))
+    assert again.encode(corpus_text) == tokenizer.encode(corpus_text)
+    assert again.decode(tokenizer.encode(corpus_text)) == tokenizer.decode(tokenizer.encode(corpus_text))
     assert again.to_bytes() == tokenizer.to_bytes()
     assert again.fingerprint == tokenizer.fingerprint == hashlib.sha256(serialize(tokenizer)).hexdigest()
     assert (again.lossless, again.vocab_size) == (tokenizer.lossless, tokenizer.vocab_size)
@@ -191,21 +179,10 @@ def test_fingerprints_differ_between_tokenizers(unigram, bpe, lossy):
     assert len({tokenizer.fingerprint for tokenizer in (unigram, bpe, lossy, *chars)}) == 5
 
 
-@pytest.mark.parametrize(
-    "data",
-    [
-        b"garbage",
-        b"{not json",
-        b"",
-        b"{}",
-    ],
-)
-def test_bytes_that_are_no_tokenizer_are_refused(data):
-    with pytest.raises(ValueError):  # noqa: PT011
-        deserialize(data)
-
-
-def test_a_cut_model_is_refused(unigram):
+def test_invalid_tokenizer_bytes_are_refused(unigram):
+    for data in (b"garbage", b"{not json", b"", b"{}"):
+        with pytest.raises(ValueError):  # noqa: PT011
+            deserialize(data)
     with pytest.raises(ValueError, match="not a SentencePiece model"):
         deserialize(serialize(unigram)[:-1])
 
@@ -214,59 +191,59 @@ def test_a_cut_model_is_refused(unigram):
 
 
 @pytest.mark.parametrize("kind", ["unigram", "bpe", "char"])
-def test_training_twice_gives_the_same_bytes(kind, verse):
+def test_training_is_deterministic(kind, corpus_text):
     config = TokenizerConfig(kind, 400)
-    assert config.train(verse).to_bytes() == config.train(verse).to_bytes()
+    assert config.train(corpus_text).to_bytes() == config.train(corpus_text).to_bytes()
 
 
-IN_A_FRESH_PROCESS = """
+TRAIN_AND_SAMPLE = """
 import hashlib, sys
 from lmlight.data.subword_regularization import SubwordSampler, SubwordSampling
 from lmlight.data.tokenizer import TokenizerConfig
-text = open("verse.txt", encoding="utf-8", newline="").read()
+text = open("corpus.txt", encoding="utf-8", newline="").read()
 tokenizer = TokenizerConfig("unigram", 400).train(text)
 print(tokenizer.fingerprint)
-ids = SubwordSampler(tokenizer, text, SubwordSampling(0.2)).sample_segmentation(3, 5)
+ids = SubwordSampler(tokenizer, SubwordSampling(0.2)).sample(text, 3, 5)
 print(hashlib.sha256(ids.tobytes()).hexdigest())
 assert "torch" not in sys.modules
 """
 
 
-def test_training_and_sampling_repeat_in_a_fresh_process(unigram, verse, verse_file):
-    out, err = processes.run_afresh(code=IN_A_FRESH_PROCESS, env=processes.environment(PYTHONHASHSEED="7"))
-    ids = SubwordSampler(unigram, verse, SubwordSampling(0.2)).sample_segmentation(3, 5)
+def test_training_and_sampling_repeat_in_a_fresh_process(unigram, corpus_text, corpus_file):
+    out, err = processes.run_afresh(code=TRAIN_AND_SAMPLE, env=processes.environment(PYTHONHASHSEED="7"))
+    ids = SubwordSampler(unigram, SubwordSampling(0.2)).sample(corpus_text, 3, 5)
     assert err == ""
     assert out.split() == [unigram.fingerprint, hashlib.sha256(ids.tobytes()).hexdigest()]
 
 
 @pytest.mark.parametrize("kind", ["unigram", "bpe"])
-def test_a_vocabulary_that_the_text_cannot_fill_is_as_large_as_it_gets_and_says_so(kind, verse):
+def test_too_large_vocab_size_is_lowered_with_a_warning(kind, corpus_text):
     with pytest.warns(UserWarning, match="vocab_size 30,000 is more than this text can fill") as warned:
-        tokenizer = TokenizerConfig(kind, 30_000).train(verse)
+        tokenizer = TokenizerConfig(kind, 30_000).train(corpus_text)
     assert len(warned) == 1
     assert f"training {tokenizer.vocab_size:,} pieces" in str(warned[0].message)
     assert 400 < tokenizer.vocab_size < 30_000
-    assert tokenizer.decode(tokenizer.encode(verse)) == verse
+    assert tokenizer.decode(tokenizer.encode(corpus_text)) == corpus_text
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert TokenizerConfig(kind, tokenizer.vocab_size).train(verse).vocab_size == tokenizer.vocab_size
+        assert TokenizerConfig(kind, tokenizer.vocab_size).train(corpus_text).vocab_size == tokenizer.vocab_size
 
 
 @pytest.mark.parametrize(("kind", "lossless"), list(itertools.product(["unigram", "bpe"], [True, False])))
-def test_a_vocabulary_too_small_is_refused_with_the_least_that_works(kind, lossless, verse):
+def test_too_small_vocab_size_is_refused_with_the_minimum(kind, lossless, corpus_text):
     with pytest.raises(UserError, match="too small") as caught:
-        TokenizerConfig(kind, 10, lossless).train(verse)
+        TokenizerConfig(kind, 10, lossless).train(corpus_text)
     message = str(caught.value)
     assert "\n" not in message
     minimum = int(message.split("at least ")[1].split(" ")[0].replace(",", ""))
-    assert TokenizerConfig(kind, minimum, lossless).train(verse).vocab_size == minimum
+    assert TokenizerConfig(kind, minimum, lossless).train(corpus_text).vocab_size == minimum
     with pytest.raises(UserError, match="too small"):
-        TokenizerConfig(kind, minimum - 1, lossless).train(verse)
+        TokenizerConfig(kind, minimum - 1, lossless).train(corpus_text)
 
 
 @pytest.mark.filterwarnings("ignore:vocab_size")
 @pytest.mark.parametrize("kind", ["unigram", "bpe"])
-def test_the_rarest_of_too_many_characters_are_left_to_the_bytes(kind):
+def test_rarest_characters_use_byte_fallback(kind):
     frequent = "".join(chr(0x4E00 + n % 100) for n in range(5000))
     text = "".join(chr(0x5E00 + n) + frequent[n * 5 : n * 5 + 5] for n in range(1000))
     with pytest.warns(
@@ -280,13 +257,13 @@ def test_the_rarest_of_too_many_characters_are_left_to_the_bytes(kind):
 
 @pytest.mark.parametrize("text", ["", "\n\n\n", SPACE])
 @pytest.mark.parametrize("kind", ["unigram", "bpe"])
-def test_a_text_without_anything_to_learn_is_refused(kind, text):
+def test_text_without_pieces_is_refused(kind, text):
     with pytest.raises(UserError) as caught:
         TokenizerConfig(kind, 400).train(text)
     assert "\n" not in str(caught.value)
 
 
-def test_long_lines_are_learnt_from_too():
+def test_long_lines_are_used_for_training():
     """SentencePiece alone skips lines of more than 4,192 bytes."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -297,17 +274,17 @@ def test_long_lines_are_learnt_from_too():
 @pytest.mark.parametrize("kind", ["unigram", "bpe"])
 @pytest.mark.parametrize("text", ["漢字かな交じり文\n" * 50, "nospaces\nhere\n" * 50])
 @pytest.mark.filterwarnings("ignore:vocab_size")
-def test_a_text_without_a_space_gives_a_tokenizer_for_every_text_too(kind, text):
+def test_tokenizer_of_a_text_without_spaces_is_lossless(kind, text):
     tokenizer = TokenizerConfig(kind, 400).train(text)
     assert tokenizer.lossless
     other = f"漢字 and  spaces\n\n{SPACE}"
     assert tokenizer.decode(tokenizer.encode(other)) == other
 
 
-# The lossy default of SentencePiece
+# Lossy tokenizers
 
 
-def test_a_lossy_tokenizer_says_so_and_folds_newlines_and_spaces(lossy):
+def test_lossy_tokenizer_folds_newlines_and_spaces(lossy):
     assert not lossy.lossless
     assert lossy.decode(lossy.encode("river\n\nstone   lantern \n")) == "river stone lantern"
 
@@ -316,7 +293,7 @@ def test_a_lossy_tokenizer_says_so_and_folds_newlines_and_spaces(lossy):
 
 
 def segmentations(word, scores):
-    """Every way to write `word` with the pieces in `scores`."""
+    """All segmentations of `word` into the pieces in `scores`."""
     if not word:
         return [()]
     return [
@@ -328,7 +305,7 @@ def segmentations(word, scores):
 
 
 def chi_square(observed, expected, draws):
-    """How far Pearson's statistic is from its mean, in standard deviations; rare outcomes are put together."""
+    """The distance of Pearson's statistic from its mean in standard deviations; rare outcomes are merged."""
     assert set(observed) <= set(expected)
     cells, rare_observed, rare_expected = [], 0, 0.0
     for outcome, probability in expected.items():
@@ -346,8 +323,8 @@ def chi_square(observed, expected, draws):
 
 @pytest.mark.parametrize("before", ["", " "])
 @pytest.mark.parametrize("alpha", [0.0, 0.05, 0.1, 0.2])
-def test_segmentations_are_drawn_by_their_scores(unigram, before, alpha):
-    """Against the enumeration of all of a word's segmentations, weighed by exp(alpha × the sum of their scores)."""
+def test_segmentations_follow_their_probabilities(unigram, before, alpha):
+    """Reference: all segmentations of a word, with weights exp(alpha × the sum of the scores)."""
     processor = spm.SentencePieceProcessor(model_proto=unigram.to_bytes())
     scores = {
         processor.id_to_piece(index): processor.get_score(index)
@@ -363,8 +340,8 @@ def test_segmentations_are_drawn_by_their_scores(unigram, before, alpha):
     weights = {parts: math.exp(alpha * score) for score, parts in by_score}
     expected = {parts: weight / sum(weights.values()) for parts, weight in weights.items()}
 
-    sampler = SubwordSampler(unigram, f"{word}\n" * draws, SubwordSampling(alpha))
-    pieces = [unigram.pieces[index] for index in sampler.sample_segmentation(seed=1, epoch=0)]
+    sampler = SubwordSampler(unigram, SubwordSampling(alpha))
+    pieces = [unigram.pieces[index] for index in sampler.sample(f"{word}\n" * draws, seed=1, epoch=0)]
     observed, parts = Counter(), []
     for piece in pieces:
         if piece == "\n":
@@ -378,31 +355,31 @@ def test_segmentations_are_drawn_by_their_scores(unigram, before, alpha):
 
 @with_examples([(text, 0.1) for text in AWKWARD])
 @given(text=st.tuples(texts, st.sampled_from([0.0, 0.1, 1.0])))
-def test_a_drawn_segmentation_is_the_same_text(unigram, text):
+def test_sampled_segmentation_decodes_to_the_text(unigram, text):
     text, alpha = text
-    ids = SubwordSampler(unigram, text, SubwordSampling(alpha)).sample_segmentation(0, 0)
+    ids = SubwordSampler(unigram, SubwordSampling(alpha)).sample(text, 0, 0)
     assert unigram.decode(ids.tolist()) == text
     assert unigram.char_counts[ids].sum() == len(text)
 
 
-def test_a_huge_alpha_gives_the_best_segmentation(unigram, verse):
-    text = verse + f"\n{SPACE} 漢字 \t\r\n"
-    sampler = SubwordSampler(unigram, text, SubwordSampling(1e6))
-    assert sampler.sample_segmentation(0, 0).tolist() == unigram.encode(text)
+def test_a_huge_alpha_gives_the_best_segmentation(unigram, corpus_text):
+    text = corpus_text + f"\n{SPACE} 漢字 \t\r\n"
+    sampler = SubwordSampler(unigram, SubwordSampling(1e6))
+    assert sampler.sample(text, 0, 0).tolist() == unigram.encode(text)
 
 
-def test_a_draw_depends_on_seed_and_epoch_alone(unigram, verse):
+def test_sampling_depends_on_seed_and_epoch_only(unigram, corpus_text):
     sampling = SubwordSampling(0.1)
-    sampler, other = (SubwordSampler(unigram, verse, sampling) for _ in range(2))
+    sampler, other = (SubwordSampler(unigram, sampling) for _ in range(2))
     drawn = {
-        (seed, epoch): sampler.sample_segmentation(seed, epoch).tolist() for seed in (0, 1) for epoch in (0, 1, 10)
+        (seed, epoch): sampler.sample(corpus_text, seed, epoch).tolist() for seed in (0, 1) for epoch in (0, 1, 10)
     }
     assert len(set(map(tuple, drawn.values()))) == len(drawn)
-    assert {key: other.sample_segmentation(*key).tolist() for key in reversed(drawn)} == drawn
+    assert {key: other.sample(corpus_text, *key).tolist() for key in reversed(drawn)} == drawn
 
 
 def test_two_words_alike_are_drawn_apart(unigram):
-    draws = SubwordSampler(unigram, "gathernesslyinged\n" * 50, SubwordSampling(0.1)).sample_segmentation(0, 0).tolist()
+    draws = SubwordSampler(unigram, SubwordSampling(0.1)).sample("gathernesslyinged\n" * 50, 0, 0).tolist()
     newline = unigram.encode("\n")[0]
     words = [tuple(word) for is_end, word in itertools.groupby(draws, lambda index: index == newline) if not is_end]
     assert len(words) == 50
@@ -411,13 +388,13 @@ def test_two_words_alike_are_drawn_apart(unigram):
 
 def test_a_literal_space_mark_and_newlines_survive_sampling(unigram):
     text = f"river{SPACE}stone\n\n{SPACE}\n lantern\r\n"
-    sampler = SubwordSampler(unigram, text, SubwordSampling(0.1))
-    assert {unigram.decode(sampler.sample_segmentation(0, epoch).tolist()) for epoch in range(20)} == {text}
+    sampler = SubwordSampler(unigram, SubwordSampling(0.1))
+    assert {unigram.decode(sampler.sample(text, 0, epoch).tolist()) for epoch in range(20)} == {text}
 
 
 def test_a_word_of_thousands_of_characters_can_be_sampled(unigram):
     text = "wondering" * 300
-    ids = SubwordSampler(unigram, text, SubwordSampling(0.1)).sample_segmentation(0, 0)
+    ids = SubwordSampler(unigram, SubwordSampling(0.1)).sample(text, 0, 0)
     assert unigram.decode(ids.tolist()) == text
 
 
@@ -433,39 +410,39 @@ LOSSY_TEXTS = [
 
 @pytest.mark.parametrize("text", LOSSY_TEXTS)
 def test_a_lossy_draw_decodes_to_what_its_encode_does(lossy, text):
-    sampler = SubwordSampler(lossy, text, SubwordSampling(0.1))
+    sampler = SubwordSampler(lossy, SubwordSampling(0.1))
     for epoch in range(5):
-        assert lossy.decode(sampler.sample_segmentation(0, epoch).tolist()) == lossy.decode(lossy.encode(text))
+        assert lossy.decode(sampler.sample(text, 0, epoch).tolist()) == lossy.decode(lossy.encode(text))
 
 
 @pytest.mark.parametrize("kind", ["bpe", "char"])
 @pytest.mark.parametrize("lossless", [True, False])
-def test_a_tokenizer_without_scores_is_refused_by_name(kind, lossless, verse):
-    tokenizer = TokenizerConfig(kind, 320, lossless).train(verse)
+def test_sampling_needs_a_unigram_tokenizer(kind, lossless, corpus_text):
+    tokenizer = TokenizerConfig(kind, 320, lossless).train(corpus_text)
     with pytest.raises(UserError, match=f"{kind}.*--data.tokenizer.kind unigram") as caught:
-        SubwordSampler(tokenizer, verse, SubwordSampling())
+        SubwordSampler(tokenizer, SubwordSampling())
     assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("alpha", [-0.1, -math.inf, math.nan, math.inf])
-def test_an_alpha_that_is_negative_or_not_finite_is_refused(alpha):
+def test_invalid_alpha_is_refused(alpha):
     with pytest.raises(UserError, match="alpha"):
         SubwordSampling(alpha)
 
 
 @pytest.mark.parametrize("kind", ["unigram", "bpe", "char"])
-@pytest.mark.parametrize("newline", ["\n", "\r\n", "\r"])
-def test_a_tokenizer_knows_the_line_endings_of_its_text(kind, newline, verse):
-    text = verse.replace("\n", newline) + "\r\n\r\n\n\n\r"  # a few others do not matter
+@pytest.mark.parametrize("newline", ["\n", "\r\n"])
+def test_a_tokenizer_knows_the_line_endings_of_its_text(kind, newline, corpus_text):
+    text = corpus_text.replace("\n", newline) + "\r\n\r\n\n\n\r"  # a few others do not matter
     trained = TokenizerConfig(kind, 400).train(text)
     for tokenizer in (trained, deserialize(serialize(trained))):
         assert tokenizer.newline == newline
         assert tokenizer.decode(tokenizer.encode(text)) == text
         for prompt in ("MIRA:\n\nriver", "MIRA:\r\n\r\nriver"):
             assert tokenizer.encode_prompt(prompt) == tokenizer.encode(f"MIRA:{newline}{newline}river")
-        assert tokenizer.decode(tokenizer.bos_ids) == newline[-1], "one id, which other engines can be told"
+        assert tokenizer.decode(tokenizer.bos_ids) == "\n", "one id, which other engines can be told"
 
 
-def test_a_lossy_tokenizer_has_no_line_endings(verse):
-    tokenizer = TokenizerConfig("unigram", 200, lossless=False).train(verse.replace("\n", "\r\n"))
+def test_lossy_tokenizer_has_no_line_endings(corpus_text):
+    tokenizer = TokenizerConfig("unigram", 200, lossless=False).train(corpus_text.replace("\n", "\r\n"))
     assert tokenizer.encode_prompt("river\r\nstone") == tokenizer.encode("river stone")

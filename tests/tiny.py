@@ -1,4 +1,4 @@
-"""The smallest run that has all the parts: what every test means by it that does not say otherwise."""
+"""The smallest run with all parts; most tests use it."""
 
 from lmlight import TextDataModule, Transformer
 from lmlight.data.tokenizer import TokenizerConfig
@@ -13,7 +13,7 @@ FLAGS = [
     "--trainer.log_every_n_steps=1",
     "--trainer.accelerator=cpu",
 ]
-# of a Trainer that says nothing and leaves nothing
+# Trainer arguments for no output and no files
 QUIET = {
     "logger": False,
     "enable_progress_bar": False,

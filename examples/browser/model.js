@@ -1,9 +1,9 @@
 /**
- * Generates text with a file of `lmlight export onnx` in a browser.
+ * Generates text in a browser with a file written by `lmlight export onnx`.
  *
- * - Sizes and tokenizer are in the metadata of the ONNX file, so the file is the whole model.
+ * - The metadata of the ONNX file has the sizes and the tokenizer, so the file is self-contained.
  * - The graph maps (ids, past) to (logits, present). It runs once for the prompt and once for each new token.
- * - Greedy text is the same as lmlight's. Sampled text differs, because the random numbers do.
+ * - Greedy text equals that of lmlight. Sampled text differs, because the random numbers differ.
  */
 import * as ort from "./node_modules/onnxruntime-web/dist/ort.wasm.min.mjs";
 import { Tokenizer } from "./node_modules/@huggingface/tokenizers/dist/tokenizers.mjs";
@@ -14,7 +14,7 @@ const PAST = 4; // the axis of past positions in (layers, 2, rows, heads, past, 
 export class Model {
   /**
    * @param {Uint8Array} file - An .onnx file.
-   * @throws {Error} The file was not written by lmlight, or has no tokenizer because it is lossy.
+   * @throws {Error} The file was not written by lmlight, or its tokenizer is lossy and therefore missing.
    */
   static async open(file) {
     const metadata = readMetadata(file);
@@ -26,18 +26,18 @@ export class Model {
   constructor(session, metadata) {
     this.session = session;
     this.metadata = metadata;
-    // by default the library removes spaces before full stops
+    // the default removes spaces before full stops
     this.tokenizer = new Tokenizer(metadata["tokenizer.json"], { clean_up_tokenization_spaces: false });
   }
 
   /**
    * Returns the ids of a text, the same as lmlight's.
-   * @throws {Error} A character tokenizer does not know one of its characters.
+   * @throws {Error} A character is not in the vocabulary of a character tokenizer.
    */
   encode(text) {
     if (!text) return [];
     const { ids, tokens } = this.tokenizer.encode(text);
-    // the library has byte fallback for BPE only
+    // the library implements byte fallback for BPE only
     return tokens.flatMap((token, at) => (this.tokenizer.token_to_id(token) === undefined ? this.bytes(token) : ids[at]));
   }
 

@@ -6,7 +6,7 @@ const [form, file, prompt, temperature, seed, tokens, generate, stop, status, pr
 ].map((id) => document.getElementById(id));
 
 let model;
-let current = 0; // the number of the current text: an older one stops
+let current = 0; // number of the current text; generation of older ones stops
 
 function say(text) {
   status.textContent = text;
@@ -64,8 +64,8 @@ file.addEventListener("change", () => {
   if (file.files[0]) load(file.files[0].name, file.files[0].arrayBuffer());
 });
 
-// the file beside this page, or the one that ?model= names
+// model.onnx next to this page, or the file given as ?model=
 const name = new URLSearchParams(location.search).get("model") ?? "model.onnx";
 const answer = await fetch(name);
 if (answer.ok) await load(name, answer.arrayBuffer());
-else say(`There is no ${name} beside this page: choose a file.`);
+else say(`There is no ${name} next to this page: choose a file.`);

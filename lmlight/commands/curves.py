@@ -12,35 +12,24 @@ from lmlight.errors import UserError, say
 
 
 def main(args: Sequence[str]) -> None:
-    """Runs `lmlight curves`. Entries that cannot be plotted are skipped, each with a line on stderr.
-
-    Raises:
-        UserError: no entry can be plotted; the figure cannot be written.
-    """
+    """Runs `lmlight curves`. Entries that cannot be plotted are skipped, each with a line on stderr."""
     parser = Parser("lmlight curves", description="Plots the validation losses of runs in one figure.")
     parser.add_argument("runs", nargs="+", type=Path, help="folders of runs, such as runs/*; anything else is skipped")
     parser.add_argument("--x", choices=("step", "characters", "seconds"), default="step", help="the horizontal axis")
     parser.add_argument("--output", type=Path, default=Path("curves.png"), help="the figure: .png, .svg or .pdf")
     options = parser.parse_args(args)
-    names = [run.absolute().name for run in options.runs]
-    runs, skipped = dict[str, list[dict[str, float]]](), list[UserError]()
-    for run, name in zip(options.runs, names):
-        try:
-            runs[name if names.count(name) == 1 else str(run)] = read(run, options.x)
-        except UserError as error:
-            skipped.append(error)
+    runs = {str(run): rows for run in options.runs if (rows := read(run, options.x))}
+    for run in options.runs:
+        if str(run) not in runs:
+            say(UserError(f"'{run}' has no metrics.csv with a finite loss and {options.x}"), "skipped")
     if not runs:
-        others = f" ({len(skipped) - 1} more cannot be plotted either)" if len(skipped) > 1 else ""
-        raise UserError(f"{skipped[0]}{others}")
-    for reason in skipped:
-        say(reason, "skipped")
+        raise UserError("none of these can be plotted: pass the folders of runs, such as runs/*")
     from lmlight import pictures  # Matplotlib takes a third of a second to import
 
     try:
         pictures.learning_curves(runs, options.x).savefig(options.output)
     except (OSError, ValueError) as error:
-        why = getattr(error, "strerror", None) or str(error)
-        raise UserError(f"'{options.output}' cannot be written ({why}): pass another --output") from None
+        raise UserError(f"'{options.output}' cannot be written ({error}): pass another --output") from None
     for name, rows in runs.items():
         best = min(row["val/nats_per_char"] for row in rows)
         print(f"{name}: best {best:.4f} nats per character, {len(rows)} validations")
@@ -48,23 +37,11 @@ def main(args: Sequence[str]) -> None:
 
 
 def read(run: Path, x: str) -> list[dict[str, float]]:
-    """The validations in a run's `metrics.csv` whose loss and `x` are finite; NaN for other metrics that are missing.
-
-    Args:
-        run: the run's folder, or the file.
-        x: a column, see `--x`.
-
-    Raises:
-        UserError: there is no such validation, or no table.
-    """
+    """The validations in a run's `metrics.csv`, or in that file, whose loss and column `x` are finite; none without one."""
     path = run / "metrics.csv" if run.is_dir() else run
     try:
         with path.open(encoding="utf-8", newline="") as file:
             rows = [{name: float(value or "nan") for name, value in row.items()} for row in csv.DictReader(file)]
-    except (OSError, ValueError, TypeError, csv.Error) as error:
-        reason = getattr(error, "strerror", None) or "not a table of numbers"
-        raise UserError(f"'{path}' cannot be read ({reason}): pass the folders of runs, such as runs/*") from None
-    rows = [row for row in rows if all(math.isfinite(row.get(name, math.nan)) for name in (x, "val/nats_per_char"))]
-    if not rows:
-        raise UserError(f"'{path}' has no validation with a finite loss and {x}: pass runs that have been validated")
-    return rows
+    except (OSError, ValueError, TypeError, csv.Error):
+        return []
+    return [row for row in rows if all(math.isfinite(row.get(name, math.nan)) for name in (x, "val/nats_per_char"))]

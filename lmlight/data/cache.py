@@ -11,6 +11,8 @@ No name depends on the source alone: an edited text gets a new name, and the old
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import platformdirs
@@ -26,16 +28,18 @@ def cache_dir(folder: str | None = None) -> Path:
     return Path(folder or os.environ.get("LMLIGHT_CACHE") or platformdirs.user_cache_dir("lmlight")).expanduser()
 
 
-def make_folder(folder: Path) -> None:
-    """Creates a folder in the cache.
+@contextmanager
+def writing_cache(folder: Path) -> Iterator[None]:
+    """Creates a folder in the cache, to be filled in the `with` block.
 
     Raises:
-        UserError: it cannot be created.
+        UserError: the file system does not let it be created or filled.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        yield
     except OSError as error:
         raise UserError(
-            f"cache folder '{folder}' cannot be created ({error.strerror}): pass another, --data.cache FOLDER, or set "
-            "LMLIGHT_CACHE"
+            f"cache folder '{folder}' cannot be written ({error.strerror}): free some space, or choose another folder with "
+            "--data.cache FOLDER or LMLIGHT_CACHE"
         ) from None

@@ -3,12 +3,11 @@
 - Its files are found, downloaded (`download`), hashed, and read in chunks (`reading`).
 - It is split by characters, before any tokenizer sees it.
 
-Does not import torch.
+Free of torch.
 """
 
 from __future__ import annotations
 
-import glob
 import hashlib
 import json
 from collections.abc import Iterator
@@ -16,18 +15,14 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from urllib.parse import urlsplit
 
-from lmlight.data.cache import cache_dir
-from lmlight.data.download import BUILTIN_CORPORA, download, fetch, is_store
+from lmlight.data.download import find_files
 from lmlight.data.reading import (
     CHUNK_SIZE,
     RECORD_SUFFIXES,
-    SUPPORTED_FILES,
     TextChunk,
     TextFormat,
     file_format,
-    is_text_file,
     read_error,
     read_file,
     slice_chunks,
@@ -65,19 +60,16 @@ class Corpus:
         return split_between_lines(slice_chunks(self._read(), start, stop))
 
     @cached_property
-    def size(self) -> tuple[int, int]:
-        """The number of characters and of UTF-8 bytes. The first access reads the whole corpus.
+    def n_chars(self) -> int:
+        """The number of characters. The first access reads the whole corpus.
 
         Raises:
             UserError: see `chunks`; or there is no text.
         """
-        chars = utf8_bytes = 0
-        for text, _ in self._read():
-            chars += len(text)
-            utf8_bytes += len(text) if text.isascii() else len(text.encode())
+        chars = sum(len(chunk.text) for chunk in self._read())
         if not chars:
             raise UserError(f"corpus '{self.source}' is empty: pass a text of at least 1,000 characters")
-        return chars, utf8_bytes
+        return chars
 
     @property
     def text(self) -> str:
@@ -104,41 +96,20 @@ def load(source: str, text_format: TextFormat = TextFormat(), cache: str | None 
         cache: the cache folder; None is the default one.
 
     Raises:
-        UserError: there is no such corpus, or it cannot be read or downloaded, or it has no text.
+        UserError: there is no such corpus, or it cannot be read or downloaded.
     """
-    files = _find(source, cache)
+    files = find_files(source, cache)
     try:
-        if not any(path.stat().st_size for path in files):
-            raise UserError(f"corpus '{source}' is empty: pass a file with text in it")
         with ThreadPoolExecutor() as pool:  # hashing releases the GIL
             hashes = list(pool.map(_sha256, files))
     except OSError as error:
         raise read_error(source, error) from None
-    formats = [file_format(path) for path in files]
+    formats = [file_format(path.name) for path in files]
     has_records = any(suffix in RECORD_SUFFIXES for suffix, _ in formats)
     has_documents = has_records or len(files) > 1 or text_format.separator is not None
     depends_on = [formats, hashes, list(vars(text_format).values())]
     fingerprint = hashlib.sha256(json.dumps(depends_on).encode()).hexdigest()
     return Corpus(source, tuple(files), text_format, fingerprint, has_documents)
-
-
-def find_store(source: str, cache: str | None = None) -> Path | None:
-    """The folder of the token store that `source` names, which may be unfinished; None if it names text.
-
-    A store at an address is copied to the cache.
-
-    Raises:
-        UserError: it cannot be downloaded.
-    """
-    if source in BUILTIN_CORPORA:
-        return None
-    if "://" not in source:
-        folder = Path(source).expanduser()
-    elif is_text_file(urlsplit(source).path) or glob.has_magic(source):
-        return None
-    else:
-        folder = download(source, cache_dir(cache) / "downloads")[0].parent
-    return folder if is_store(path.name for path in folder.glob("*")) else None
 
 
 def train_chars(chars: int, val_fraction: float) -> int:
@@ -150,40 +121,6 @@ def split(text: str, val_fraction: float) -> tuple[str, str]:
     """Splits a text into a training part and, at the end, a validation part."""
     cut = train_chars(len(text), val_fraction)
     return text[:cut], text[cut:]
-
-
-def _find(source: str, cache: str | None) -> list[Path]:
-    """The files of a corpus, in the same order on every platform."""
-    if source in BUILTIN_CORPORA:
-        return [fetch(source, cache)]
-    if "://" in source:
-        return download(source, cache_dir(cache) / "downloads")
-    path = Path(source).expanduser()
-    try:
-        if path.is_dir():
-            names = {
-                file.relative_to(path): file for file in path.rglob("*") if is_text_file(file.name) and file.is_file()
-            }
-            visible = [name for name in names if not any(part.startswith(".") for part in name.parts)]
-            if not visible:
-                raise UserError(
-                    f"corpus '{source}' is a folder without text: expected files named {SUPPORTED_FILES}; for others pass a "
-                    f"pattern, such as '{path / '**' / '*.py'}'"
-                )
-            return [names[name] for name in sorted(visible, key=Path.as_posix)]
-        if path.exists():
-            return [path]
-        if glob.has_magic(source):
-            matches = glob.glob(str(path), recursive=True)  # noqa: PTH207  (pathlib has no absolute patterns)
-            if found := [file for match in matches if (file := Path(match)).is_file()]:
-                return sorted(found, key=Path.as_posix)
-            raise UserError(f"no file matches the pattern '{source}': check --data.corpus")
-    except OSError as error:
-        raise read_error(source, error) from None
-    raise UserError(
-        f"no corpus at '{source}': expected a text file, a folder, a pattern, an address, or a built-in corpus "
-        f"({', '.join(BUILTIN_CORPORA)}); check --data.corpus"
-    )
 
 
 def _sha256(path: Path) -> str:

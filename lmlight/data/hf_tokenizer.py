@@ -1,4 +1,4 @@
-"""Tokenizers of Hugging Face: any `tokenizer.json`, through their `tokenizers` library."""
+"""Pretrained tokenizers: SentencePiece models, and any `tokenizer.json` of Hugging Face through their library."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from lmlight.data.tokenizer import Tokenizer
+from lmlight.data.tokenizer import SentencePieceTokenizer, Tokenizer
 from lmlight.errors import UserError
 
 # A tokenizer that restores these restores any text, as far as the kinds of tokenizers go that there are.
@@ -23,6 +23,27 @@ PROBES = (
     "'S ,",
 )
 SPACES = "\u2581\u0120"  # how pieces write a space
+
+
+def read_pretrained(path: Path) -> Tokenizer:
+    """The tokenizer in a file: `tokenizer.json`, or a SentencePiece `.model`.
+
+    Raises:
+        UserError: the file cannot be read, or is neither.
+    """
+    path = path.expanduser()
+    try:
+        if path.suffix == ".json":
+            return HFTokenizer.from_file(path)
+        return SentencePieceTokenizer(path.read_bytes())
+    except OSError as error:
+        reason = error.strerror
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        reason = str(error)
+    raise UserError(
+        f"tokenizer '{path}' cannot be read ({reason}): pass a tokenizer.json of Hugging Face, a SentencePiece .model file, "
+        "or the full name of your own class, such as my.module.MyTokenizer"
+    )
 
 
 class HFTokenizer(Tokenizer):
@@ -73,19 +94,14 @@ class HFTokenizer(Tokenizer):
         """Read a `tokenizer.json`; a `tokenizer_config.json` beside it tells which token is EOS.
 
         Raises:
-            UserError: the file cannot be read, or is not a tokenizer.
+            OSError, ValueError, KeyError, TypeError, AttributeError: the file cannot be read, or is not a tokenizer.
         """
-        try:
-            content = json.loads(path.read_text("utf-8"))
-            settings = path.with_name("tokenizer_config.json")
-            eos = json.loads(settings.read_text("utf-8")).get("eos_token") if settings.is_file() else None
-            eos = eos["content"] if isinstance(eos, dict) else eos
-            ids = {token["content"]: token["id"] for token in content.get("added_tokens", [])}
-            return cls(json.dumps({**content, "lmlight_eos_id": ids.get(eos)}, ensure_ascii=False).encode())
-        except OSError as error:
-            raise UserError(f"tokenizer '{path}' cannot be read ({error.strerror}): pass a tokenizer.json") from None
-        except (ValueError, AttributeError, KeyError, TypeError) as error:
-            raise UserError(f"'{path}' is not a Hugging Face tokenizer ({error}): pass a tokenizer.json") from None
+        content = json.loads(path.read_text("utf-8"))
+        settings = path.with_name("tokenizer_config.json")
+        eos = json.loads(settings.read_text("utf-8")).get("eos_token") if settings.is_file() else None
+        eos = eos["content"] if isinstance(eos, dict) else eos
+        ids = {token["content"]: token["id"] for token in content.get("added_tokens", [])}
+        return cls(json.dumps({**content, "lmlight_eos_id": ids.get(eos)}, ensure_ascii=False).encode())
 
     def encode(self, text: str) -> list[int]:
         ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids

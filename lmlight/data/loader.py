@@ -1,7 +1,6 @@
 """Batches of token windows, and the loaders for training and evaluation.
 
-A batch carries the number of characters that each target stands for, so the loss needs no tokenizer and is comparable
-across vocabularies.
+A batch carries the number of characters of each target, so the loss needs no tokenizer and compares across vocabularies.
 
 Axes: B windows, T positions, V vocabulary, W evaluation windows, N tokens.
 """
@@ -19,9 +18,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from lmlight.data.token_store import TokenArray, Tokens
-from lmlight.data.window_sources import WindowSource
-from lmlight.data.windows import TrainBatchSampler, eval_batches
+from lmlight.data.token_store import TokenArray, Tokens, TokenStore
+from lmlight.data.windows import TrainBatchSampler, WindowSource, eval_batches
 from lmlight.errors import UserError
 
 # The target of a context-only position; the default `ignore_index` of `torch.nn.functional.cross_entropy`.
@@ -84,8 +82,7 @@ class EvalLoader:
         windows: (W, 3) see `eval_windows`. Only the last window may be shorter than the others.
         char_counts: (V,) see `Tokenizer`.
         batch_size: windows per batch; fewer if their logits would exceed `MAX_EVAL_LOGITS`.
-        rank: this process, counted from 0.
-        world_size: number of processes.
+        rank, world_size: this process, counted from 0, and the number of processes.
     """
 
     def __init__(
@@ -118,26 +115,21 @@ class EvalLoader:
 
 
 class WindowDataset(Dataset[Batch]):
-    """The training windows of one epoch by position. A DataLoader asks for a whole batch at a time."""
+    """The training windows of one epoch; an item is the batch of the windows at several positions."""
 
     def __init__(self, source: WindowSource, epoch: int, char_counts: npt.NDArray[np.number]) -> None:
         self.source, self.epoch, self.char_counts = source, epoch, char_counts
 
-    def __getitems__(self, positions: list[int]) -> Batch:
+    def __getitem__(self, positions: list[int]) -> Batch:
         return make_batch(self.source.rows(self.epoch, np.asarray(positions)), self.char_counts)
-
-
-def identity_collate(batch: Any) -> Batch:
-    return batch
 
 
 class StatefulTrainLoader:
     """Training batches, epoch after epoch, which continue where an interrupted run stopped.
 
     Args:
-        source: the windows.
+        store, source: the tokens and their windows.
         sampler: splits an epoch into this process's micro-batches.
-        char_counts: (V,) see `Tokenizer`.
         device: the GPU that batches are copied to. They are put in pinned memory, one batch ahead of use.
 
     Attributes:
@@ -145,13 +137,9 @@ class StatefulTrainLoader:
     """
 
     def __init__(
-        self,
-        source: WindowSource,
-        sampler: TrainBatchSampler,
-        char_counts: npt.NDArray[np.number],
-        device: torch.device | None = None,
+        self, store: TokenStore, source: WindowSource, sampler: TrainBatchSampler, device: torch.device | None = None
     ) -> None:
-        self._source, self._sampler, self._char_counts, self._device = source, sampler, char_counts, device
+        self._store, self._source, self._sampler, self._device = store, source, sampler, device
         self._epoch, self._seen = -1, 0  # `_seen` counts the micro-batches of the epoch that have been returned
         self._resuming = False
         self.data_wait_seconds = 0.0
@@ -159,7 +147,7 @@ class StatefulTrainLoader:
     def state_dict(self) -> dict[str, Any]:
         """The epoch, and the position in it in windows over all ranks, so that any number of processes can resume."""
         seen = self._seen * self._sampler.windows_per_micro_batch
-        return {"epoch": self._epoch, "windows": seen, "text": self._source.fingerprint}
+        return {"epoch": self._epoch, "windows": seen, "text": self._store.train_fingerprint}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continues from this state at the next `iter`.
@@ -167,7 +155,7 @@ class StatefulTrainLoader:
         Raises:
             UserError: the state belongs to another text.
         """
-        if state_dict["text"] != self._source.fingerprint:
+        if state_dict["text"] != self._store.train_fingerprint:
             raise UserError(
                 "the training text is not the one that this run has read so far: resume with that text, or start a new "
                 "run from the weights with --init_from in place of --ckpt_path"
@@ -188,9 +176,9 @@ class StatefulTrainLoader:
         began = time.perf_counter()
         batches: Iterator[Batch] = iter(
             DataLoader(
-                WindowDataset(self._source, self._epoch, self._char_counts),
-                batch_sampler=self._sampler.batches(self._seen),
-                collate_fn=identity_collate,
+                WindowDataset(self._source, self._epoch, self._store.char_counts["train"]),
+                sampler=self._sampler.batches(self._seen),
+                batch_size=None,  # an item is a batch
                 num_workers=self._source.num_workers,
                 generator=torch.Generator(),  # otherwise the loader draws a number from the global generator
                 pin_memory=self._device is not None,

@@ -1,26 +1,25 @@
-"""From a corpus to its token store: what the tokens depend on, where the store lies and how it is made.
+"""From a corpus to its token store.
 
-A store's key is a hash of the text and of every setting that the tokens depend on, so a changed setting never meets a
-stale cache. Free of torch.
+A store is named after the text and every setting that the tokens depend on, so a changed setting never meets a stale
+cache. Free of torch.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import math
 import os
 import warnings
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import sentencepiece
 from tqdm import tqdm
 
 from lmlight.data import corpus as corpora
-from lmlight.data.cache import cache_dir
+from lmlight.data.cache import cache_dir, writing_cache
 from lmlight.data.corpus import Corpus
+from lmlight.data.download import find_store
 from lmlight.data.reading import TextFormat
 from lmlight.data.token_store import FORMAT_VERSION, TokenStore
 from lmlight.data.token_writer import read_tokenizer, write_store
@@ -29,8 +28,6 @@ from lmlight.errors import UserError
 
 # Training a tokenizer on this many characters takes a second or more.
 NOTICEABLE_CHARS = 1_000_000
-# At or above this length, settings shrink to fit the corpus; below it, we raise.
-MIN_CHARS_TO_FIT = 1000
 
 
 @dataclass(frozen=True)
@@ -80,74 +77,49 @@ class CorpusSpec:
             UserError: see `corpus.load`, `Corpus.chunks`, `TokenizerConfig.train` and `TokenStore`; the text is too short
                 to be split; the cache is not writable; `corpus` is a store, and was made with other settings.
         """
-        prepared = corpora.find_store(self.corpus, self.cache)
-        if prepared is not None:
+        if prepared := find_store(self.corpus, self.cache):
             store = TokenStore(prepared)
             self._check_settings(store, pretrained_tokenizer)
             return store
-        main, val, test = (
+        main = corpora.load(self.corpus, self.text_format, self.cache)
+        val, test = (
             corpora.load(source, self.text_format, self.cache) if source else None
-            for source in (self.corpus, self.val_corpus, self.test_corpus)
+            for source in (self.val_corpus, self.test_corpus)
         )
-        assert main is not None
-        tokenizer = (
-            {"fingerprint": pretrained_tokenizer.fingerprint}
-            if pretrained_tokenizer
-            else {"config": asdict(self.tokenizer), "sentencepiece": sentencepiece.__version__}
-        )
+        trained = {"config": asdict(self.tokenizer), "sentencepiece": sentencepiece.__version__}
         depends_on = {
             "format_version": FORMAT_VERSION,
             "corpus": main.fingerprint,
             "val": val.fingerprint if val else self.val_fraction,
             "test": test and test.fingerprint,
-            "tokenizer": tokenizer,
+            "tokenizer": {"fingerprint": pretrained_tokenizer.fingerprint} if pretrained_tokenizer else trained,
         }
         fingerprint = hashlib.sha256(json.dumps(depends_on, sort_keys=True).encode()).hexdigest()
         folder = cache_dir(self.cache) / "tokens" / fingerprint[:16]
         if not TokenStore.is_finished(folder):
-            self._write(folder, fingerprint, main, val, test, pretrained_tokenizer)
+            cut = main.n_chars if val else corpora.train_chars(main.n_chars, self.val_fraction)
+            if not cut:
+                raise UserError(f"the training part of '{self.corpus}' has no text: pass at least 1,000 characters")
+            texts = {"train": main.chunks(0, cut), "val": val.chunks() if val else main.chunks(cut)}
+            if test:
+                texts["test"] = test.chunks()
+            tokenizer = pretrained_tokenizer or read_tokenizer(folder) or self._train_tokenizer(main, cut)
+            if main.has_documents and tokenizer.eos_id is None:
+                warnings.warn(
+                    "this tokenizer has no end-of-document token: documents follow each other without one", stacklevel=2
+                )
+            metadata = {"corpus": self.corpus, "vocab_size": tokenizer.vocab_size, "settings": self.settings()}
+            total = sum(corpus.n_chars for corpus in (main, val, test) if corpus)
+            with writing_cache(folder):
+                write_store(folder, fingerprint, texts, tokenizer, metadata, total)
         return TokenStore(folder, fingerprint)
 
-    def _write(
-        self,
-        folder: Path,
-        fingerprint: str,
-        main: Corpus,
-        val: Corpus | None,
-        test: Corpus | None,
-        given: Tokenizer | None,
-    ) -> None:
-        chars, _ = main.size
-        cut = chars if val else corpora.train_chars(chars, self.val_fraction)
-        if not 0 < cut <= chars - (val is None):
-            empty = "validation" if cut else "training"
-            raise UserError(
-                f"the {empty} part of '{self.corpus}' has no text: pass a text of at least about 1,000 characters (this "
-                f"one has {chars:,})"
-            )
-        texts = {"train": main.chunks(0, cut), "val": val.chunks() if val else main.chunks(cut)}
-        if test:
-            texts["test"] = test.chunks()
-        tokenizer = given or read_tokenizer(folder)  # of an interrupted preparation
-        if tokenizer is None:
-            # SentencePiece reports no progress, so a line without a bar
-            disable = None if cut > NOTICEABLE_CHARS else True
-            with tqdm(desc="training the tokenizer", bar_format="{desc} ...", leave=False, disable=disable):
-                chunks = (chunk.text for chunk in main.chunks(0, cut))
-                tokenizer = self.tokenizer.train(chunks, cut, add_eos=main.has_documents)
-        if main.has_documents and tokenizer.eos_id is None:
-            warnings.warn(
-                "this tokenizer has no end-of-document token: documents follow each other without one", stacklevel=2
-            )
-        metadata = {"corpus": self.corpus, "vocab_size": tokenizer.vocab_size, "settings": self.settings()}
-        try:
-            size = sum(corpus.size[1] for corpus in (main, val, test) if corpus)
-            write_store(folder, fingerprint, texts, tokenizer, metadata, size)
-        except OSError as error:
-            raise UserError(
-                f"cache folder '{folder.parent}' cannot be written ({error.strerror}): free some space, or choose another "
-                "folder with --data.cache FOLDER or LMLIGHT_CACHE"
-            ) from None
+    def _train_tokenizer(self, corpus: Corpus, cut: int) -> Tokenizer:
+        # SentencePiece reports no progress, so a line without a bar
+        disable = None if cut > NOTICEABLE_CHARS else True
+        with tqdm(desc="training the tokenizer", bar_format="{desc} ...", leave=False, disable=disable):
+            chunks = (chunk.text for chunk in corpus.chunks(0, cut))
+            return self.tokenizer.train(chunks, cut, add_eos=corpus.has_documents)
 
     def _check_settings(self, store: TokenStore, pretrained_tokenizer: Tokenizer | None) -> None:
         """Refuses settings that a prepared store was not made with."""
@@ -165,35 +137,18 @@ class CorpusSpec:
             )
 
 
-def fit_block_size(store: TokenStore, spec: CorpusSpec, block_size: int) -> int:
-    """The largest block size up to `block_size` that leaves a few windows of training text.
-
-    Warns about a lower block size, and about an evaluation text that is shorter than one block.
+def check_lengths(store: TokenStore, corpus: str, block_size: int) -> None:
+    """Checks that each split is long enough.
 
     Raises:
-        UserError: a split is too short.
+        UserError: the training text is shorter than a block, or an evaluation text has no tokens.
     """
-    chars, tokens = store.chars["train"] + store.chars["val"], len(store.ids["train"])
+    tokens, chars = len(store.ids["train"]), store.chars["train"]
     if tokens <= block_size:  # a window reads one token more
-        if chars < MIN_CHARS_TO_FIT or tokens < 8:
-            share = 1.0 if spec.val_corpus else 1 - spec.val_fraction
-            minimum = math.ceil((block_size + 1) * max(1.0, store.chars["train"] / max(1, tokens)) / share)
-            raise UserError(
-                f"the training part of '{spec.corpus}' has {tokens:,} tokens, fewer than one block of {block_size}: pass a "
-                f"text of at least about {minimum:,} characters (this one has {chars:,}), or lower --data.block_size"
-            )
-        fitting = (tokens - 1) // 4
-        warnings.warn(
-            f"the training text has {tokens:,} tokens: lowering data.block_size from {block_size} to {fitting}",
-            stacklevel=2,
+        raise UserError(
+            f"the training part of '{corpus}' has {tokens:,} tokens in {chars:,} characters, fewer than a window of "
+            f"{block_size} + 1: pass a longer text, or lower --data.block_size"
         )
-        block_size = fitting
-    for split, name in (("val", "validation"), ("test", "test")):
-        if split in store.ids and (tokens := len(store.ids[split])) < block_size:
-            if not tokens:
-                raise UserError(f"the {name} text of '{spec.corpus}' has no tokens: pass a longer text")
-            warnings.warn(
-                f"the {name} text has {tokens:,} tokens, less than one block of {block_size}: its metrics are rough",
-                stacklevel=2,
-            )
-    return block_size
+    for split, ids in store.ids.items():
+        if not len(ids):
+            raise UserError(f"the {split} text of '{corpus}' has no tokens: pass a longer text")

@@ -6,7 +6,7 @@
 - *Documents* are the lines of a `.jsonl` file, the rows of a `.parquet` file, the parts of a text file between two
   separators, or whole text files if there are several. A single text file has no documents.
 
-Does not import torch.
+Free of torch.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from typing import Any, Literal, NamedTuple
 
 import fsspec
 
-from lmlight.errors import UserError
+from lmlight.errors import UserError, first_line
 
 # Bytes read, and characters yielded, at a time.
 CHUNK_SIZE = 2**20
@@ -35,6 +35,7 @@ TEXT_SUFFIXES, RECORD_SUFFIXES = (".txt", ".md"), (".jsonl", ".parquet")
 COMPRESSIONS = {".gz": "gzip", ".bz2": "bz2", ".xz": "xz", ".zst": "zstd"}  # fsspec's names
 SUPPORTED_FILES = f"{', '.join(TEXT_SUFFIXES + RECORD_SUFFIXES)} (also compressed: {', '.join(COMPRESSIONS)})"
 
+SURROGATE = re.compile("[\ud800-\udfff]")
 HEAD_SIZE = 8192  # bytes at the beginning of a file that are checked for being text
 
 
@@ -75,10 +76,8 @@ class TextFormat:
         try:
             b"text".decode(self.encoding, "ignore")  # unlike `codecs.lookup`, rejects codecs that are not for text
             object.__setattr__(self, "encoding", codecs.lookup(self.encoding).name)
-        except (LookupError, ValueError, TypeError):
-            raise UserError(
-                f"data.encoding must be a text encoding that Python knows, such as utf-16 or cp1252, got {self.encoding!r}"
-            ) from None
+        except (LookupError, ValueError):
+            raise UserError(f"data.encoding must be a text encoding, such as utf-16, got {self.encoding!r}") from None
 
 
 def split_long_line(line: str) -> Iterator[str]:
@@ -126,16 +125,16 @@ def split_between_lines(chunks: Iterable[TextChunk]) -> Iterator[TextChunk]:
         yield TextChunk(pending)
 
 
-def file_format(path: PurePath) -> tuple[str, str]:
+def file_format(name: str) -> tuple[str, str]:
     """A file's suffix without that of its compression, and that of its compression; empty if it has none."""
-    suffixes = [suffix.lower() for suffix in path.suffixes]
+    suffixes = PurePath(name.lower()).suffixes
     compression = suffixes.pop() if suffixes and suffixes[-1] in COMPRESSIONS else ""
     return (suffixes[-1] if suffixes else ""), compression
 
 
 def is_text_file(name: str) -> bool:
     """Whether a file in a folder is read. A file that the user names is read whatever its name is."""
-    return file_format(PurePath(name))[0] in TEXT_SUFFIXES + RECORD_SUFFIXES
+    return file_format(name)[0] in TEXT_SUFFIXES + RECORD_SUFFIXES
 
 
 def read_error(source: object, error: OSError) -> UserError:
@@ -145,19 +144,13 @@ def read_error(source: object, error: OSError) -> UserError:
 
 
 def read_file(path: Path, text_format: TextFormat, has_documents: bool, source: str) -> Iterator[TextChunk]:
-    """The text of a file.
-
-    Args:
-        path: the file.
-        text_format: how to read it.
-        has_documents: whether a text file without separator is a document.
-        source: the corpus as the user named it, for errors.
+    """The text of a file of the corpus `source`; with `has_documents`, a text file without separator is a document.
 
     Raises:
         UserError: the file cannot be read or decompressed, is binary or in another encoding, or lacks the field.
     """
-    name = source if path == Path(source).expanduser() else f"{source}: {path.name}"
-    suffix, compression = file_format(path)
+    name = source if path == Path(source).expanduser().absolute() else f"{source}: {path.name}"
+    suffix, compression = file_format(path.name)
     if suffix == ".parquet":
         yield from _read_parquet(path, text_format, name)
         return
@@ -174,18 +167,16 @@ def read_file(path: Path, text_format: TextFormat, has_documents: bool, source: 
 
 def _read_blocks(path: Path, compression: str, name: str) -> Iterator[bytes]:
     codec = COMPRESSIONS.get(compression)
-    if codec and codec not in fsspec.available_compressions():
+    if codec not in fsspec.compression.compr:
         raise UserError(f"reading '{path}' requires {codec}: pip install 'lmlight[formats]'")
     try:
-        with fsspec.core.OpenFile(fsspec.filesystem("file"), str(path.absolute()), compression=codec) as file:
+        with path.open("rb") as raw, fsspec.compression.compr[codec](raw, mode="rb") as file:
             while block := file.read(CHUNK_SIZE):
                 yield block
     except Exception as error:  # each decompressor raises its own
         if isinstance(error, OSError) and (error.errno or not codec):
             raise read_error(name, error) from None
-        raise UserError(
-            f"corpus '{name}' is not a complete {compression} file ({error}): download it again, or decompress it yourself"
-        ) from None
+        raise UserError(f"corpus '{name}' is not a complete {compression} file ({error}): download it again") from None
 
 
 def _decode(blocks: Iterable[bytes], text_format: TextFormat, name: str) -> Iterator[str]:
@@ -207,8 +198,6 @@ def _decode(blocks: Iterable[bytes], text_format: TextFormat, name: str) -> Iter
             ) from None
         except UnicodeError as error:  # UTF-16 or UTF-32 without a byte order mark
             raise UserError(f"corpus '{name}' is not {encoding} ({error}): pass another --data.encoding") from None
-        if encoding != "utf-8":  # UTF-7 and escapes can encode half a surrogate pair
-            text = _replace_surrogates(text, text_format, name, f"the block at offset {offset:,}")
         if text:
             yield text
         offset += len(block)
@@ -275,8 +264,9 @@ def _read_parquet(path: Path, text_format: TextFormat, name: str) -> Iterator[Te
             for row, value in enumerate(values, start=1):
                 yield from _document(value, text_format, name, f"row {row:,}")
     except (ArrowException, OSError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"corpus '{name}' is not a readable .parquet file ({reason}): download it again") from None
+        raise UserError(
+            f"corpus '{name}' is not readable as .parquet ({first_line(error)}): download it again"
+        ) from None
 
 
 def _check_field(fields: list[str], text_format: TextFormat, name: str, where: str) -> None:
@@ -295,15 +285,10 @@ def _document(value: Any, text_format: TextFormat, name: str, where: str) -> Ite
             f"corpus '{name}' has a value of type {type(value).__name__} as '{text_format.field}' in {where}, expected "
             "text: pass --data.field"
         )
-    yield TextChunk(_replace_surrogates(value, text_format, name, where), True)
-
-
-def _replace_surrogates(text: str, text_format: TextFormat, name: str, where: str) -> str:
-    """Replaces unpaired surrogates, which JSON and some encodings can write and UTF-8 cannot."""
-    unpaired = re.search("[\ud800-\udfff]", text)
+    unpaired = SURROGATE.search(value)  # JSON can write it, UTF-8 cannot
     if unpaired and text_format.errors == "strict":
         raise UserError(
             f"corpus '{name}' has an unpaired surrogate (\\u{ord(unpaired[0]):04x}) in {where}: pass --data.errors replace "
             "to read it as U+FFFD"
         )
-    return re.sub("[\ud800-\udfff]", "\ufffd", text) if unpaired else text
+    yield TextChunk(SURROGATE.sub("\ufffd", value), True)

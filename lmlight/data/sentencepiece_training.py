@@ -1,11 +1,12 @@
 """Trains SentencePiece models (https://arxiv.org/abs/1808.06226), lossless or with SentencePiece's default options.
 
-Does not import torch.
+Free of torch.
 """
 
 from __future__ import annotations
 
 import io
+import random
 import re
 import warnings
 from collections import Counter
@@ -29,19 +30,25 @@ MAX_TRAINING_LINE = 1000
 MIN_SIZE_FOR_BYTES = 512
 
 
-def train_sentencepiece(chunks: Iterable[str], kind: str, vocab_size: int, lossless: bool, add_eos: bool) -> bytes:
-    """Trains a model and returns the bytes of its `.model` file. For the arguments see `TokenizerConfig`.
+def train_sentencepiece(
+    chunks: Iterable[str], kind: str, vocab_size: int, lossless: bool, add_eos: bool, share: float
+) -> bytes:
+    """Trains a model on a random `share` of the lines, always the same ones, and returns the bytes of its `.model` file.
+
+    For the other arguments see `TokenizerConfig`.
 
     Raises:
         UserError: `vocab_size` is too small for the characters of the text, or the text has nothing to train on.
     """
     # The trainer would skip lines with the characters that it uses itself.
     separators = re.compile(f"[\n{SPACE}{UNKNOWN}]" if lossless else f"[\n{UNKNOWN}]")
+    rng = random.Random(0)
     lines = [
         line[start : start + MAX_TRAINING_LINE]
         for text in chunks
         for line in separators.split(text)
         for start in range(0, len(line), MAX_TRAINING_LINE)
+        if share == 1 or rng.random() < share
     ]
     options: dict[str, Any] = {
         "model_type": kind,

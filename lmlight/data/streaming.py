@@ -2,7 +2,7 @@
 
 - `train/` holds the training text in chunks for litdata's `TokensLoader`. The folder is also a token store whose training
   shards are the last two only: for the context of the first validation token, and for the train/val gap.
-- litdata fetches and caches the chunks. The order of the windows is that of every `ShardedWindows`.
+- litdata fetches and caches the chunks. `WindowSource` orders the windows.
 
 litdata is an extra, imported on use.
 """
@@ -14,7 +14,7 @@ import os
 import shutil
 import warnings
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -23,8 +23,8 @@ from types import ModuleType
 import numpy as np
 
 from lmlight.data.token_store import INDEX, TokenArray, Tokens, TokenStore, new_folder, shard_name
-from lmlight.data.window_sources import ShardedWindows
-from lmlight.errors import UserError
+from lmlight.data.windows import WindowSource
+from lmlight.errors import UserError, first_line
 
 CHUNKS = "train"
 CHUNK_BYTES = 2**26  # litdata's recommendation for object storage
@@ -33,11 +33,7 @@ KEPT_SHARDS = 2
 
 
 def litdata() -> ModuleType:
-    """The litdata package.
-
-    Raises:
-        UserError: it is not installed.
-    """
+    """The litdata package, or a `UserError` where it is not installed."""
     os.environ.setdefault("LITDATA_DISABLE_VERSION_CHECK", "1")  # it would ask the package index at every start
     try:
         import litdata
@@ -47,14 +43,10 @@ def litdata() -> ModuleType:
 
 
 def write(store: TokenStore, target: Path) -> TokenStore:
-    """Writes a streamed store from a finished one.
-
-    Args:
-        store: a store that is not streamed, with a lossless tokenizer.
-        target: a new folder, which appears when it is complete.
+    """Writes a streamed store to the new folder `target`, which appears when it is complete.
 
     Raises:
-        UserError: litdata is not installed; the store does not qualify; the folder cannot be written.
+        UserError: litdata is not installed; the store is streamed, lossy or short; the folder cannot be written.
     """
     package, train = litdata(), store.ids["train"]
     if store.streamed is not None:
@@ -85,7 +77,7 @@ def write(store: TokenStore, target: Path) -> TokenStore:
             assert isinstance(shard, Path)
             shutil.copyfile(shard, folder / shard_name("train", number))
         index = json.loads((store.folder / INDEX).read_text("utf-8"))
-        index["splits"]["train"]["tokens"] = train.lengths[-KEPT_SHARDS:].tolist()
+        index["splits"]["train"]["tokens"] = train.lengths[-KEPT_SHARDS:]
         chunks = json.loads((folder / CHUNKS / "index.json").read_text("utf-8"))["chunks"]
         pages = [chunk["dim"] // PAGE_TOKENS for chunk in chunks]
         index["streamed"] = {"pages": pages, "page_tokens": PAGE_TOKENS, "fingerprint": train.fingerprint}
@@ -98,51 +90,34 @@ def _pages(ids: TokenArray, page_tokens: int) -> Iterator[Tokens]:
         yield ids[start : start + page_tokens]
 
 
-class StreamedWindows(ShardedWindows):
-    """Windows of a streamed store, whose shards are its chunks. The next chunk is fetched while one is in use.
+def streamed_windows(store: TokenStore, place: str, block_size: int, seed: int, order: str) -> WindowSource:
+    """Windows of the streamed store at `place`, a folder or an address; for the other arguments see `WindowSource`.
 
-    Args:
-        store: the store.
-        place: its folder or address.
-        block_size, seed, order: see `WindowSource`.
+    The store's chunks are the shards. The next one is fetched while one is in use.
 
     Raises:
         UserError: litdata is not installed; the chunks cannot be read.
     """
+    assert store.streamed is not None
+    page_tokens, pages = store.streamed["page_tokens"], store.streamed["pages"]
+    ends, package = np.cumsum(pages).tolist(), litdata()
+    with _readable(place):
+        loader = package.TokensLoader(block_size=page_tokens)
+        dataset = package.StreamingDataset(f"{place.rstrip('/')}/{CHUNKS}", item_loader=loader)
 
-    def __init__(self, store: TokenStore, place: str, block_size: int, seed: int, order: str) -> None:
-        assert store.streamed is not None
-        page_tokens, pages = store.streamed["page_tokens"], store.streamed["pages"]
-        super().__init__([page_tokens * n for n in pages], 1, block_size, seed, order)
-        self._fingerprint: str = store.streamed["fingerprint"]
-        self._place, self._ends = place, np.cumsum(pages).tolist()
-        self._thread = ThreadPoolExecutor(1)
-        package = litdata()
-        with self._readable():
-            loader = package.TokensLoader(block_size=page_tokens)
-            self._pages = package.StreamingDataset(f"{place.rstrip('/')}/{CHUNKS}", item_loader=loader)
+    def load(epoch: int, chunk: int) -> Tokens:
+        with _readable(place):
+            return np.concatenate([dataset[page] for page in range(ends[chunk] - pages[chunk], ends[chunk])])
 
-    @property
-    def fingerprint(self) -> str:
-        return self._fingerprint
+    lengths = [page_tokens * n for n in pages]
+    return WindowSource(load, lengths, block_size, seed, order, ThreadPoolExecutor(1), ahead=1)
 
-    def _request(self, epoch: int, shard: int) -> Future[Tokens]:
-        return self._thread.submit(self._read, shard)
 
-    def _read(self, chunk: int) -> Tokens:
-        with self._readable():
-            first = self._ends[chunk - 1] if chunk else 0
-            return np.concatenate([self._pages[page] for page in range(first, self._ends[chunk])])
-
-    @contextmanager
-    def _readable(self) -> Iterator[None]:
-        try:
-            yield
-        except Exception as error:  # of any driver
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-            raise UserError(
-                f"the chunks in '{self._place}' cannot be read ({reason}): copy or prepare them again"
-            ) from None
-
-    def close(self) -> None:
-        self._thread.shutdown(cancel_futures=True)
+@contextmanager
+def _readable(place: str) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:  # of any driver
+        raise UserError(
+            f"the chunks in '{place}' cannot be read ({first_line(error)}): copy or prepare them again"
+        ) from None

@@ -1,7 +1,7 @@
 """Subword regularization (Kudo 2018, https://arxiv.org/abs/1804.10959): random segmentations of the training text.
 
 They are sampled here because SentencePiece's own sampling does not repeat from one process to the next. Here the same
-seed and epoch give the same segmentation everywhere. Does not import torch.
+seed and epoch give the same segmentation everywhere. Free of torch.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import re
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import lru_cache, partial
 from itertools import accumulate
 
 import numpy as np
@@ -19,7 +20,10 @@ import numpy.typing as npt
 
 from lmlight.data.reading import TextChunk
 from lmlight.data.sentencepiece_training import END_OF_TEXT, SPACE, UNKNOWN_PENALTY
+from lmlight.data.token_store import TokenArray, Tokens
 from lmlight.data.tokenizer import SentencePieceTokenizer, Tokenizer, split_chunks
+from lmlight.data.windows import WindowSource
+from lmlight.data.workers import process_pool
 from lmlight.errors import UserError
 
 
@@ -41,6 +45,9 @@ class SubwordSampling:
             raise UserError(f"subword_sampling.alpha must be a number of at least 0, got {self.alpha}")
 
 
+# Words whose lattices are kept, at most about 10 kB each.
+MAX_CACHED_WORDS = 30_000
+
 # Marks what is not a word; no word has a space mark inside.
 SEPARATOR = f"separator{SPACE}"
 
@@ -49,26 +56,17 @@ LatticeEdges = tuple[list[float], list[int], list[list[int]]]
 
 
 class SubwordSampler:
-    """Samples segmentations.
+    """Samples segmentations with a unigram model.
 
     Pieces do not cross spaces or newlines, so the lattice of all segmentations of a text splits into those of its words,
-    and each distinct word needs only one. Weights are summed from left to right, and a segmentation is sampled from right
-    to left (forward filtering, backward sampling): exactly SentencePiece's distribution. A million characters take 1 s to
-    prepare and 0.6 s to sample.
-
-    Args:
-        tokenizer: a unigram model; BPE has no scores.
-        text: the text for `sample_segmentation`, or its chunks.
-        sampling: how to sample.
+    and frequent words need theirs only once. Weights are summed from left to right, and a segmentation is sampled from
+    right to left (forward filtering, backward sampling): exactly SentencePiece's distribution.
 
     Raises:
         UserError: the tokenizer is not a unigram model.
     """
 
-    # Words whose lattices `sample_shard` keeps, about 10 kB each.
-    MAX_CACHED_WORDS = 15_000
-
-    def __init__(self, tokenizer: Tokenizer, text: str | Iterable[TextChunk], sampling: SubwordSampling) -> None:
+    def __init__(self, tokenizer: Tokenizer, sampling: SubwordSampling) -> None:
         if not isinstance(tokenizer, SentencePieceTokenizer) or not tokenizer.is_unigram:
             raise UserError(
                 "subword_sampling requires the scores of a unigram model, which bpe and char tokenizers do not have: "
@@ -78,30 +76,20 @@ class SubwordSampler:
         self._scores = tokenizer.scores()
         self._longest = max(map(len, self._scores))
         self._unknown_score = min(score for _, score in self._scores.values()) - UNKNOWN_PENALTY
-        self._cache: dict[str, list[LatticeEdges]] = {}
-        lattices: dict[str, list[LatticeEdges]] = {}
-        words = self._words([TextChunk(text)] if isinstance(text, str) else text)
-        self._text = [lattices.get(word) or lattices.setdefault(word, self._lattice(word)) for word in words]
+        self._cached_lattice = lru_cache(MAX_CACHED_WORDS)(self._lattice)
 
-    def sample_segmentation(self, seed: int, epoch: int) -> npt.NDArray[np.int64]:
-        """The ids of a segmentation of the text, a pure function of `seed` and `epoch`."""
-        return self._sample(self._text, f"subword {seed} {epoch}")
+    def sample(
+        self, text: str | Iterable[TextChunk], seed: int, epoch: int, shard: int | None = None
+    ) -> npt.NDArray[np.int64]:
+        """The ids (N,) of a segmentation of a text, or of its chunks.
 
-    def sample_shard(self, chunks: Iterable[TextChunk], seed: int, epoch: int, shard: int) -> npt.NDArray[np.int64]:
-        """The ids of a segmentation of one shard of a text that is too large to prepare.
-
-        Args:
-            chunks: the text of the shard.
-            seed: of the run.
-            epoch: counted from 0.
-            shard: the shard's number. The segmentation is a pure function of all four.
+        It is a pure function of the text, the run's `seed`, the `epoch` and, if the text is one of several, its `shard`.
         """
-        return self._sample(map(self._cached_lattice, self._words(chunks)), f"subword {seed} {epoch} {shard}")
-
-    def _sample(self, lattices: Iterable[list[LatticeEdges]], seed: str) -> npt.NDArray[np.int64]:
-        uniform = random.Random(seed).random
+        chunks = [TextChunk(text)] if isinstance(text, str) else text
+        numbers = f"{seed} {epoch}" if shard is None else f"{seed} {epoch} {shard}"
+        uniform = random.Random(f"subword {numbers}").random
         ids: list[int] = []
-        for lattice in lattices:
+        for lattice in map(self._cached_lattice, self._words(chunks)):
             end = len(lattice) - 1
             backwards = []
             while end > 0:
@@ -120,14 +108,6 @@ class SubwordSampler:
             yield from re.findall(f"{SPACE}?[^{SPACE}]+|{SPACE}", self.tokenizer.normalize(part))
             if end and (self.tokenizer.lossless or end == END_OF_TEXT):
                 yield SEPARATOR + end
-
-    def _cached_lattice(self, word: str) -> list[LatticeEdges]:
-        lattice = self._cache.get(word)
-        if lattice is None:
-            lattice = self._lattice(word)
-            if len(self._cache) < self.MAX_CACHED_WORDS:
-                self._cache[word] = lattice
-        return lattice
 
     def _lattice(self, word: str) -> list[LatticeEdges]:
         """For each end position in a word, the pieces that may end there."""
@@ -158,3 +138,45 @@ class SubwordSampler:
         if self.tokenizer.lossless:
             return self.tokenizer.byte_ids(word[at])
         return [] if at and word[at - 1] not in self._scores else [self.tokenizer.unknown_id]
+
+
+def resegmented_windows(
+    ids: TokenArray,
+    tokenizer: Tokenizer,
+    sampling: SubwordSampling,
+    processes: int,
+    block_size: int,
+    seed: int,
+    order: str,
+) -> WindowSource:
+    """Windows of a text that is segmented anew in every epoch, shard by shard, as a function of (seed, epoch, shard).
+
+    Each of the worker `processes` segments one shard ahead of use; without any, this process segments. For the other
+    arguments see `WindowSource`.
+
+    Raises:
+        UserError: the tokenizer is not a unigram model.
+    """
+    SubwordSampler(tokenizer, sampling)
+    load = partial(_segment, ids, tokenizer.to_bytes(), sampling, seed)
+    pool = process_pool(processes) if processes else None
+    return WindowSource(load, ids.lengths, block_size, seed, order, pool, processes)
+
+
+def _segment(ids: TokenArray, tokenizer: bytes, sampling: SubwordSampling, seed: int, epoch: int, shard: int) -> Tokens:
+    sampler = _sampler(tokenizer, sampling)
+    number = shard if len(ids.shards) > 1 else None
+    return sampler.sample(_decode_chunks(sampler.tokenizer, ids.shard(shard)), seed, epoch, number).astype(ids.dtype)
+
+
+@lru_cache(1)
+def _sampler(tokenizer: bytes, sampling: SubwordSampling) -> SubwordSampler:
+    return SubwordSampler(SentencePieceTokenizer(tokenizer), sampling)
+
+
+def _decode_chunks(tokenizer: Tokenizer, ids: Tokens) -> Iterator[TextChunk]:
+    """The text of `ids`, one chunk per document."""
+    ends = ids == (-1 if tokenizer.eos_id is None else tokenizer.eos_id)
+    for document in np.split(ids, np.flatnonzero(ends) + 1):
+        if len(document):
+            yield TextChunk(tokenizer.decode(document.tolist()), document[-1] == tokenizer.eos_id)

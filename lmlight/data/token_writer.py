@@ -14,9 +14,9 @@ from __future__ import annotations
 import json
 import shutil
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future
-from itertools import chain
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Executor, Future
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +25,9 @@ from tqdm import tqdm
 
 from lmlight import files
 from lmlight.data.reading import TextChunk
-from lmlight.data.token_store import FORMAT_VERSION, INDEX, TOKENIZER, Tokens, TokenStore, shard_name, tokens_in
+from lmlight.data.token_store import FORMAT_VERSION, INDEX, TOKENIZER, TokenStore, shard_name, tokens_in
 from lmlight.data.tokenizer import Tokenizer, deserialize, serialize
-from lmlight.data.workers import WorkerPool, cpu_count
+from lmlight.data.workers import cpu_count, process_pool
 from lmlight.errors import UserError
 
 SHARD_CHARS = 2**23  # about one second of encoding, which is what an interruption costs
@@ -40,7 +40,7 @@ def write_store(
     texts: Mapping[str, Iterable[TextChunk]],
     tokenizer: Tokenizer,
     metadata: Mapping[str, Any] = {},
-    size: int = 0,
+    chars: int = 0,
     processes: int | None = None,
 ) -> None:
     """Writes a token store, or the missing shards of an unfinished one. Several processes may write the same store.
@@ -51,7 +51,7 @@ def write_store(
         texts: the text of each split.
         tokenizer: encodes the text, unless the unfinished store already has a tokenizer.
         metadata: plain values for people and for `CorpusSpec`.
-        size: bytes of all texts, for the progress bar; 0 shows none.
+        chars: characters of all texts, for the progress bar; 0 shows none.
         processes: worker processes for texts of more than one shard; None is one per core.
 
     Raises:
@@ -61,31 +61,36 @@ def write_store(
     if TokenStore.is_finished(folder):
         return
     folder.mkdir(parents=True, exist_ok=True)
+    processes = processes or cpu_count()
+    pool = process_pool(processes) if processes > 1 else None
+    # shards finish in bursts, so only their mean speed (smoothing=0) predicts the remaining time
+    options = {"unit": "char", "unit_scale": True, "delay": 2, "leave": False, "smoothing": 0}
     try:
         published = _publish(folder / TOKENIZER, serialize(tokenizer))
         if published != serialize(tokenizer):  # another machine was first, whose training rounds differently
-            try:
-                tokenizer = deserialize(published)
-            except ValueError as error:
-                raise UserError(f"the tokens in '{folder}' are damaged ({error}): prepare the text again") from None
+            tokenizer = deserialize(published)
         dtype = "uint16" if tokenizer.vocab_size <= 2**16 else "uint32"
-        pool = WorkerPool(processes or cpu_count(), _start_worker, serialize(tokenizer), dtype)
-        # shards finish in bursts, so only their mean speed (smoothing=0) predicts the remaining time
-        options = {"unit": "B", "unit_scale": True, "delay": 2, "leave": False, "smoothing": 0}
-        try:
-            with tqdm(desc="encoding", total=size, disable=None if size else True, **options) as bar:
-                splits = {
-                    split: _write_split(folder, split, chunks, tokenizer, dtype, pool, bar)
-                    for split, chunks in texts.items()
-                }
-        finally:
-            pool.shutdown()
+        write, splits = partial(_write_shard, tokenizer, dtype), {}
+        with tqdm(desc="encoding", total=chars, disable=None if chars else True, **options) as bar:
+            for split, chunks in texts.items():
+                shards = (
+                    (folder / shard_name(split, number), batch)
+                    for number, batch in enumerate(_batches(chunks, SHARD_CHARS))
+                )
+                written = []
+                for shard in _write_shards(write, shards, pool, 2 * processes):
+                    written.append(shard)
+                    bar.update(shard[0])
+                splits[split] = {"chars": sum(n for n, _ in written), "tokens": [n for _, n in written]}
         index = {"format_version": FORMAT_VERSION, "fingerprint": fingerprint, "dtype": dtype}
         _publish(folder / INDEX, json.dumps({**index, "splits": splits, "metadata": metadata}, indent=1).encode())
-    except (UserError, AssertionError):  # a second call would fail in the same way
+    except ValueError:  # a second call would fail in the same way
         if not TokenStore.is_finished(folder):
             shutil.rmtree(folder, ignore_errors=True)
         raise
+    finally:
+        if pool:
+            pool.shutdown(cancel_futures=True)
 
 
 def read_tokenizer(folder: Path) -> Tokenizer | None:
@@ -96,53 +101,44 @@ def read_tokenizer(folder: Path) -> Tokenizer | None:
         return None
 
 
-def _write_split(
-    folder: Path, split: str, chunks: Iterable[TextChunk], tokenizer: Tokenizer, dtype: str, pool: WorkerPool, bar: Any
-) -> dict[str, Any]:
-    """Writes the missing shards of a split and returns its entry in the index."""
-    paths, chars = list[Path](), 0
-    pending: deque[tuple[Future[None], int]] = deque()
-    for number, batch in enumerate(chain(_batches(chunks, SHARD_CHARS), [[]])):
-        if number and not batch:  # a split without text has one empty shard
-            break
-        paths.append(folder / shard_name(split, number))
-        shard_chars = sum(len(chunk.text) for chunk in batch)
-        size = sum(len(chunk.text.encode()) for chunk in batch)
-        chars += shard_chars
-        if paths[-1].exists():
-            bar.update(size)
-        elif pool.processes == 1 or shard_chars < SHARD_CHARS:  # a small text does not wait for processes to start
-            _write_shard(tokenizer, dtype, paths[-1], batch)
-            bar.update(size)
-        else:
-            pending.append((pool.submit(_write_shard_in_worker, paths[-1], batch), size))
-        while len(pending) > 2 * pool.processes:
-            _wait(pending, bar)
-    while pending:
-        _wait(pending, bar)
-    return {"chars": chars, "tokens": [tokens_in(path) for path in paths]}
+def _write_shards(
+    write: Callable[[Path, list[TextChunk]], tuple[int, int]],
+    shards: Iterable[tuple[Path, list[TextChunk]]],
+    pool: Executor | None,
+    max_pending: int,
+) -> Iterator[tuple[int, int]]:
+    """Writes full shards in the pool; yields the characters and tokens of each shard in order."""
+    pending = deque[Future[tuple[int, int]]]()
+    for path, chunks in shards:
+        # a small text does not wait for processes to start
+        in_pool = pool is not None and _chars(chunks) >= SHARD_CHARS and not path.exists()
+        if pool and in_pool:
+            pending.append(pool.submit(write, path, chunks))
+        while pending and (not in_pool or len(pending) > max_pending):
+            yield pending.popleft().result()
+        if not in_pool:
+            yield write(path, chunks)
+    for future in pending:
+        yield future.result()
 
 
-def _wait(pending: deque[tuple[Future[None], int]], bar: Any) -> None:
-    future, size = pending.popleft()
-    future.result()
-    bar.update(size)
-
-
-def _write_shard(tokenizer: Tokenizer, dtype: str, path: Path, chunks: Sequence[TextChunk]) -> None:
-    with files.whole(path, shared=True) as beside, beside.open("wb") as file:
-        np.save(file, _encode(tokenizer, chunks, dtype))
-
-
-def _encode(tokenizer: Tokenizer, chunks: Iterable[TextChunk], dtype: str) -> Tokens:
+def _write_shard(tokenizer: Tokenizer, dtype: str, path: Path, chunks: list[TextChunk]) -> tuple[int, int]:
+    if path.exists():
+        return _chars(chunks), tokens_in(path)
     encoded = [np.empty(0, dtype)]
     for batch in _batches(chunks, BATCH_CHARS):
         ids = tokenizer.encode_chunks(batch)
         encoded.append(np.array(ids, dtype=dtype))
-        if tokenizer.lossless:  # characters are counted in every batch; the first two are decoded, which takes longer
-            assert tokenizer.char_counts[encoded[-1]].sum() == sum(len(chunk.text) for chunk in batch)
-            assert len(encoded) > 2 or tokenizer.decode(ids) == "".join(chunk.text for chunk in batch)
-    return np.concatenate(encoded)
+        if tokenizer.lossless:  # characters are counted in every batch; only the first is decoded, which takes longer
+            wrong = "char_counts do not add up to" if tokenizer.char_counts[encoded[-1]].sum() != _chars(batch) else ""
+            if len(encoded) == 2 and tokenizer.decode(ids) != "".join(chunk.text for chunk in batch):
+                wrong = "decode does not restore"
+            if wrong:
+                name = type(tokenizer).__name__
+                raise UserError(f"{name}.{wrong} the text: correct it, or set lossless = False in the class")
+    with files.whole(path, shared=True) as beside, beside.open("wb") as file:
+        np.save(file, np.concatenate(encoded))
+    return _chars(chunks), tokens_in(path)
 
 
 def _batches(chunks: Iterable[TextChunk], chars: int) -> Iterator[list[TextChunk]]:
@@ -158,22 +154,12 @@ def _batches(chunks: Iterable[TextChunk], chars: int) -> Iterator[list[TextChunk
         yield batch
 
 
+def _chars(chunks: Iterable[TextChunk]) -> int:
+    return sum(len(chunk.text) for chunk in chunks)
+
+
 def _publish(path: Path, content: bytes) -> bytes:
     """Writes a file unless it exists, and returns its content: the first of several processes wins."""
-    if not path.exists():
-        with files.whole(path, shared=True) as beside:
-            beside.write_bytes(content)
+    with files.whole(path, shared=True) as beside:
+        beside.write_bytes(content)
     return path.read_bytes()
-
-
-_worker_state: tuple[Tokenizer, str] | None = None
-
-
-def _start_worker(tokenizer: bytes, dtype: str) -> None:
-    global _worker_state
-    _worker_state = deserialize(tokenizer), dtype
-
-
-def _write_shard_in_worker(path: Path, chunks: list[TextChunk]) -> None:
-    assert _worker_state is not None
-    _write_shard(*_worker_state, path, chunks)

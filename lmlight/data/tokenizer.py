@@ -4,11 +4,11 @@
   normalized, a newline is a piece, and a character without a piece becomes its UTF-8 bytes. `lossless=False` is
   SentencePiece's default, which turns newlines and runs of spaces into one space.
 - The character vocabulary is a baseline with the same interface.
-- Vocabularies of corpora with documents have an EOS token. No text encodes to it, not even its name, and it decodes to
-  no text.
+- Vocabularies of corpora with documents have an EOS token. No text encodes to it, and it decodes to no text.
+- Text is encoded line by line: over longer texts SentencePiece adds up scores in fp32 until rounding changes which
+  segmentation wins.
 
-Text is encoded line by line: over longer texts SentencePiece adds up scores in fp32 until rounding changes which
-segmentation wins. Does not import torch.
+Free of torch.
 """
 
 from __future__ import annotations
@@ -18,10 +18,9 @@ import importlib
 import json
 import re
 from abc import ABC, abstractmethod
-from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
-from itertools import chain, compress
+from itertools import chain
 from typing import Literal
 
 import numpy as np
@@ -36,9 +35,9 @@ from lmlight.user_code import full_name, subclasses
 # Could move a terminal's cursor or reorder text: control characters except tab and line feed, line and paragraph
 # separators, bidirectional embeddings, overrides and isolates.
 CONTROL_CHARACTERS = re.compile(r"[\0-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]")
-# Appended to the SentencePiece model of a text whose lines do not end in LF. SentencePiece ignores this protobuf field
-# (200, a string). The vocabulary does not tell: a carriage return in it may come from a few lines.
-NEWLINE_FIELDS = {"\n": b"", "\r\n": b"\xc2\x0c\x02\r\n", "\r": b"\xc2\x0c\x01\r"}
+# Appended to the SentencePiece model of a text whose lines end in CRLF. SentencePiece ignores this protobuf field (200, a
+# string). The vocabulary does not tell: a carriage return in it may come from a few lines.
+CRLF_FIELD = b"\xc2\x0c\x02\r\n"
 
 
 class Tokenizer(ABC):
@@ -49,7 +48,7 @@ class Tokenizer(ABC):
             byte of a character, so the counts of a text add up to its length if the tokenizer is lossless. EOS counts 0.
         lossless: whether `decode(encode(text)) == text` for every text that can be encoded.
         eos_id: the id that ends a document; None if the vocabulary has none.
-        newline: the line ending of the training text, `"\\n"`, `"\\r\\n"` or `"\\r"`.
+        newline: the line ending of the training text, `"\\n"` or `"\\r\\n"`.
     """
 
     char_counts: npt.NDArray[np.int64]
@@ -102,9 +101,7 @@ class Tokenizer(ABC):
 
     def encode_prompt(self, prompt: str) -> list[int]:
         """The ids of a prompt, after changing its line endings to those of the training text."""
-        # A vocabulary with carriage returns may also use them alone.
-        line_ending = "\r?\n" if "\r" in self.newline else "\r\n?"
-        return self.encode(re.sub(line_ending, self.newline, prompt))
+        return self.encode(re.sub("\r?\n", self.newline, prompt))
 
     @property
     def bos_ids(self) -> list[int]:
@@ -115,7 +112,7 @@ class Tokenizer(ABC):
         if self.eos_id is not None:
             return [self.eos_id]
         try:
-            return self.encode(self.newline[-1]) or [0]
+            return self.encode("\n") or [0]
         except UserError:
             return [0]
 
@@ -123,38 +120,6 @@ class Tokenizer(ABC):
     def fingerprint(self) -> str:
         """The SHA-256 of the class and `to_bytes()`."""
         return hashlib.sha256(serialize(self)).hexdigest()
-
-
-class StreamingDecoder:
-    """Decodes ids one by one. The texts that it returns add up to `tokenizer.decode` of all ids.
-
-    The bytes of a character are held back until it is complete or known to be invalid.
-
-    Args:
-        tokenizer: decodes.
-        prefix: the ids before the first one. A lossy tokenizer drops a space at the beginning of a text.
-    """
-
-    def __init__(self, tokenizer: Tokenizer, prefix: Sequence[int] = ()) -> None:
-        self._tokenizer = tokenizer
-        self._context = list(prefix)  # the last ids that gave text
-        self._pending: list[int] = []
-
-    def push(self, index: int) -> str:
-        """The text that is complete with this id."""
-        self._pending.append(index)
-        is_partial = self._tokenizer.decode([index]) == "\ufffd" and self._text().endswith("\ufffd")
-        return "" if is_partial else self.flush()
-
-    def flush(self) -> str:
-        """The text that was held back."""
-        text = self._text()
-        self._context = self._pending if text else self._context + self._pending
-        self._pending = []
-        return text
-
-    def _text(self) -> str:
-        return self._tokenizer.decode(self._context + self._pending)[len(self._tokenizer.decode(self._context)) :]
 
 
 @dataclass(frozen=True)
@@ -194,15 +159,16 @@ class TokenizerConfig:
         Raises:
             UserError: `vocab_size` is too small for the characters of the text, or the text has nothing to train on.
         """
-        newlines = Counter[str]()
-        chunks = _count_newlines([text] if isinstance(text, str) else text, newlines)
+        chunks = iter([text] if isinstance(text, str) else text)
+        first = next(chunks, "")
+        chunks = chain([first], chunks)
+        is_crlf = 2 * first.count("\r\n") > first.count("\n")
         if self.kind == "char":
             characters = sorted(set[str]().union(*chunks))
-            return CharTokenizer(characters, add_eos, _most_common(newlines))
-        if chars is not None and chars > self.sample_chars:
-            chunks = _sample_lines(chunks, self.sample_chars / chars)
-        model = train_sentencepiece(chunks, self.kind, self.vocab_size, self.lossless, add_eos)
-        return SentencePieceTokenizer(model + NEWLINE_FIELDS[_most_common(newlines)] if self.lossless else model)
+            return CharTokenizer(characters, add_eos, "\r\n" if is_crlf else "\n")
+        share = min(1.0, self.sample_chars / chars) if chars else 1.0
+        model = train_sentencepiece(chunks, self.kind, self.vocab_size, self.lossless, add_eos, share)
+        return SentencePieceTokenizer(model + CRLF_FIELD if self.lossless and is_crlf else model)
 
 
 def serialize(tokenizer: Tokenizer) -> bytes:
@@ -237,12 +203,11 @@ class CharTokenizer(Tokenizer):
     Args:
         characters: the vocabulary, in the order of the ids.
         add_eos: whether one more id ends a document.
-        newline: the line ending of the training text. None infers it: `"\\r\\n"` if the vocabulary has both characters.
+        newline: the line ending of the training text.
     """
 
-    def __init__(self, characters: Iterable[str], add_eos: bool = False, newline: str | None = None) -> None:
-        self.characters = list(characters)
-        self.newline = newline or "".join(c for c in "\r\n" if c in self.characters) or "\n"
+    def __init__(self, characters: Iterable[str], add_eos: bool = False, newline: str = "\n") -> None:
+        self.characters, self.newline = list(characters), newline
         self.eos_id = len(self.characters) if add_eos else None
         self.char_counts = np.array([1] * len(self.characters) + [0] * add_eos, dtype=np.int64)
         self._id_of = {character: index for index, character in enumerate(self.characters)}
@@ -296,7 +261,8 @@ class SentencePieceTokenizer(Tokenizer):
         self.pieces: list[str] = [self._processor.id_to_piece(index) for index in range(self._processor.vocab_size())]
         probe = "  a \n\n b "
         self.lossless = self._processor.decode(self._processor.encode(probe)) == probe
-        self.newline = next((end for end, field in NEWLINE_FIELDS.items() if field and model.endswith(field)), "\n")
+        self.unknown_id: int = self._processor.unk_id()
+        self.newline = "\r\n" if model.endswith(CRLF_FIELD) else "\n"
         self._newline: list[int] = self._processor.encode("\n") if self.lossless else []
         self.char_counts = np.array([len(piece) for piece in self.pieces])
         for index in filter(self._processor.is_byte, range(len(self.pieces))):
@@ -330,11 +296,6 @@ class SentencePieceTokenizer(Tokenizer):
         """Whether scores are log-probabilities. Those of BPE are the negated ranks of its merges, whole numbers."""
         return any(not score.is_integer() for _, score in self.scores().values())
 
-    @property
-    def unknown_id(self) -> int:
-        """The id of characters that a lossy tokenizer does not know."""
-        return self._processor.unk_id()
-
     def scores(self) -> dict[str, tuple[int, float]]:
         """The pieces that match text, with their ids and scores: all but bytes, unknown and control pieces."""
         processor = self._processor
@@ -350,7 +311,7 @@ class SentencePieceTokenizer(Tokenizer):
         return text.replace(" ", SPACE) if self.lossless else self._processor.normalize(text)
 
     def end_ids(self, end: str) -> list[int]:
-        """The ids of an end that `split_chunks` returns."""
+        """The ids of what follows a part, see `split_chunks`."""
         if end == END_OF_TEXT:
             return [] if self.eos_id is None else [self.eos_id]
         return self._newline if end == "\n" else self.byte_ids(end)
@@ -382,22 +343,3 @@ def split_chunks(chunks: Iterable[TextChunk], lossless: bool) -> tuple[list[str]
         if ends_document:
             ends[-1] = END_OF_TEXT
     return parts, ends
-
-
-def _count_newlines(chunks: Iterable[str], counts: Counter[str]) -> Iterator[str]:
-    for text in chunks:
-        crlf = text.count("\r\n")
-        counts.update({"\n": text.count("\n") - crlf, "\r\n": crlf, "\r": text.count("\r") - crlf})
-        yield text
-
-
-def _most_common(newlines: Counter[str]) -> str:
-    return max(newlines, key=newlines.__getitem__, default="\n")
-
-
-def _sample_lines(chunks: Iterable[str], share: float) -> Iterator[str]:
-    """Keeps each line, or part of a long line, with the same probability."""
-    rng = np.random.default_rng(0)
-    for text in chunks:
-        lines = [part for line in text.split("\n") for part in split_long_line(line)]
-        yield "\n".join(compress(lines, rng.random(len(lines)) < share))

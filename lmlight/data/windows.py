@@ -2,20 +2,25 @@
 
 - A training epoch is a random offset into the stream and a random permutation of the non-overlapping windows from there.
   Every token is seen once per epoch, and window borders move from epoch to epoch.
+- Training tokens come in shards. Stored tokens are one shard (`stored_windows`). Tokens that are made or fetched shortly
+  before use come in several: `subword_regularization.resegmented_windows`, `streaming.streamed_windows`.
 - Evaluation scores every token exactly once.
 - Every rank takes its slice of one global order, so nothing depends on the number of processes or workers.
 
-Axes: W windows, T positions. Free of torch.
+Axes: B windows in a batch, W in all, T positions, N tokens. Free of torch.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Executor, Future
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import numpy.typing as npt
 
+from lmlight.data.token_store import TokenArray, Tokens
 from lmlight.errors import UserError
 
 
@@ -24,59 +29,115 @@ def windows_per_epoch(n_tokens: int, block_size: int) -> int:
     return max(1, (n_tokens - 1) // block_size - 1)
 
 
-def epoch_starts(
-    n_tokens: int, block_size: int, seed: int, epoch: int, shard: int | None = None
-) -> npt.NDArray[np.int64]:
-    """The start of each window of an epoch, in training order. The targets of two windows do not overlap.
+def epoch_starts(n_tokens: int, block_size: int, random: np.random.Generator) -> npt.NDArray[np.int64]:
+    """(windows_per_epoch,) start of each window, in training order. The targets of two windows do not overlap.
 
     Args:
         n_tokens: length of the stream, at least `block_size` + 1.
         block_size: T. A window reads T + 1 tokens.
-        seed: the run's seed.
-        epoch: counted from 0.
-        shard: the shard's number, if the stream is one of several shards.
-
-    Returns:
-        (windows_per_epoch,) positions.
+        random: draws the offset and the order.
     """
     n_windows = windows_per_epoch(n_tokens, block_size)
-    random = np.random.default_rng((seed, epoch) if shard is None else (seed, epoch, shard))
     offset = random.integers(n_tokens - n_windows * block_size)
     return offset + block_size * random.permutation(n_windows)
 
 
-def random_starts(
-    n_tokens: int, block_size: int, seed: int, epoch: int, shard: int | None = None
-) -> npt.NDArray[np.int64]:
+def random_starts(n_tokens: int, block_size: int, random: np.random.Generator) -> npt.NDArray[np.int64]:
     """As many windows, drawn independently as in nanoGPT: an epoch repeats some tokens and misses others."""
-    random = np.random.default_rng((seed, epoch) if shard is None else (seed, epoch, shard))
     return random.integers(n_tokens - block_size, size=windows_per_epoch(n_tokens, block_size))
 
 
-def eval_windows(n_tokens: int, block_size: int, stride: int) -> npt.NDArray[np.int64]:
-    """Windows that score every token but the first exactly once.
+ORDERS = {"epoch": epoch_starts, "random": random_starts}
+
+
+class WindowSource:
+    """Training windows, in an order that is a pure function of (seed, epoch, position).
+
+    All windows of one shard are visited, then all of the next, in an order of the epoch's own.
 
     Args:
-        n_tokens: length of the stream. Its first token is context only.
-        block_size: the longest window.
-        stride: distance between windows. `block_size` gives non-overlapping windows; half of it gives every token after
-            the first window at least half a block of context.
+        load: returns the ids (N,) of a shard, given the epoch and the shard's number.
+        lengths: tokens in each shard. Shards of at most `block_size` tokens are left out.
+        block_size: T.
+        seed: the run's seed.
+        order: `epoch` or `random`, see `ORDERS`.
+        pool: loads shards in the background; None loads each when it is needed.
+        ahead: number of shards that `pool` loads before they are needed.
+        num_workers: DataLoader processes that gather windows.
 
-    Returns:
-        (W, 3) start, length and first scored position of each window. Only the last one may be shorter than `block_size`.
+    Raises:
+        UserError: no shard is longer than `block_size`.
     """
-    targets = max(0, n_tokens - 1)  # target t is token t + 1
-    starts = stride * np.arange(max(0, -(-(targets - block_size) // stride)) + (targets > 0), dtype=np.int64)
-    lengths = np.minimum(block_size, targets - starts)
-    scored_from = np.where(starts == 0, 0, block_size - stride)
-    return np.stack((starts, lengths, scored_from), axis=1)
+
+    def __init__(
+        self,
+        load: Callable[[int, int], TokenArray | Tokens],
+        lengths: Sequence[int],
+        block_size: int,
+        seed: int,
+        order: str,
+        pool: Executor | None = None,
+        ahead: int = 0,
+        num_workers: int = 0,
+    ) -> None:
+        self._load, self._block_size, self._seed, self._starts_of = load, block_size, seed, ORDERS[order]
+        self._per_shard = np.array([windows_per_epoch(n, block_size) if n > block_size else 0 for n in lengths])
+        if not len(self):
+            raise UserError(f"no shard of the training text is longer than data.block_size {block_size}: lower it")
+        self._pool, self._ahead, self.num_workers = pool, ahead, num_workers
+        self._requested: dict[tuple[int, int], Future[TokenArray | Tokens]] = {}
+        self._loaded: tuple[int, int] | None = None  # epoch and shard
+
+    def __len__(self) -> int:
+        """Windows per epoch; the same for every epoch."""
+        return int(self._per_shard.sum())
+
+    def rows(self, epoch: int, positions: npt.NDArray[np.int64]) -> Tokens:
+        """(B, T + 1) ids of the windows at `positions` of the epoch."""
+        shards = np.random.default_rng((self._seed, epoch)).permutation(len(self._per_shard))
+        shards = shards[self._per_shard[shards] > 0]
+        ends = np.cumsum(self._per_shard[shards])
+        slots = np.searchsorted(ends, positions, side="right")
+        rows = np.empty((len(positions), self._block_size + 1), np.int64)
+        for slot in np.unique(slots):
+            self._open([(epoch, int(shard)) for shard in shards[slot : slot + 1 + self._ahead]])
+            here = slots == slot
+            starts = self._starts[positions[here] - ends[slot]]  # negative: from the shard's last window
+            rows[here] = self._ids[starts[:, None] + np.arange(self._block_size + 1)]
+        return rows
+
+    def close(self) -> None:
+        """Stops processes and threads that work ahead."""
+        if self._pool:
+            self._pool.shutdown(cancel_futures=True)
+
+    def _open(self, wanted: list[tuple[int, int]]) -> None:
+        """Loads the first of the wanted (epoch, shard) and requests the others."""
+        if wanted[0] == self._loaded:
+            return
+        epoch, shard = wanted[0]
+        if self._pool is None:
+            self._ids = self._load(epoch, shard)
+        else:
+            for key in self._requested.keys() - wanted:  # of an epoch that was left early
+                self._requested.pop(key).cancel()
+            for key in wanted:
+                if key not in self._requested:
+                    self._requested[key] = self._pool.submit(self._load, *key)
+            self._ids = self._requested.pop(wanted[0]).result()
+        numbers = (self._seed, epoch, shard) if len(self._per_shard) > 1 else (self._seed, epoch)
+        starts = self._starts_of(len(self._ids), self._block_size, np.random.default_rng(numbers))
+        self._starts = np.resize(starts, self._per_shard[shard])  # segmentations vary in length, epochs do not
+        self._loaded = wanted[0]
 
 
-def subset_windows(n_tokens: int, block_size: int, windows: int) -> npt.NDArray[np.int64]:
-    """Up to `windows` non-overlapping whole windows, evenly spaced in the stream, in the format of `eval_windows`."""
-    starts = np.linspace(0, n_tokens - 1 - block_size, windows).astype(np.int64) // block_size * block_size
-    starts = np.unique(starts)
-    return np.stack((starts, np.full_like(starts, block_size), np.zeros_like(starts)), axis=1)
+def stored_windows(ids: TokenArray, block_size: int, seed: int, order: str, num_workers: int = 0) -> WindowSource:
+    """Windows of the ids as they are stored."""
+    return WindowSource(partial(_stored, ids), [len(ids)], block_size, seed, order, num_workers=num_workers)
+
+
+def _stored(ids: TokenArray, epoch: int, shard: int) -> TokenArray:
+    return ids
 
 
 @dataclass(frozen=True)
@@ -130,16 +191,31 @@ class TrainBatchSampler:
             yield [position % self.n_windows for position in range(begin, begin + size)]
 
 
+def eval_windows(n_tokens: int, block_size: int, stride: int) -> npt.NDArray[np.int64]:
+    """(W, 3) start, length and first scored position of windows that score every token but the first exactly once.
+
+    Only the last one may be shorter than `block_size`. With a `stride` of `block_size` they do not overlap; half of it gives
+    every token after the first window at least half a block of context.
+    """
+    targets = max(0, n_tokens - 1)  # target t is token t + 1
+    starts = stride * np.arange(max(0, -(-(targets - block_size) // stride)) + (targets > 0), dtype=np.int64)
+    lengths = np.minimum(block_size, targets - starts)
+    scored_from = np.where(starts == 0, 0, block_size - stride)
+    return np.stack((starts, lengths, scored_from), axis=1)
+
+
+def subset_windows(n_tokens: int, block_size: int, windows: int) -> npt.NDArray[np.int64]:
+    """Up to `windows` non-overlapping whole windows, evenly spaced in the stream, in the format of `eval_windows`."""
+    starts = np.linspace(0, n_tokens - 1 - block_size, windows).astype(np.int64) // block_size * block_size
+    starts = np.unique(starts)
+    return np.stack((starts, np.full_like(starts, block_size), np.zeros_like(starts)), axis=1)
+
+
 def eval_batches(full: int, windows: int, batch_size: int, rank: int = 0, world_size: int = 1) -> list[range]:
     """One rank's batches of evaluation windows, each window once.
 
-    Args:
-        full: number of windows of the full length, which come first.
-        windows: number of all windows. A shorter window is a batch by itself. Number `windows` stands for a window that
-            scores nothing: it fills the last round, because ranks wait for one another.
-        batch_size: windows per batch.
-        rank: this process, counted from 0.
-        world_size: number of processes.
+    The first `full` windows have the full length; a shorter one is a batch by itself. Number `windows` stands for a window
+    that scores nothing: it fills the last round, because ranks wait for one another.
     """
     batches = [range(first, min(first + batch_size, full)) for first in range(0, full, batch_size)]
     batches += [range(window, window + 1) for window in range(full, windows)]

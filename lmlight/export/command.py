@@ -9,6 +9,7 @@ from pathlib import Path
 from lmlight import checkpoint as checkpoints
 from lmlight import files
 from lmlight.command_line import Parser
+from lmlight.data.tokenizer import Tokenizer
 from lmlight.errors import UserError
 from lmlight.export import gguf_file, graph, hf, hf_import
 from lmlight.export.model import Model
@@ -38,6 +39,9 @@ def export(args: Sequence[str]) -> None:
         subparser.add_argument("--force", action="store_true", help="replace an existing target")
         subparser.add_argument("--runs", default="runs", help="folder in which to look for `best` and `last`")
         subparser.add_argument("--model.net", dest="net", metavar="CLASS", help="the class of your own network")
+        subparser.add_argument(
+            "--data.tokenizer", dest="tokenizer", metavar="CLASS", help="the class of your own tokenizer"
+        )
         if name == "gguf":
             precisions = ("f32", "f16", "q8_0")
             subparser.add_argument("--precision", choices=precisions, default="f32", help="precision of the matrices")
@@ -48,6 +52,8 @@ def export(args: Sequence[str]) -> None:
     options = parser.parse_args(args)
     source = checkpoints.find(options.checkpoint, options.runs, "best")
     with _new(options.target, options.force, is_folder=options.format == "hf") as path:
+        if options.tokenizer:
+            import_class("--data.tokenizer", options.tokenizer, Tokenizer)
         model = Model.read(source, import_class("--model.net", options.net, Net) if options.net else None)
         if options.format == "hf":
             hf.write(model, path, options.licence)
@@ -92,8 +98,6 @@ def _new(path: Path, force: bool, is_folder: bool = False) -> Iterator[Path]:
     """
     path = path.expanduser().resolve()
     try:
-        if is_folder:
-            files.restore(path)
         if path.exists() and path.is_dir() != is_folder:
             found, expected = ("file", "folder") if is_folder else ("folder", "file")
             raise UserError(f"'{path}' is a {found}: pass the path of a {expected}")

@@ -13,10 +13,43 @@ from typing import Literal
 
 import torch
 
-from lmlight.data.tokenizer import CONTROL_CHARACTERS, StreamingDecoder, Tokenizer
+from lmlight.data.tokenizer import CONTROL_CHARACTERS, Tokenizer
 from lmlight.generation.decoder import generate_ids
 from lmlight.generation.sampling import Sampling
 from lmlight.models import Net
+
+
+class StreamingDecoder:
+    """Decodes ids one by one. The texts that it returns add up to `tokenizer.decode` of all ids.
+
+    The bytes of a character are held back until it is complete or known to be invalid.
+
+    Args:
+        tokenizer: decodes.
+        prefix: the ids before the first one. A lossy tokenizer drops a space at the beginning of a text.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, prefix: Sequence[int] = ()) -> None:
+        self._tokenizer = tokenizer
+        self._context = list(prefix)  # the last ids that gave text
+        self._pending: list[int] = []
+
+    def push(self, index: int) -> str:
+        """The text that is complete with this id."""
+        self._pending.append(index)
+        is_partial = self._tokenizer.decode([index]) == "\ufffd" and self._text().endswith("\ufffd")
+        return "" if is_partial else self.flush()
+
+    def flush(self) -> str:
+        """The text that was held back."""
+        text = self._text()
+        self._context = self._pending if text else self._context + self._pending
+        self._pending = []
+        return text
+
+    def _text(self) -> str:
+        before = self._tokenizer.decode(self._context)
+        return self._tokenizer.decode(self._context + self._pending)[len(before) :]
 
 
 class TextStream:

@@ -15,6 +15,7 @@ import os
 import signal
 import sys
 import threading
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +24,13 @@ from lightning.fabric.plugins import CheckpointIO
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.trainer.states import TrainerFn
+from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from lmlight import checkpoint as checkpoints
 from lmlight.errors import UserError
 from lmlight.training.private import validation_is_due
+from lmlight.training.run_settings import resume_command
 
 EXTRA_STATE = "_extra_state"  # torch's key for `LanguageModel.get_extra_state` in a state dict
 
@@ -53,17 +56,15 @@ class BestLastCheckpoint(Checkpoint):
     """Keeps `checkpoints/best.ckpt` and `checkpoints/last.ckpt` in the run's folder.
 
     `best` has the lowest `val/nats_per_char`, or `val/loss` where characters are not counted. `last` is written at each
-    validation, at the end of the run (also on SIGTERM and Ctrl-C), and every `every_n_steps` steps. After a signal, the
-    process exits with 128 + its number; a second signal exits immediately. With several processes, a signal is noticed at
-    validations and every `trainer.log_every_n_steps` steps, because they have to agree on the step at which to leave.
+    validation and at the end of the run, also on SIGTERM and Ctrl-C, after which the process exits with 128 + the signal's
+    number; a second signal exits immediately.
+    Several processes notice a signal at validations and every `trainer.log_every_n_steps` steps, where they agree to leave.
 
     Args:
         every_n_steps: Also write `last` every this many steps; 0 disables this.
     """
 
     def __init__(self, every_n_steps: int = 0) -> None:
-        if every_n_steps < 0:
-            raise UserError(f"BestLastCheckpoint.every_n_steps must be 0 or more, got {every_n_steps}")
         self.every_n_steps = every_n_steps
         self.best_score: float | None = None
         self.best_model_path = ""
@@ -108,13 +109,11 @@ class BestLastCheckpoint(Checkpoint):
             os._exit(128 + number)
         self._signal = number
 
-    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         self._leave_if_agreed(trainer)
         self._step = trainer.global_step
 
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         step = trainer.global_step
         if step == self._step:  # a request to stop waits for the step's remaining micro-batches
             self._stop_asked, trainer.should_stop = self._stop_asked or trainer.should_stop, False
@@ -157,7 +156,7 @@ class BestLastCheckpoint(Checkpoint):
             return
         if trainer.is_global_zero:
             name = signal.Signals(self._agreed).name
-            resume = f"lmlight fit --ckpt_path {self.last_model_path}"
+            resume = resume_command(self.last_model_path)
             print(f"lmlight: {name} at step {trainer.global_step}; to resume: {resume}", file=sys.stderr)
         raise SystemExit(128 + self._agreed)
 
@@ -168,11 +167,16 @@ class BestLastCheckpoint(Checkpoint):
         if trainer.fast_dev_run:  # type: ignore[attr-defined]  # set late
             return
         # the largest absolute value of all weights: one answer to wait for instead of one per parameter
-        largest = torch.nn.utils.get_total_norm(trainer.lightning_module.parameters(), math.inf)
-        if not (largest.full_tensor() if isinstance(largest, DTensor) else largest).isfinite():
+        if not total_norm(trainer.lightning_module.parameters(), math.inf).isfinite():
             raise non_finite_error("a weight", trainer)
         trainer.save_checkpoint(self._path(name))
         self.last_model_path = str(self._path(name))
+
+
+def total_norm(tensors: Iterable[Tensor], order: float = 2.0) -> Tensor:
+    """The norm of all tensors together, which may be sharded over the processes."""
+    norm = torch.nn.utils.get_total_norm(tensors, order)
+    return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
 
 def non_finite_error(what: str, trainer: Trainer) -> UserError:

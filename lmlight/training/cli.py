@@ -13,31 +13,30 @@ import traceback
 from argparse import SUPPRESS
 from collections.abc import Sequence
 from enum import Enum
-from pathlib import Path
+from functools import partial
 from typing import Any, NoReturn
 
 import torch
-from jsonargparse import Namespace
+import yaml
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningDataModule, Trainer
 from lightning.pytorch.callbacks import LearningRateMonitor, ProgressBar, WeightAveraging
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities import rank_zero_only
 
-from lmlight.command_line import COMMANDS, unknown
+from lmlight.data.tokenizer import TokenizerConfig
 from lmlight.errors import UserError, say
-from lmlight.models import Net, Transformer
+from lmlight.models import Transformer
 from lmlight.optim import Muon
 from lmlight.training import callbacks
-from lmlight.training.callbacks import RunLogger, RunProgress, WritePredictions
+from lmlight.training.callbacks import RunLogger, RunProgress
 from lmlight.training.checkpointing import AtomicCheckpointIO, BestLastCheckpoint
 from lmlight.training.datamodule import TextDataModule
 from lmlight.training.module import PYTHON_ONLY, LanguageModel
-from lmlight.training.run_settings import Source, differences, locate, named_classes, runs_folder, take_apart
-from lmlight.training.run_trainer import RunTrainer, SaveConfig, TimeLimit, quiet
-from lmlight.training.summary import print_summary
+from lmlight.training.predictions import WritePredictions
+from lmlight.training.run_settings import RUNS, Source, differences, find_source
+from lmlight.training.run_trainer import RunTrainer, SaveConfig, TimeLimit, print_summary, quiet
 from lmlight.user_code import import_class
-from lmlight.version import __version__
 
 SUBCOMMANDS = ("fit", "prepare", "validate", "test", "predict")
 TRAINER_DEFAULTS: dict[str, Any] = {
@@ -50,7 +49,7 @@ TRAINER_DEFAULTS: dict[str, Any] = {
     "enable_model_summary": False,
     "use_distributed_sampler": False,  # the data splits itself among the ranks
     "logger": {"class_path": "lmlight.training.callbacks.RunLogger"},
-    "default_root_dir": "runs",
+    "default_root_dir": RUNS,
 }
 
 
@@ -62,12 +61,18 @@ class OneLineParser(LightningArgumentParser):
     """
 
     def __init__(self, *args: Any, command: str = "", **kwargs: Any) -> None:
+        if command:
+            kwargs["usage"] = f"lmlight {command} [--config FILE] [options]"
         super().__init__(*args, **kwargs)
         self.command = command
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        if found := re.search(r"argument subcommand: invalid choice: '(.*?)'", message):
-            raise unknown(found[1])
+        if found := re.search(r'Parser key "(.*?)".*No module named \'(.*?)\'', message, re.DOTALL):
+            message = (
+                f"--{found[1]}: there is no module {found[2]} in the current folder or among the installed packages"
+            )
+        elif found := re.search(r"Parser key \"(.*?)\".*Option '(.*?)' is not accepted", message, re.DOTALL):
+            message = f"--{found[1]} has no option {found[2]}"
         hint = "" if message.endswith("--help`") else f"; see `{self.prog.replace(' [options]', '')} --help`"
         raise UserError(f"{message}{hint}")
 
@@ -77,6 +82,7 @@ class OneLineParser(LightningArgumentParser):
             return before
         flags = OneLineParser(description="", add_help=False, usage=SUPPRESS)
         flags.add_class_arguments(Transformer, "model.net", skip={"vocab_size", "block_size"})
+        flags.add_class_arguments(TokenizerConfig, "data.tokenizer")
         flags.add_class_arguments(Muon, "model.optimizer", skip={"params"})
         shown = re.sub(r"  --model\.\w+ CONFIG\b.*\n( {24}.*\n)*", "", flags.format_help())
         return f"{before}\n{shown.strip()}\n{trainer}{after}"
@@ -85,32 +91,21 @@ class OneLineParser(LightningArgumentParser):
 class LmlightCLI(LightningCLI):
     """Lightning's CLI with lmlight's defaults, and with the settings that a checkpoint or its run contributes."""
 
-    parser: OneLineParser
-    announcement = ""
-    resumed_step: int | None = None
-
     def __init__(self, args: Sequence[str], **kwargs: Any) -> None:
-        self.words = take_apart(args, SUBCOMMANDS)
-        self.source = locate(self.words) if self.words else None
-        classes = {
-            **named_classes(self.source.settings if self.source else {}),
-            **(self.words.classes if self.words else {}),
-        }
-        self.classes = {name: classes[name] for name in ("model", "data") if name in classes}
-        model = (
-            import_class("--model", self.classes["model"], LanguageModel) if "model" in self.classes else LanguageModel
-        )
+        self.source, classes, words = Source({}), dict[str, str](), list(args)
+        if args and args[0] in SUBCOMMANDS:
+            self.source, classes, words = find_source(args[0], args[1:])
+            words.insert(0, args[0])
+        model = import_class("--model", classes["model"], LanguageModel) if "model" in classes else LanguageModel
         data: type[LightningDataModule] = TextDataModule
-        if "data" in self.classes:
-            data = import_class("--data", self.classes["data"], LightningDataModule)
-        if self.source is not None and self.source.run is None and not issubclass(data, TextDataModule):
+        if "data" in classes:
+            data = import_class("--data", classes["data"], LightningDataModule)
+        self.has_text = issubclass(data, TextDataModule)
+        if self.source.run is None and not self.has_text:
             self.source.settings.pop("data", None)  # `TextDataModule`'s
-        super().__init__(model, data, args=list(args), **kwargs)
-
-    @property
-    def _has_text(self) -> bool:
-        """Whether the data are lmlight's."""
-        return isinstance(self.datamodule_class, type) and issubclass(self.datamodule_class, TextDataModule)
+        if self.source.settings:
+            words.insert(1, f"--config={json.dumps(self.source.settings)}")
+        super().__init__(model, data, args=words, **kwargs)
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
@@ -128,42 +123,21 @@ class LmlightCLI(LightningCLI):
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         assert isinstance(parser, OneLineParser)
-        for target in ("model.seed", "model.sampling.seed", *(["data.seed"] if self._has_text else [])):
+        for target in ("model.seed", "model.sampling.seed", *(["data.seed"] if self.has_text else [])):
             parser.link_arguments("seed_everything", target, compute_fn=int)
-        default = [
-            {"class_path": f"{kind.__module__}.{kind.__name__}"} for kind in (LearningRateMonitor, *callbacks.DEFAULT)
-        ]
-        defaults = {**TRAINER_DEFAULTS, "callbacks": default}
+        watching = [f"{kind.__module__}.{kind.__name__}" for kind in (LearningRateMonitor, *callbacks.DEFAULT)]
+        defaults = {**TRAINER_DEFAULTS, "callbacks": [{"class_path": path} for path in watching]}
         if parser.command != "fit":  # the others leave no run behind: their result is on the terminal or in a file
             defaults |= {"logger": False, "callbacks": None, "enable_progress_bar": False}
         parser.set_defaults({f"trainer.{name}": value for name, value in defaults.items()})
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Sequence[str]) -> None:  # type: ignore[override]
-        words = self.words
-        if words is not None:
-            settings = [json.dumps(self.source.settings)] if self.source else []
-            named = {name: value for name, value in words.located.items() if value is not None}
-            if self.source is not None:
-                named["ckpt_path" if "ckpt_path" in named else "init_from"] = str(self.source.path)
-            configs = [f"--config={config}" for config in (*settings, *words.configs)]
-            # a class before the flags for its arguments, which it would reset
-            classes = [f"--{name}_class={value}" for name, value in self.classes.items()]
-            if net := words.classes.get("model.net"):
-                import_class("--model.net", net, Net)
-                classes.append(f"--model.net={net}")
-            args = [
-                words.command,
-                *configs,
-                *classes,
-                *words.rest,
-                *(f"--{name}={value}" for name, value in named.items()),
-            ]
-        self.config = _plain(parser.parse_args(args))
+        self.config = parser.parse_args(args)
         command, config = self.config.subcommand, self.config[self.config.subcommand]
-        if not 0 <= int(config.seed_everything) < 2**32:
-            raise UserError(f"seed_everything must be in [0, 2**32), got {config.seed_everything}")
-        if self.source is None and command not in ("fit", "prepare"):
+        if self.source.path is None and command not in ("fit", "prepare"):
             raise UserError(f"{command} needs a model: --ckpt_path best, or runs/.../checkpoints/best.ckpt")
+        if config.get("init_from") and self.source.run is None:
+            config.init_from = str(self.source.path)
         # Lightning would take settings from the checkpoint, and config.yaml is to start the same run again, not resume it
         if "ckpt_path" in config:
             config.ckpt_path = None
@@ -173,46 +147,27 @@ class LmlightCLI(LightningCLI):
         config.pop("config", None)
         # `--seed_everything true` has drawn one after the links were made
         config.model.seed = config.model.sampling.seed = int(config.seed_everything)
-        if self._has_text:
+        if self.has_text:
             config.data.seed = config.model.seed
-        if self.subcommand == "predict" and config.output and config.data.prompt_batch_size is None:
-            config.data.prompt_batch_size = 32
         dump = self.parser.dump(self.config, skip_unset=False, skip_link_targets=False, format="json")
         self.settings: dict[str, Any] = json.loads(dump)[self.subcommand]
-        if self.source is not None and self.source.run is not None:
-            self._announce_resume(self.source)
-
-    def _announce_resume(self, source: Source) -> None:
-        """Check and remember what differs from the settings of the run."""
-        changed = differences(source.settings, self.settings)
-        if lost := [change for change in changed if change.startswith("data.tokenizer.")]:
-            raise UserError(
-                f"the tokenizer of a run cannot change ({lost[0]}): leave that out, or start a new run without the "
-                "checkpoint"
-            )
-        self.resumed_step = source.content["global_step"]
-        self.announcement = f"Resuming {os.path.relpath(str(source.run))} at step {self.resumed_step}"
-        self.announcement += f", with {', '.join(changed)}" if changed else ""
 
     def instantiate_classes(self) -> None:
-        content = self.source.content if self.source is not None else None
-        make_model = _MakeModel(init_from=content, settings=self.settings)
-        try:
-            self.config_init = self.parser.instantiate(self.config, instantiators=[(make_model, LanguageModel, True)])
-            self.datamodule, self.model = (self.config_init[self.subcommand][name] for name in ("data", "model"))
-            self.trainer = self.instantiate_trainer()
-        except Exception as error:
-            if (mistake := _creation_error(error)) is None:
-                raise
-            raise mistake from error
+        extra = {"init_from": self.source.content, "settings": self.settings}
+        make_model = partial(_make_model, extra)
+        self.config_init = self.parser.instantiate(self.config, instantiators=[(make_model, LanguageModel, True)])
+        extra.clear()  # the parser keeps a reference to it
+        self.datamodule, self.model = (self.config_init[self.subcommand][name] for name in ("data", "model"))
+        self.trainer = self.instantiate_trainer()
         # as Lightning will do, but before a strategy launches processes
-        self.model.check(
-            getattr(self.datamodule, "block_size", None), self.trainer if self.subcommand == "fit" else None
-        )
-        if self.subcommand == "fit" and self.source is not None and self.source.run is not None:
+        trainer = self.trainer if self.subcommand == "fit" else None
+        self.model.check(getattr(self.datamodule, "block_size", None), trainer)
+        if self.source.content is not None:
+            if self.has_text:
+                self.datamodule.tokenizer = self.model.tokenizer
+            self.source.content.clear()  # the memory of its optimizer's state
+        if self.source.run is not None:
             self.config_init.fit.ckpt_path = str(self.source.path)
-        if content is not None and self._has_text:
-            self.datamodule.tokenizer = self.model.tokenizer
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         if self.subcommand == "prepare":  # nothing is trained, whatever machine the settings are for
@@ -221,151 +176,106 @@ class LmlightCLI(LightningCLI):
             )
         options = {**self.config_init[self.subcommand].trainer, **kwargs}
         options["plugins"] = [*_as_list(options["plugins"]), AtomicCheckpointIO()]
-        loggers = _as_list(options["logger"])
-        if any(isinstance(logger, RunLogger) for logger in loggers):
-            options["logger"] = [self._in_run_folder(logger) for logger in loggers]
+        run = self.source.run
+        where = (str(run.parent), run.name, self.source.step) if run else (options["default_root_dir"],)
+        if not isinstance(options["logger"], bool):
+            loggers = _as_list(options["logger"])
+            options["logger"] = [RunLogger(*where) if isinstance(one, RunLogger) else one for one in loggers]
         given: list[Callback] = _as_list(options["callbacks"])
         if not options["logger"]:  # LearningRateMonitor refuses to have nowhere to log to
             given = [callback for callback in given if not isinstance(callback, LearningRateMonitor)]
-        # averaging comes last at the end of a validation, where it takes the averaged weights away
-        averaging: list[Callback] = [callback for callback in given if isinstance(callback, WeightAveraging)]
-        keepers = [callback for callback in given if isinstance(callback, BestLastCheckpoint)]
-        ours: list[Callback] = []
         if self.subcommand == "fit":
-            options["default_root_dir"] = options["default_root_dir"] or "runs"
-            has_bar = any(isinstance(callback, ProgressBar) for callback in given)
-            if options["enable_progress_bar"] is not False and not has_bar:
-                ours.append(RunProgress())
             if max_time := options.pop("max_time"):
-                ours.append(TimeLimit(max_time))
-            if options["fast_dev_run"] or options["enable_checkpointing"] is False:
-                keepers = []
-            else:  # the last checkpoint callback, so that it saves the state of any ModelCheckpoint
-                keepers = keepers or [BestLastCheckpoint()]
-            if not options["fast_dev_run"]:
-                averaging.append(SaveConfig(self.settings))
+                given.append(TimeLimit(max_time))
+            if options["enable_progress_bar"] is not False and not any(isinstance(one, ProgressBar) for one in given):
+                given.append(RunProgress())
+                options["enable_progress_bar"] = False  # not Lightning's
+            if not (options["fast_dev_run"] or options["barebones"]):
+                given.append(SaveConfig(self.settings))
+                if options["enable_checkpointing"] is not False:
+                    given += [] if any(isinstance(one, BestLastCheckpoint) for one in given) else [BestLastCheckpoint()]
         elif self.subcommand == "predict":
-            ours.append(WritePredictions(self.config[self.subcommand].output))
-        others = [callback for callback in given if not isinstance(callback, (WeightAveraging, BestLastCheckpoint))]
-        options["callbacks"] = [*others, *ours, *averaging, *keepers]
-        try:
-            trainer = RunTrainer(**options)
-        except (TypeError, ValueError, ImportError, NotImplementedError) as error:  # Lightning's, about its arguments
-            raise UserError(str(error)) from error
-        trainer.run_folder = str(self._resumed_in_place()) if self._resumed_in_place() else None
+            given.append(WritePredictions(self.config[self.subcommand].output))
+        # Averaging comes late because it takes the averaged weights away at the end of a validation; the config is saved
+        # once all others have started; and the last checkpoint has the state of any ModelCheckpoint.
+        order = (BestLastCheckpoint, SaveConfig, WeightAveraging)
+        options["callbacks"] = sorted(given, key=lambda callback: [isinstance(callback, kind) for kind in order])
+        trainer = RunTrainer(**options)
+        trainer.run_folder = str(run) if run else None
         return trainer
 
-    def _resumed_in_place(self) -> Path | None:
-        """The folder of the resumed run, unless the user wants it to continue in another folder of runs."""
-        if self.source is None or self.source.run is None:
-            return None
-        return self.source.run if runs_folder(self.settings) == runs_folder(self.source.settings) else None
-
-    def _in_run_folder(self, logger: Any) -> Any:
-        if self.subcommand != "fit" or not isinstance(logger, RunLogger):
-            return logger
-        if run := self._resumed_in_place():
-            return type(logger)(str(run.parent), run.name, purge_step=self.resumed_step)
-        return type(logger)(str(runs_folder(self.settings)))
-
-    @rank_zero_only
     def before_fit(self) -> None:
-        if self.announcement:
-            print(self.announcement)
+        if self.source.run is None:
+            return
+        changed = differences(self.source.settings, self.settings)
+        for name in ("data.tokenizer", "model.lr_scheduler"):  # the checkpoint has its state
+            if lost := [change for change in changed if change.startswith((f"{name}.", f"{name}:"))]:
+                raise UserError(f"{name} of a run cannot change ({lost[0]}): leave that out, or start a new run")
+        if self.trainer.is_global_zero:
+            changes = f", with {', '.join(changed)}" if changed else ""
+            print(f"Resuming {os.path.relpath(self.source.run)} at step {self.source.step}{changes}")
 
     @rank_zero_only
     def after_fit(self) -> None:
         assert isinstance(self.trainer, RunTrainer)
-        print_summary(self.trainer, self.model, self.datamodule, self.resumed_step)
+        print_summary(self.trainer, self.model, self.datamodule, self.source.step)
 
 
-class _MakeModel:
-    """Passes arguments that are no flags; to one model, because the parser keeps a reference to this."""
-
-    def __init__(self, **arguments: Any) -> None:
-        self.arguments = arguments
-
-    def __call__(self, kind: type[LanguageModel], **flags: Any) -> LanguageModel:
-        arguments, self.arguments = self.arguments, {}
-        return kind(**flags, **arguments)
-
-
-def _plain(value: Any) -> Any:
-    """Replaces enumeration members, which Lightning has as defaults and the parser cannot write, by their text."""
-    if isinstance(value, Namespace):
-        for name, inner in vars(value).items():
-            setattr(value, name, _plain(inner))
-    elif isinstance(value, list):
-        return [_plain(inner) for inner in value]
-    return str(value.value) if isinstance(value, Enum) and isinstance(value, str) else value
+def _make_model(extra: dict[str, Any], kind: type[LanguageModel], **flags: Any) -> LanguageModel:
+    return kind(**flags, **extra)
 
 
 def _as_list(value: Any) -> list[Any]:
-    return value if isinstance(value, list) else [] if value is None else [value]
+    return list(value) if isinstance(value, list) else [] if value is None else [value]
 
 
-def _creation_error(error: Exception) -> Exception | None:
-    """The user's mistake behind an error while classes are instantiated; None if it is not one, as far as we can tell.
+def _mistake(error: Exception) -> Exception | None:
+    """The user's mistake behind an error; None if it is not one, as far as we can tell.
 
-    The parser wraps the exception of a class in others, which name the class and list the types that it tried.
+    The parser wraps the exception of a class in others, which name the class and list the types that it tried. Lightning
+    refuses settings by a `MisconfigurationException`, and as often by a built-in exception.
     """
-    named, cause = "", error
-    while True:
-        if found := re.search(r"given class_path '([^']+)'", str(cause)):
-            named = found[1]
-        if not isinstance(cause.__cause__, Exception):
-            break
-        cause = cause.__cause__
-    if isinstance(cause, (UserError, MisconfigurationException)):
-        return cause
-    if named:
-        return UserError(f"{named} cannot be created: {str(cause) or type(cause).__name__}")
-    return UserError(str(cause)) if isinstance(cause, (ValueError, ImportError, NotImplementedError)) else None
-
-
-def _raised_by_lightning(error: Exception) -> bool:
-    """Lightning refuses settings by a `MisconfigurationException`, and as often by a built-in exception."""
-    *_, (last, _) = traceback.walk_tb(error.__traceback__)
-    return str(last.f_globals.get("__name__", "")).startswith("lightning.")
+    chain = [error]
+    while isinstance(chain[-1].__cause__, Exception):
+        chain.append(chain[-1].__cause__)
+    for cause in chain:
+        if isinstance(cause, (UserError, MisconfigurationException)):
+            return cause
+    if named := re.findall(r"given class_path '([^']+)'", " ".join(map(str, chain))):
+        return UserError(f"{named[-1]} cannot be created: {str(cause) or type(cause).__name__}")
+    *_, (last, _) = traceback.walk_tb(cause.__traceback__)
+    raised_by_lightning = str(last.f_globals.get("__name__", "")).startswith("lightning.")
+    return (
+        cause if raised_by_lightning and isinstance(cause, (ValueError, TypeError, RuntimeError, ImportError)) else None
+    )
 
 
 def main(args: Sequence[str] | None = None) -> int:
-    """Run the command line.
-
-    Args:
-        args: The words after `lmlight`; None takes them from the process.
-
-    Returns:
-        The exit status: 0, or 2 after a user's mistake, which is one line on stderr.
-    """
+    """Run the words after `lmlight`, by default the process's; returns the exit status."""
     quiet()
-    usage = "lmlight {} [--config FILE] [options]"
-    parsers = {
-        name: {"command": name, "description": COMMANDS[name].help, "usage": usage.format(name)} for name in SUBCOMMANDS
-    }
+    # Lightning has enumeration members as defaults, such as those of its Timer
+    yaml.SafeDumper.add_multi_representer(Enum, lambda dumper, member: dumper.represent_data(member.value))
     try:
         LmlightCLI(
             sys.argv[1:] if args is None else args,
             trainer_class=RunTrainer,
             seed_everything_default=1337,
             save_config_callback=None,
-            parser_kwargs={"prog": "lmlight", "version": __version__, **parsers},
+            parser_kwargs={"prog": "lmlight", **{name: {"command": name} for name in SUBCOMMANDS}},
             parser_class=OneLineParser,
             auto_configure_optimizers=False,
             load_from_checkpoint_support=False,
         )
-    except (MisconfigurationException, ValueError, TypeError, RuntimeError) as error:
-        if not (isinstance(error, (UserError, MisconfigurationException)) or _raised_by_lightning(error)):
+    except Exception as error:
+        if (mistake := _mistake(error)) is None:
             raise
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
         if getattr(rank_zero_only, "rank", 0) == 0:
-            say(error)
+            say(mistake)
         return 2
-    except KeyboardInterrupt:  # during `prepare`; Lightning handles its own
-        return 130
-    except SystemExit as end:
-        if isinstance(end.__context__, KeyboardInterrupt):
+    except (KeyboardInterrupt, SystemExit) as end:
+        if isinstance(end, KeyboardInterrupt) or isinstance(end.__context__, KeyboardInterrupt):
             return 130  # Lightning exits with 1
         raise
     return 0

@@ -14,17 +14,18 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch.utils.data import DataLoader, Dataset
 
 from lmlight.data.download import BUILTIN_CORPORA
+from lmlight.data.hf_tokenizer import read_pretrained
 from lmlight.data.loader import EvalLoader, StatefulTrainLoader
-from lmlight.data.preparing import CorpusSpec, fit_block_size
+from lmlight.data.preparing import CorpusSpec, check_lengths
 from lmlight.data.prompts import first_line, prompt_batches
 from lmlight.data.reading import TextFormat
-from lmlight.data.streaming import StreamedWindows
-from lmlight.data.subword_regularization import SubwordSampling
+from lmlight.data.streaming import streamed_windows
+from lmlight.data.subword_regularization import SubwordSampling, resegmented_windows
 from lmlight.data.token_store import TokenArray, TokenStore
 from lmlight.data.tokenizer import Tokenizer, TokenizerConfig
-from lmlight.data.window_sources import ResegmentedWindows, TokenWindows, WindowSource
-from lmlight.data.windows import TrainBatchSampler, eval_windows, subset_windows
+from lmlight.data.windows import TrainBatchSampler, WindowSource, eval_windows, stored_windows, subset_windows
 from lmlight.errors import UserError
+from lmlight.user_code import import_class, is_class_name
 
 
 class TextDataModule(LightningDataModule):
@@ -37,7 +38,7 @@ class TextDataModule(LightningDataModule):
         corpus: name of a corpus (`tinyshakespeare`), a file, a folder, a pattern (`books/**/*.txt`), or an address that
             fsspec opens (`https://`, `s3://`, `hf://`). Files are text, `.jsonl` or `.parquet`, optionally compressed as
             `.gz`, `.bz2`, `.xz` or `.zst`. Also the folder that `lmlight prepare --to` wrote, or a copy of it.
-        block_size: tokens per window, the longest context of the net. Lowered for a short text.
+        block_size: tokens per window, the longest context of the net.
         batch_size: windows per optimizer step, over all devices and accumulated batches together.
         val_fraction: share of the characters, from the end, for validation.
         val_corpus: another corpus for validation. All of `corpus` is then for training.
@@ -47,11 +48,13 @@ class TextDataModule(LightningDataModule):
         errors: what to do with invalid bytes: `strict` raises, `replace` inserts U+FFFD.
         encoding: encoding of text files and `.jsonl`, any that Python knows. `utf-8-sig` drops a byte order mark.
         cache: folder for downloads and tokens. `null` uses `$LMLIGHT_CACHE` or the platform's cache folder.
-        tokenizer: the tokenizer to train. Ignored if a checkpoint provides one.
+        tokenizer: the tokenizer to train. Or a trained one: a `tokenizer.json` of Hugging Face, a SentencePiece `.model`
+            file, or the full name of your own `Tokenizer` class. From Python, you can also set the attribute `tokenizer`.
+            Ignored if a checkpoint provides one.
         subword_sampling: sample a new segmentation of the training text in every epoch. `null` never does.
         windows: `epoch` visits non-overlapping windows in random order; `random` draws each window independently.
         prompts: for `predict`: a list, or a file with one prompt per line (`-` is the standard input).
-        prompt_batch_size: prompts that `predict` continues together. `null` is 1, or 32 when writing to a file.
+        prompt_batch_size: prompts that `predict` continues together.
         num_workers: DataLoader processes. With `subword_sampling` of a large text, processes that segment ahead instead.
         seed: determines the order of the windows and the sampled segmentations.
 
@@ -72,11 +75,11 @@ class TextDataModule(LightningDataModule):
         errors: Literal["strict", "replace"] = "strict",
         encoding: str = "utf-8",
         cache: str | None = None,
-        tokenizer: TokenizerConfig = TokenizerConfig(),
+        tokenizer: TokenizerConfig | str = TokenizerConfig(),
         subword_sampling: SubwordSampling | None = None,
         windows: Literal["epoch", "random"] = "epoch",
         prompts: list[str] | str = [""],  # noqa: B006  (never changed)
-        prompt_batch_size: int | None = None,
+        prompt_batch_size: int = 32,
         num_workers: int = 0,
         seed: int = 1337,
     ) -> None:
@@ -84,19 +87,25 @@ class TextDataModule(LightningDataModule):
         minima = {"block_size": 1, "batch_size": 1, "prompt_batch_size": 1, "num_workers": 0}
         for name, minimum in minima.items():
             value = locals()[name]
-            if value is not None and value < minimum:
+            if value < minimum:
                 raise UserError(f"data.{name} must be at least {minimum}, got {value}")
-        if subword_sampling and tokenizer.kind != "unigram":
+        config = tokenizer if isinstance(tokenizer, TokenizerConfig) else TokenizerConfig()
+        if subword_sampling and config.kind != "unigram":
             raise UserError(
-                f"subword_sampling needs the scores of a unigram model, which a {tokenizer.kind} tokenizer does not have: "
+                f"subword_sampling needs the scores of a unigram model, which a {config.kind} tokenizer does not have: "
                 "set --data.tokenizer.kind unigram or --data.subword_sampling null"
             )
         text_format = TextFormat(field, separator, errors, encoding)
-        self._spec = CorpusSpec(corpus, val_fraction, val_corpus, test_corpus, text_format, tokenizer, cache)
+        self._spec = CorpusSpec(corpus, val_fraction, val_corpus, test_corpus, text_format, config, cache)
         self.corpus, self.block_size, self.batch_size = self._spec.corpus, block_size, batch_size
         self.subword_sampling, self.windows, self.prompts = subword_sampling, windows, prompts
         self.prompt_batch_size, self.num_workers, self.seed = prompt_batch_size, num_workers, seed
-        self._pretrained_tokenizer: Tokenizer | None = None
+        pretrained: Tokenizer | None = None
+        if isinstance(tokenizer, str) and is_class_name(tokenizer):
+            pretrained = import_class("data.tokenizer", tokenizer, Tokenizer)()
+            tokenizer = TokenizerConfig()
+        self._tokenizer_file = Path(tokenizer) if isinstance(tokenizer, (str, Path)) else None
+        self._pretrained_tokenizer = pretrained
         self._error, self._folder = "", ""  # what `prepare_data` tells the other ranks
         self._store: TokenStore | None = None
         self._source: WindowSource
@@ -117,7 +126,7 @@ class TextDataModule(LightningDataModule):
         """Downloads the corpus, trains the tokenizer and encodes the text, unless the cache has the result.
 
         Raises:
-            UserError: see `CorpusSpec.prepare_store`, `fit_block_size` and `TrainBatchSampler`.
+            UserError: see `CorpusSpec.prepare_store`, `check_lengths` and `TrainBatchSampler`.
         """
         if not self._running(TrainerFn.PREDICTING):
             try:
@@ -131,10 +140,12 @@ class TextDataModule(LightningDataModule):
         """Does what `prepare_data` does and returns the store."""
         if self._running(TrainerFn.FITTING):
             TrainBatchSampler(1, self.batch_size, *self._ranks())  # raises before anything is downloaded
+        if self._tokenizer_file and self._pretrained_tokenizer is None:
+            self._pretrained_tokenizer = read_pretrained(self._tokenizer_file)
         store = self._spec.prepare_store(self._pretrained_tokenizer)
         if store.streamed and self.subword_sampling:
             raise UserError(f"the tokens in '{self.corpus}' are streamed: set --data.subword_sampling null")
-        self.block_size = fit_block_size(store, self._spec, self.block_size)
+        check_lengths(store, self.corpus, self.block_size)
         self._folder = str(store.folder)
         return store
 
@@ -143,8 +154,7 @@ class TextDataModule(LightningDataModule):
         if self._running(TrainerFn.PREDICTING):
             return
         if self.trainer is not None:
-            prepared = self._error, self._folder, self.block_size
-            self._error, self._folder, self.block_size = self.trainer.strategy.broadcast(prepared)
+            self._error, self._folder = self.trainer.strategy.broadcast((self._error, self._folder))
         if self._error or not self._folder:
             raise UserError(self._error or "call prepare_data() before setup(); a Trainer does both")
         self.teardown(stage)
@@ -156,19 +166,19 @@ class TextDataModule(LightningDataModule):
         train = store.ids["train"]
         order = self.block_size, self.seed, self.windows
         if stage == "fit" and store.streamed:
-            self._source = StreamedWindows(store, self.corpus if "://" in self.corpus else self._folder, *order)
+            self._source = streamed_windows(store, self.corpus if "://" in self.corpus else self._folder, *order)
         elif stage == "fit" and self.subword_sampling:
             sampling = self.subword_sampling
-            self._source = ResegmentedWindows(train, store.tokenizer, sampling, self.num_workers, *order)
+            self._source = resegmented_windows(train, store.tokenizer, sampling, self.num_workers, *order)
         else:
-            self._source = TokenWindows(train, *order, self.num_workers)
+            self._source = stored_windows(train, *order, self.num_workers)
 
     def teardown(self, stage: str) -> None:
         if self._store is not None:
             self._source.close()
 
     def train_dataloader(self) -> StatefulTrainLoader:
-        char_counts, n_windows = self.store.char_counts["train"], len(self._source)
+        store, n_windows = self.store, len(self._source)
         if self.subword_sampling and self.trainer is not None and self._running(TrainerFn.FITTING):
             seen = self.trainer.max_steps * self.batch_size
             if 0 < seen < n_windows:
@@ -179,7 +189,7 @@ class TextDataModule(LightningDataModule):
         sampler = TrainBatchSampler(n_windows, self.batch_size, *self._ranks())
         device = None if self.trainer is None else self.trainer.strategy.root_device
         gpu = device if device is not None and device.type == "cuda" else None
-        return StatefulTrainLoader(self._source, sampler, char_counts, gpu)
+        return StatefulTrainLoader(store, self._source, sampler, gpu)
 
     def val_dataloader(self) -> EvalLoader:
         return self._eval_loader("val", self.block_size)
@@ -196,7 +206,7 @@ class TextDataModule(LightningDataModule):
 
     def predict_dataloader(self) -> DataLoader[list[str]]:
         """Batches of prompts, dealt out to the ranks; the last one may be empty on some ranks."""
-        batches = prompt_batches(self.prompts, self.prompt_batch_size or 1, *self._ranks()[:2])
+        batches = prompt_batches(self.prompts, self.prompt_batch_size, *self._ranks()[:2])
         return DataLoader(cast("Dataset[list[str]]", batches), batch_size=None)
 
     @property

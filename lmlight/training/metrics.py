@@ -18,11 +18,7 @@ SUM_DTYPE = torch.float32 if torch.backends.mps.is_available() else torch.float6
 
 
 class TextLoss(Metric):
-    """Loss of a network over a text, per token and per character.
-
-    `compute` returns `loss` (nats per token) and `perplexity` (its exponential); also `nats_per_char`, `bpc` (bits per
-    character) and `characters` (the number scored), unless no characters were counted.
-    """
+    """Loss over a text: nats per token and its exponential; nats and bits per character and their number if counted."""
 
     full_state_update = False
 
@@ -35,13 +31,7 @@ class TextLoss(Metric):
         self.characters: Tensor
 
     def update(self, losses: Tensor, targets: Tensor, target_chars: Tensor) -> None:
-        """Add a batch.
-
-        Args:
-            losses: (B, T) nats; 0 where not scored.
-            targets: (B, T) token ids; `IGNORE_INDEX` where not scored.
-            target_chars: (B, T) characters of each target; 0 where not scored.
-        """
+        """Add (B, T) nats, token ids and their characters; where not scored, the ids are `IGNORE_INDEX`, the others 0."""
         self.nats = self.nats + losses.sum(dtype=SUM_DTYPE)
         # in SUM_DTYPE too: precision bf16-true makes the states bfloat16, which does not count beyond 256
         self.tokens = self.tokens + (targets != IGNORE_INDEX).sum(dtype=SUM_DTYPE)

@@ -17,13 +17,11 @@ from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
-from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LambdaLR
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
 from lmlight import checkpoint as checkpoints
 from lmlight.data.loader import Batch, as_batch
-from lmlight.data.tokenizer import Tokenizer
 from lmlight.errors import UserError
 from lmlight.generation import Sampling
 from lmlight.models import Net, Transformer, architecture_kwargs
@@ -39,16 +37,17 @@ from lmlight.optim import (
     parameter_groups,
     try_step,
 )
-from lmlight.training.checkpointing import EXTRA_STATE, non_finite_error
+from lmlight.training.checkpointing import EXTRA_STATE, non_finite_error, total_norm
 from lmlight.training.datamodule import TextDataModule
-from lmlight.training.metrics import TextLoss
 from lmlight.training.precision import MatmulPrecision
 from lmlight.training.run_checks import check_run, total_steps
-from lmlight.training.text_model import NO_NETWORK, TextModel
+from lmlight.training.text_model import TextModel
 
 PYTHON_ONLY = {"init_from", "settings"}  # arguments that are no flags
 NetCallable = Callable[[int, int], Net]
 """Makes a network from (vocab_size, block_size), which depend on the data."""
+SchedulerCallable = Callable[[Optimizer], LRScheduler]
+"""Makes a scheduler for an optimizer."""
 
 
 class LanguageModel(TextModel):
@@ -60,6 +59,8 @@ class LanguageModel(TextModel):
         net: The network, without its vocabulary and block size. As an attribute, the network itself; None until built.
         optimizer: The optimizer. Weight decay applies to matrices only.
         schedule: Learning-rate schedule.
+        lr_scheduler: A scheduler of torch, such as `torch.optim.lr_scheduler.StepLR`, called after each optimizer step.
+            Replaces `schedule`; null does not.
         sampling: Defaults for `predict` and `generate`.
         matmul_precision: Precision of float32 matrix products during training, see `torch.set_float32_matmul_precision`.
             `medium` allows tensor cores on GPUs and oneDNN on CPUs, up to twice as fast; `highest` is torch's default.
@@ -72,7 +73,6 @@ class LanguageModel(TextModel):
 
     Attributes:
         tokenizer: Encodes prompts and decodes generated ids; None until known.
-        on_text: If set, `predict_step` calls it with each `TextStream` and its next piece of text.
         logprobs: Whether `predict_step` records the log-probability of each token.
         step_loss: Training loss of the current optimizer step, on this device.
         step_is_logged: Whether the current optimizer step is logged.
@@ -83,6 +83,7 @@ class LanguageModel(TextModel):
         net: NetCallable = Transformer,
         optimizer: OptimizerCallable = Muon,
         schedule: Schedule = Schedule(),
+        lr_scheduler: SchedulerCallable | None = None,
         sampling: Sampling = Sampling(),
         matmul_precision: Literal["highest", "high", "medium"] = "medium",
         compile_net: bool = False,
@@ -95,7 +96,7 @@ class LanguageModel(TextModel):
         self.seed, self.matmul_precision, self.compile_net = seed, matmul_precision, compile_net
         self._make_net, self._make_optimizer = net, optimizer
         self._check_causality, self._is_checked = check_causality, False
-        self.schedule, self.settings = schedule, settings or {}
+        self.schedule, self._make_scheduler, self.settings = schedule, lr_scheduler, settings or {}
         self._init_from: dict[str, Any] | None = None
         if init_from is not None:
             self._init_from = {key: init_from[key] for key in (checkpoints.METADATA_KEY, "state_dict")}
@@ -104,8 +105,6 @@ class LanguageModel(TextModel):
             self.block_size = init_from[checkpoints.METADATA_KEY]["net"]["config"]["block_size"]
         self._hyperparameters: list[dict[str, Any]] = []  # of the optimizer as it was made
         self._resumed_hyperparameters: list[dict[str, Any]] = []  # the same when the resumed run began
-        self._validation: tuple[int, dict[str, Tensor]] | None = None  # step and metrics of the last one
-        self.val_loss, self.test_loss, self.sliding_loss = TextLoss(), TextLoss(), TextLoss()
 
     @classmethod
     def load_from_checkpoint(  # type: ignore[override]
@@ -157,7 +156,7 @@ class LanguageModel(TextModel):
         """
         if trainer is not None:
             dummy_optimizer(self._make_optimizer)
-            check_run(trainer, self.schedule)
+            check_run(trainer, None if self._make_scheduler else self.schedule)
         if self.net is None and not self._is_checked:
             self._is_checked = trainer is not None
             check_net(self._make_net, block_size or MAX_TOKENS, self._check_causality and trainer is not None)
@@ -199,27 +198,6 @@ class LanguageModel(TextModel):
                 "the trainer prepares the data"
             )
 
-    def _sizes(self) -> tuple[int, int]:
-        """(vocab_size, block_size), from the data unless they are known."""
-        if self.tokenizer is not None:
-            self.vocab_size = self.tokenizer.vocab_size
-        if self.vocab_size is None or self.block_size is None:
-            try:
-                data = getattr(self.trainer, "datamodule", None)
-            except RuntimeError:  # there is no trainer
-                raise UserError(NO_NETWORK) from None
-            tokenizer = getattr(data, "tokenizer", None)
-            if self.tokenizer is None and isinstance(tokenizer, Tokenizer):
-                self.tokenizer = tokenizer
-            self.vocab_size = getattr(self.tokenizer or data, "vocab_size", None)
-            self.block_size = self.block_size or getattr(data, "block_size", None)
-        if self.vocab_size is None or self.block_size is None:
-            raise UserError(
-                "the sizes of the network are not known: train with a data module that has block_size and tokenizer (or "
-                "vocab_size), such as TextDataModule, or load a checkpoint (--ckpt_path) to predict"
-            )
-        return self.vocab_size, self.block_size
-
     def configure_model(self) -> None:
         if self.net is None:
             with torch.device("cpu"):  # the same seed gives the same initial weights on any device
@@ -242,13 +220,17 @@ class LanguageModel(TextModel):
         optimizer = make_optimizer(self._make_optimizer, parameter_groups(self._net()))
         self._hyperparameters = hyperparameters(optimizer)
         # the first call, for step 0, comes before the data; the factor of that step does not depend on the end
-        scheduler = LambdaLR(optimizer, lambda step: self.schedule.factor(step, self.total_steps or step + 1))
+        make = self._make_scheduler or (
+            lambda optimizer: LambdaLR(optimizer, lambda step: self.schedule.factor(step, self.total_steps or step + 1))
+        )
+        scheduler = make(optimizer)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def on_train_start(self) -> None:
-        self.schedule.check_end(self.total_steps)
+        if self._make_scheduler is None:
+            self.schedule.check_end(self.total_steps)
         if self._resumed_hyperparameters:
-            scheduler = cast(LambdaLR, self.trainer.lr_scheduler_configs[0].scheduler)
+            scheduler = self.trainer.lr_scheduler_configs[0].scheduler
             apply_changes(scheduler, self._hyperparameters, self._resumed_hyperparameters)
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> int | None:
@@ -311,9 +293,7 @@ class LanguageModel(TextModel):
             return
         grouped = (parameter for group in optimizer.param_groups for parameter in group["params"])
         parameters = [parameter for parameter in grouped if parameter.grad is not None]
-        norm = torch.nn.utils.get_total_norm([cast(Tensor, parameter.grad) for parameter in parameters])
-        if isinstance(norm, DTensor):
-            norm = norm.full_tensor()
+        norm = total_norm([cast(Tensor, parameter.grad) for parameter in parameters])
         if is_checked and not (norm + self.step_loss).isfinite():
             raise non_finite_error("the loss" if not self.step_loss.isfinite() else "a gradient", self.trainer)
         if gradient_clip_val and gradient_clip_algorithm == "value":
@@ -323,26 +303,6 @@ class LanguageModel(TextModel):
         if self.step_is_logged:
             self.log("grad_norm", norm / scaler.get_scale() if scaler is not None and still_scaled else norm)
             self.log("train/loss", self.step_loss, prog_bar=True, sync_dist=True)
-
-    def validation_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """Score a batch; returns (B, T) nats per token, for callbacks."""
-        return self.score(as_batch(batch), self.val_loss)
-
-    def on_validation_epoch_end(self) -> None:
-        self._validation = self.global_step, self._report("val", self.val_loss)
-
-    def test_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
-        self.score(as_batch(batch), self.sliding_loss if dataloader_idx else self.test_loss)
-
-    def on_test_epoch_end(self) -> None:
-        self._report("test", self.test_loss)
-        self._report("test_sliding", self.sliding_loss)
-
-    def _report(self, stage: str, metric: TextLoss) -> dict[str, Tensor]:
-        metrics = {f"{stage}/{name}": value.float() for name, value in metric.compute().items()}
-        self.log_dict(metrics)
-        metric.reset()
-        return metrics
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         if self.device_mesh is None:  # sharded strategies have done it

@@ -17,18 +17,16 @@ from lightning.pytorch.callbacks import (
 from lmlight.errors import UserError
 from lmlight.optim import Schedule
 
-NOT_BUILT_YET = "before the network is built, whose size depends on the data"
 UNSUPPORTED: dict[type[Callback], str] = {
-    BaseFinetuning: f"it freezes modules {NOT_BUILT_YET}; freeze them in configure_model of a subclass of LanguageModel",
-    LearningRateFinder: "it sets model.lr, but the learning rate is the optimizer's: compare values of --model.optimizer.lr",
-    ModelPruning: f"it looks for parameters {NOT_BUILT_YET}",
-    StochasticWeightAveraging: "it replaces the schedule, so the run could not be resumed; use WeightAveraging or "
-    "EMAWeightAveraging",
-    SpikeDetection: "it cannot load its own state, so the run could not be resumed; a loss that is not finite stops any run",
+    BaseFinetuning: "it freezes modules before the network is built; override LanguageModel.configure_model instead",
+    LearningRateFinder: "the learning rate is the optimizer's: compare values of --model.optimizer.lr",
+    ModelPruning: "it looks for parameters before the network is built",
+    StochasticWeightAveraging: "it replaces the schedule, so the run could not be resumed; use EMAWeightAveraging",
+    SpikeDetection: "its state cannot be loaded, so the run could not be resumed; a non-finite loss stops any run",
 }
 
 
-def check_run(trainer: Trainer, schedule: Schedule) -> None:
+def check_run(trainer: Trainer, schedule: Schedule | None) -> None:
     """Check the trainer's callbacks, intervals and limits.
 
     Raises:
@@ -44,7 +42,7 @@ def check_run(trainer: Trainer, schedule: Schedule) -> None:
         raise UserError(f"trainer.val_check_interval must be above 0, got {interval}")
     if (epochs := trainer.check_val_every_n_epoch) is not None and epochs < 1:
         raise UserError(f"trainer.check_val_every_n_epoch must be at least 1, got {epochs}")
-    if trainer.max_steps < 0 and (trainer.max_epochs is None or trainer.max_epochs < 0):
+    if schedule and trainer.max_steps < 0 and (trainer.max_epochs is None or trainer.max_epochs < 0):
         schedule.check_end(0)
 
 

@@ -1,28 +1,32 @@
-"""The Trainer of the command line: a folder for each run, its `config.yaml`, its time limit, and the subcommands."""
+"""The Trainer of the command line: a folder for each run, its `config.yaml`, the subcommands, and what they print."""
 
 from __future__ import annotations
 
+import json
 import logging
+import math
 import os
-import shutil
-import sys
+import shlex
 import warnings
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import Timer
 
 from lmlight import checkpoint as checkpoints
 from lmlight import files
 from lmlight.data import streaming
 from lmlight.errors import UserError
+from lmlight.generation import escape_control_characters
 from lmlight.training.callbacks import RunLogger
+from lmlight.training.checkpointing import BestLastCheckpoint
 from lmlight.training.datamodule import TextDataModule
 from lmlight.training.module import LanguageModel
-from lmlight.training.run_settings import CONFIG
+from lmlight.training.run_settings import CONFIG, resume_command
+from lmlight.user_code import full_name
 
 
 class RunTrainer(Trainer):
@@ -37,18 +41,14 @@ class RunTrainer(Trainer):
     def log_dir(self) -> str:
         """The run's folder, whichever loggers there are; for its config, checkpoints and learning curve."""
         if self.run_folder is None:
-            made: str | None = str(self.default_root_dir)
+            made = str(self.default_root_dir)
+            leaves_nothing = self.fast_dev_run or self.barebones  # type: ignore[attr-defined]  # Lightning sets them late
             if ours := next((logger for logger in self.loggers if isinstance(logger, RunLogger)), None):
                 made = ours.log_dir
-            elif self.state.fn == "fit" and not self.fast_dev_run and self.is_global_zero:  # type: ignore[attr-defined]
-                made = str(checkpoints.make_run_dir(Path(self.default_root_dir)))
+            elif self.state.fn == "fit" and not leaves_nothing and self.is_global_zero:
+                made = str(checkpoints.make_run_dir(Path(made)))
             self.run_folder = str(self.strategy.broadcast(made))
         return self.run_folder
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        """In a process that a strategy has spawned."""
-        self.__dict__.update(state)
-        quiet()
 
     def fit(  # type: ignore[override]
         self,
@@ -60,8 +60,6 @@ class RunTrainer(Trainer):
         """Train a model, resume a run (--ckpt_path) or finetune (--init_from).
 
         Args:
-            model: The model.
-            datamodule: The data.
             ckpt_path: Resume the run of this checkpoint, with the run's own settings. A checkpoint is a file, a run's
                 folder, or `best` or `last` of the newest run that has one.
             init_from: Finetune: start from the network, weights and tokenizer of this checkpoint; everything else is new.
@@ -79,8 +77,6 @@ class RunTrainer(Trainer):
         """Train the tokenizer and encode a text, so that fit starts at once.
 
         Args:
-            model: Not used.
-            datamodule: The data.
             init_from: Use the tokenizer of this checkpoint.
             to: Folder for a copy of the result, to pass as `--data.corpus`; null leaves it in the cache.
             format: Format of the copy: `store` to read from a disk, `litdata` to stream while training.
@@ -93,29 +89,21 @@ class RunTrainer(Trainer):
             store = streaming.write(store, target) if format == "litdata" else store.copy(target)
         tokens = ", ".join(f"{name} {store.tokens[name]:,}" for name in store.tokens)
         print(f"Prepared: {os.path.relpath(store.folder)} (tokens: {tokens}; {store.tokenizer.vocab_size:,} pieces)")
-        print(f"  {command()} fit --data.corpus {os.path.relpath(store.folder)}")
+        print(f"  lmlight fit --data.corpus {os.path.relpath(store.folder)}")
 
-    def validate(  # type: ignore[override]
-        self, model: LanguageModel, datamodule: TextDataModule, ckpt_path: str | None = None
-    ) -> None:
+    def validate(self, model: LanguageModel, datamodule: TextDataModule, ckpt_path: str | None = None) -> None:  # type: ignore[override]
         """Score a checkpoint on the validation text.
 
         Args:
-            model: The model, with the checkpoint's weights.
-            datamodule: The data.
             ckpt_path: A file, a run's folder, or `best` or `last` of the newest run that has one.
         """
         super().validate(model, datamodule=datamodule, verbose=False)
         self._print_metrics()
 
-    def test(  # type: ignore[override]
-        self, model: LanguageModel, datamodule: TextDataModule, ckpt_path: str | None = None
-    ) -> None:
+    def test(self, model: LanguageModel, datamodule: TextDataModule, ckpt_path: str | None = None) -> None:  # type: ignore[override]
         """Score a checkpoint on the test text, also with a sliding window.
 
         Args:
-            model: The model, with the checkpoint's weights.
-            datamodule: The data.
             ckpt_path: A file, a run's folder, or `best` or `last` of the newest run that has one.
         """
         super().test(model, datamodule=datamodule, verbose=False)
@@ -127,8 +115,6 @@ class RunTrainer(Trainer):
         """Generate text from a checkpoint.
 
         Args:
-            model: The model, with the checkpoint's weights.
-            datamodule: The prompts.
             ckpt_path: A file, a run's folder, or `best` or `last` of the newest run that has one.
             output: JSON Lines file for the texts, with tokens, log-probabilities and seeds; null prints them.
         """
@@ -140,22 +126,63 @@ class RunTrainer(Trainer):
                 print(f"{name:<28}{value.item():>12.6g}")
 
 
+def print_summary(
+    trainer: RunTrainer, model: LanguageModel, datamodule: LightningDataModule, resumed_step: int | None
+) -> None:
+    """Print where the best checkpoint is, its score, a sample of text, and what to type next."""
+    keeper = next((one for one in trainer.checkpoint_callbacks if isinstance(one, BestLastCheckpoint)), None)
+    step = trainer.global_step
+    if trainer.fast_dev_run or keeper is None:  # type: ignore[attr-defined]  # set late
+        print("Nothing was saved")
+        return
+    if step == resumed_step:
+        print(f"The run had already reached step {step}: to train longer, pass a larger --trainer.max_steps")
+        return
+    if not keeper.best_model_path:
+        where = f"; the weights are in {os.path.relpath(keeper.last_model_path)}" if keeper.last_model_path else ""
+        print(f"No validation was run{where}")
+        return
+    path = os.path.relpath(keeper.best_model_path)
+    best = checkpoints.read(path)
+    # not `keeper.best_score`: with `ddp_spawn`, training had a keeper of its own
+    nats = best["callbacks"][keeper.state_key]["best_score"]
+    print(f"\nBest checkpoint: {path} (step {best['global_step']})")
+    name, unit = "val/nats_per_char", "character"
+    if name not in best[checkpoints.METADATA_KEY]["metrics"]:
+        name, unit = "val/loss", "token"
+    print(f"  {nats:.4f} nats per {unit}, {nats / math.log(2):.4f} bits per {unit} on the validation text")
+    if (final := trainer.callback_metrics.get(name)) is not None:
+        print(f"  {final:.4f} nats per {unit} at the last validation")
+    if not isinstance(datamodule, TextDataModule):
+        return
+    if datamodule.trainer is None:  # another process trained, as with `ddp_spawn`
+        datamodule.prepare_data()
+        datamodule.setup("fit")
+    elif step < model.total_steps:
+        print(f"  Stopped at step {step} of {model.total_steps}; to resume: {resume_command(keeper.last_model_path)}")
+    prompt = datamodule.sample_prompt
+    text = LanguageModel.load_from_checkpoint(path).generate(prompt, max_new_tokens=150)
+    print(f"\n{escape_control_characters(text)}\n")
+    prompts = shlex.quote(json.dumps([prompt], ensure_ascii=False))
+    net = checkpoints.net_class(best)
+    kinds = {"model.net": net, "data.tokenizer": type(datamodule.tokenizer)}
+    own = "".join(
+        f" --{n} {full_name(kind)}" for n, kind in kinds.items() if not full_name(kind).startswith("lmlight.")
+    )
+    print(f"Next:\n  lmlight predict --ckpt_path {path}{own} --data.prompts {prompts}")
+    if isinstance(trainer.logger, RunLogger):
+        print(f"  tensorboard --logdir {os.path.relpath(trainer.logger.root_dir)}")
+
+
 class TimeLimit(Timer):
     """`trainer.max_time`, counted from the start of this process; Lightning's Timer would count previous processes too."""
-
-    def state_dict(self) -> dict[str, Any]:
-        return {}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         pass
 
 
 class SaveConfig(Callback):
-    """Writes `config.yaml` into the run's folder when training starts: a refused resume leaves the old file unchanged.
-
-    Args:
-        settings: Plain values.
-    """
+    """Writes `config.yaml` into the run's folder when training starts: a refused resume leaves the old file unchanged."""
 
     def __init__(self, settings: dict[str, Any]) -> None:
         self.settings = settings
@@ -181,21 +208,6 @@ def quiet() -> None:
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
     logging.getLogger("lightning.pytorch.profilers").setLevel(logging.INFO)  # what `--trainer.profiler simple` prints
-    for tip in (
-        "does not have many workers",
-        "number of training batches",
-        "callbacks used to create",
-        "sync_dist=True",
-        "LeafSpec",
-    ):
-        warnings.filterwarnings("ignore", message=f".*{tip}")
+    tips = "does not have many workers|number of training batches|callbacks used to create|sync_dist|LeafSpec"
+    warnings.filterwarnings("ignore", message=f".*({tips})")
     warnings.formatwarning = lambda message, *_args, **_kwargs: f"lmlight: warning: {' '.join(str(message).split())}\n"
-
-
-def command() -> str:
-    """What to type for `lmlight` where this process was started; its environment may not be activated."""
-    typed = Path(sys.argv[0])
-    if typed.stem != "lmlight":  # python -m lmlight, or a notebook
-        return f"{sys.executable} -m lmlight"
-    found = shutil.which("lmlight")
-    return "lmlight" if found and Path(found).resolve() == typed.resolve() else os.path.relpath(typed)

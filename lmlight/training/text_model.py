@@ -14,7 +14,7 @@ from lightning.pytorch import LightningModule
 from torch import Tensor
 
 from lmlight import checkpoint as checkpoints
-from lmlight.data.loader import IGNORE_INDEX, Batch
+from lmlight.data.loader import IGNORE_INDEX, Batch, as_batch
 from lmlight.data.tokenizer import Tokenizer
 from lmlight.errors import UserError
 from lmlight.generation import Sampling, TextStream, generate, generate_text, start_streams
@@ -39,6 +39,8 @@ class TextModel(LightningModule):
         self.vocab_size: int | None = None
         self.block_size: int | None = None
         self.net: Net | None = None
+        self.val_loss, self.test_loss, self.sliding_loss = TextLoss(), TextLoss(), TextLoss()
+        self._validation: tuple[int, dict[str, Tensor]] | None = None  # step and metrics of the last one
         self.register_load_state_dict_pre_hook(_allow_missing_extra_state)  # type: ignore[no-untyped-call]  # torch's
 
     def forward(self, idx: Tensor) -> Tensor:
@@ -57,11 +59,32 @@ class TextModel(LightningModule):
 
     def score(self, batch: Batch, metric: TextLoss) -> Tensor:
         """Add a batch to a metric; returns (B, T) nats per token, 0 where not scored."""
+        batch = as_batch(batch)
         logits = self(batch.inputs).flatten(0, 1).float()  # (B * T, V)
         losses = F.cross_entropy(logits, batch.targets.flatten(), reduction="none", ignore_index=IGNORE_INDEX)
         losses = losses.view_as(batch.targets)
         metric.update(losses, batch.targets, batch.target_chars)
         return losses
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """Score a batch; returns (B, T) nats per token, for callbacks."""
+        return self.score(batch, self.val_loss)
+
+    def on_validation_epoch_end(self) -> None:
+        self._validation = self.global_step, self._report("val", self.val_loss)
+
+    def test_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
+        self.score(batch, self.sliding_loss if dataloader_idx else self.test_loss)
+
+    def on_test_epoch_end(self) -> None:
+        self._report("test", self.test_loss)
+        self._report("test_sliding", self.sliding_loss)
+
+    def _report(self, stage: str, metric: TextLoss) -> dict[str, Tensor]:
+        metrics = {f"{stage}/{name}": value.float() for name, value in metric.compute().items()}
+        self.log_dict(metrics)
+        metric.reset()
+        return metrics
 
     def stream(self, prompt: str = "", **changes: Any) -> Iterator[str]:
         """Continue a text, yielding pieces as they are generated; joined, they are the continuation that `generate` adds.
@@ -125,6 +148,27 @@ class TextModel(LightningModule):
             content = {checkpoints.METADATA_KEY: state}
             self.net, self.tokenizer = checkpoints.untrained_net_of(content), checkpoints.tokenizer_of(content)
             self.vocab_size, self.block_size = self.net.vocab_size, self.net.block_size
+
+    def _sizes(self) -> tuple[int, int]:
+        """(vocab_size, block_size), from the data unless they are known."""
+        if self.tokenizer is not None:
+            self.vocab_size = self.tokenizer.vocab_size
+        if self.vocab_size is None or self.block_size is None:
+            try:
+                data = getattr(self.trainer, "datamodule", None)
+            except RuntimeError:  # there is no trainer
+                raise UserError(NO_NETWORK) from None
+            tokenizer = getattr(data, "tokenizer", None)
+            if self.tokenizer is None and isinstance(tokenizer, Tokenizer):
+                self.tokenizer = tokenizer
+            self.vocab_size = getattr(self.tokenizer or data, "vocab_size", None)
+            self.block_size = self.block_size or getattr(data, "block_size", None)
+        if self.vocab_size is None or self.block_size is None:
+            raise UserError(
+                "the sizes of the network are not known: train with a data module that has block_size and tokenizer (or "
+                "vocab_size), such as TextDataModule, or load a checkpoint (--ckpt_path) to predict"
+            )
+        return self.vocab_size, self.block_size
 
     def _sampling_of_one(self, changes: dict[str, Any]) -> Sampling:
         if changes.get("num_samples", 1) != 1:

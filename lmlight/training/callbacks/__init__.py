@@ -1,21 +1,10 @@
 """Callbacks that log, plot and print. `trainer.callbacks` lists those of a run with their settings."""
 
-from lmlight.training.callbacks.learning_curve import HParamsLogger, LearningCurve
-from lmlight.training.callbacks.plots import Pictures, TokenEmbedding
-from lmlight.training.callbacks.run import RunLogger, RunProgress
+from lmlight.training.callbacks.run import LearningCurve, RunLogger, RunProgress
 from lmlight.training.callbacks.scalars import Throughput, TrainSubsetEval, UpdateRatio
-from lmlight.training.callbacks.text import SampleText, WritePredictions
+from lmlight.training.callbacks.tensorboard import HParamsLogger, Pictures, SampleText
 
-DEFAULT = (
-    Throughput,
-    UpdateRatio,
-    TrainSubsetEval,
-    SampleText,
-    Pictures,
-    TokenEmbedding,
-    HParamsLogger,
-    LearningCurve,
-)
+DEFAULT = (Throughput, UpdateRatio, TrainSubsetEval, SampleText, Pictures, HParamsLogger, LearningCurve)
 """The default callbacks of `lmlight fit`, in this order."""
 
 __all__ = [
@@ -27,8 +16,6 @@ __all__ = [
     "RunProgress",
     "SampleText",
     "Throughput",
-    "TokenEmbedding",
     "TrainSubsetEval",
     "UpdateRatio",
-    "WritePredictions",
 ]

@@ -1,22 +1,22 @@
-"""A run's folder with its TensorBoard files, and its progress on the terminal."""
+"""A run's folder, its progress on the terminal, and its validations as a table and a figure."""
 
 from __future__ import annotations
 
+import csv
 import sys
 import time
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from lightning.fabric.loggers.tensorboard import TensorBoardLogger as FabricTensorBoardLogger
-from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import ProgressBar
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 from tqdm import tqdm
 
+from lmlight import files, pictures
 from lmlight.checkpoint import make_run_dir
-from lmlight.training.callbacks.base import run_folder, validates_fit
+from lmlight.training.callbacks.base import run_folder, text_data, validates_fit
 from lmlight.training.module import LanguageModel
 
 
@@ -24,13 +24,13 @@ class RunLogger(TensorBoardLogger):
     """Writes TensorBoard files to the run's own folder: `runs/2025-01-31_12-00-00`, with `-2` and so on if taken.
 
     Args:
-        save_dir: parent folder of all runs; null is `trainer.default_root_dir` on the command line and `runs` in Python.
+        save_dir: parent folder of all runs; the command line passes `trainer.default_root_dir`.
         version: name of this run's folder; null makes one from the time.
         purge_step: hide this and later steps in the folder's existing files, because a resumed run logs them again.
     """
 
-    def __init__(self, save_dir: str | None = None, version: str | None = None, purge_step: int | None = None) -> None:
-        super().__init__(save_dir or "runs", name="", version=version, default_hp_metric=False, purge_step=purge_step)
+    def __init__(self, save_dir: str = "runs", version: str | None = None, purge_step: int | None = None) -> None:
+        super().__init__(save_dir, name="", version=version, default_hp_metric=False, purge_step=purge_step)
 
     def _get_next_version(self) -> str:  # type: ignore[override]
         if getattr(rank_zero_only, "rank", 0) != 0:
@@ -41,51 +41,24 @@ class RunLogger(TensorBoardLogger):
         """Without Lightning's `hparams.yaml`: the settings are in `config.yaml`."""
         FabricTensorBoardLogger.save(self)
 
-    def finalize(self, status: str) -> None:
-        super().finalize(status)
-        if status == "failed":  # before the first step, there are no files: `rmdir` removes only empty folders
-            with suppress(OSError):
-                Path(self.log_dir).rmdir()
-                Path(self.root_dir).rmdir()
 
-
-class RunProgress(ProgressBar):
+class RunProgress(Callback):
     """Shows one bar for the whole run, and one line per validation; if stderr is not a terminal, only the lines."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._bar: tqdm[Any] | None = None
-        self._enabled = True
-
-    def disable(self) -> None:
-        self._enabled = False
-
-    def enable(self) -> None:
-        self._enabled = True
-
-    def print(self, *args: Any, **kwargs: Any) -> None:
-        """Prints a line above the bar."""
-        if self._enabled:
-            with tqdm.external_write_mode(file=sys.stdout):
-                print(*args, **kwargs, flush=True)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._began = time.monotonic()
         weights = sum(p.numel() for p in pl_module.parameters())
-        folder = run_folder(trainer)
-        where = f" in {folder}" if folder else ""
-        self.print(f"Training {weights:,} weights on {trainer.strategy.root_device}{where}")
-        self._steps = pl_module.total_steps if isinstance(pl_module, LanguageModel) else max(0, trainer.max_steps)
-        if self._enabled and sys.stderr.isatty():
-            total, step = self._steps or None, trainer.global_step
-            self._bar = tqdm(total=total, initial=step, unit="step", dynamic_ncols=True, leave=False)
+        where = f" in {folder}" if (folder := run_folder(trainer)) else ""
+        self._print(trainer, f"Training {weights:,} weights on {trainer.strategy.root_device}{where}")
+        steps = pl_module.total_steps if isinstance(pl_module, LanguageModel) else max(0, trainer.max_steps)
+        hidden = None if trainer.is_global_zero else True  # None: unless stderr is a terminal
+        options: dict[str, Any] = {"unit": "step", "dynamic_ncols": True, "leave": False, "disable": hidden}
+        self._bar = tqdm(total=steps or None, initial=trainer.global_step, **options)
 
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         every: int = trainer.log_every_n_steps or 10  # type: ignore[attr-defined]  # set late
         # only after logged steps: reading a metric waits for the device
-        if self._bar is not None and trainer.global_step % every == 0 and trainer.global_step > self._bar.n:
+        if not self._bar.disable and trainer.global_step % every == 0 and trainer.global_step > self._bar.n:
             metrics = _metrics(trainer)
             if (speed := trainer.callback_metrics.get("throughput/tokens_per_second")) is not None:
                 metrics["tokens/s"] = f"{speed:,.0f}"
@@ -95,16 +68,74 @@ class RunProgress(ProgressBar):
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if validates_fit(trainer):
             metrics = "  ".join(f"{name} {value}" for name, value in _metrics(trainer).items())
-            of = f"/{self._steps}" if self._steps else ""
+            of = f"/{self._bar.total}" if self._bar.total else ""
             seconds = time.monotonic() - self._began
-            self.print(f"step {trainer.global_step:>5}{of}  {metrics}  {seconds:.0f} s")
+            self._print(trainer, f"step {trainer.global_step:>5}{of}  {metrics}  {seconds:.0f} s")
 
-    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        if self._bar is not None:
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._bar.close()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        if hasattr(self, "_bar"):
             self._bar.close()
-            self._bar = None
+
+    def _print(self, trainer: Trainer, line: str) -> None:
+        if trainer.is_global_zero:
+            with tqdm.external_write_mode(file=sys.stdout):  # above the bar
+                print(line, flush=True)
 
 
 def _metrics(trainer: Trainer) -> dict[str, str]:
     names, found = ("train/loss", "val/loss", "val/nats_per_char"), trainer.callback_metrics
     return {name: f"{found[name]:.4f}" for name in names if name in found}
+
+
+class LearningCurve(Callback):
+    """Writes `metrics.csv` and `curve.png` to the run's folder: the metrics of each validation, and the losses as a figure.
+
+    Besides optimizer steps, the table counts characters of training text seen, which compare across tokenizers and batch
+    sizes, and seconds of training and validation. A resumed run continues both.
+    """
+
+    def __init__(self) -> None:
+        self._rows: list[dict[str, float]] = []
+        self._began, self._seconds_before = time.monotonic(), 0.0
+        self._folder: Path | None = None
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self._folder = run_folder(trainer) if trainer.logger is not None else None
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._began = time.monotonic() - self._seconds_before
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"rows": self._rows, "seconds": time.monotonic() - self._began}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._rows, self._seconds_before = list(state_dict["rows"]), state_dict["seconds"]
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not validates_fit(trainer):
+            return
+        row = {"step": float(trainer.global_step), "seconds": time.monotonic() - self._began}
+        if data := text_data(trainer):
+            row["characters"] = data.characters_seen(trainer.global_step)
+        sections = ("train/", "val/", "train_subset/", "gap/")
+        row |= {k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith(sections)}
+        self._rows.append(row)
+        if trainer.is_global_zero and self._folder:
+            names = dict.fromkeys(name for row in self._rows for name in row)
+            with (
+                files.whole(self._folder / "metrics.csv") as beside,
+                beside.open("w", encoding="utf-8", newline="") as file,
+            ):
+                table = csv.DictWriter(file, list(names))
+                table.writeheader()
+                table.writerows(self._rows)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._rows and trainer.is_global_zero and self._folder:
+            pictures.learning_curves({self._folder.name: self._rows}).savefig(self._folder / "curve.png")
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self.on_train_end(trainer, pl_module)

@@ -7,17 +7,16 @@ import time
 import warnings
 from typing import Any
 
-import psutil
 import torch
 from lightning.fabric.utilities.throughput import get_available_flops
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from lmlight.data.loader import Batch, as_batch
 from lmlight.errors import UserError
 from lmlight.training.callbacks.base import FitCallback, text_data
+from lmlight.training.checkpointing import total_norm
 from lmlight.training.metrics import TextLoss
 from lmlight.training.module import LanguageModel
 
@@ -26,24 +25,24 @@ class Throughput(FitCallback):
     """Logs speed and memory; validations do not count.
 
     - `throughput/tokens_per_second` and `characters_per_second`, over all devices;
-    - `throughput/mfu`: model FLOP/s (`Net.flops_per_token`, times three for training) as a share of the devices' peak, from
-      the data sheet if Lightning knows it, else measured with a large matrix product when training starts;
+    - `throughput/mfu`: model FLOP/s (`Net.flops_per_token`, times three for training) as a share of the devices' peak, for
+      GPUs whose peak Lightning knows;
     - `throughput/waiting_for_data`: share of the time spent waiting for the next batch;
-    - `throughput/memory_gib`: the run's peak on CUDA; current memory of the driver on MPS and of the process on a CPU.
+    - `throughput/memory_gib`: the run's peak on CUDA, the driver's current memory on MPS.
     """
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert isinstance(pl_module, LanguageModel) and pl_module.net is not None
         device = trainer.strategy.root_device
         self._flops_per_token = 3 * pl_module.net.flops_per_token()
-        self._peak = trainer.world_size * _peak_flops_per_second(device, str(trainer.precision))
+        self._peak = trainer.world_size * _peak_flops_per_second(device, str(trainer.precision))  # 0: unknown
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
         self._paused_at: float | None = None
         self._restart(trainer)
 
     def _restart(self, trainer: Trainer) -> None:
-        self._began, self._paused = time.perf_counter(), 0.0
+        self._began = time.perf_counter()
         self._waited = getattr(trainer.train_dataloader, "data_wait_seconds", 0.0)
         self._tokens = 0
         self._characters: Tensor | int = 0
@@ -53,7 +52,7 @@ class Throughput(FitCallback):
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         if self._paused_at is not None:  # since the last batch: a validation with its callbacks and checkpoints
-            self._paused += time.perf_counter() - self._paused_at
+            self._began += time.perf_counter() - self._paused_at
             self._paused_at = None
 
     def on_train_batch_end(
@@ -66,48 +65,31 @@ class Throughput(FitCallback):
 
     def on_logged_step(self, trainer: Trainer, model: LanguageModel) -> None:
         characters = float(self._characters)  # waits for the device, so before the clock is read
-        seconds = time.perf_counter() - self._began - self._paused
+        seconds = time.perf_counter() - self._began
         tokens_per_second = trainer.world_size * self._tokens / seconds
+        device = trainer.strategy.root_device
         metrics = {
             "tokens_per_second": tokens_per_second,
             "characters_per_second": trainer.world_size * characters / seconds,
             "waiting_for_data": (getattr(trainer.train_dataloader, "data_wait_seconds", 0.0) - self._waited) / seconds,
-            "memory_gib": _memory_bytes(trainer.strategy.root_device) / 2**30,
         }
-        if self._flops_per_token:  # 0 for a bigram table
+        if device.type == "cuda":
+            metrics["memory_gib"] = torch.cuda.max_memory_allocated(device) / 2**30
+        elif device.type == "mps":
+            metrics["memory_gib"] = torch.mps.driver_allocated_memory() / 2**30
+        if self._flops_per_token and self._peak:  # a bigram table has none
             metrics["mfu"] = tokens_per_second * self._flops_per_token / self._peak
         model.log_dict({f"throughput/{name}": value for name, value in metrics.items()})
         self._restart(trainer)
 
 
 def _peak_flops_per_second(device: torch.device, precision: str) -> float:
-    """The rate of one device in matrix products of the precision's data type."""
+    """The data sheet's rate of one device for the precision's data type; 0 if Lightning does not know it."""
     dtypes = {"bf16": torch.bfloat16, "16": torch.float16, "64": torch.float64}
     dtype = next((dtype for name, dtype in dtypes.items() if name in precision), torch.float32)
-    if device.type == "cpu" and dtype == torch.float16:
-        dtype = torch.float32  # a float16 product takes seconds on most CPUs
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about devices that Lightning does not know
-        if known := get_available_flops(device, dtype):
-            return float(known)
-    n = 1024 if device.type == "cpu" else 4096
-    matrix = torch.ones(n, n, device=device, dtype=dtype)
-
-    def seconds() -> float:
-        began = time.perf_counter()
-        float((matrix @ matrix)[0, 0])  # waits for the device
-        return time.perf_counter() - began
-
-    seconds()  # the first product also loads libraries and chooses a kernel
-    return float(2 * n**3 / min(seconds() for _ in range(3)))
-
-
-def _memory_bytes(device: torch.device) -> float:
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    if device.type == "mps":
-        return torch.mps.driver_allocated_memory()
-    return float(psutil.Process().memory_info().rss)
+        return float(get_available_flops(device, dtype) or 0)
 
 
 class UpdateRatio(FitCallback):
@@ -126,7 +108,7 @@ class UpdateRatio(FitCallback):
         for part, weights in _parts(model).items():
             before = self._before.pop(part)
             step = [new.detach() - old for new, old in zip(weights, before)]
-            ratios[f"update_ratio/{part}"] = _norm(step) / _norm(before).clamp(min=1e-12)
+            ratios[f"update_ratio/{part}"] = total_norm(step) / total_norm(before).clamp(min=1e-12)
         model.log_dict(ratios)
 
 
@@ -139,11 +121,6 @@ def _parts(model: LanguageModel) -> dict[str, list[Tensor]]:
         part = f"block {int(block[1]) + 1}" if block else name.partition(".")[0]
         parts.setdefault(part, []).append(parameter)
     return parts
-
-
-def _norm(tensors: list[Tensor]) -> Tensor:
-    norm = torch.nn.utils.get_total_norm(tensors)
-    return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
 
 class TrainSubsetEval(FitCallback):

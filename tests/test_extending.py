@@ -1,0 +1,478 @@
+"""docs/extending.md does what it says; and what users bring works from fit to predict, or is refused in one line."""
+
+import re
+import shlex
+import signal
+import sys
+from pathlib import Path
+
+import lightning.pytorch as pl
+import numpy as np
+import processes
+import pytest
+import tiny
+import torch
+from torch import nn
+
+from lmlight import LanguageModel, TextDataModule, Transformer, checkpoint
+from lmlight.__main__ import main
+from lmlight.data.hf_tokenizer import HFTokenizer, read_pretrained
+from lmlight.data.tokenizer import Tokenizer, TokenizerConfig, deserialize, serialize
+from lmlight.errors import UserError
+from lmlight.models.check import check_net
+from lmlight.training.checkpointing import AtomicCheckpointIO, BestLastCheckpoint
+
+PAGE = (Path(__file__).parents[1] / "docs" / "extending.md").read_text("utf-8")
+BLOCKS = re.findall(r"^```(python|sh)\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL)
+SHORT = ["--data.corpus=corpus.txt", "--data.block_size=16", "--data.batch_size=8", "--trainer.accelerator=cpu"]
+SHORT += ["--trainer.max_steps=2", "--trainer.val_check_interval=2", "--trainer.log_every_n_steps=1"]
+NETWORK = """
+import torch
+from torch import nn
+from lmlight.models import Net
+
+class Mine(Net):
+    def __init__(self, vocab_size: int, block_size: int, width: int = 16, p: float = 0.0) -> None:
+        super().__init__()
+        self.embedding, self.drop = nn.Embedding(vocab_size, width), nn.Dropout(p)
+        self.mix, self.head = nn.Linear(2 * width, width), nn.Linear(width, vocab_size)
+
+    def forward(self, idx):
+        x = self.drop(self.embedding(idx))
+        before = nn.functional.pad(x, (0, 0, 1, 0))[:, :-1]
+        return self.head(torch.relu(self.mix(torch.cat((before, x), -1))))
+
+class Future(Mine):
+    def forward(self, idx):
+        return super().forward(idx.flip(1)).flip(1)
+
+class Shape(Mine):
+    def forward(self, idx):
+        return super().forward(idx)[:, -1]
+
+class Order(Net):
+    def __init__(self, block_size: int, vocab_size: int) -> None:
+        super().__init__()
+
+    def forward(self, idx):
+        return idx
+
+class Plain(nn.Module):
+    def __init__(self, vocab_size: int, block_size: int) -> None:
+        super().__init__()
+"""
+exec(NETWORK, namespace := {"__name__": __name__})
+Mine, Future, Shape = namespace["Mine"], namespace["Future"], namespace["Shape"]
+
+
+@pytest.fixture
+def folder(tmp_path, corpus_text, monkeypatch):
+    """A user's folder, with the files of the page."""
+    for name in ("corpus.txt", "my.txt"):
+        (tmp_path / name).write_bytes(corpus_text.encode())
+    (tmp_path / "mynet.py").write_text(NETWORK)
+    for kind, code in BLOCKS:
+        if kind == "python" and (name := re.match(r"# (\w+\.py)\n", code)):
+            (tmp_path / name[1]).write_text(code)
+    monkeypatch.setattr(sys, "path", [*sys.path, str(tmp_path)])
+    yield tmp_path
+    for name in [name for name, module in sys.modules.items() if str(tmp_path) in str(getattr(module, "__file__", ""))]:
+        del sys.modules[name]
+
+
+def error_of(capsys, *args):
+    assert main(list(args)) == 2
+    lines = capsys.readouterr().err.strip().split("\n")
+    assert len(lines) == 1
+    return lines[0]
+
+
+# The page
+
+
+def commands():
+    for kind, code in BLOCKS:
+        if kind == "sh":
+            for line in code.strip().split("\n"):
+                yield shlex.split(line, comments=True)
+
+
+def test_commands_of_the_page_run(folder, monkeypatch, capsys):
+    byte_level = pytest.importorskip("tokenizers").ByteLevelBPETokenizer()
+    byte_level.train([str(folder / "corpus.txt")], vocab_size=300)
+    byte_level.save(str(folder / "tokenizer.json"))
+    for _, *words in commands():
+        more = {"fit": SHORT, "predict": ["--model.sampling.max_new_tokens=4", "--trainer.accelerator=cpu"]}.get(
+            words[0], []
+        )
+        if "--ckpt_path" in words and words[0] == "fit":
+            more = ["--trainer.max_steps=3"]
+        if "--data" in words:
+            more = [flag for flag in SHORT if not flag.startswith("--data")]
+        if words[0] == "chat":
+            monkeypatch.setattr(
+                "builtins.input", lambda _, lines=iter(["/max_new_tokens 4", "MIRA:", "/quit"]): next(lines)
+            )
+        assert main([*words, *more]) == 0, (words, capsys.readouterr().err)
+    assert len(list(commands())) >= 11
+
+
+def test_python_of_the_page_runs(folder, capsys):
+    (code,) = (code for kind, code in BLOCKS if kind == "python" and not code.startswith("# my_"))
+    exec(code.replace("max_steps=200", "max_steps=2").replace("val_check_interval=100", "val_check_interval=2"), {})
+    assert "The " in capsys.readouterr().out
+
+
+# Networks
+
+
+def test_network_of_forward_alone_is_resumed_to_the_bit_after_a_kill(folder, capsys):
+    flags = ["fit", "--model.net=mynet.Mine", "--model.net.p=0.2", *SHORT, "--trainer.max_steps=8"]
+    flags += [
+        "--data.tokenizer.vocab_size=400",
+        "--trainer.callbacks+=lmlight.training.checkpointing.BestLastCheckpoint",
+    ]
+    flags += ["--trainer.callbacks.every_n_steps=1"]
+    processes.run(*flags, "--trainer.default_root_dir=whole", cwd=folder)
+    with processes.start(*flags, cwd=folder) as process:
+        while not (found := list(folder.glob("runs/*/checkpoints/last.ckpt"))) and process.poll() is None:
+            pass
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    assert checkpoint.read(found[0])["global_step"] < 8 or process.returncode == 0
+    processes.run("fit", "--ckpt_path=last", cwd=folder, status=0)
+    (whole,), (resumed,) = (list(folder.glob(f"{root}/*/checkpoints/last.ckpt")) for root in ("whole", "runs"))
+    weights = [checkpoint.read(path)["state_dict"] for path in (whole, resumed)]
+    assert weights[0].keys() == weights[1].keys()
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+    out, _ = processes.run("predict", "--ckpt_path=best", "--model.net=mynet.Mine", cwd=folder)
+    assert out
+    _, err = processes.run("predict", "--ckpt_path=best", cwd=folder, status=2)
+    assert "pass --model.net mynet.Mine" in err and err.count("\n") == 1
+
+
+def test_two_processes_train_a_network_of_a_user_like_one(folder):
+    flags = ["fit", "--model.net=mynet.Mine", *SHORT, "--data.tokenizer.vocab_size=400", "--trainer.precision=64"]
+    processes.run(*flags, "--trainer.default_root_dir=one", cwd=folder)
+    processes.run(*flags, "--trainer.default_root_dir=two", "--trainer.devices=2", "--trainer.strategy=ddp", cwd=folder)
+    (one,), (two,) = (list(folder.glob(f"{root}/*/checkpoints/last.ckpt")) for root in ("one", "two"))
+    a, b = (checkpoint.read(path)["state_dict"] for path in (one, two))
+    assert all(torch.allclose(a[name].double(), b[name].double(), rtol=0, atol=1e-6) for name in a)
+
+
+@pytest.mark.parametrize(
+    ("net", "says"),
+    [
+        ("mynet.Future", "looks at the future"),
+        ("mynet.Shape", "expected shape (2, 8, 32)"),
+        ("mynet.Plain", "Plain is not derived from Net"),
+        ("mynet.Order", "must take vocab_size and block_size as its first two arguments"),
+        ("mynet.Missing", "Missing is not in mynet; it has Future or Mine or Order or Shape"),
+        ("nowhere.Mine", "there is no module nowhere"),
+        ("Mein", "expected Bigram or"),
+        ("broken.Mine", "cannot be imported: ZeroDivisionError"),
+    ],
+)
+def test_network_that_cannot_be_used_is_refused_before_anything_is_fetched(folder, net, says, capsys):
+    (folder / "broken.py").write_text("1 / 0\n")
+    assert says in error_of(capsys, "fit", f"--model.net={net}", *SHORT)
+    assert not (folder / "cache" / "tokens").exists()
+    assert not (folder / "runs").exists()
+
+
+def test_check_of_causality_can_be_switched_off(folder):
+    assert main(["fit", "--model.net=mynet.Future", "--model.check_causality=false", *SHORT]) == 0
+
+
+@pytest.mark.parametrize("block_size", [1, 2, 64])
+def test_check_accepts_causal_networks_and_leaves_the_random_state(block_size):
+    torch.manual_seed(3)
+    expected = torch.rand(3)
+    torch.manual_seed(3)
+    for make in (
+        lambda v, b: Mine(v, b, p=0.5),
+        lambda v, b: Transformer(v, b, n_layer=1, n_head=2, n_embd=16, dropout=0.3),
+    ):
+        check_net(make, block_size)
+    assert torch.equal(torch.rand(3), expected)
+
+
+def test_check_sees_through_layers_that_start_as_zero():
+    class Zero(Future):
+        def forward(self, idx):
+            return Mine.forward(self, idx) + self.gate * super().forward(idx)
+
+        def __init__(self, vocab_size: int, block_size: int) -> None:
+            super().__init__(vocab_size, block_size)
+            self.gate = nn.Parameter(torch.zeros(vocab_size))
+
+    with pytest.raises(UserError, match="future"):
+        check_net(Zero, 16)
+
+
+def test_arguments_that_are_not_plain_values_are_refused():
+    with pytest.raises(UserError, match="its argument width is a Tensor"):
+        Mine(3, 4, width=torch.tensor(3))
+    assert Mine(3, 4, 8).config == {"vocab_size": 3, "block_size": 4, "width": 8, "p": 0.0}
+
+
+def test_checkpoint_never_imports_the_module_that_it_names(folder, capsys):
+    assert main(["fit", "--model.net=mynet.Mine", *SHORT]) == 0
+    del sys.modules["mynet"]
+    (path,) = folder.glob("runs/*/checkpoints/best.ckpt")
+    code = f"""if True:
+        import sys
+        from lmlight import LanguageModel
+        from lmlight.errors import UserError
+        try:
+            LanguageModel.load_from_checkpoint({str(path)!r})
+        except UserError as error:
+            print(error)
+        assert "mynet" not in sys.modules
+        import mynet
+        print(type(LanguageModel.load_from_checkpoint({str(path)!r}).net).__name__)
+        print(type(LanguageModel.load_from_checkpoint({str(path)!r}, net=mynet.Mine).net).__name__)
+        """
+    out, _ = processes.run_afresh(
+        code=code, cwd=folder, env=processes.environment(PYTHONPATH=f"{folder}:{':'.join(sys.path)}")
+    )
+    error, *loaded = out.strip().split("\n")
+    assert "pass --model.net mynet.Mine, or net=Mine in Python" in error
+    assert loaded == ["Mine", "Mine"]
+
+
+def test_several_fits_with_networks_of_a_user_in_one_process(corpus_file):
+    data = tiny.data(corpus_file)
+    for width in (8, 16):
+        model = LanguageModel(net=lambda v, b, width=width: Mine(v, b, width))
+        pl.Trainer(**tiny.QUIET, max_steps=2, enable_checkpointing=False).fit(model, datamodule=data)
+        assert model.net.config["width"] == width
+        assert model.generate("MIRA:", max_new_tokens=2).startswith("MIRA:")
+
+
+# Objectives, optimizers, schedules
+
+
+def test_objective_changes_training_and_not_validation(corpus_file):
+    class Half(LanguageModel):
+        def training_loss(self, batch):
+            return super().training_loss(batch) / 2
+
+    runs = {}
+    for kind in (LanguageModel, Half):
+        torch.manual_seed(0)
+        trainer = pl.Trainer(
+            **tiny.QUIET, max_steps=1, val_check_interval=1, check_val_every_n_epoch=None, enable_checkpointing=False
+        )
+        model = kind(net=tiny.net, optimizer=lambda groups: torch.optim.SGD(groups, lr=0.0))
+        trainer.fit(model, datamodule=tiny.data(corpus_file))
+        runs[kind] = float(model.step_loss), float(trainer.callback_metrics["val/nats_per_char"])
+    assert runs[Half][0] == pytest.approx(runs[LanguageModel][0] / 2)
+    assert runs[Half][1] == runs[LanguageModel][1]
+
+
+def test_scheduler_of_torch_sets_the_learning_rate(corpus_file):
+    rates = []
+
+    class Watch(pl.Callback):
+        def on_train_batch_end(self, trainer, *args):
+            rates.append(trainer.optimizers[0].param_groups[0]["lr"])
+
+    model = LanguageModel(
+        net=tiny.net,
+        optimizer=lambda groups: torch.optim.SGD(groups, lr=1.0),
+        lr_scheduler=lambda optimizer: torch.optim.lr_scheduler.StepLR(optimizer, step_size=2, gamma=0.1),
+    )
+    pl.Trainer(**tiny.QUIET, max_steps=4, callbacks=[Watch()], enable_checkpointing=False).fit(
+        model, datamodule=tiny.data(corpus_file)
+    )
+    assert rates == pytest.approx([1.0, 0.1, 0.1, 0.01])
+
+
+def test_state_of_a_scheduler_cannot_change_on_resume(folder, capsys):
+    step = ["--model.lr_scheduler=torch.optim.lr_scheduler.StepLR", "--model.lr_scheduler.step_size=2"]
+    assert main(["fit", *SHORT, *step]) == 0
+    capsys.readouterr()
+    error = error_of(capsys, "fit", "--ckpt_path=last", "--trainer.max_steps=3", "--model.lr_scheduler.gamma=0.5")
+    assert "model.lr_scheduler of a run cannot change" in error
+
+
+# Tokenizers
+
+
+class Bytes(Tokenizer):
+    def __init__(self):
+        self.char_counts = np.array([int(byte & 0xC0 != 0x80) for byte in range(256)])
+
+    def encode(self, text):
+        return list(text.encode())
+
+    def decode(self, ids):
+        return bytes(ids).decode(errors="replace")
+
+    def to_bytes(self):
+        return b"x"
+
+    @classmethod
+    def from_bytes(cls, data):
+        assert data == b"x"
+        return cls()
+
+
+class Lowering(Bytes):
+    def decode(self, ids):
+        return super().decode(ids).lower()
+
+
+class Miscounting(Bytes):
+    def __init__(self):
+        self.char_counts = np.full(256, 2)
+
+
+def test_tokenizer_of_a_user_trains_and_loads_again(corpus_text, corpus_file, tmp_path):
+    data = TextDataModule(str(corpus_file), block_size=16, batch_size=8)
+    data.tokenizer = Bytes()
+    model = LanguageModel(net=tiny.net)
+    trainer = pl.Trainer(
+        **{**tiny.QUIET, "default_root_dir": str(tmp_path)},
+        max_steps=1,
+        callbacks=[BestLastCheckpoint()],
+        plugins=[AtomicCheckpointIO()],
+        val_check_interval=1,
+        check_val_every_n_epoch=None,
+    )
+    trainer.fit(model, datamodule=data)
+    assert data.store.chars["train"] == int(0.9 * len(corpus_text))
+    assert float(trainer.callback_metrics["val/characters"]) == len(corpus_text) - int(0.9 * len(corpus_text))
+    again = LanguageModel.load_from_checkpoint(trainer.checkpoint_callback.last_model_path)
+    assert type(again.tokenizer) is Bytes
+    assert again.generate("é", max_new_tokens=3) == model.generate("é", max_new_tokens=3)
+
+
+@pytest.mark.parametrize(
+    ("kind", "says"), [(Lowering, "Lowering.decode does not restore"), (Miscounting, "Miscounting.char_counts")]
+)
+def test_tokenizer_that_is_not_lossless_is_refused(kind, says, corpus_file):
+    data = tiny.data(corpus_file)
+    data.tokenizer = kind()
+    with pytest.raises(UserError, match=says):
+        data.prepare_data()
+
+
+def test_serialized_tokenizer_never_imports_the_module_that_it_names():
+    data = serialize(Bytes()).replace(b"Bytes", b"Other")
+    with pytest.raises(UserError, match="whose module is not imported"):
+        deserialize(data)
+
+
+def make_hf(kind, text):
+    tokenizers = pytest.importorskip("tokenizers")
+    if kind == "byte-level":
+        made = tokenizers.ByteLevelBPETokenizer()
+        made.train_from_iterator([text], vocab_size=400, special_tokens=["<|endoftext|>"])
+    else:
+        made = tokenizers.Tokenizer(tokenizers.models.WordPiece(unk_token="[UNK]"))
+        made.normalizer = tokenizers.normalizers.Lowercase()
+        made.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+        made.decoder = tokenizers.decoders.WordPiece()
+        made.train_from_iterator([text], tokenizers.trainers.WordPieceTrainer(vocab_size=400, special_tokens=["[UNK]"]))
+    return made
+
+
+@pytest.mark.parametrize(("kind", "lossless"), [("byte-level", True), ("word-piece", False)])
+def test_tokenizer_json_gives_the_same_ids_and_counts_characters(kind, lossless, corpus_text, tmp_path):
+    made = make_hf(kind, corpus_text)
+    made.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer_config.json").write_text('{"eos_token": {"content": "<|endoftext|>"}}')
+    tokenizer = read_pretrained(tmp_path / "tokenizer.json")
+    assert tokenizer.lossless is lossless
+    for text in (corpus_text, "naïve 日本 🙂 \r\n\t<s>"):
+        assert tokenizer.encode(text) == made.encode(text).ids
+        if lossless:
+            assert tokenizer.decode(tokenizer.encode(text)) == text
+            assert tokenizer.char_counts[tokenizer.encode(text)].sum() == len(text)
+    again = deserialize(serialize(tokenizer))
+    assert isinstance(again, HFTokenizer)
+    assert again.encode("To be") == tokenizer.encode("To be")
+    assert (again.eos_id, tokenizer.eos_id) == ((0, 0) if lossless else (None, None))
+    if lossless:
+        assert 0 not in tokenizer.encode("a<|endoftext|>b"), "special tokens in a text are text"
+
+
+def test_sentencepiece_model_file_can_be_used(unigram_file, corpus_file):
+    tokenizer = TokenizerConfig(vocab_size=400).train("to be or not to be " * 99)
+    unigram_file.write_bytes(tokenizer.to_bytes())
+    assert read_pretrained(unigram_file).fingerprint == tokenizer.fingerprint
+
+
+@pytest.fixture
+def unigram_file(tmp_path):
+    return tmp_path / "unigram.model"
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [("no.json", None), ("bad.json", b"{}"), ("bad.json", b"[]"), ("no.model", b"x"), ("no.model", b"")],
+)
+def test_file_that_is_no_tokenizer_is_refused(name, content, tmp_path):
+    pytest.importorskip("tokenizers")
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=r"cannot be read \(.*\): pass a tokenizer.json"):
+        read_pretrained(tmp_path / name)
+
+
+# Data
+
+
+class Counting(pl.LightningDataModule):
+    vocab_size, block_size = 10, 8
+
+    def __init__(self, ids=None):
+        super().__init__()
+        self.ids = (torch.arange(9) + torch.arange(32)[:, None]) % 10 if ids is None else ids
+
+    def train_dataloader(self):
+        pairs = torch.utils.data.TensorDataset(self.ids[:, :-1], self.ids[:, 1:])
+        return torch.utils.data.DataLoader(pairs, batch_size=4)
+
+    val_dataloader = train_dataloader
+
+
+def test_pairs_train_and_the_losses_are_per_token(tmp_path):
+    keeper = BestLastCheckpoint()
+    settings = {
+        **tiny.QUIET,
+        "default_root_dir": str(tmp_path),
+        "max_steps": 8,
+        "callbacks": [keeper],
+        "check_val_every_n_epoch": 1,
+    }
+    trainer = pl.Trainer(**settings, plugins=[AtomicCheckpointIO()])
+    model = LanguageModel(net=tiny.net)
+    with pytest.warns(UserWarning, match="Counting is not a TextDataModule: a resumed run may see other batches"):
+        trainer.fit(model, datamodule=Counting())
+    assert {"val/loss", "val/perplexity"} == {name for name in trainer.callback_metrics if name.startswith("val/")}
+    assert keeper.best_score == pytest.approx(float(trainer.callback_metrics["val/loss"]))
+    again = LanguageModel.load_from_checkpoint(keeper.last_model_path)
+    assert torch.equal(again.generate(torch.tensor([[1, 2]])), model.generate(torch.tensor([[1, 2]])))
+    with pytest.raises(UserError, match="no tokenizer"):
+        again.generate("a")
+
+
+@pytest.mark.parametrize(
+    "ids", [torch.zeros(8, 9, 2, dtype=torch.long), torch.zeros(8, dtype=torch.long)[:, None].repeat(1, 1)]
+)
+def test_batches_of_another_shape_are_refused(ids):
+    data = Counting()
+    data.train_dataloader = lambda: [ids]
+    with pytest.raises(UserError, match="a batch must be a pair"):
+        pl.Trainer(**tiny.QUIET, max_steps=1, enable_checkpointing=False).fit(LanguageModel(net=tiny.net), data)
+
+
+def test_data_without_sizes_is_refused():
+    class Sizeless(Counting):
+        vocab_size = None
+
+    with pytest.raises(UserError, match="the sizes of the network are not known"):
+        pl.Trainer(**tiny.QUIET, max_steps=1, enable_checkpointing=False).fit(LanguageModel(net=tiny.net), Sizeless())
