@@ -238,10 +238,10 @@ def test_the_number_of_chosen_experts_must_fit(top_k):
 
 
 @pytest.mark.parametrize("kind", [GatedRecurrence, MixtureOfExperts])
-def test_a_run_s_checkpoint_generates_the_same_text(verse_file, kind):
+def test_a_run_s_checkpoint_generates_the_same_text(corpus_file, kind):
     pl.seed_everything(1, verbose=False)
     model = LanguageModel(net=partial(kind, n_layer=1, n_embd=32))
-    data = tiny.data(verse_file)
+    data = tiny.data(corpus_file)
     trainer = pl.Trainer(max_steps=5, gradient_clip_val=1.0, enable_checkpointing=False, **tiny.QUIET)
     trainer.fit(model, datamodule=data)
     scores = trainer.validate(model, datamodule=data, verbose=False)[0]

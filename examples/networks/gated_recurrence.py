@@ -24,19 +24,10 @@ from lmlight.models.transformer import MLP, Block
 
 
 def scan(a: Tensor, b: Tensor, h: Tensor) -> Tensor:
-    """Compute h_t = a_t h_{t-1} + b_t for all t, in about 2 sqrt(T) steps.
+    """Compute h_t = a_t h_{t-1} + b_t from a, b (B, T, C) and the state before them (B, C), in about 2 sqrt(T) steps.
 
-    The T positions are cut into chunks of about sqrt(T). First, all chunks advance together, each from a state of zero;
-    then the states at their ends follow from one another. Only products of decays occur, never their inverses or
-    logarithms, so decays of 0 and long products are safe.
-
-    Args:
-        a: (B, T, C) decays, from 0 to 1.
-        b: (B, T, C) inputs.
-        h: (B, C) state before the first position.
-
-    Returns:
-        (B, T, C) states.
+    First, all chunks of about sqrt(T) positions advance together from a state of zero; then the states at their ends
+    follow from one another. Without inverses or logarithms of decays, decays of 0 and long products are safe.
     """
     T = a.size(1)
     size = math.isqrt(T - 1) + 1  # ceil(sqrt(T))
@@ -76,10 +67,9 @@ class Recurrence(nn.Module):
 
     def __init__(self, n_embd: int, conv_width: int) -> None:
         super().__init__()
-        self.input = nn.Linear(n_embd, 3 * n_embd, bias=False)
         self.conv = nn.Parameter(F.pad(torch.ones(n_embd), ((conv_width - 1) * n_embd, 0)))  # starts as the identity
         self.decay_bias = nn.Parameter(torch.linspace(0, 4, n_embd))  # half-lives of 1 to 38 tokens
-        self.output = nn.Linear(n_embd, n_embd, bias=False)
+        self.input, self.output = nn.Linear(n_embd, 3 * n_embd, bias=False), nn.Linear(n_embd, n_embd, bias=False)
 
     def forward(self, x: Tensor, rope: None, cache: State, layer: int) -> Tensor:
         u, decay, gate = self.input(x).chunk(3, dim=-1)  # (B, T, C) each
@@ -105,23 +95,15 @@ class GatedRecurrence(Net):
         conv_width: tokens that the convolution sees, at least 2.
     """
 
-    def __init__(
-        self, vocab_size: int, block_size: int, n_layer: int = 4, n_embd: int = 128, conv_width: int = 4
-    ) -> None:
+    def __init__(self, vocab_size: int, block_size: int, n_layer: int = 4, n_embd: int = 128, conv_width: int = 4):
         super().__init__()
         self.sizes = n_layer, n_embd, conv_width
         self.embedding = nn.Embedding(vocab_size, n_embd)
-        self.blocks = nn.ModuleList(
-            Block(
-                Recurrence(n_embd, conv_width),
-                MLP(n_embd, 4 * n_embd, "relu2", dropout=0.0, bias=False),
-                RMSNorm(n_embd),
-                RMSNorm(n_embd),
-            )
-            for _ in range(n_layer)
-        )
-        self.norm = RMSNorm(n_embd)
-        self.head = nn.Linear(n_embd, vocab_size, bias=False)
+        self.blocks = nn.ModuleList()
+        for _ in range(n_layer):
+            mlp = MLP(n_embd, 4 * n_embd, "relu2", dropout=0.0, bias=False)
+            self.blocks.append(Block(Recurrence(n_embd, conv_width), mlp, RMSNorm(n_embd), RMSNorm(n_embd)))
+        self.norm, self.head = RMSNorm(n_embd), nn.Linear(n_embd, vocab_size, bias=False)
         for name, parameter in self.named_parameters():
             if parameter.dim() == 2:  # blocks start as the identity
                 nn.init.normal_(parameter, std=0.0 if name.endswith(("output.weight", "down.weight")) else 0.02)
