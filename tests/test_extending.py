@@ -1,9 +1,10 @@
-"""docs/extending.md does what it says; and what users bring works from fit to predict, or is refused in one line."""
+"""Networks, objectives, tokenizers and data of users, and the examples in docs/extending.md."""
 
 import re
 import shlex
 import signal
 import sys
+import time
 from pathlib import Path
 
 import lightning.pytorch as pl
@@ -67,7 +68,7 @@ Mine, Future, Shape = namespace["Mine"], namespace["Future"], namespace["Shape"]
 
 @pytest.fixture
 def folder(tmp_path, corpus_text, monkeypatch):
-    """A user's folder, with the files of the page."""
+    """A folder of a user, with the files of docs/extending.md."""
     for name in ("corpus.txt", "my.txt"):
         (tmp_path / name).write_bytes(corpus_text.encode())
     (tmp_path / "mynet.py").write_text(NETWORK)
@@ -126,7 +127,7 @@ def test_python_of_the_page_runs(folder, capsys):
 # Networks
 
 
-def test_network_of_forward_alone_is_resumed_to_the_bit_after_a_kill(folder, capsys):
+def test_custom_network_resumes_exactly_after_a_kill(folder, capsys):
     flags = ["fit", "--model.net=mynet.Mine", "--model.net.p=0.2", *SHORT, "--trainer.max_steps=8"]
     flags += [
         "--data.tokenizer.vocab_size=400",
@@ -136,7 +137,7 @@ def test_network_of_forward_alone_is_resumed_to_the_bit_after_a_kill(folder, cap
     processes.run(*flags, "--trainer.default_root_dir=whole", cwd=folder)
     with processes.start(*flags, cwd=folder) as process:
         while not (found := list(folder.glob("runs/*/checkpoints/last.ckpt"))) and process.poll() is None:
-            pass
+            time.sleep(0.01)
         process.send_signal(signal.SIGKILL)
         process.wait()
     assert checkpoint.read(found[0])["global_step"] < 8 or process.returncode == 0
@@ -151,10 +152,12 @@ def test_network_of_forward_alone_is_resumed_to_the_bit_after_a_kill(folder, cap
     assert "pass --model.net mynet.Mine" in err and err.count("\n") == 1
 
 
-def test_two_processes_train_a_network_of_a_user_like_one(folder):
+def test_custom_network_trains_the_same_with_two_processes(folder):
     flags = ["fit", "--model.net=mynet.Mine", *SHORT, "--data.tokenizer.vocab_size=400", "--trainer.precision=64"]
     processes.run(*flags, "--trainer.default_root_dir=one", cwd=folder)
-    processes.run(*flags, "--trainer.default_root_dir=two", "--trainer.devices=2", "--trainer.strategy=ddp", cwd=folder)
+    processes.run(
+        *flags, "--trainer.default_root_dir=two", "--trainer.devices=2", "--trainer.strategy=ddp_fork", cwd=folder
+    )
     (one,), (two,) = (list(folder.glob(f"{root}/*/checkpoints/last.ckpt")) for root in ("one", "two"))
     a, b = (checkpoint.read(path)["state_dict"] for path in (one, two))
     assert all(torch.allclose(a[name].double(), b[name].double(), rtol=0, atol=1e-6) for name in a)
@@ -173,19 +176,19 @@ def test_two_processes_train_a_network_of_a_user_like_one(folder):
         ("broken.Mine", "cannot be imported: ZeroDivisionError"),
     ],
 )
-def test_network_that_cannot_be_used_is_refused_before_anything_is_fetched(folder, net, says, capsys):
+def test_unusable_network_is_refused_before_the_corpus_is_read(folder, net, says, capsys):
     (folder / "broken.py").write_text("1 / 0\n")
     assert says in error_of(capsys, "fit", f"--model.net={net}", *SHORT)
     assert not (folder / "cache" / "tokens").exists()
     assert not (folder / "runs").exists()
 
 
-def test_check_of_causality_can_be_switched_off(folder):
+def test_causality_check_can_be_disabled(folder):
     assert main(["fit", "--model.net=mynet.Future", "--model.check_causality=false", *SHORT]) == 0
 
 
 @pytest.mark.parametrize("block_size", [1, 2, 64])
-def test_check_accepts_causal_networks_and_leaves_the_random_state(block_size):
+def test_check_accepts_causal_networks_and_keeps_the_random_state(block_size):
     torch.manual_seed(3)
     expected = torch.rand(3)
     torch.manual_seed(3)
@@ -197,7 +200,7 @@ def test_check_accepts_causal_networks_and_leaves_the_random_state(block_size):
     assert torch.equal(torch.rand(3), expected)
 
 
-def test_check_sees_through_layers_that_start_as_zero():
+def test_check_detects_layers_initialized_to_zero():
     class Zero(Future):
         def forward(self, idx):
             return Mine.forward(self, idx) + self.gate * super().forward(idx)
@@ -210,13 +213,13 @@ def test_check_sees_through_layers_that_start_as_zero():
         check_net(Zero, 16)
 
 
-def test_arguments_that_are_not_plain_values_are_refused():
+def test_network_arguments_must_be_plain_values():
     with pytest.raises(UserError, match="its argument width is a Tensor"):
         Mine(3, 4, width=torch.tensor(3))
     assert Mine(3, 4, 8).config == {"vocab_size": 3, "block_size": 4, "width": 8, "p": 0.0}
 
 
-def test_checkpoint_never_imports_the_module_that_it_names(folder, capsys):
+def test_checkpoint_does_not_import_the_module_that_it_names(folder, capsys):
     assert main(["fit", "--model.net=mynet.Mine", *SHORT]) == 0
     del sys.modules["mynet"]
     (path,) = folder.glob("runs/*/checkpoints/best.ckpt")
@@ -241,7 +244,7 @@ def test_checkpoint_never_imports_the_module_that_it_names(folder, capsys):
     assert loaded == ["Mine", "Mine"]
 
 
-def test_several_fits_with_networks_of_a_user_in_one_process(corpus_file):
+def test_several_custom_networks_in_one_process(corpus_file):
     data = tiny.data(corpus_file)
     for width in (8, 16):
         model = LanguageModel(net=lambda v, b, width=width: Mine(v, b, width))
@@ -271,7 +274,7 @@ def test_objective_changes_training_and_not_validation(corpus_file):
     assert runs[Half][1] == runs[LanguageModel][1]
 
 
-def test_scheduler_of_torch_sets_the_learning_rate(corpus_file):
+def test_torch_scheduler_sets_the_learning_rate(corpus_file):
     rates = []
 
     class Watch(pl.Callback):
@@ -289,7 +292,7 @@ def test_scheduler_of_torch_sets_the_learning_rate(corpus_file):
     assert rates == pytest.approx([1.0, 0.1, 0.1, 0.01])
 
 
-def test_state_of_a_scheduler_cannot_change_on_resume(folder, capsys):
+def test_scheduler_cannot_change_on_resume(folder, capsys):
     step = ["--model.lr_scheduler=torch.optim.lr_scheduler.StepLR", "--model.lr_scheduler.step_size=2"]
     assert main(["fit", *SHORT, *step]) == 0
     capsys.readouterr()
@@ -329,7 +332,7 @@ class Miscounting(Bytes):
         self.char_counts = np.full(256, 2)
 
 
-def test_tokenizer_of_a_user_trains_and_loads_again(corpus_text, corpus_file, tmp_path):
+def test_custom_tokenizer_trains_and_loads(corpus_text, corpus_file, tmp_path):
     data = TextDataModule(str(corpus_file), block_size=16, batch_size=8)
     data.tokenizer = Bytes()
     model = LanguageModel(net=tiny.net)
@@ -359,7 +362,7 @@ def test_tokenizer_that_is_not_lossless_is_refused(kind, says, corpus_file):
         data.prepare_data()
 
 
-def test_serialized_tokenizer_never_imports_the_module_that_it_names():
+def test_serialized_tokenizer_does_not_import_the_module_that_it_names():
     data = serialize(Bytes()).replace(b"Bytes", b"Other")
     with pytest.raises(UserError, match="whose module is not imported"):
         deserialize(data)
@@ -414,7 +417,7 @@ def unigram_file(tmp_path):
     ("name", "content"),
     [("no.json", None), ("bad.json", b"{}"), ("bad.json", b"[]"), ("no.model", b"x"), ("no.model", b"")],
 )
-def test_file_that_is_no_tokenizer_is_refused(name, content, tmp_path):
+def test_invalid_tokenizer_file_is_refused(name, content, tmp_path):
     pytest.importorskip("tokenizers")
     if content is not None:
         (tmp_path / name).write_bytes(content)
@@ -439,7 +442,7 @@ class Counting(pl.LightningDataModule):
     val_dataloader = train_dataloader
 
 
-def test_pairs_train_and_the_losses_are_per_token(tmp_path):
+def test_custom_data_trains_with_losses_per_token(tmp_path):
     keeper = BestLastCheckpoint()
     settings = {
         **tiny.QUIET,
