@@ -350,6 +350,19 @@ def test_streamed_pieces_join_to_the_decoded_text(tokenizers, data):
     assert "".join([detokenizer.push(index) for index in ids]) + detokenizer.flush() == tokenizer.decode(ids)
 
 
+def test_streaming_keeps_a_space_between_two_pieces_that_start_with_one(tokenizers):
+    """Alone, a lossy tokenizer's space decodes to nothing."""
+    lossy = tokenizers[2]
+    pieces = [lossy.id_to_piece(index) for index in range(lossy.vocab_size)]
+    ids = [
+        0,
+        pieces.index("\u2581"),
+        next(i for i, piece in enumerate(pieces) if len(piece) > 2 and piece[0] == "\u2581"),
+    ]
+    decoder = StreamingDecoder(lossy)
+    assert "".join([decoder.push(index) for index in ids]) + decoder.flush() == lossy.decode(ids)
+
+
 @settings(max_examples=100)
 @given(data=st.data())
 def test_streamed_pieces_continue_the_prompt(tokenizers, corpus_text, data):

@@ -43,7 +43,9 @@ class StreamingDecoder:
     def flush(self) -> str:
         """The text that was held back."""
         text = self._text()
-        self._context = self._pending if text else self._context + self._pending
+        # alone, ids that decode to nothing would drop the space of the next one
+        alone = self._tokenizer.decode(self._pending)
+        self._context = self._pending if text and alone else self._context + self._pending
         self._pending = []
         return text
 
