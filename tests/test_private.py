@@ -5,6 +5,8 @@ import importlib
 import inspect
 import pkgutil
 
+import torch
+
 import lmlight.training
 from lmlight.training.private import PRIVATE
 
@@ -14,14 +16,16 @@ FOREIGN = ("lightning.", "jsonargparse.", "torch.")
 def test_listed_private_attributes_exist():
     for name in PRIVATE:
         module, kind, attribute = name.rsplit(".", 2)
-        assert hasattr(getattr(importlib.import_module(module), kind), attribute), name
+        kind = getattr(importlib.import_module(module), kind)
+        if issubclass(kind, torch.optim.Optimizer):  # an attribute of fused ones
+            kind = kind([torch.zeros(1)], fused=True)
+        assert hasattr(kind, attribute), name
 
 
 def modules():
     return [
         importlib.import_module(found.name)
         for found in pkgutil.walk_packages(lmlight.training.__path__, "lmlight.training.")
-        if ".callbacks" not in found.name
     ]
 
 
@@ -37,7 +41,8 @@ def test_no_unlisted_private_attribute_is_used():
         assert found <= listed, module.__name__
 
 
-def test_no_private_method_is_overridden_or_called():
+def test_no_unlisted_private_method_is_overridden_or_called():
+    listed = {name.rpartition(".")[2] for name in PRIVATE}
     for module in modules():
         for kind in vars(module).values():
             if not isinstance(kind, type) or kind.__module__ != module.__name__:
@@ -54,4 +59,4 @@ def test_no_private_method_is_overridden_or_called():
                 for node in ast.walk(ast.parse(inspect.getsource(module)))
                 if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "self"
             }
-            assert not theirs & (used | vars(kind).keys()), kind
+            assert theirs & (used | vars(kind).keys()) <= listed, kind

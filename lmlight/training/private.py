@@ -1,10 +1,17 @@
-"""The private attributes of Lightning that lmlight uses; `tests/test_private.py` fails when one disappears or is added."""
+"""The private attributes of Lightning and torch that `lmlight.training` uses; `tests/test_private.py` fails when one disappears or is added."""
 
 from lightning.pytorch import Trainer
 
 PRIVATE = {
     "lightning.pytorch.loops.training_epoch_loop._TrainingEpochLoop._should_check_val_fx": (
         "whether a validation follows this batch: a checkpoint written just before one would make the resumed run skip it"
+    ),
+    "lightning.pytorch.loggers.tensorboard.TensorBoardLogger._get_next_version": "names the folder of a run after the time",
+    "torch.utils.tensorboard.writer.SummaryWriter._get_file_writer": (
+        "writes the table of hyperparameters without a first value for each metric"
+    ),
+    "torch.optim.adamw.AdamW._step_supports_amp_scaling": (
+        "whether a fused optimizer unscales float16 gradients itself, which rules out clipping"
     ),
 }
 
