@@ -1,4 +1,4 @@
-"""The private attributes of Lightning and torch that `lmlight.training` uses; `tests/test_private.py` fails when one disappears or is added."""
+"""Private attributes of Lightning and torch in `lmlight.training`; `tests/test_private.py` fails if one goes or is added."""
 
 from lightning.pytorch import Trainer
 
