@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import os
+import shutil
+import sys
+from pathlib import Path
 from typing import NoReturn
 
 from lmlight.errors import UserError
@@ -34,6 +38,16 @@ commands:
 {commands}
 
 `lmlight COMMAND --help` lists a command's options; `lmlight --version` prints the version."""
+
+
+def program(name: str = "lmlight") -> str:
+    """What to type for a program of this environment, which may not be activated."""
+    typed = Path(sys.argv[0])
+    if typed.stem != "lmlight":  # python -m lmlight, or a notebook
+        return f"{sys.executable} -m {name}" if name == "lmlight" else str(Path(sys.executable).with_name(name))
+    found = shutil.which("lmlight")
+    is_on_path = found is not None and Path(found).resolve() == typed.resolve()
+    return name if is_on_path else os.path.relpath(typed.with_name(name))
 
 
 class Parser(argparse.ArgumentParser):

@@ -20,6 +20,7 @@ import yaml
 import lmlight
 from lmlight import Bigram, LanguageModel, Sampling, TextDataModule, Transformer, checkpoint
 from lmlight.__main__ import main as typed
+from lmlight.command_line import program
 from lmlight.commands import chat
 from lmlight.data.tokenizer import CharTokenizer, TokenizerConfig
 from lmlight.export.model import Model
@@ -57,10 +58,24 @@ def test_fit_summary(finished, sample_prompt):
     assert f"val/nats_per_char {nats:.4f}" in out
     assert f"\n{sample_prompt}" in out
     command, tensorboard = out.split("Next:\n")[1].strip().split("\n")
-    program, *words = shlex.split(command)
-    assert program == "lmlight"
+    python, m, name, *words = shlex.split(command)
+    assert (python, m, name) == (sys.executable, "-m", "lmlight")
     assert processes.run_afresh(*words, cwd=folder)[0].startswith(sample_prompt)
-    assert tensorboard.strip() == "tensorboard --logdir runs"
+    assert tensorboard.strip() == f"{Path(sys.executable).with_name('tensorboard')} --logdir runs"
+
+
+def test_suggested_command_can_be_run_from_here(tmp_path, monkeypatch):
+    script = tmp_path / "environment" / "bin" / "lmlight"
+    script.parent.mkdir(parents=True)
+    script.touch(mode=0o755)
+    monkeypatch.setattr(sys, "argv", [str(script)])
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert Path(program()) == Path("environment/bin/lmlight")
+    assert Path(program("tensorboard")) == Path("environment/bin/tensorboard")
+    monkeypatch.setenv("PATH", str(script.parent))
+    assert (program(), program("tensorboard")) == ("lmlight", "tensorboard")
+    monkeypatch.setattr(sys, "argv", [str(tmp_path / "__main__.py")])
+    assert program() == f"{sys.executable} -m lmlight"
 
 
 def test_run_folder_has_config_metrics_and_best_checkpoint(finished):

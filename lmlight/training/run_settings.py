@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import yaml
 
 from lmlight import checkpoint as checkpoints
-from lmlight.command_line import Parser
+from lmlight.command_line import Parser, program
 from lmlight.data.tokenizer import Tokenizer
 from lmlight.errors import UserError
 from lmlight.models import Net, architecture_kwargs
@@ -174,4 +174,4 @@ def resume_command(checkpoint: str) -> str:
     """What to type to resume the run of a checkpoint."""
     runs = Path(checkpoint).absolute().parents[2]
     where = "" if runs == Path(RUNS).absolute() else f" --trainer.default_root_dir {runs}"
-    return f"lmlight fit --ckpt_path {checkpoint}{where}"
+    return f"{program()} fit --ckpt_path {checkpoint}{where}"

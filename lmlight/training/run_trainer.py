@@ -18,6 +18,7 @@ from lightning.pytorch.callbacks import Timer
 
 from lmlight import checkpoint as checkpoints
 from lmlight import files
+from lmlight.command_line import program
 from lmlight.data import streaming
 from lmlight.errors import UserError
 from lmlight.generation import escape_control_characters
@@ -89,7 +90,7 @@ class RunTrainer(Trainer):
             store = streaming.write(store, target) if format == "litdata" else store.copy(target)
         tokens = ", ".join(f"{name} {store.tokens[name]:,}" for name in store.tokens)
         print(f"Prepared: {os.path.relpath(store.folder)} (tokens: {tokens}; {store.tokenizer.vocab_size:,} pieces)")
-        print(f"  lmlight fit --data.corpus {os.path.relpath(store.folder)}")
+        print(f"  {program()} fit --data.corpus {os.path.relpath(store.folder)}")
 
     def validate(self, model: LanguageModel, datamodule: TextDataModule, ckpt_path: str | None = None) -> None:  # type: ignore[override]
         """Score a checkpoint on the validation text.
@@ -169,9 +170,9 @@ def print_summary(
     own = "".join(
         f" --{n} {full_name(kind)}" for n, kind in kinds.items() if not full_name(kind).startswith("lmlight.")
     )
-    print(f"Next:\n  lmlight predict --ckpt_path {path}{own} --data.prompts {prompts}")
+    print(f"Next:\n  {program()} predict --ckpt_path {path}{own} --data.prompts {prompts}")
     if isinstance(trainer.logger, RunLogger):
-        print(f"  tensorboard --logdir {os.path.relpath(trainer.logger.root_dir)}")
+        print(f"  {program('tensorboard')} --logdir {os.path.relpath(trainer.logger.root_dir)}")
 
 
 class TimeLimit(Timer):
