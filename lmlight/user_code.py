@@ -71,6 +71,10 @@ def import_class(flag: str, name: str, base: type[T]) -> type[T]:
         instead = f"; it has {_one_of(there)}" if there else ""
         problem = f"is not derived from {base.__name__}" if found is not None else f"is not in {module_name}{instead}"
         raise UserError(f"{flag} {name}: {class_name} {problem}")
+    if inspect.isabstract(found):
+        raise UserError(
+            f"{flag} {name}: {class_name} does not implement {', '.join(sorted(found.__abstractmethods__))}"
+        )
     return found
 
 

@@ -28,6 +28,7 @@ BLOCKS = re.findall(r"^```(python|sh)\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTA
 SHORT = ["--data.corpus=corpus.txt", "--data.block_size=16", "--data.batch_size=8", "--trainer.accelerator=cpu"]
 SHORT += ["--trainer.max_steps=2", "--trainer.val_check_interval=2", "--trainer.log_every_n_steps=1"]
 NETWORK = """
+from abc import ABC, abstractmethod
 import torch
 from torch import nn
 from lmlight.models import Net
@@ -57,6 +58,18 @@ class Order(Net):
 
     def forward(self, idx):
         return idx
+
+class Idle(Net):
+    def __init__(self, vocab_size: int, block_size: int) -> None:
+        super().__init__()
+
+    def forward(self, idx):
+        return torch.zeros(*idx.shape, self.vocab_size)
+
+class Abstract(Mine, ABC):
+    @abstractmethod
+    def more(self):
+        pass
 
 class Plain(nn.Module):
     def __init__(self, vocab_size: int, block_size: int) -> None:
@@ -169,8 +182,10 @@ def test_custom_network_trains_the_same_with_two_processes(folder):
         ("mynet.Future", "looks at the future"),
         ("mynet.Shape", "expected shape (2, 8, 32)"),
         ("mynet.Plain", "Plain is not derived from Net"),
+        ("mynet.Idle", "has no parameters to train"),
+        ("mynet.Abstract", "does not implement more"),
         ("mynet.Order", "must take vocab_size and block_size as its first two arguments"),
-        ("mynet.Missing", "Missing is not in mynet; it has Future or Mine or Order or Shape"),
+        ("mynet.Missing", "Missing is not in mynet; it has Abstract or Future or Idle or Mine or Order or Shape"),
         ("nowhere.Mine", "there is no module nowhere"),
         ("Mein", "expected Bigram or"),
         ("broken.Mine", "cannot be imported: ZeroDivisionError"),

@@ -70,7 +70,7 @@ def as_batch(batch: Any) -> Batch:
 
 def _describe(batch: Any) -> str:
     if isinstance(batch, (list, tuple)):
-        return f"a {type(batch).__name__} of {len(batch)}: {', '.join(map(_describe, batch))}"
+        return f"a {type(batch).__name__} of {len(batch)}: {', '.join(map(_describe, batch[:3]))}"
     return f"a tensor of shape {tuple(batch.shape)}" if isinstance(batch, Tensor) else f"a {type(batch).__name__}"
 
 

@@ -23,7 +23,7 @@ def check_net(make_net: Callable[[int, int], Net], block_size: int, check_causal
         check_causality: run it. False only makes it, without memory for its weights.
 
     Raises:
-        UserError: it is not a `Net`, its logits have the wrong shape, or logits depend on later tokens.
+        UserError: it is not a `Net`, has no parameters, returns logits of the wrong shape, or looks at later tokens.
     """
     with ExitStack() as stack:
         stack.enter_context(torch.random.fork_rng(devices=[]))
@@ -34,6 +34,10 @@ def check_net(make_net: Callable[[int, int], Net], block_size: int, check_causal
             raise UserError(
                 f"model.net must make a lmlight.models.Net, got {type(net).__name__}: derive the class from Net, and call "
                 "super().__init__() in its constructor"
+            )
+        if not any(parameter.requires_grad for parameter in net.parameters()):
+            raise UserError(
+                f"{type(net).__name__} has no parameters to train: assign its layers to attributes in __init__"
             )
         if not check_causality:
             return
