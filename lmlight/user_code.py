@@ -72,9 +72,8 @@ def import_class(flag: str, name: str, base: type[T]) -> type[T]:
         problem = f"is not derived from {base.__name__}" if found is not None else f"is not in {module_name}{instead}"
         raise UserError(f"{flag} {name}: {class_name} {problem}")
     if inspect.isabstract(found):
-        raise UserError(
-            f"{flag} {name}: {class_name} does not implement {', '.join(sorted(found.__abstractmethods__))}"
-        )
+        missing = sorted(getattr(found, "__abstractmethods__", ()))
+        raise UserError(f"{flag} {name}: {class_name} does not implement {', '.join(missing)}")
     return found
 
 
