@@ -202,6 +202,19 @@ def test_causality_check_can_be_disabled(folder):
     assert main(["fit", "--model.net=mynet.Future", "--model.check_causality=false", *SHORT]) == 0
 
 
+def test_network_is_not_run_before_processes_are_forked():
+    """torch's threads do not survive a fork: the forked processes would wait for them forever."""
+
+    class Loud(Mine):
+        def forward(self, idx):
+            raise RuntimeError("ran")
+
+    forked = pl.Trainer(**tiny.QUIET, max_steps=1, strategy="ddp_fork", devices=2)
+    LanguageModel(net=Loud).check(16, forked)
+    with pytest.raises(RuntimeError, match="ran"):
+        LanguageModel(net=Loud).check(16, pl.Trainer(**tiny.QUIET, max_steps=1))
+
+
 @pytest.mark.parametrize("block_size", [1, 2, 64])
 def test_check_accepts_causal_networks_and_keeps_the_random_state(block_size):
     torch.manual_seed(3)

@@ -157,9 +157,15 @@ class LanguageModel(TextModel):
         if trainer is not None:
             dummy_optimizer(self._make_optimizer)
             check_run(trainer, None if self._make_scheduler else self.schedule)
+        # torch's threads do not survive a fork, so `setup` runs the network instead, in the forked processes
+        launcher = trainer.strategy.launcher if trainer is not None else None
+        runs_here = trainer is not None and not (launcher is not None and launcher.is_interactive_compatible)
+        self._check_net(block_size or MAX_TOKENS, runs_here)
+
+    def _check_net(self, block_size: int, run: bool) -> None:
         if self.net is None and not self._is_checked:
-            self._is_checked = trainer is not None
-            check_net(self._make_net, block_size or MAX_TOKENS, self._check_causality and trainer is not None)
+            self._is_checked = run
+            check_net(self._make_net, block_size, run and self._check_causality)
 
     # Lightning's hooks, in the order in which they are called
 
@@ -179,6 +185,7 @@ class LanguageModel(TextModel):
                 )
             return
         if stage == "fit":
+            self._check_net(block_size, run=True)
             try_step(dummy_optimizer(self._make_optimizer))
         data = getattr(self.trainer, "datamodule", None)
         if (longer := getattr(data, "block_size", 0)) > block_size:
