@@ -50,14 +50,13 @@ if importlib.util.find_spec("lmlight") is None:
 SHARES = {"correct": 4, "record": 3, "throughput": 4, "generation": 2}
 NEEDED = (
     *("torch", "lightning", "sentencepiece", "torchmetrics", "tensorboard", "matplotlib", "fsspec"),
-    *("jsonargparse", "docstring_parser", "typeshed_client", "pooch", "platformdirs"),
+    *("jsonargparse", "docstring_parser", "typeshed_client", "platformdirs"),
 )
 WHEELS = (
     "jsonargparse>=4.53,<5",
     "docstring-parser",
     "typeshed-client",
     "importlib-resources",
-    "pooch",
     "platformdirs",
 )
 NANOGPT_NATS = 1.4697  # nats/char of nanoGPT's character-level GPU recipe, from its README
