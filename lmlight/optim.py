@@ -31,14 +31,15 @@ def parameter_groups(net: Net) -> list[dict[str, Any]]:
 
     Returns:
         The non-empty groups among `hidden` (matrices between hidden layers), `embeddings` (matrices with one row per token
-        or position, the output head included) and `vectors` (norms and biases, without weight decay).
+        or position, the output head included), `tensors` (of more dimensions, such as convolutions and stacked experts) and
+        `vectors` (norms and biases, without weight decay).
     """
     tables = {id(m.weight) for m in net.modules() if isinstance(m, nn.Embedding)}
     tables |= {id(m.weight) for m in net.modules() if isinstance(m, nn.Linear) and m.out_features == net.vocab_size}
-    groups: dict[str, list[Tensor]] = {HIDDEN: [], "embeddings": [], "vectors": []}
+    groups: dict[str, list[Tensor]] = {HIDDEN: [], "embeddings": [], "tensors": [], "vectors": []}
     for parameter in net.parameters():
         if parameter.requires_grad:
-            matrix = "embeddings" if id(parameter) in tables else HIDDEN
+            matrix = "embeddings" if id(parameter) in tables else HIDDEN if parameter.dim() == 2 else "tensors"
             groups[matrix if parameter.dim() >= 2 else "vectors"].append(parameter)
     decay = {"vectors": {"weight_decay": 0.0}}
     return [

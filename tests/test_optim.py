@@ -28,6 +28,27 @@ def test_parameter_groups():
     assert [group["name"] for group in parameter_groups(Bigram(11, 8))] == ["embeddings"]
 
 
+class WithTensors(Bigram):
+    """A network with weights of three dimensions."""
+
+    def __init__(self, vocab_size, block_size):
+        super().__init__(vocab_size, block_size)
+        self.conv, self.experts = torch.nn.Conv1d(4, 4, 2, groups=4), torch.nn.Parameter(torch.ones(3, 4, 5))
+
+
+def test_muon_leaves_weights_of_more_than_two_dimensions_to_adamw():
+    nets = [WithTensors(11, 8), WithTensors(11, 8)]
+    nets[1].load_state_dict(nets[0].state_dict())
+    assert [group["name"] for group in parameter_groups(nets[0])] == ["embeddings", "tensors", "vectors"]
+    for net, kind in zip(nets, (Muon, torch.optim.AdamW)):
+        optimizer = kind(parameter_groups(net), lr=1e-2, weight_decay=0.1, betas=(0.9, 0.99))
+        for parameter in net.parameters():
+            parameter.grad = torch.ones_like(parameter)
+        optimizer.step()
+    for ours, theirs in zip(nets[0].parameters(), nets[1].parameters()):
+        torch.testing.assert_close(ours, theirs)
+
+
 @pytest.mark.parametrize("shape", [(3, 16, 64), (3, 64, 16), (1, 32, 32)])
 def test_orthogonalise_approximates_the_polar_factor(shape):
     torch.manual_seed(0)
