@@ -34,9 +34,9 @@ WORDS = 200_000
 
 def vocabulary(random: np.random.Generator) -> list[str]:
     """Words of one to five syllables, most frequent first. Frequent words are short, as in natural language."""
-    onsets = "b br c ch cl d dr f fl g gr h j k l m n p pl qu r s sh sl st t th tr v w y z".split()  # noqa: SIM905
-    vowels = "a ai e ea ee i ie o oa oo ou u".split()  # noqa: SIM905
-    codas = ["", "", "", "", *"ck d ght l ll m n nd ng nt p r rd rk rn s ss st t th".split()]  # noqa: SIM905
+    onsets = "b br c ch cl d dr f fl g gr h j k l m n p pl qu r s sh sl st t th tr v w y z".split()  # noqa: SIM905  (a list is harder to read)
+    vowels = "a ai e ea ee i ie o oa oo ou u".split()  # noqa: SIM905  (a list is harder to read)
+    codas = ["", "", "", "", *"ck d ght l ll m n nd ng nt p r rd rk rn s ss st t th".split()]  # noqa: SIM905  (a list is harder to read)
     words: dict[str, None] = {}
     while len(words) < WORDS:
         longest = 1 + min(4, len(words) * 5 // WORDS + (len(words) > 200))

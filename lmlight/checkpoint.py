@@ -1,7 +1,7 @@
 """Self-contained checkpoints: atomic writes, integrity check, weights-only loading.
 
 - A checkpoint is a Lightning checkpoint with one more entry, `lmlight`: the network's class and arguments, the tokenizer's
-  bytes, and plain values. Together with the weights this is a complete model. It names no code to import.
+  bytes, and plain values. Together with the weights this is a complete model. Reading one never imports code.
 - Writing is atomic: after a kill or on a full disk, the previous file is still there (`files.whole`).
 - Reading verifies the CRC-32 of every member of the zip archive, which `torch.load` does not, and uses `weights_only=True`,
   which refuses pickles that would run code.
@@ -11,6 +11,7 @@ Does not import Lightning.
 
 from __future__ import annotations
 
+import argparse
 import itertools
 import pickle
 import zipfile
@@ -28,7 +29,7 @@ from lmlight import files
 from lmlight.data.tokenizer import Tokenizer, deserialize, serialize
 from lmlight.errors import UserError
 from lmlight.models import Net
-from lmlight.user_code import subclasses
+from lmlight.user_code import import_class, subclasses
 from lmlight.version import __version__
 
 METADATA_KEY = "lmlight"
@@ -172,6 +173,25 @@ def find(name: str | Path, runs: str | Path, prefer: Literal["best", "last"]) ->
     return found[0]
 
 
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of a command that opens a checkpoint: where to find it, and classes of the user's own in it."""
+    parser.add_argument("--runs", default="runs", help="folder in which to look for `best` and `last`")
+    parser.add_argument("--model.net", dest="net", metavar="CLASS", help="the class of your own network")
+    parser.add_argument("--data.tokenizer", dest="tokenizer", metavar="CLASS", help="the class of your own tokenizer")
+
+
+def import_classes(net: str | None, tokenizer: str | None) -> tuple[type[Net] | None, type[Tokenizer] | None]:
+    """Import the classes that the user names, of which a checkpoint may then hold instances.
+
+    Raises:
+        UserError: See `user_code.import_class`.
+    """
+    return (
+        import_class("--model.net", net, Net) if net else None,
+        import_class("--data.tokenizer", tokenizer, Tokenizer) if tokenizer else None,
+    )
+
+
 def make_run_dir(runs: Path) -> Path:
     """Create a run's folder, named after the time and unique even if two processes start at once.
 
@@ -221,7 +241,7 @@ def weights_of(checkpoint: dict[str, Any]) -> dict[str, Tensor]:
 
 
 def net_class(checkpoint: dict[str, Any], trusted: type[Net] | None = None) -> type[Net]:
-    """The class of a checkpoint's network. It is never imported because the file names it.
+    """The class of a checkpoint's network, which must have been imported: a name in a file never imports code.
 
     Args:
         checkpoint: From `read`.

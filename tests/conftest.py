@@ -45,7 +45,7 @@ river stone lantern morning market friend nothing laugh under heavy sky winter b
 never again orchard whisper harbour candle thunder pocket velvet ladder meadow button kettle signal feather
 garden puzzle window ribbon shadow barrel mirror saddle gentle hollow bright clever narrow quiet silver sudden
 tender wander gather listen follow borrow carry measure promise remember answer forget wonder
-""".split()  # noqa: SIM905
+""".split()  # noqa: SIM905  (a list is harder to read)
 ENDINGS = ["", "", "s", "ed", "ing", "er", "ly", "ness"]
 SPEAKERS = ["MIRA", "TOBIAS", "OLD GARDENER", "PIP"]
 

@@ -11,6 +11,7 @@ import pytest
 import tiny
 import torch
 import torch.nn.functional as F
+from decoding import assert_batched_equals_alone
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
@@ -128,15 +129,7 @@ def test_cached_logits_equal_uncached(net, seed, data):
 @given(net=st.sampled_from(NETS), lengths=st.lists(st.integers(1, 6), min_size=1, max_size=4))
 @torch.no_grad()
 def test_batched_logits_equal_those_of_each_row_alone(net, lengths):
-    net = make(*net)
-    rows = [torch.randint(11, (length + 2,)) for length in lengths]
-    decoder = Decoder(net, len(rows))
-    got = [decoder.prefill([ids[:length].tolist() for ids, length in zip(rows, lengths)])]
-    for step in range(2):
-        got.append(decoder.step(torch.stack([ids[n + step : n + step + 1] for ids, n in zip(rows, lengths)])))
-    for row, (ids, length) in enumerate(zip(rows, lengths)):
-        alone = net(ids[None])[0, length - 1 :]
-        torch.testing.assert_close(torch.stack([logits[row] for logits in got]), alone, rtol=0, atol=1e-10)
+    assert_batched_equals_alone(make(*net), lengths)
 
 
 @pytest.mark.parametrize("options", [{}, {"conv_width": 2}, {"conv_width": 6}], ids=str)

@@ -7,6 +7,7 @@ from unittest.mock import patch
 import pytest
 import torch
 import torch.nn.functional as F
+from decoding import assert_batched_equals_alone
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -152,16 +153,8 @@ def test_cached_logits_equal_uncached(options, double, fast, data):
 @settings(max_examples=40)
 @given(make=st.sampled_from(NETS), fast=st.booleans(), lengths=st.lists(st.integers(1, 6), min_size=1, max_size=4))
 def test_batched_logits_equal_unbatched(make, fast, lengths):
-    net = make().double()
-    rows = [torch.randint(11, (length + 2,)) for length in lengths]
     with decoding(fast):
-        decoder = Decoder(net, len(rows))
-        got = [decoder.prefill([ids[:length].tolist() for ids, length in zip(rows, lengths)])]
-        for step in range(2):
-            got.append(decoder.step(torch.stack([ids[n + step : n + step + 1] for ids, n in zip(rows, lengths)])))
-    for row, (ids, length) in enumerate(zip(rows, lengths)):
-        alone = net(ids[None])[0, length - 1 :]
-        torch.testing.assert_close(torch.stack([logits[row] for logits in got]), alone, rtol=0, atol=1e-10)
+        assert_batched_equals_alone(make().double(), lengths)
 
 
 @pytest.mark.parametrize("fast", [True, False])

@@ -206,11 +206,18 @@ def test_tokenizer_that_differs_from_the_checkpoint_is_refused(copied):
         data.prepare()
 
 
+def test_files_are_looked_for_once(corpus_file, monkeypatch):
+    find, looked = download._find, []
+    monkeypatch.setattr(download, "_find", lambda source: looked.append(source) or find(source))
+    TextDataModule(str(corpus_file), tokenizer=UNIGRAM).prepare()
+    assert looked == [str(corpus_file)]
+
+
 def test_folder_of_texts_with_an_index_file_is_not_a_store(corpus_text):
     Path("texts").mkdir()
     Path("texts/a.txt").write_text(corpus_text)
     Path("texts/index.json").write_text("{}")
-    assert download.find_store("texts") is None
+    assert download.store_folder(download.find_files("texts")) is None
     assert data_of("texts").prepare().chars["train"] == int(0.9 * len(corpus_text))
 
 

@@ -181,7 +181,7 @@ def test_fingerprints_differ_between_tokenizers(unigram, bpe, lossy):
 
 def test_invalid_tokenizer_bytes_are_refused(unigram):
     for data in (b"garbage", b"{not json", b"", b"{}"):
-        with pytest.raises(ValueError):  # noqa: PT011
+        with pytest.raises(ValueError, match="tokenizer"):
             deserialize(data)
     with pytest.raises(ValueError, match="not a SentencePiece model"):
         deserialize(serialize(unigram)[:-1])

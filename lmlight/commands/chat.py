@@ -11,11 +11,8 @@ from jsonargparse import ArgumentParser
 
 from lmlight import checkpoint as checkpoints
 from lmlight.command_line import Parser
-from lmlight.data.tokenizer import Tokenizer
 from lmlight.errors import UserError
 from lmlight.generation import Sampling, escape_control_characters, generate_text, start_streams
-from lmlight.models import Net
-from lmlight.user_code import import_class
 
 with contextlib.suppress(ImportError):  # not on Windows
     import readline  # noqa: F401  (gives `input` line editing)
@@ -28,16 +25,12 @@ def main(args: Sequence[str]) -> None:
     """Runs `lmlight chat`."""
     parser = Parser("lmlight chat", description="The model continues what you type.")
     parser.add_argument("checkpoint", nargs="?", default="best", help="a .ckpt file, a run's folder, `best` or `last`")
-    parser.add_argument("--runs", default="runs", help="where `best` and `last` are looked for")
-    parser.add_argument("--model.net", dest="net", metavar="CLASS", help="the class of your own network")
-    parser.add_argument("--data.tokenizer", dest="tokenizer", metavar="CLASS", help="the class of your own tokenizer")
+    checkpoints.add_arguments(parser)
     parser.add_argument("--device", help="such as cuda or mps; a GPU is used where there is one")
     options = parser.parse_args(args)
     content = checkpoints.read(checkpoints.find(options.checkpoint, options.runs, "best"))
     device = options.device or (torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu")
-    trusted = import_class("--model.net", options.net, Net) if options.net else None
-    if options.tokenizer:
-        import_class("--data.tokenizer", options.tokenizer, Tokenizer)
+    trusted, _ = checkpoints.import_classes(options.net, options.tokenizer)
     net, tokenizer = checkpoints.text_model_of(content, trusted)
     try:
         net.to(device)

@@ -98,7 +98,11 @@ def load(source: str, text_format: TextFormat = TextFormat(), cache: str | None 
     Raises:
         UserError: there is no such corpus, or it cannot be read or downloaded.
     """
-    files = find_files(source, cache)
+    return open_files(source, find_files(source, cache), text_format)
+
+
+def open_files(source: str, files: list[Path], text_format: TextFormat = TextFormat()) -> Corpus:
+    """The corpus in `files`, see `load`."""
     try:
         with ThreadPoolExecutor() as pool:  # hashing releases the GIL
             hashes = list(pool.map(_sha256, files))

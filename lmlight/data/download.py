@@ -172,10 +172,9 @@ def find_files(source: str, cache: str | None = None) -> list[Path]:
     return sorted(target.iterdir())
 
 
-def find_store(source: str, cache: str | None = None) -> Path | None:
-    """The folder of the token store that `source` names; None if it names text. Raises like `find_files`."""
-    found = find_files(source, cache)
-    return found[0].parent if any(file.name == STORE_MARK for file in found) else None
+def store_folder(files: list[Path]) -> Path | None:
+    """The folder of the token store that `files` belong to; None if they are text."""
+    return files[0].parent if any(file.name == STORE_MARK for file in files) else None
 
 
 def _find(source: str) -> tuple[Any, list[str]]:

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from lmlight.data.tokenizer import SentencePieceTokenizer, Tokenizer
+from lmlight.data.tokenizer import SentencePieceTokenizer, Tokenizer, starts_character
 from lmlight.errors import UserError
 
 # A tokenizer that restores these restores any text, as far as the kinds of tokenizers go that there are.
@@ -22,7 +22,6 @@ PROBES = (
     "<s> </s> A\r\nB",
     "'S ,",
 )
-SPACES = "\u2581\u0120"  # how pieces write a space
 
 
 def read_pretrained(path: Path) -> Tokenizer:
@@ -119,9 +118,9 @@ class HFTokenizer(Tokenizer):
 
 def _characters(piece: str, is_byte_level: bool) -> int:
     if is_byte_level:
-        return sum(byte & 0xC0 != 0x80 for byte in map(_BYTES.get, piece) if byte is not None)
+        return sum(starts_character(byte) for byte in map(_BYTES.get, piece) if byte is not None)
     if len(piece) == 6 and piece.startswith("<0x") and piece.endswith(">"):
-        return int(int(piece[3:5], 16) & 0xC0 != 0x80)
+        return int(starts_character(int(piece[3:5], 16)))
     return len(piece.removeprefix("##"))
 
 

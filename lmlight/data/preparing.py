@@ -19,7 +19,7 @@ from tqdm import tqdm
 from lmlight.data import corpus as corpora
 from lmlight.data.cache import cache_dir, writing_cache
 from lmlight.data.corpus import Corpus
-from lmlight.data.download import find_store
+from lmlight.data.download import find_files, store_folder
 from lmlight.data.reading import TextFormat
 from lmlight.data.token_store import FORMAT_VERSION, TokenStore
 from lmlight.data.token_writer import read_tokenizer, write_store
@@ -77,11 +77,12 @@ class CorpusSpec:
             UserError: see `corpus.load`, `Corpus.chunks`, `TokenizerConfig.train` and `TokenStore`; the text is too short
                 to be split; the cache is not writable; `corpus` is a store, and was made with other settings.
         """
-        if prepared := find_store(self.corpus, self.cache):
+        found = find_files(self.corpus, self.cache)
+        if prepared := store_folder(found):
             store = TokenStore(prepared)
             self._check_settings(store, pretrained_tokenizer)
             return store
-        main = corpora.load(self.corpus, self.text_format, self.cache)
+        main = corpora.open_files(self.corpus, found, self.text_format)
         val, test = (
             corpora.load(source, self.text_format, self.cache) if source else None
             for source in (self.val_corpus, self.test_corpus)

@@ -66,8 +66,9 @@ def write_store(
     # shards finish in bursts, so only their mean speed (smoothing=0) predicts the remaining time
     options = {"unit": "char", "unit_scale": True, "delay": 2, "leave": False, "smoothing": 0}
     try:
-        published = _publish(folder / TOKENIZER, serialize(tokenizer))
-        if published != serialize(tokenizer):  # another machine was first, whose training rounds differently
+        ours = serialize(tokenizer)
+        published = _publish(folder / TOKENIZER, ours)
+        if published != ours:  # another machine was first, whose training rounds differently
             tokenizer = deserialize(published)
         dtype = "uint16" if tokenizer.vocab_size <= 2**16 else "uint32"
         write, splits = partial(_write_shard, tokenizer, dtype), {}
@@ -160,6 +161,7 @@ def _chars(chunks: Iterable[TextChunk]) -> int:
 
 def _publish(path: Path, content: bytes) -> bytes:
     """Writes a file unless it exists, and returns its content: the first of several processes wins."""
-    with files.whole(path, shared=True) as beside:
-        beside.write_bytes(content)
+    if not path.exists():
+        with files.whole(path, shared=True) as beside:
+            beside.write_bytes(content)
     return path.read_bytes()

@@ -79,7 +79,7 @@ class Tokenizer(ABC):
         Raises:
             ValueError: `data` is not such a tokenizer.
         """
-        return cls(data)  # type: ignore[call-arg]
+        return cls(data)  # type: ignore[call-arg]  # of a subclass
 
     @property
     def vocab_size(self) -> int:
@@ -171,20 +171,25 @@ class TokenizerConfig:
         return SentencePieceTokenizer(model + CRLF_FIELD if self.lossless and is_crlf else model)
 
 
+def starts_character(byte: int) -> bool:
+    """Whether a byte of UTF-8 is the first of its character; 0b10xxxxxx continues one."""
+    return byte & 0xC0 != 0x80
+
+
 def serialize(tokenizer: Tokenizer) -> bytes:
     """The tokenizer as bytes, with the name of its class, for `deserialize`."""
     return f"{full_name(type(tokenizer))}\n".encode() + tokenizer.to_bytes()
 
 
 def deserialize(data: bytes) -> Tokenizer:
-    """The tokenizer that `serialize` wrote. Its class is never imported because the data name it.
+    """The tokenizer that `serialize` wrote. Its class must have been imported: a name in the data never imports code.
 
     Raises:
         ValueError: `data` are not a tokenizer.
         UserError: its class is not lmlight's and has not been imported.
     """
     name, _, content = data.partition(b"\n")
-    if name == b"lmlight.data.hf_tokenizer.HFTokenizer":
+    if name == b"lmlight.data.hf_tokenizer.HFTokenizer":  # the only one of lmlight's outside this module
         importlib.import_module("lmlight.data.hf_tokenizer")
     kind = subclasses(Tokenizer).get(name.decode("ascii", "replace"))
     if kind is None:
@@ -267,7 +272,7 @@ class SentencePieceTokenizer(Tokenizer):
         self.char_counts = np.array([len(piece) for piece in self.pieces])
         for index in filter(self._processor.is_byte, range(len(self.pieces))):
             byte = int(self.pieces[index][3:5], 16)  # "<0xE2>"
-            self.char_counts[index] = byte & 0xC0 != 0x80  # 0b10xxxxxx continues a character
+            self.char_counts[index] = starts_character(byte)
         eos = self._processor.eos_id()
         if eos >= 0 and self.pieces[eos] == END_OF_TEXT:  # SentencePiece's own "</s>" does not occur in training
             self.eos_id = eos

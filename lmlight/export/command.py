@@ -9,12 +9,9 @@ from pathlib import Path
 from lmlight import checkpoint as checkpoints
 from lmlight import files
 from lmlight.command_line import Parser
-from lmlight.data.tokenizer import Tokenizer
 from lmlight.errors import UserError
 from lmlight.export import gguf_file, graph, hf, hf_import
 from lmlight.export.model import Model
-from lmlight.models import Net
-from lmlight.user_code import import_class
 
 FORMATS = {
     "gguf": ("FILE", "a .gguf file for llama.cpp, Ollama and LM Studio"),
@@ -37,11 +34,7 @@ def export(args: Sequence[str]) -> None:
         subparser.add_argument("checkpoint", help="a .ckpt file, a run's folder, or `best` or `last`")
         subparser.add_argument("target", metavar=target, type=Path, help="the path to write")
         subparser.add_argument("--force", action="store_true", help="replace an existing target")
-        subparser.add_argument("--runs", default="runs", help="folder in which to look for `best` and `last`")
-        subparser.add_argument("--model.net", dest="net", metavar="CLASS", help="the class of your own network")
-        subparser.add_argument(
-            "--data.tokenizer", dest="tokenizer", metavar="CLASS", help="the class of your own tokenizer"
-        )
+        checkpoints.add_arguments(subparser)
         if name == "gguf":
             precisions = ("f32", "f16", "q8_0")
             subparser.add_argument("--precision", choices=precisions, default="f32", help="precision of the matrices")
@@ -52,9 +45,8 @@ def export(args: Sequence[str]) -> None:
     options = parser.parse_args(args)
     source = checkpoints.find(options.checkpoint, options.runs, "best")
     with _new(options.target, options.force, is_folder=options.format == "hf") as path:
-        if options.tokenizer:
-            import_class("--data.tokenizer", options.tokenizer, Tokenizer)
-        model = Model.read(source, import_class("--model.net", options.net, Net) if options.net else None)
+        trusted, _ = checkpoints.import_classes(options.net, options.tokenizer)
+        model = Model.read(source, trusted)
         if options.format == "hf":
             hf.write(model, path, options.licence)
         elif options.format == "gguf":

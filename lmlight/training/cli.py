@@ -36,7 +36,7 @@ from lmlight.training.module import PYTHON_ONLY, LanguageModel
 from lmlight.training.predictions import WritePredictions
 from lmlight.training.run_settings import RUNS, Source, differences, find_source
 from lmlight.training.run_trainer import RunTrainer, SaveConfig, TimeLimit, print_summary, quiet
-from lmlight.user_code import import_class
+from lmlight.user_code import full_name, import_class
 
 SUBCOMMANDS = ("fit", "prepare", "validate", "test", "predict")
 TRAINER_DEFAULTS: dict[str, Any] = {
@@ -125,7 +125,7 @@ class LmlightCLI(LightningCLI):
         assert isinstance(parser, OneLineParser)
         for target in ("model.seed", "model.sampling.seed", *(["data.seed"] if self.has_text else [])):
             parser.link_arguments("seed_everything", target, compute_fn=int)
-        watching = [f"{kind.__module__}.{kind.__name__}" for kind in (LearningRateMonitor, *callbacks.DEFAULT)]
+        watching = [full_name(kind) for kind in (LearningRateMonitor, *callbacks.DEFAULT)]
         defaults = {**TRAINER_DEFAULTS, "callbacks": [{"class_path": path} for path in watching]}
         if parser.command != "fit":  # the others leave no run behind: their result is on the terminal or in a file
             defaults |= {"logger": False, "callbacks": None, "enable_progress_bar": False}

@@ -100,12 +100,12 @@ class TextDataModule(LightningDataModule):
         self.corpus, self.block_size, self.batch_size = self._spec.corpus, block_size, batch_size
         self.subword_sampling, self.windows, self.prompts = subword_sampling, windows, prompts
         self.prompt_batch_size, self.num_workers, self.seed = prompt_batch_size, num_workers, seed
-        pretrained: Tokenizer | None = None
+        self._pretrained_tokenizer: Tokenizer | None = None
+        self._tokenizer_file: Path | None = None
         if isinstance(tokenizer, str) and is_class_name(tokenizer):
-            pretrained = import_class("data.tokenizer", tokenizer, Tokenizer)()
-            tokenizer = TokenizerConfig()
-        self._tokenizer_file = Path(tokenizer) if isinstance(tokenizer, (str, Path)) else None
-        self._pretrained_tokenizer = pretrained
+            self._pretrained_tokenizer = import_class("data.tokenizer", tokenizer, Tokenizer)()
+        elif isinstance(tokenizer, (str, Path)):
+            self._tokenizer_file = Path(tokenizer)
         self._error, self._folder = "", ""  # what `prepare_data` tells the other ranks
         self._store: TokenStore | None = None
         self._source: WindowSource

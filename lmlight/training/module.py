@@ -42,6 +42,7 @@ from lmlight.training.datamodule import TextDataModule
 from lmlight.training.precision import MatmulPrecision
 from lmlight.training.run_checks import check_run, total_steps
 from lmlight.training.text_model import TextModel
+from lmlight.user_code import full_name
 
 PYTHON_ONLY = {"init_from", "settings"}  # arguments that are no flags
 NetCallable = Callable[[int, int], Net]
@@ -74,6 +75,7 @@ class LanguageModel(TextModel):
     Attributes:
         tokenizer: Encodes prompts and decodes generated ids; None until known.
         logprobs: Whether `predict_step` records the log-probability of each token.
+        on_text: Called by `predict_step` with each stream and each piece of its text; None calls nothing.
         step_loss: Training loss of the current optimizer step, on this device.
         step_is_logged: Whether the current optimizer step is logged.
     """
@@ -317,7 +319,10 @@ class LanguageModel(TextModel):
                 label_in_order(state, optimizer, self.parameters())
         trained_by = None
         if self.trainer.optimizers:
-            trained_by = {"class": _class_name(self.trainer.optimizers[0]), "hyperparameters": self._hyperparameters}
+            trained_by = {
+                "class": full_name(type(self.trainer.optimizers[0])),
+                "hyperparameters": self._hyperparameters,
+            }
         for name in ("state_dict", "current_model_state"):  # the latter is WeightAveraging's
             checkpoint.get(name, {}).pop(EXTRA_STATE, None)  # part of the metadata
         settings = {} if self.settings.get("data_class") else {"data": self.settings.get("data", {})}
@@ -331,7 +336,7 @@ class LanguageModel(TextModel):
         metadata = checkpoint[checkpoints.METADATA_KEY]["optimizer"]
         if self.trainer.state.fn == TrainerFn.FITTING and metadata is not None:
             self._resumed_hyperparameters = metadata["hyperparameters"]
-            if (ours := _class_name(dummy_optimizer(self._make_optimizer))) != metadata["class"]:
+            if (ours := full_name(type(dummy_optimizer(self._make_optimizer)))) != metadata["class"]:
                 raise UserError(
                     f"the checkpoint holds the state of {metadata['class']}, which {ours} cannot use: leave out "
                     "--model.optimizer, or start a new run from the checkpoint's weights with --init_from"
@@ -341,7 +346,3 @@ class LanguageModel(TextModel):
     def total_steps(self) -> int:
         """The optimizer step at which training ends; 0 if unknown, as before training begins."""
         return total_steps(self.trainer)
-
-
-def _class_name(instance: object) -> str:
-    return f"{type(instance).__module__}.{type(instance).__qualname__}"

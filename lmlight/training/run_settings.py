@@ -18,10 +18,9 @@ import yaml
 
 from lmlight import checkpoint as checkpoints
 from lmlight.command_line import Parser, program
-from lmlight.data.tokenizer import Tokenizer
 from lmlight.errors import UserError
 from lmlight.models import Net, architecture_kwargs
-from lmlight.user_code import full_name, import_class, is_class_name
+from lmlight.user_code import full_name, is_class_name
 
 CONFIG = "config.yaml"  # in a run's folder
 RUNS = "runs"  # the default folder of all runs
@@ -62,13 +61,11 @@ def find_source(command: str, args: Sequence[str]) -> tuple[Source, dict[str, st
             given |= yaml.safe_load(Path(config).expanduser().read_text("utf-8"))
     sections = [f"--{name}={flags.pop(name)}" for name in CLASSES if name in flags and not is_class_name(flags[name])]
     classes = named_classes(given) | {name: flags[name] for name in CLASSES if name in flags}
-    net = import_class("--model.net", classes["model.net"], Net) if "model.net" in classes else None
+    net, tokenizer = checkpoints.import_classes(classes.get("model.net"), classes.get("data.tokenizer"))
     source = _source(command, given | flags, net)
     words = [f"--config={config}" for config in configs]
     words += [f"--model.net={full_name(net)}"] if net is not None else []
-    if "data.tokenizer" in classes:
-        tokenizer = import_class("--data.tokenizer", classes["data.tokenizer"], Tokenizer)
-        words.append(f"--data.tokenizer={full_name(tokenizer)}")
+    words += [f"--data.tokenizer={full_name(tokenizer)}"] if tokenizer is not None else []
     classes = named_classes(source.settings) | classes
     words += [f"--{name}_class={classes[name]}" for name in ("model", "data") if name in classes]
     words += [*sections, *rest, *(f"--{name}={flags[name]}" for name in LOCATING if name in flags)]
@@ -107,7 +104,7 @@ def _from_checkpoint(content: dict[str, Any], kind: type[Net], only_net: bool) -
     metadata = content[checkpoints.METADATA_KEY]
     config = metadata["net"]["config"]
     net = {"class_path": full_name(kind), "init_args": architecture_kwargs(config)}
-    block_size = config["block_size"]  # smaller than requested if the text was short
+    block_size = config["block_size"]
     if only_net:
         return {"model": {"net": net}, "data": {"block_size": block_size}}
     sampling = dict(metadata["sampling"])
