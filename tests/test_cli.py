@@ -375,6 +375,15 @@ MISTAKES = {
     "unknown flag": (["fit", "--data.blok_size=3"], "data.blok_size"),
     "unknown net setting": (["fit", "--model.net.n_layers=3"], "n_layers"),
     "unknown key in a config": (["fit", "--config=wrong.yaml"], "blok_size"),
+    "number for a checkpoint": (["fit", "--config=number.yaml"], 'key "ckpt_path"'),
+    "flags for a tokenizer.json": (
+        ["fit", "--data.tokenizer=x/tokenizer.json", "--data.tokenizer.vocab_size=400"],
+        "x/tokenizer.json is not trained here: leave out --data.tokenizer.vocab_size",
+    ),
+    "flags for a tokenizer's class": (
+        ["fit", "--data.tokenizer.kind", "bpe", "--config=tokenizer.yaml"],
+        "my.Tokens is not trained here: leave out --data.tokenizer.kind",
+    ),
     "no such config": (["fit", "--config=nope.yaml"], "nope.yaml"),
     "not a number": (["fit", "--trainer.max_steps=many"], "max_steps"),
     "unknown command": (["train"], "train"),
@@ -398,6 +407,8 @@ def test_error_is_one_line_and_leaves_no_files(args, message, finished, corpus_t
     (tmp_path / "empty.txt").touch()
     (tmp_path / "latin.txt").write_bytes("caf\xe9 noir".encode("latin-1"))
     (tmp_path / "wrong.yaml").write_text("data:\n  blok_size: 3\n")
+    (tmp_path / "number.yaml").write_text("ckpt_path: 3\n")
+    (tmp_path / "tokenizer.yaml").write_text("data:\n  tokenizer: my.Tokens\n")
     torch.save({"state_dict": {}}, tmp_path / "foreign.ckpt")
     content = checkpoint.read(finished[2])
     torch.save(content, tmp_path / "good.ckpt")
@@ -412,6 +423,16 @@ def test_error_is_one_line_and_leaves_no_files(args, message, finished, corpus_t
     assert message in error[0]
     assert {path.name for path in set(tmp_path.iterdir()) - before} <= {"cache"}
     assert not list(tmp_path.glob("cache/tokens/.*")), "no unfinished store"
+
+
+def test_config_may_refer_to_another_file(corpus_text, capsys):
+    Path("corpus.txt").write_bytes(corpus_text.encode())
+    Path("data.yaml").write_text("corpus: corpus.txt\nbatch_size: 7\n")
+    Path("config.yaml").write_text("data: data.yaml\n")
+    with pytest.raises(SystemExit, match="0"):
+        main(["fit", "--config=config.yaml", "--print_config"])
+    data = yaml.safe_load(capsys.readouterr().out)["data"]
+    assert (data["corpus"], data["batch_size"]) == ("corpus.txt", 7)
 
 
 @pytest.mark.skipif(os.name != "posix", reason="closes a pipe as POSIX does")

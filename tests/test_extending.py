@@ -247,6 +247,14 @@ def test_network_arguments_must_be_plain_values():
     assert Mine(3, 4, 8).config == {"vocab_size": 3, "block_size": 4, "width": 8, "p": 0.0}
 
 
+def test_config_keeps_the_arguments_as_they_were_given():
+    class Emptying(Mine):
+        def __init__(self, vocab_size: int, block_size: int, widths: list[int]) -> None:
+            super().__init__(vocab_size, block_size, widths.pop())
+
+    assert Emptying(3, 4, [8, 16]).config["widths"] == [8, 16]
+
+
 def test_checkpoint_does_not_import_the_module_that_it_names(folder, capsys):
     assert main(["fit", "--model.net=mynet.Mine", *SHORT]) == 0
     del sys.modules["mynet"]
@@ -388,6 +396,11 @@ def test_tokenizer_that_is_not_lossless_is_refused(kind, says, corpus_file):
     data.tokenizer = kind()
     with pytest.raises(UserError, match=says):
         data.prepare_data()
+
+
+def test_tokenizer_object_as_an_argument_is_refused():
+    with pytest.raises(UserError, match="got a Bytes: set the attribute tokenizer"):
+        TextDataModule(tokenizer=Bytes())
 
 
 def test_serialized_tokenizer_does_not_import_the_module_that_it_names():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 from abc import ABC, abstractmethod
 from typing import Any
@@ -95,7 +96,7 @@ def _arguments(cls: type[Net], args: tuple[Any, ...], kwargs: dict[str, Any]) ->
                 f"{cls.__name__} cannot be stored in a checkpoint: its argument {name} is a {type(value).__name__}, and "
                 "only plain values can be (numbers, strings, booleans, None, and lists or dicts of them)"
             )
-    return config
+    return copy.deepcopy(config)  # the network may change a list that it was given
 
 
 def _is_plain(value: Any) -> bool:

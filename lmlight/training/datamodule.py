@@ -106,6 +106,11 @@ class TextDataModule(LightningDataModule):
             self._pretrained_tokenizer = import_class("data.tokenizer", tokenizer, Tokenizer)()
         elif isinstance(tokenizer, (str, Path)):
             self._tokenizer_file = Path(tokenizer)
+        elif not isinstance(tokenizer, TokenizerConfig):
+            raise UserError(
+                f"data.tokenizer must be a TokenizerConfig, a file or a class name, got a {type(tokenizer).__name__}: "
+                "set the attribute tokenizer to use a trained tokenizer"
+            )
         self._error, self._folder = "", ""  # what `prepare_data` tells the other ranks
         self._store: TokenStore | None = None
         self._source: WindowSource

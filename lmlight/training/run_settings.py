@@ -59,6 +59,7 @@ def find_source(command: str, args: Sequence[str]) -> tuple[Source, dict[str, st
     for config in configs:
         with suppress(OSError, TypeError, ValueError, yaml.YAMLError):  # reported when the whole command line is parsed
             given |= yaml.safe_load(Path(config).expanduser().read_text("utf-8"))
+    _check_tokenizer_flags(flags.get("data.tokenizer", _section(given, "data").get("tokenizer")), rest)
     sections = [f"--{name}={flags.pop(name)}" for name in CLASSES if name in flags and not is_class_name(flags[name])]
     classes = named_classes(given) | {name: flags[name] for name in CLASSES if name in flags}
     net, tokenizer = checkpoints.import_classes(classes.get("model.net"), classes.get("data.tokenizer"))
@@ -74,23 +75,42 @@ def find_source(command: str, args: Sequence[str]) -> tuple[Source, dict[str, st
 
 def named_classes(settings: dict[str, Any]) -> dict[str, str]:
     """The classes that settings name, by `CLASSES`."""
-    net = (settings.get("model") or {}).get("net")
+    net = _section(settings, "model").get("net")
     named = {"model": settings.get("model_class"), "data": settings.get("data_class")}
     named["model.net"] = net.get("class_path") if isinstance(net, dict) else net
-    named["data.tokenizer"] = (settings.get("data") or {}).get("tokenizer")
+    named["data.tokenizer"] = _section(settings, "data").get("tokenizer")
     return {name: value for name, value in named.items() if isinstance(value, str) and is_class_name(value)}
 
 
+def _section(settings: dict[str, Any], name: str) -> dict[str, Any]:
+    """Settings inside others; empty if they are something else, which the parser reports later."""
+    section = settings.get(name)
+    return section if isinstance(section, dict) else {}
+
+
+def _check_tokenizer_flags(tokenizer: Any, words: Sequence[str]) -> None:
+    """Refuse flags for the training of a tokenizer that is trained already: they would replace it."""
+    is_trained = isinstance(tokenizer, str) and (
+        is_class_name(tokenizer) or Path(tokenizer).suffix in (".json", ".model")
+    )
+    for word in words if is_trained else ():
+        if word.startswith("--data.tokenizer."):
+            raise UserError(f"--data.tokenizer {tokenizer} is not trained here: leave out {word.partition('=')[0]}")
+
+
 def _source(command: str, given: dict[str, Any], net: type[Net] | None) -> Source:
-    ckpt_path, init_from = given.get("ckpt_path"), given.get("init_from")
+    root = given.get("trainer.default_root_dir", _section(given, "trainer").get("default_root_dir"))
+    paths = given.get("ckpt_path"), given.get("init_from"), root
+    ckpt_path, init_from, root = (
+        path if isinstance(path, str) else None for path in paths
+    )  # the parser reports others
     if "" in (init_from, ckpt_path):
         raise UserError("--ckpt_path and --init_from need a checkpoint, and got an empty text: pass best, or a file")
     if ckpt_path is not None and init_from is not None:
         raise UserError("--ckpt_path resumes a run and --init_from starts a new one: pass only one")
     if ckpt_path is None and init_from is None:
         return Source({})
-    root = given.get("trainer.default_root_dir") or (given.get("trainer") or {}).get("default_root_dir") or RUNS
-    runs = Path(root).expanduser()
+    runs = Path(root or RUNS).expanduser()
     resumes = command == "fit" and ckpt_path is not None
     path = checkpoints.find(ckpt_path or init_from or "", runs, "last" if resumes else "best")
     content = checkpoints.read(path)
@@ -143,7 +163,7 @@ def _from_run(checkpoint: Path, content: dict[str, Any], runs: Path) -> dict[str
             f"trust it, pass --trainer.default_root_dir {run.parent}"
         )
     settings.pop("ckpt_path", None)
-    (settings.get("trainer") or {}).pop("max_time", None)  # it limits one process
+    _section(settings, "trainer").pop("max_time", None)  # it limits one process
     return settings
 
 
