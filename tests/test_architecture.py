@@ -3,7 +3,9 @@
 import ast
 import importlib
 import importlib.util
+import mmap
 import os
+import platform
 from pathlib import Path
 
 import processes
@@ -79,3 +81,31 @@ def test_command_line_limits_spinning_threads_and_importing_does_not():
     for command, spin_count in (("fit", "1000"), ("predict", "10000")):
         out, err = processes.run_afresh(command, code=code, env=environment, status=1)
         assert (out.strip(), err.strip()) == ("False False", spin_count)
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other C libraries have no such setting")
+def test_command_line_keeps_freed_memory_unless_the_user_decides():
+    code = """if True:
+        import resource, sys
+        from lmlight.__main__ import keep_freed_memory
+        if sys.argv[1] == "keep":
+            keep_freed_memory()
+        for _ in range(10):
+            buffer = bytearray(2**25)  # written once, since it is filled with zeros
+            buffer[::4096] = b"x" * len(buffer[::4096])
+            del buffer
+        print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt)
+        """
+    pages = 2**25 // mmap.PAGESIZE
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")}
+    faults = {
+        (mode, user): int(processes.run_afresh(mode, code=code, env={**environment, **user_settings})[0])
+        for mode, user, user_settings in (
+            ("keep", "", {}),
+            ("leave", "", {}),
+            ("keep", "sets a threshold", {"MALLOC_TRIM_THRESHOLD_": "131072"}),
+        )
+    }
+    assert faults["keep", ""] < 3 * pages
+    assert faults["leave", ""] > 9 * pages
+    assert faults["keep", "sets a threshold"] > 9 * pages
