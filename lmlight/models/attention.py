@@ -49,10 +49,12 @@ def attention_weights(q: Tensor, k: Tensor, causal: bool, attn_mask: Tensor | No
     Returns:
         (B, H, T, S); each row sums to 1.
     """
-    scores = q @ k.mT / math.sqrt(q.size(-1))
+    # one product that scales and masks, too: each pass over the scores takes as long as one over the hidden states
+    mask = q.new_zeros(q.size(-2), k.size(-2))
     if causal:
-        future = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).triu(1)
-        scores = scores.masked_fill(future, -math.inf)
+        mask = mask.fill_(-math.inf).triu(1)
+    scores = torch.baddbmm(mask, q.flatten(0, 1), k.flatten(0, 1).mT, alpha=1 / math.sqrt(q.size(-1)))
+    scores = scores.view(*q.shape[:2], *scores.shape[1:])
     if attn_mask is not None:
         scores = scores.masked_fill(~attn_mask, -math.inf)
     return scores.softmax(dim=-1)
