@@ -542,7 +542,7 @@ def generation(bench: Bench, report: Report) -> None:
         idx = torch.randint(shape.vocab_size, (streams, prompt), device=bench.device)
         options = dict(max_new_tokens=new, min_new_tokens=new, do_sample=True, top_k=0, pad_token_id=0)
         tasks = {
-            "lmlight": lambda: generate(net, idx, Sampling(max_new_tokens=new)),
+            "lmlight": lambda: generate(net, idx, Sampling(max_new_tokens=new, temperature=1, min_p=None)),
             "transformers": lambda: theirs.generate(idx, attention_mask=torch.ones_like(idx), **options),
         }
 
@@ -650,8 +650,9 @@ def run_sections(options: argparse.Namespace) -> int:
                 try:
                     ended = f"exit status {process.wait(limit)}"
                 except subprocess.TimeoutExpired:
-                    stop(process)
                     ended = f"stopped at its limit of {limit:.0f} s"
+                finally:  # also if this process is stopped: a section left behind would disturb the next measurement
+                    stop(process)
             found = options.out / f"{name}.json"
             rows = json.loads(found.read_text("utf-8"))["rows"] if found.exists() else []
             errors = sum("error" in row for row in rows)
@@ -665,7 +666,9 @@ def run_sections(options: argparse.Namespace) -> int:
 
 
 def stop(process: subprocess.Popen[bytes]) -> None:
-    """Kills a section and its child processes."""
+    """Kills a section, if it still runs, and its child processes."""
+    if process.poll() is not None:
+        return
     if os.name == "posix":
         os.killpg(process.pid, signal.SIGKILL)
     else:
@@ -691,6 +694,7 @@ def main() -> int:
     if options.section:
         SECTIONS[options.section](Bench(options), Report(options.out, options.section))
         return 0
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     return min(run_sections(options), 1)
 
 

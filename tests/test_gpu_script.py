@@ -1,9 +1,13 @@
 """benchmarks/gpu.py on the CPU: every section runs, and a stopped section does not stop others."""
 
 import json
+import os
+import signal
+import time
 from pathlib import Path
 
 import processes
+import psutil
 import pytest
 
 SCRIPT = Path(__file__).parents[1] / "benchmarks" / "gpu.py"
@@ -45,3 +49,22 @@ def test_stopped_section_does_not_stop_the_next(work):
     processes.run_afresh(*words, "--device=cpu", "--tiny", script=str(SCRIPT), status=1)
     report = (out / "report.md").read_text()
     assert "record: stopped at its limit" in report and "generation: stopped at its limit" in report
+
+
+@pytest.mark.skipif(os.name != "posix", reason="sends SIGTERM")
+def test_stopped_script_takes_its_section_along(work):
+    words = ["--out", str(work / "stopped"), "--files", str(work), "--sections", "record", "--device=cpu", "--tiny"]
+    with processes.start(*words, script=str(SCRIPT)) as script:
+        section = wait_for(lambda: psutil.Process(script.pid).children())
+        script.terminate()
+        script.communicate(timeout=60)
+        assert script.returncode == 128 + signal.SIGTERM
+        assert not any(process.is_running() for process in section)
+
+
+def wait_for(found):
+    for _ in range(600):
+        if result := found():
+            return result
+        time.sleep(0.1)
+    raise TimeoutError
