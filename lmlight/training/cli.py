@@ -93,7 +93,9 @@ class LmlightCLI(LightningCLI):
 
     def __init__(self, args: Sequence[str], **kwargs: Any) -> None:
         self.source, classes, words = Source({}), dict[str, str](), list(args)
+        self._commands: Sequence[str] = SUBCOMMANDS
         if args and args[0] in SUBCOMMANDS:
+            self._commands = args[:1]  # a parser takes a tenth of a second to build
             self.source, classes, words = find_source(args[0], args[1:])
             words.insert(0, args[0])
         model = import_class("--model", classes["model"], LanguageModel) if "model" in classes else LanguageModel
@@ -107,9 +109,8 @@ class LmlightCLI(LightningCLI):
             words.insert(1, f"--config={json.dumps(self.source.settings)}")
         super().__init__(model, data, args=words, **kwargs)
 
-    @staticmethod
-    def subcommands() -> dict[str, set[str]]:
-        return {name: {"model", "datamodule"} for name in SUBCOMMANDS}
+    def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]
+        return {name: {"model", "datamodule"} for name in self._commands}
 
     def add_core_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         assert self.model_class is not None and self.datamodule_class is not None
