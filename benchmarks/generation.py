@@ -49,7 +49,7 @@ Generate = Callable[[list[int], int], Any]
 
 def ours(net: Net) -> Generate:
     def generate(prompt: list[int], new: int) -> None:
-        for _ in generate_ids(net, [prompt], Sampling(max_new_tokens=new), [1337]):
+        for _ in generate_ids(net, [prompt], Sampling(max_new_tokens=new, temperature=1, min_p=None), [1337]):
             pass
 
     return generate
@@ -134,7 +134,7 @@ def step_times(net: Net, batch: int, prompt: int, new: int) -> list[float]:
     """Seconds of each step after the prompt."""
     began, times = time.perf_counter(), []
     prompts = torch.randint(net.vocab_size, (batch, prompt)).tolist()
-    for _ in generate_ids(net, prompts, Sampling(max_new_tokens=new), list(range(batch))):
+    for _ in generate_ids(net, prompts, Sampling(max_new_tokens=new, temperature=1, min_p=None), list(range(batch))):
         times.append(time.perf_counter() - began)
         began = time.perf_counter()
     return times[1:]
@@ -199,7 +199,7 @@ def many_streams(rounds: int) -> dict[str, Any]:
 def prompts_and_windows(rounds: int) -> dict[str, float]:
     nets = {"learned": Transformer(**SHAPE.__dict__, **GPT2).eval(), "rotary": Transformer(**SHAPE.__dict__).eval()}
     prompt = torch.randint(65, (200,)).tolist()
-    sampling = Sampling(max_new_tokens=1)
+    sampling = Sampling(max_new_tokens=1, temperature=1, min_p=None)
     passes = seconds_of(
         rounds, {name: (lambda n=net: list(generate_ids(n, [prompt], sampling, [1]))) for name, net in nets.items()}
     )

@@ -237,7 +237,11 @@ def test_predict_refuses_sharded_strategy(crlf):
 
 def test_predict_prints_crlf_as_line_breaks_and_keeps_it_in_the_output_file(crlf, capsys):
     prompts = ["predict", f"--ckpt_path={crlf}", '--data.prompts=["a", "a\\n"]', "--trainer.accelerator=cpu"]
-    prompts += ["--model.sampling.temperature=0", "--model.sampling.max_new_tokens=6"]
+    prompts += [
+        "--model.sampling.temperature=0",
+        "--model.sampling.max_new_tokens=6",
+        "--model.sampling.end_at_line=false",
+    ]
     assert main(prompts) == 0
     assert capsys.readouterr().out == "a\na\na\n" + "-" * 40 + "\n" + "a\na\na\n\n"
     assert main([*prompts, "--output=texts.jsonl"]) == 0

@@ -101,7 +101,9 @@ def test_sampled_frequencies_match_the_probabilities():
     net = Bigram(6, 4)
     net.table.weight.data[:] = torch.tensor([0.0, 1.0, -1.0, 0.5, 2.0, -0.5])
     expected = (net.table.weight[0] / 0.8).softmax(-1) * 20_000
-    drawn = generate(net, torch.zeros(200, 1, dtype=torch.long), Sampling(max_new_tokens=100, temperature=0.8))
+    drawn = generate(
+        net, torch.zeros(200, 1, dtype=torch.long), Sampling(max_new_tokens=100, temperature=0.8, min_p=None)
+    )
     counts = torch.bincount(drawn[:, 1:].flatten(), minlength=6)
     assert ((counts - expected) ** 2 / expected).sum() < 20.5
 
@@ -129,7 +131,7 @@ def test_sampled_frequencies_match_the_probabilities():
 )
 def test_filters(setting, kept):
     logits = torch.tensor([[0.1, 0.4, 0.3, 0.2]]).log()
-    finite = filter_logits(logits, Sampling(**setting)).isfinite()[0]
+    finite = filter_logits(logits, Sampling(**{"temperature": 1.0, "min_p": None, **setting})).isfinite()[0]
     assert set(finite.nonzero().flatten().tolist()) == kept
 
 
@@ -286,6 +288,32 @@ def test_text_ends_at_the_first_complete_stop_text(text, stop):
 def test_text_is_streamed_unless_it_may_start_a_stop_text():
     pieces, _ = stream_of("cabca", ["acd"])
     assert pieces == ["c", "", "ab", "c", "", "a"]
+
+
+@pytest.mark.parametrize("newline", ["\n", "\r\n"])
+@pytest.mark.parametrize("end_at_line", [True, False])
+def test_a_line_break_in_the_last_fifth_ends_the_text(newline, end_at_line):
+    class OneLetter:
+        """Decodes ids of the letters of a text."""
+
+        eos_id, bos_ids = None, [0]
+        decode = staticmethod(lambda ids: "".join(map(chr, ids)))
+        encode_prompt = staticmethod(lambda text: list(map(ord, text)))
+
+    text = f"abcd{newline}efgh{newline}ijkl{newline}mn"
+    tokens = len(f"abcd{newline}efgh") * 5 // 4  # the second line break is the first one after four fifths
+    stream = TextStream(OneLetter(), f"a{newline}", Sampling(max_new_tokens=tokens, end_at_line=end_at_line), 0)
+    pieces = []
+    for letter in text[:tokens]:
+        if stream.finish_reason is None:
+            pieces.append(stream.push(ord(letter)))
+    if stream.finish_reason is None:
+        pieces.append(stream.end())
+    assert "".join(pieces) == stream.text
+    if end_at_line:
+        assert (stream.text, stream.finish_reason) == (f"abcd{newline}efgh", "stop")
+    else:
+        assert (stream.text, stream.finish_reason) == (text[:tokens], "length")
 
 
 def test_stop_texts_in_the_prompt_are_ignored():

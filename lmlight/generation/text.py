@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator, Sequence
 from typing import Literal
@@ -61,17 +62,17 @@ class TextStream:
         tokenizer: encodes the prompt and decodes the new tokens.
         prompt: text to continue, encoded with the line endings of the training text (`Tokenizer.encode_prompt`). An empty
             one starts a document if the tokenizer has an end-of-text token, else a line.
-        sampling: provides the stop strings.
+        sampling: says where the text ends.
         seed: random seed of this text.
 
     Attributes:
         prompt: as given.
         seed: as given.
         ids: token ids of the prompt.
-        text: the generated text, without the prompt and the stop string.
-        tokens: the generated ids, up to the one that completed the stop string.
+        text: the generated text, without the prompt, the stop string and the last line break.
+        tokens: the generated ids, up to the one that ended the text.
         logprobs: log-probability of each token, in nats and before any processor; empty unless requested.
-        finish_reason: `length`; `stop`, at a stop string or the end of the document; None while generating.
+        finish_reason: `length`; `stop`, at a stop string, line break or end of the document; None while generating.
 
     Raises:
         UserError: the prompt has a character that the tokenizer does not know.
@@ -86,11 +87,14 @@ class TextStream:
         self.logprobs: list[float] = []
         self.finish_reason: Literal["length", "stop"] | None = None
         self._stop = [re.sub("\r?\n", newline, text) for text in sampling.stop for newline in ("\n", "\r\n")]
+        self._last_lines_from = math.ceil(0.8 * sampling.max_new_tokens) if sampling.end_at_line else math.inf
         self._held = ""  # may be the start of a stop string
         self._decoder = StreamingDecoder(tokenizer, self.ids if prompt else ())
 
     def push(self, index: int) -> str:
         """Add a token; return the text that has become certain."""
+        if len(self.tokens) == self._last_lines_from:
+            self._stop += ["\n", "\r\n"]
         self.tokens.append(index)
         text = self._release(self._decoder.push(index))
         if index == self._eos_id and self.finish_reason is None:
