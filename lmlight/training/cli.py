@@ -40,7 +40,7 @@ from lmlight.user_code import full_name, import_class
 
 SUBCOMMANDS = ("fit", "prepare", "validate", "test", "predict")
 TRAINER_DEFAULTS: dict[str, Any] = {
-    "max_steps": 1000,
+    "max_steps": 1200,
     "val_check_interval": 100,
     "check_val_every_n_epoch": None,  # validation counts steps, not epochs
     "num_sanity_val_steps": 0,
@@ -107,7 +107,8 @@ class LmlightCLI(LightningCLI):
             self.source.settings.pop("data", None)  # `TextDataModule`'s
         if self.source.settings:
             words.insert(1, f"--config={json.dumps(self.source.settings)}")
-        super().__init__(model, data, args=words, **kwargs)
+        subparsers = {name: {"command": name} for name in self._commands}
+        super().__init__(model, data, args=words, parser_kwargs={"prog": "lmlight", **subparsers}, **kwargs)
 
     def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]
         return {name: {"model", "datamodule"} for name in self._commands}
@@ -262,7 +263,6 @@ def main(args: Sequence[str] | None = None) -> int:
             trainer_class=RunTrainer,
             seed_everything_default=1337,
             save_config_callback=None,
-            parser_kwargs={"prog": "lmlight", **{name: {"command": name} for name in SUBCOMMANDS}},
             parser_class=OneLineParser,
             auto_configure_optimizers=False,
             load_from_checkpoint_support=False,
