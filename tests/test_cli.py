@@ -374,7 +374,7 @@ MISTAKES = {
     ),
     "batch": (
         ["fit", "--data.corpus=corpus.txt", "--trainer.accumulate_grad_batches=3"],
-        "batch_size 32 counts the windows",
+        "batch_size 16 counts the windows",
     ),
     "unknown flag": (["fit", "--data.blok_size=3"], "data.blok_size"),
     "unknown net setting": (["fit", "--model.net.n_layers=3"], "n_layers"),

@@ -300,20 +300,22 @@ def test_a_line_break_in_the_last_fifth_ends_the_text(newline, end_at_line):
         decode = staticmethod(lambda ids: "".join(map(chr, ids)))
         encode_prompt = staticmethod(lambda text: list(map(ord, text)))
 
-    text = f"abcd{newline}efgh{newline}ijkl{newline}mn"
-    tokens = len(f"abcd{newline}efgh") * 5 // 4  # the second line break is the first one after four fifths
-    stream = TextStream(OneLetter(), f"a{newline}", Sampling(max_new_tokens=tokens, end_at_line=end_at_line), 0)
+    before = (
+        "a" * 60 + newline + "b" * 20 + f":{newline}hi"
+    )  # the second line break is in the last fifth, after a colon
+    text = (before + newline + "c" * 100)[:100]
+    stream = TextStream(OneLetter(), f"a{newline}", Sampling(max_new_tokens=100, end_at_line=end_at_line), 0)
     pieces = []
-    for letter in text[:tokens]:
+    for letter in text:
         if stream.finish_reason is None:
             pieces.append(stream.push(ord(letter)))
     if stream.finish_reason is None:
         pieces.append(stream.end())
     assert "".join(pieces) == stream.text
     if end_at_line:
-        assert (stream.text, stream.finish_reason) == (f"abcd{newline}efgh", "stop")
+        assert (stream.text, stream.finish_reason) == (before, "stop")
     else:
-        assert (stream.text, stream.finish_reason) == (text[:tokens], "length")
+        assert (stream.text, stream.finish_reason) == (text, "length")
 
 
 def test_stop_texts_in_the_prompt_are_ignored():

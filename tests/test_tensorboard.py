@@ -79,7 +79,7 @@ def test_text(browser, address, sample_prompt):
         address,
         "text",
         f"samples/{sample_prompt}/text_summary",
-        "temperature 1, seed 1337, step 10",
+        "temperature 0.9, seed 1337, step 10",
         sample_prompt,
     )
 

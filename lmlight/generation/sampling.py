@@ -34,7 +34,7 @@ class Sampling:
         repetition_penalty: divides positive and multiplies negative logits of tokens that occur already (Keskar et al. 2019,
             https://arxiv.org/abs/1909.05858). 1 disables it; above 1 repeats less.
         stop: stop strings. Generation ends before the first one. A line break in one matches `\\n` and `\\r\\n`.
-        end_at_line: end at a line break in the last fifth of `max_new_tokens`, if there is one, not in the middle of a line.
+        end_at_line: end at a line break in the last fifth of `max_new_tokens`, if there is one, unless it follows a colon.
         num_samples: samples per prompt. The first uses `seed`, the next `seed` + 1, and so on.
         seed: random seed.
 
@@ -43,10 +43,10 @@ class Sampling:
     """
 
     max_new_tokens: int = 200
-    temperature: float = 0.8
+    temperature: float = 0.9
     top_k: int | None = None
     top_p: float | None = None
-    min_p: float | None = 0.05
+    min_p: float | None = 0.1
     repetition_penalty: float = 1.0
     stop: list[str] = field(default_factory=list)
     end_at_line: bool = True

@@ -19,6 +19,8 @@ from lmlight.generation.decoder import generate_ids
 from lmlight.generation.sampling import Sampling
 from lmlight.models import Net
 
+LINE_END = re.compile(r"(?<=[^:\s])\r?\n")  # a colon announces the next line
+
 
 class StreamingDecoder:
     """Decodes ids one by one. The texts that it returns add up to `tokenizer.decode` of all ids.
@@ -93,8 +95,6 @@ class TextStream:
 
     def push(self, index: int) -> str:
         """Add a token; return the text that has become certain."""
-        if len(self.tokens) == self._last_lines_from:
-            self._stop += ["\n", "\r\n"]
         self.tokens.append(index)
         text = self._release(self._decoder.push(index))
         if index == self._eos_id and self.finish_reason is None:
@@ -113,10 +113,15 @@ class TextStream:
     def _release(self, text: str) -> str:
         text = self._held + text
         found = [at for stop in self._stop if (at := text.find(stop)) >= 0]
+        in_last_lines = len(self.tokens) > self._last_lines_from
+        before = self.text[-1:]
+        if in_last_lines and (line_end := LINE_END.search(before + text)):
+            found.append(line_end.start() - len(before))
         if found:
             text, self.finish_reason = text[: min(found)], "stop"
         else:
             held = max((_overlap(text, stop) for stop in self._stop), default=0)
+            held = max(held, in_last_lines and text.endswith("\r"))
             text, self._held = text[: len(text) - held], text[len(text) - held :]
         self.text += text
         return text

@@ -65,8 +65,8 @@ class TextDataModule(LightningDataModule):
     def __init__(
         self,
         corpus: str = "tinyshakespeare",
-        block_size: int = 64,
-        batch_size: int = 32,
+        block_size: int = 128,
+        batch_size: int = 16,
         val_fraction: float = 0.1,
         val_corpus: str | None = None,
         test_corpus: str | None = None,
