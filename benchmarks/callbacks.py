@@ -10,14 +10,15 @@ from __future__ import annotations
 
 import argparse
 import logging
-import os
 import statistics
 import tempfile
 import time
 import warnings
 from typing import Any
 
-os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # the value of `lmlight fit`, set before torch is imported
+from lmlight.__main__ import set_up_process
+
+set_up_process("fit")  # before torch is imported
 
 import lightning.pytorch as pl
 from lightning.pytorch.profilers import SimpleProfiler

@@ -37,7 +37,9 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # the value of `lmlight predict`, set before torch is imported
+from lmlight.__main__ import set_up_process
+
+set_up_process("predict")  # before torch is imported
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import numpy as np

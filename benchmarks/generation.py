@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import gc
 import json
-import os
 import platform
 import statistics
 import time
@@ -26,7 +25,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # the value of `lmlight predict`, set before torch is imported
+from lmlight.__main__ import set_up_process
+
+set_up_process("predict")  # before torch is imported
 
 import peers
 import torch

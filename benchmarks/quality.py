@@ -23,7 +23,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # the value of `lmlight fit`, set before torch is imported
+from lmlight.__main__ import set_up_process
+
+set_up_process("fit")  # before torch is imported
 
 import lightning.pytorch as pl
 import numpy as np

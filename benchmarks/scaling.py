@@ -11,12 +11,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
 import time
 from pathlib import Path
 
-os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # the value of `lmlight fit`, set before torch is imported
+from lmlight.__main__ import set_up_process
+
+set_up_process("fit")  # before torch is imported
 
 import numpy as np
 import torch

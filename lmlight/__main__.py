@@ -26,8 +26,7 @@ def main(args: Sequence[str] | None = None) -> int:
     if command == "--version":
         print(f"lmlight {__version__}")
         return 0
-    bound_spinning(command)
-    keep_freed_memory()
+    set_up_process(command)
     if "" not in sys.path:
         sys.path.append("")  # the current folder, where a user's own classes may be
     try:
@@ -44,6 +43,12 @@ def main(args: Sequence[str] | None = None) -> int:
         # keeps the interpreter from reporting it again as it exits
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+
+
+def set_up_process(command: str) -> None:
+    """Choose how threads wait and memory is reused, for a command; call it before torch is imported."""
+    bound_spinning(command)
+    keep_freed_memory()
 
 
 def bound_spinning(command: str) -> None:
