@@ -53,8 +53,8 @@ def attention_weights(q: Tensor, k: Tensor, causal: bool, attn_mask: Tensor | No
     mask = q.new_zeros(q.size(-2), k.size(-2))
     if causal:
         mask = mask.fill_(-math.inf).triu(1)
-    scores = torch.baddbmm(mask, q.flatten(0, 1), k.flatten(0, 1).mT, alpha=1 / math.sqrt(q.size(-1)))
-    scores = scores.view(*q.shape[:2], *scores.shape[1:])
+    scores = torch.baddbmm(mask, q.flatten(0, -3), k.flatten(0, -3).mT, alpha=1 / math.sqrt(q.size(-1)))
+    scores = scores.view(*q.shape[:-2], *scores.shape[1:])
     if attn_mask is not None:
         scores = scores.masked_fill(~attn_mask, -math.inf)
     return scores.softmax(dim=-1)
