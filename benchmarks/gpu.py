@@ -667,10 +667,9 @@ def run_sections(options: argparse.Namespace) -> int:
 
 def stop(process: subprocess.Popen[bytes]) -> None:
     """Kills a section, if it still runs, and its child processes."""
-    if process.poll() is not None:
-        return
     if os.name == "posix":
-        os.killpg(process.pid, signal.SIGKILL)
+        with contextlib.suppress(ProcessLookupError):  # all have ended
+            os.killpg(process.pid, signal.SIGKILL)
     else:
         process.kill()
     process.wait()

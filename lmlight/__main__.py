@@ -48,7 +48,8 @@ def main(args: Sequence[str] | None = None) -> int:
 def set_up_process(command: str) -> None:
     """Choose how threads wait and memory is reused, for a command; call it before torch is imported."""
     bound_spinning(command)
-    keep_freed_memory()
+    if command == "fit":
+        keep_freed_memory()
 
 
 def bound_spinning(command: str) -> None:
@@ -67,9 +68,10 @@ def keep_freed_memory() -> None:
     """Let glibc keep freed memory for the next allocation of this process, unless the user sets its thresholds.
 
     Otherwise it returns the large tensors of each training step to the system and gets them back filled with zeros: 8,000 to
-    18,000 page faults a step by default, and up to a fifth of its time. Peak memory stays the same.
+    18,000 page faults a step by default, and up to a fifth of its time. The peak memory of a training run stays the same.
     """
-    set_by_user = {"MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "GLIBC_TUNABLES"} & os.environ.keys()
+    variables = {"MALLOC_MMAP_THRESHOLD_", "MALLOC_MMAP_MAX_", "MALLOC_TRIM_THRESHOLD_", "GLIBC_TUNABLES"}
+    set_by_user = variables & os.environ.keys()
     if platform.libc_ver()[0] == "glibc" and not set_by_user:
         libc = ctypes.CDLL(None)
         libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)

@@ -182,7 +182,8 @@ def test_model_card_and_files(tokenizers, tmp_path):
         assert part in card
     assert "somewhere" not in card, "the folder of the corpus is private"
     assert {path.name for path in (tmp_path / "out").iterdir()} == hf.FILES
-    assert json.loads((tmp_path / "out" / "generation_config.json").read_text())["temperature"] == 0.8
+    generation = json.loads((tmp_path / "out" / "generation_config.json").read_text())
+    assert (generation["temperature"], generation["min_p"]) == (0.8, Sampling().min_p), "what predict would use"
     settings = {"data": {"corpus": "train.txt", "val_corpus": "somewhere/val.txt"}}
     model = Model(make(tokenizers["char"], {}), tokenizers["char"], {}, settings, {"val/nats_per_char": 1.5}, 9)
     assert "On a separate text, val.txt:" in hf.model_card(model, "mit")

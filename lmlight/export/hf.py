@@ -13,6 +13,7 @@ from lmlight.data.tokenizer import SentencePieceTokenizer
 from lmlight.export.architectures import match_architecture, named_weights
 from lmlight.export.model import Model, require_extra
 from lmlight.export.tokenizer import tokenizer_json
+from lmlight.generation import Sampling
 from lmlight.models import Net, Transformer
 from lmlight.version import __version__
 
@@ -129,20 +130,20 @@ def tensors(net: Net) -> dict[str, Tensor]:
 
 def generation_config_json(model: Model) -> dict[str, Any]:
     """The content of `generation_config.json`: the run's own sampling settings."""
-    sampling = model.sampling
-    temperature = sampling.get("temperature", 1.0)
+    sampling = Sampling(**model.sampling)
     config = {
         "bos_token_id": model.bos_id,
         "eos_token_id": model.tokenizer.eos_id,
         "pad_token_id": None,
-        "max_new_tokens": sampling.get("max_new_tokens", 200),
-        "repetition_penalty": sampling.get("repetition_penalty", 1.0),
-        "do_sample": temperature > 0,
+        "max_new_tokens": sampling.max_new_tokens,
+        "repetition_penalty": sampling.repetition_penalty,
+        "do_sample": sampling.temperature > 0,
     }
-    if temperature > 0:  # top_k and top_p always: the defaults of transformers would filter
-        defaults = {"temperature": temperature, "top_k": 0, "top_p": 1.0, "min_p": None}
-        filters = {name: sampling.get(name) or default for name, default in defaults.items()}
-        config |= {name: value for name, value in filters.items() if value is not None}
+    if sampling.temperature > 0:
+        # always: the defaults of transformers would filter
+        config |= {"temperature": sampling.temperature, "top_k": sampling.top_k or 0, "top_p": sampling.top_p or 1.0}
+        if sampling.min_p:
+            config["min_p"] = sampling.min_p
     return config
 
 

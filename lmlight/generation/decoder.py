@@ -109,7 +109,7 @@ def generate_ids(
     Args:
         net: used in its current mode: call `eval()` first, or dropout is active.
         prompts: B sequences of at least one id each, of any lengths; the network sees the last `block_size` ids.
-        sampling: `seed`, `num_samples` and `stop` are ignored.
+        sampling: `seed`, `num_samples`, `stop` and `end_at_line` are ignored.
         seeds: a random seed per sequence.
 
     Yields:
@@ -150,7 +150,7 @@ def generate(net: Net, idx: Tensor, sampling: Sampling) -> Tensor:
     Args:
         net: used in its current mode: call `eval()` first, or dropout is active.
         idx: (B, T) ids with T at least 1.
-        sampling: row i uses `seed` + i; `num_samples` and `stop` are ignored.
+        sampling: row i uses `seed` + i; `num_samples`, `stop` and `end_at_line` are ignored.
 
     Returns:
         (B, T + max_new_tokens) ids, starting with `idx`.

@@ -41,15 +41,15 @@ def attention_weights(q: Tensor, k: Tensor, causal: bool, attn_mask: Tensor | No
     """Compute how much each position attends to each other one.
 
     Args:
-        q: (B, H, T, D) queries.
-        k: (B, H, S, D) keys.
+        q: (B, H, T, D) queries, or (B, T, D) without heads.
+        k: (B, H, S, D) keys, of the same leading axes.
         causal: mask positions s > t.
         attn_mask: boolean, broadcast to (B, H, T, S); False masks.
 
     Returns:
         (B, H, T, S); each row sums to 1.
     """
-    # one product that scales and masks, too: each pass over the scores takes as long as one over the hidden states
+    # One product also scales and masks: each extra pass over the scores costs as much as one over the hidden states.
     mask = q.new_zeros(q.size(-2), k.size(-2))
     if causal:
         mask = mask.fill_(-math.inf).triu(1)
