@@ -1,11 +1,14 @@
 """Loss and training time of lmlight's recipes, compared with nanoGPT's CPU recipe on the same machine.
 
-    python benchmarks/quality.py [--runs configs/shakespeare.yaml[@STEPS][#SEED,...] ...] [--json FILE] [--picture FILE]
+    python benchmarks/quality.py [--runs configs/shakespeare.yaml[@STEPS][#SEED,...][^TEACHERS] ...] [--json FILE] [--picture FILE]
 
 Losses are in nats per character of the last 10% of tiny Shakespeare. Each character is scored once, in non-overlapping
 windows of block_size; nanoGPT's final model is scored in the same way. Training time excludes validation for both. The time
 of the whole process includes everything. Every seed is reported, at the final and at the best step. Prints a Markdown table.
 The picture shows the loss over training time.
+
+`^2` is for configs with `model_class: lmlight.DistilledModel`: the teachers are two runs of the nearest entry before that has
+none, other two for each seed, and their times are added to that of the run.
 """
 
 from __future__ import annotations
@@ -115,7 +118,9 @@ def run_nanogpt(folder: Path) -> dict[str, Any]:
     return {"name": "nanoGPT, CPU recipe", **times, "final": figure, "best": figure, "curve": curve}
 
 
-def run_lmlight(config: Path, max_steps: str, seed: str, folder: Path) -> dict[str, Any]:
+def run_lmlight(
+    config: Path, max_steps: str, seed: str, folder: Path, teachers: list[dict[str, Any]] | None = None
+) -> dict[str, Any]:
     """Trains a config, for `max_steps` if that is not empty."""
     command = [
         sys.executable,
@@ -129,19 +134,25 @@ def run_lmlight(config: Path, max_steps: str, seed: str, folder: Path) -> dict[s
     ]
     if max_steps:
         command.append(f"--trainer.max_steps={max_steps}")
+    if teachers:
+        command.append(f"--model.teachers={json.dumps([row['checkpoint'] for row in teachers])}")
     lines = timed(command, folder)
     training = next(float(line.split()[1]) for _, line in lines if line.startswith("training "))
     steps = [line.split() for _, line in lines if line.startswith("step ")]
     figures = [float(words[words.index("val/nats_per_char") + 1]) for words in steps]
     of = re.search(r"\d+$", steps[-1][1])
+    (checkpoint,) = (line.split()[2] for _, line in lines if line.startswith("Best checkpoint: "))
     assert of is not None
+    before = sum(row["training"] for row in teachers or [])
+    curve = (line.split()[1:] for _, line in lines if line.startswith("curve "))
     return {
-        "name": f"{config.stem}, seed {seed}, {of[0]} steps",
-        "training": training,
-        "process": lines[-1][0],
+        "name": f"{config.stem}, seed {seed}, {of[0]} steps" + (f", {len(teachers)} teachers" if teachers else ""),
+        "training": before + training,
+        "process": lines[-1][0] + sum(row["process"] for row in teachers or []),
         "final": figures[-1],
         "best": min(figures),
-        "curve": [tuple(map(float, line.split()[1:])) for _, line in lines if line.startswith("curve ")],
+        "curve": [(before + float(seconds), float(nats)) for seconds, nats in curve],
+        "checkpoint": checkpoint,
     }
 
 
@@ -164,15 +175,20 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     parser.add_argument("--picture", type=Path)
     options = parser.parse_args()
-    rows = []
+    rows, without_teachers = [], list[dict[str, Any]]()
     with tempfile.TemporaryDirectory() as folder:
         rows.append(run_nanogpt(Path(folder)))
         for run in options.runs:
-            found = re.fullmatch(r"(.*?)(?:@(\d+))?(?:#([\d,]+))?", run)
+            found = re.fullmatch(r"(.*?)(?:@(\d+))?(?:#([\d,]+))?(?:\^(\d+))?", run)
             assert found is not None
-            for seed in (found[3] or "1337").split(","):
-                rows.append(run_lmlight(Path(found[1]), found[2] or "", seed, Path(folder)))
-                print(rows[-1], file=sys.stderr, flush=True)
+            seeds, new = (found[3] or "1337").split(","), list[dict[str, Any]]()
+            for number, seed in enumerate(seeds):
+                turned = without_teachers[number + 1 :] + without_teachers[: number + 1]
+                teachers = turned[: int(found[4])] if found[4] else None
+                new.append(run_lmlight(Path(found[1]), found[2] or "", seed, Path(folder), teachers))
+                print(new[-1], file=sys.stderr, flush=True)
+            rows += new
+            without_teachers = without_teachers if found[4] else new
     n, whole = rows[0]["training"], rows[0]["process"]
     print("| | training | whole process | nats/char, final | best |\n|---|---|---|---|---|")
     for row in rows:

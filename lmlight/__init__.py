@@ -11,12 +11,14 @@ if TYPE_CHECKING:
     from lmlight.generation import Sampling
     from lmlight.models import Bigram, Transformer
     from lmlight.training.datamodule import TextDataModule
+    from lmlight.training.distillation import DistilledModel
     from lmlight.training.module import LanguageModel
 
-__all__ = ["Bigram", "LanguageModel", "Sampling", "TextDataModule", "Transformer"]
+__all__ = ["Bigram", "DistilledModel", "LanguageModel", "Sampling", "TextDataModule", "Transformer"]
 
 _HOMES = {
     "Bigram": "lmlight.models",
+    "DistilledModel": "lmlight.training.distillation",
     "LanguageModel": "lmlight.training.module",
     "Sampling": "lmlight.generation",
     "TextDataModule": "lmlight.training.datamodule",
