@@ -12,6 +12,7 @@ Axes: B windows in a batch, W in all, T positions, N tokens. Free of torch.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor, Future
 from dataclasses import dataclass
@@ -62,7 +63,7 @@ class WindowSource:
         seed: the run's seed.
         order: `epoch` or `random`, see `ORDERS`.
         pool: loads shards in the background; None loads each when it is needed.
-        ahead: number of shards that `pool` loads before they are needed.
+        ahead: number of shards, also of later epochs, that `pool` loads before they are needed.
         num_workers: DataLoader processes that gather windows.
 
     Raises:
@@ -94,17 +95,26 @@ class WindowSource:
 
     def rows(self, epoch: int, positions: npt.NDArray[np.int64]) -> Tokens:
         """(B, T + 1) ids of the windows at `positions` of the epoch."""
-        shards = np.random.default_rng((self._seed, epoch)).permutation(len(self._per_shard))
-        shards = shards[self._per_shard[shards] > 0]
+        shards = self._order(epoch)
         ends = np.cumsum(self._per_shard[shards])
         slots = np.searchsorted(ends, positions, side="right")
         rows = np.empty((len(positions), self._block_size + 1), np.int64)
         for slot in np.unique(slots):
-            self._open([(epoch, int(shard)) for shard in shards[slot : slot + 1 + self._ahead]])
+            wanted = [(epoch, int(shard)) for shard in shards[slot : slot + 1 + self._ahead]]
+            for later in itertools.count(epoch + 1):
+                if len(wanted) > self._ahead:
+                    break
+                wanted += [(later, int(shard)) for shard in self._order(later)[: self._ahead + 1 - len(wanted)]]
+            self._open(wanted)
             here = slots == slot
             starts = self._starts[positions[here] - ends[slot]]  # negative: from the shard's last window
             rows[here] = self._ids[starts[:, None] + np.arange(self._block_size + 1)]
         return rows
+
+    def _order(self, epoch: int) -> npt.NDArray[np.int64]:
+        """The shards in the order in which an epoch visits them."""
+        shards = np.random.default_rng((self._seed, epoch)).permutation(len(self._per_shard))
+        return shards[self._per_shard[shards] > 0]
 
     def close(self) -> None:
         """Stops processes and threads that work ahead."""
