@@ -1,14 +1,14 @@
 """Loss and training time of lmlight's recipes, compared with nanoGPT's CPU recipe on the same machine.
 
-    python benchmarks/quality.py [--runs configs/shakespeare.yaml[@STEPS][#SEED,...][^TEACHERS] ...] [--json FILE] [--picture FILE]
+    python benchmarks/quality.py [--runs CONFIG[@STEPS][#SEED,...][^TEACHERS] ...] [--json FILE] [--picture FILE]
 
 Losses are in nats per character of the last 10% of tiny Shakespeare. Each character is scored once, in non-overlapping
 windows of block_size; nanoGPT's final model is scored in the same way. Training time excludes validation for both. The time
 of the whole process includes everything. Every seed is reported, at the final and at the best step. Prints a Markdown table.
 The picture shows the loss over training time.
 
-`^2` is for configs with `model_class: lmlight.DistilledModel`: the teachers are two runs of the nearest entry before that has
-none, other two for each seed, and their times are added to that of the run.
+`^2` is for configs with `model_class: lmlight.DistilledModel`: the teachers are two runs of the nearest entry before that
+has none, other two for each seed, and their times are added to that of the run.
 """
 
 from __future__ import annotations

@@ -12,14 +12,16 @@ if TYPE_CHECKING:
     from lmlight.models import Bigram, Transformer
     from lmlight.training.datamodule import TextDataModule
     from lmlight.training.distillation import DistilledModel
+    from lmlight.training.lora import LoRAModel
     from lmlight.training.module import LanguageModel
 
-__all__ = ["Bigram", "DistilledModel", "LanguageModel", "Sampling", "TextDataModule", "Transformer"]
+__all__ = ["Bigram", "DistilledModel", "LanguageModel", "LoRAModel", "Sampling", "TextDataModule", "Transformer"]
 
 _HOMES = {
     "Bigram": "lmlight.models",
     "DistilledModel": "lmlight.training.distillation",
     "LanguageModel": "lmlight.training.module",
+    "LoRAModel": "lmlight.training.lora",
     "Sampling": "lmlight.generation",
     "TextDataModule": "lmlight.training.datamodule",
     "Transformer": "lmlight.models",

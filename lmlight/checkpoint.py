@@ -12,6 +12,7 @@ Does not import Lightning.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import itertools
 import pickle
 import zipfile
@@ -36,6 +37,7 @@ METADATA_KEY = "lmlight"
 FORMAT_VERSION = 4  # raised when older files can no longer be read
 FOLDER = "checkpoints"  # inside a run's folder
 NET_PREFIX = "net."  # of the network's weights in the LightningModule's state dict
+ADAPTER = "lora_"  # in the names of adapters' weights, as peft has them
 
 
 def model_metadata(
@@ -92,13 +94,53 @@ def write(content: dict[str, Any], path: str | Path) -> None:
 
 
 def read(path: str | Path) -> dict[str, Any]:
-    """Read a checkpoint onto the CPU.
+    """Read a checkpoint onto the CPU. Adapters are merged into the weights that they belong to.
+
+    Returns:
+        The content of the file, and its absolute path as `path`.
 
     Raises:
         UserError: The file is missing, damaged, not an lmlight checkpoint, of another format version, or holds a pickle that
-            would run code.
+            would run code; it holds adapters of a model that is missing or has changed.
     """
-    return check(load(path), path)
+    content = check(load(path), path)
+    content["path"] = str(Path(path).expanduser().absolute())
+    if (adapter := content[METADATA_KEY].get("adapter")) is not None:
+        state, adapters = read_base(content, f"checkpoint '{path}'")["state_dict"], content["state_dict"]
+        for name, a in adapters.items():
+            if name.endswith(f"{ADAPTER}A.default.weight"):
+                b = adapters[name.replace(f"{ADAPTER}A.", f"{ADAPTER}B.")]
+                merged = name.partition(ADAPTER)[0] + "weight"
+                state[merged] = torch.addmm(state[merged], b, a, alpha=adapter["scale"])
+        content["state_dict"] = state
+    return content
+
+
+def read_base(content: dict[str, Any], name: str) -> dict[str, Any]:
+    """Read the checkpoint that the adapters in another one belong to.
+
+    Args:
+        content: The checkpoint with the adapters.
+        name: What to call it in messages.
+
+    Raises:
+        UserError: See `read`; the checkpoint has changed since.
+    """
+    adapter = content[METADATA_KEY]["adapter"]
+    base: str = adapter["base"]
+    if not Path(base).is_file():
+        raise UserError(f"{name} holds adapters of '{base}', which is missing: put that checkpoint back")
+    found = read(base)
+    if fingerprint(base) != adapter["fingerprint"]:
+        raise UserError(f"{name} holds adapters of '{base}', which has changed since: put the earlier checkpoint back")
+    return found
+
+
+def fingerprint(path: str | Path) -> str:
+    """The SHA-256 of the checksums that an intact checkpoint file holds of its parts."""
+    with zipfile.ZipFile(path) as archive:
+        parts = sorted((member.filename.partition("/")[2], member.CRC) for member in archive.infolist())
+    return hashlib.sha256(repr(parts).encode()).hexdigest()
 
 
 def load(path: str | Path) -> dict[str, Any]:

@@ -19,6 +19,8 @@ SIZES = {"n_layer": 2, "n_head": 4, "n_embd": 32}
 OPTIONS = {  # by model_type
     "qwen3": {},
     "qwen3, SwiGLU": {**LLAMA, "qk_norm": True, "tie": True},
+    "qwen3, head size": {**LLAMA, "qk_norm": True, "head_size": 12, "n_kv_head": 2},
+    "qwen2": {**LLAMA, "bias": "qkv", "n_kv_head": 2},
     "mistral": {**LLAMA, "n_kv_head": 2},
     "llama": {**LLAMA, "bias": True, "n_kv_head": 2},
     "gpt2": GPT2,
@@ -50,6 +52,36 @@ def perturbed(kind, *sizes, **options):
     for name, parameter in net.named_parameters():
         parameter.data.add_(torch.randn_like(parameter) * (0.3 if "norm" in name or "bias" in name else 0.1))
     return net.eval()
+
+
+VOCAB = 440
+PRE_TOKENIZERS = ("gpt-2", "smollm", "qwen2", "llama-bpe")
+
+
+def byte_level_bpe(text, kind="gpt-2"):
+    """A tokenizer of `VOCAB` tokens, and the way in which it splits a text before its merges."""
+    import tokenizers
+    from tokenizers import Regex, pre_tokenizers
+
+    words = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}NUMBER| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    words += r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+    by_kind = {
+        "gpt-2": [],
+        "smollm": [pre_tokenizers.Digits(individual_digits=True)],
+        "qwen2": [pre_tokenizers.Split(Regex(words.replace("NUMBER", "")), "isolated")],
+        "llama-bpe": [pre_tokenizers.Split(Regex(words.replace("NUMBER", "{1,3}")), "isolated")],
+    }
+    use_regex = kind in ("gpt-2", "smollm")
+    steps = [*by_kind[kind], pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=use_regex)]
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
+    tokenizer.pre_tokenizer = steps[0] if len(steps) == 1 else pre_tokenizers.Sequence(steps)
+    tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    special, alphabet = ["<|endoftext|>", "<|im_start|>"], pre_tokenizers.ByteLevel.alphabet()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=VOCAB, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+    )
+    tokenizer.train_from_iterator([text], trainer)
+    return tokenizer
 
 
 def save(path, net, tokenizer, **more):

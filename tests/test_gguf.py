@@ -6,9 +6,10 @@ import urllib.request
 
 import pytest
 import torch
-from exporting import OPTIONS, UNUSUAL, make, save, shipped, shrunk
+from exporting import OPTIONS, PRE_TOKENIZERS, UNUSUAL, byte_level_bpe, make, save, shipped, shrunk
 
 from lmlight.__main__ import main
+from lmlight.data.hf_tokenizer import HFTokenizer
 from lmlight.data.tokenizer import TokenizerConfig
 from lmlight.generation import Sampling, generate
 from lmlight.models import Bigram
@@ -68,6 +69,27 @@ def test_each_architecture_matches_in_llama_cpp(name, tokenizers, tmp_path, corp
     matches_in_llama_cpp(
         make(tokenizers["unigram"], OPTIONS[name], BLOCK), tokenizers["unigram"], corpus_text, tmp_path
     )
+
+
+@pytest.mark.parametrize("kind", PRE_TOKENIZERS)
+def test_each_byte_level_bpe_matches_in_llama_cpp(kind, tmp_path, corpus_text):
+    content = json.loads(byte_level_bpe(corpus_text, kind).to_str())
+    tokenizer = HFTokenizer(json.dumps({**content, "lmlight_eos_id": 0}).encode())
+    matches_in_llama_cpp(make(tokenizer, OPTIONS["llama"], BLOCK), tokenizer, corpus_text, tmp_path)
+    engine = Engine(tmp_path / "x.gguf")
+    for text in (corpus_text, "1234 567", *UNUSUAL):
+        if "\0" not in text:
+            assert engine.ids(text) == tokenizer.encode(text), text
+
+
+def test_unknown_pre_tokenizer_is_refused(tmp_path, corpus_text, capsys):
+    content = json.loads(byte_level_bpe(corpus_text).to_str())
+    content["pre_tokenizer"]["add_prefix_space"] = True
+    tokenizer = HFTokenizer(json.dumps(content).encode())
+    checkpoint = save(tmp_path / "x.ckpt", make(tokenizer, OPTIONS["llama"], BLOCK), tokenizer)
+    assert main(["export", "gguf", checkpoint, "x.gguf"]) == 2
+    assert "splits it in another way: export to hf or onnx" in capsys.readouterr().err
+    assert not (tmp_path / "x.gguf").exists()
 
 
 @pytest.mark.parametrize("name", shipped("Transformer"))

@@ -53,6 +53,9 @@ class HFTokenizer(Tokenizer):
     Args:
         data: the content of `tokenizer.json`, with the id of the EOS token as `lmlight_eos_id`.
 
+    Attributes:
+        content: the parsed `tokenizer.json`.
+
     Raises:
         UserError: the package `tokenizers` is not installed.
         ValueError: `data` is not a tokenizer.
@@ -67,16 +70,16 @@ class HFTokenizer(Tokenizer):
             ) from None
         self._data = data
         try:
-            content: dict[str, Any] = json.loads(data)
-            self.eos_id = content.pop("lmlight_eos_id", None)
-            self._tokenizer = tokenizers.Tokenizer.from_str(json.dumps(content))
+            self.content: dict[str, Any] = json.loads(data)
+            self.eos_id = self.content.pop("lmlight_eos_id", None)
+            self._tokenizer = tokenizers.Tokenizer.from_str(json.dumps(self.content))
         except Exception as error:  # the library raises plain ones
             raise ValueError(f"not a tokenizer.json: {error}") from None
         self._tokenizer.encode_special_tokens = True
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
-        special = {token["id"] for token in content.get("added_tokens", []) if token["special"]}
-        is_byte_level = '"ByteLevel"' in json.dumps(content.get("decoder"))
+        special = {token["id"] for token in self.content.get("added_tokens", []) if token["special"]}
+        is_byte_level = '"ByteLevel"' in json.dumps(self.content.get("decoder"))
         size = self._tokenizer.get_vocab_size()
         self.char_counts = np.zeros(size, dtype=np.int64)
         for index in range(size):

@@ -53,14 +53,16 @@ class Architecture(NamedTuple):
 
 _LLAMA: dict[str, list[Any]] = {"norm": ["rmsnorm"], "positions": ["rotary"], "qk_norm": [False], "mlp": ["swiglu"]}
 _GPT2: dict[str, list[Any]] = {"norm": ["layernorm"], "positions": ["learned"], "qk_norm": [False], "mlp": ["gelu"]}
+_GPT2 |= {"bias": [True, False], "n_kv_head": [None], "head_size": [None]}
 # ReLU² in Qwen3 is a gated ReLU with equal gate and value: relu(h) h = relu(h)².
 _QWEN3 = _LLAMA | {"qk_norm": [True], "mlp": ["relu2", "swiglu"], "bias": [False]}
 ARCHITECTURES = [
     Architecture("qwen3", "Qwen3ForCausalLM", "qwen3", True, _QWEN3),
+    Architecture("qwen2", "Qwen2ForCausalLM", "qwen2", True, _LLAMA | {"bias": ["qkv"]}),
     # Mistral is Llama with a sliding window and without biases.
     Architecture("mistral", "MistralForCausalLM", "llama", True, _LLAMA | {"bias": [False]}),
     Architecture("llama", "LlamaForCausalLM", "llama", False, _LLAMA | {"bias": [True]}),
-    Architecture("gpt2", "GPT2LMHeadModel", "gpt2", False, _GPT2 | {"n_kv_head": [None]}),
+    Architecture("gpt2", "GPT2LMHeadModel", "gpt2", False, _GPT2),
 ]
 
 
@@ -76,7 +78,9 @@ def match_architecture(net: Net) -> Architecture:
     """
     if not isinstance(net, Transformer):
         raise UnsupportedArchitecture(f"a {type(net).__name__} cannot be exported to this format: pass a Transformer")
-    options = net.config | {"n_kv_head": None if net.n_kv_head == net.config["n_head"] else net.n_kv_head}
+    n_head, width = net.config["n_head"], net.config["n_embd"]
+    options = net.config | {"n_kv_head": None if net.n_kv_head == n_head else net.n_kv_head}
+    options["head_size"] = None if net.head_size * n_head == width else net.head_size
 
     def differing(architecture: Architecture) -> list[str]:
         return [name for name, allowed in architecture.options.items() if options[name] not in allowed]
@@ -117,7 +121,7 @@ def named_weights(net: Transformer) -> Iterator[tuple[str, str, Tensor]]:
     for name, value in net.state_dict().items():
         names, parts = weight_names(name, is_gpt2), [value]
         if len(names) == 3:
-            parts = list(value.split([net.config["n_embd"], kv_size, kv_size]))
+            parts = list(value.split([net.config["n_head"] * net.head_size, kv_size, kv_size]))
         elif len(names) == 2:
             parts = list(value.chunk(2)) if net.config["mlp"] == "swiglu" else [value, value]
         for (hf, gguf), part in zip(names, parts, strict=True):

@@ -15,11 +15,12 @@ from typing import Any
 
 from torch import Tensor
 
+from lmlight.data.hf_tokenizer import HFTokenizer
 from lmlight.data.tokenizer import SentencePieceTokenizer
 from lmlight.errors import UserError
 from lmlight.export.architectures import match_architecture, named_weights
 from lmlight.export.model import Model, require_extra
-from lmlight.export.tokenizer import NORMAL, Piece, Vocabulary
+from lmlight.export.tokenizer import CONTROL, NORMAL, UNUSED, USER_DEFINED, Piece, Vocabulary, pre_tokenizer_name
 from lmlight.models import Transformer
 
 # k of the module docstring. A power of two, so scaling is exact; its root is shared by the matrices after the gate, which
@@ -78,6 +79,9 @@ def write(model: Model, path: Path, precision: str = "f32") -> None:
 
 
 def _add_tokenizer(writer: Any, model: Model) -> None:
+    if isinstance(model.tokenizer, HFTokenizer):
+        _add_byte_level_bpe(writer, model.tokenizer)
+        return
     if not isinstance(model.tokenizer, SentencePieceTokenizer):
         raise UserError(
             "llama.cpp has no character vocabularies: expected a tokenizer of kind unigram or bpe, and this one's is char; "
@@ -104,6 +108,31 @@ def _add_tokenizer(writer: Any, model: Model) -> None:
     writer.add_add_eos_token(False)
     writer.add_add_space_prefix(False)
     writer.add_remove_extra_whitespaces(False)
+
+
+def _add_byte_level_bpe(writer: Any, tokenizer: HFTokenizer) -> None:
+    name, model = pre_tokenizer_name(tokenizer), tokenizer.content["model"]
+    if name is None:
+        raise UserError(
+            "llama.cpp splits a text like the byte-level BPE tokenizers of GPT-2, SmolLM2, Qwen2 or Llama 3, and this "
+            "checkpoint's tokenizer.json splits it in another way: export to hf or onnx"
+        )
+    size = tokenizer.vocab_size
+    texts, types = [f"<unused {index}>" for index in range(size)], [UNUSED] * size
+    for text, index in model["vocab"].items():
+        texts[index], types[index] = text, NORMAL
+    for token in tokenizer.content.get("added_tokens", []):
+        texts[token["id"]], types[token["id"]] = token["content"], CONTROL if token["special"] else USER_DEFINED
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre(name)
+    writer.add_token_list(texts)
+    writer.add_token_types(types)
+    writer.add_token_merges([merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]])
+    if tokenizer.eos_id is not None:
+        writer.add_bos_token_id(tokenizer.eos_id)
+        writer.add_eos_token_id(tokenizer.eos_id)
+    writer.add_add_bos_token(False)
+    writer.add_add_eos_token(False)
 
 
 def interleave_rope(rows: Tensor, head_size: int) -> Tensor:

@@ -9,10 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lmlight.data.hf_tokenizer import HFTokenizer
 from lmlight.data.tokenizer import SentencePieceTokenizer
+from lmlight.errors import UserError
 from lmlight.export.architectures import match_architecture, named_weights
 from lmlight.export.model import Model, require_extra
-from lmlight.export.tokenizer import tokenizer_json
+from lmlight.export.tokenizer import pre_tokenizer_name, tokenizer_json
 from lmlight.generation import Sampling
 from lmlight.models import Net, Transformer
 from lmlight.version import __version__
@@ -29,11 +31,21 @@ def write(model: Model, folder: Path, licence: str) -> None:
         UserError: no architecture matches the network; the tokenizer is lossy; safetensors is not installed.
     """
     (safetensors,) = require_extra("hf", "safetensors.torch")
-    tokenizer_config = {
+    tokenizer_config: dict[str, Any] = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "clean_up_tokenization_spaces": False,
-        "split_special_tokens": True,
     }
+    own_way = not isinstance(model.tokenizer, HFTokenizer) or pre_tokenizer_name(model.tokenizer) != "qwen2"
+    if match_architecture(model.net).model_type == "qwen2" and own_way:
+        raise UserError(
+            "transformers splits a text in Qwen2's way for any model of that architecture, and this checkpoint's tokenizer "
+            "does not: export to gguf or onnx"
+        )
+    if isinstance(model.tokenizer, HFTokenizer):
+        if model.tokenizer.eos_id is not None:
+            tokenizer_config["eos_token"] = model.tokenizer.id_to_piece(model.tokenizer.eos_id)
+    else:
+        tokenizer_config["split_special_tokens"] = True  # a text cannot contain them
     if not match_architecture(model.net).sliding_window:
         tokenizer_config["model_max_length"] = model.net.block_size
     contents = {
@@ -103,8 +115,8 @@ def config_json(model: Model) -> dict[str, Any]:
     }
     if architecture.sliding_window:
         config["sliding_window"] = net.block_size
-    if architecture.model_type == "qwen3":
-        config |= {"use_sliding_window": True, "max_window_layers": 0, "attention_bias": False}
+    if architecture.model_type in ("qwen2", "qwen3"):
+        config |= {"use_sliding_window": True, "max_window_layers": 0, "attention_bias": options["bias"] == "qkv"}
         config["layer_types"] = ["sliding_attention"] * options["n_layer"]
     if architecture.model_type == "llama":
         config |= {"attention_bias": options["bias"], "mlp_bias": options["bias"]}

@@ -1,28 +1,30 @@
-"""Import of a small Llama-like model from a Hugging Face folder.
+"""Import of a model from a Hugging Face folder.
 
-- Architectures: llama, mistral and qwen3, where `Transformer` has the options.
-- Tokenizers: SentencePiece only (`tokenizer.model`). One with byte pieces becomes lossless: it no longer adds a space in
-  front of a text or normalizes characters. Pieces and ids stay.
+- Families: GPT-2, Llama (with SmolLM2), Mistral, Qwen2 and Qwen3, where `Transformer` has the options.
+- Tokenizers: any `tokenizer.json`, or lmlight's own `tokenizer.model`.
+- Weights: safetensors, in one file or several. One tensor is read at a time.
 """
 
 from __future__ import annotations
 
 import json
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lmlight.data.tokenizer import SentencePieceTokenizer
+from lmlight.data.hf_tokenizer import read_pretrained
+from lmlight.data.tokenizer import SentencePieceTokenizer, Tokenizer
 from lmlight.errors import UserError
 from lmlight.export.architectures import weight_names
 from lmlight.export.model import Model, require_extra
-from lmlight.export.tokenizer import parse_model
-from lmlight.models import Transformer
+from lmlight.models import GPT2, LLAMA, Transformer
 from lmlight.models.transformer import default_intermediate_size
 
-MODEL_TYPES = ("llama", "mistral", "qwen3")
+MODEL_TYPES = ("gpt2", "llama", "mistral", "qwen2", "qwen3")
+INDEX = "model.safetensors.index.json"  # names the file of each tensor
 
 
 def read(folder: Path) -> tuple[Model, list[str]]:
@@ -31,98 +33,122 @@ def read(folder: Path) -> tuple[Model, list[str]]:
     Raises:
         UserError: the folder is incomplete or damaged, or the model needs an option that `Transformer` lacks.
     """
-    (safetensors,) = require_extra("hf", "safetensors.torch")
-    path = folder / "config.json"
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"'{path}' cannot be read ({error}): pass the folder of a Hugging Face model") from None
-    if config.get("model_type") not in MODEL_TYPES:
-        raise UserError(
-            f"expected a model_type of {', '.join(MODEL_TYPES)}, got {config.get('model_type')}: pass another"
-        )
+    config = _read_json(folder / "config.json")
+    model_type = config.get("model_type")
+    if model_type not in MODEL_TYPES:
+        raise UserError(f"expected a model_type of {', '.join(MODEL_TYPES)}, got {model_type}: pass another model")
     tokenizer, notes = _tokenizer(folder)
-    tensors: dict[str, Tensor] = {}
-    for file in sorted(folder.glob("*.safetensors")):
-        try:
-            tensors |= safetensors.load_file(file)
-        except Exception as error:  # safetensors has its own type
-            raise UserError(f"'{file}' cannot be read ({error}): download it again") from None
-    if not tensors:
-        raise UserError(f"'{folder}' has no .safetensors file: pass a folder whose weights are in that format")
-    try:
-        net = Transformer(tokenizer.vocab_size, _block_size(config), **_options(config, tensors)).eval()
-    except KeyError as error:
-        raise UserError(f"'{path}' lacks {error.args[0]}: download it again") from None
-    extra = len(tensors.get("model.embed_tokens.weight", ())) - tokenizer.vocab_size
-    if extra > 0:
-        notes.append(f"{extra:,} tokens that are not in tokenizer.model were left out")
-    net.load_state_dict(_state(net, tensors))
+    with ExitStack() as files:
+        weights = Weights(folder, model_type == "gpt2", files)
+        options = (_gpt2_options if model_type == "gpt2" else _llama_options)(config)
+        if options["mlp"] == "relu2" and not weights.gates_are_equal():
+            raise UserError("the model has hidden_act relu, which lmlight does not support: pass another model")
+        net = Transformer(tokenizer.vocab_size, _block_size(config), **options).eval()
+        rows = weights.load_into(net)
+    if rows > tokenizer.vocab_size:
+        notes.append(f"{rows - tokenizer.vocab_size:,} rows of the embedding without a token were left out")
     return Model(net, tokenizer, {}, {"data": {"block_size": net.block_size}}, {}, 0), notes
 
 
-def _tokenizer(folder: Path) -> tuple[SentencePieceTokenizer, list[str]]:
-    path = folder / "tokenizer.model"
+def _read_json(path: Path) -> dict[str, Any]:
     try:
-        data = path.read_bytes()
-        tokenizer = SentencePieceTokenizer(data)
-    except (OSError, ValueError):
-        raise UserError(f"'{path}' is missing or damaged: only SentencePiece tokenizers can be imported") from None
-    proto = parse_model(data)
-    normalizer = proto.normalizer_spec
-    changes_text = normalizer.add_dummy_prefix or normalizer.remove_extra_whitespaces or normalizer.name != "identity"
-    if changes_text and proto.trainer_spec.byte_fallback:
-        normalizer.name, normalizer.precompiled_charsmap = "identity", b""
-        normalizer.add_dummy_prefix = normalizer.remove_extra_whitespaces = False
-        plain = SentencePieceTokenizer(proto.SerializeToString())
-        if plain.lossless:
-            return plain, ["the tokenizer no longer adds a space in front of a text or normalizes characters"]
-    return tokenizer, [] if tokenizer.lossless else ["the tokenizer is lossy"]
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(content, dict):
+            raise ValueError("not an object")
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"'{path}' cannot be read ({error}): pass the folder of a Hugging Face model") from None
+    return content
+
+
+def _tokenizer(folder: Path) -> tuple[Tokenizer, list[str]]:
+    """The tokenizer and notes. A `tokenizer.model` that is not from lmlight changes spaces and newlines."""
+    own, general = folder / "tokenizer.model", folder / "tokenizer.json"
+    if own.is_file():
+        tokenizer: Tokenizer = read_pretrained(own)
+        assert isinstance(tokenizer, SentencePieceTokenizer)
+        if tokenizer.lossless:
+            return tokenizer, []
+    if not general.is_file():
+        raise UserError(f"'{folder}' has no tokenizer.json: save the tokenizer with a current version of transformers")
+    tokenizer = read_pretrained(general)
+    return tokenizer, [] if tokenizer.lossless else [
+        "the tokenizer is lossy: it changes spaces or characters of a text"
+    ]
 
 
 def _block_size(config: dict[str, Any]) -> int:
-    positions: int = config.get("max_position_embeddings", 2048)
+    if config["model_type"] == "gpt2":
+        return _size(config, "n_positions")
+    positions = _size(config, "max_position_embeddings")
     has_window = config["model_type"] == "mistral" or config.get("use_sliding_window")
     return min(positions, (has_window and config.get("sliding_window")) or positions)
 
 
-def _options(config: dict[str, Any], tensors: dict[str, Tensor]) -> dict[str, Any]:
+def _size(config: dict[str, Any], name: str) -> int:
+    value = config.get(name)
+    if type(value) is not int or value < 1:
+        raise UserError(f"config.json needs a number of at least 1 as {name}, got {value!r}: download it again")
+    return value
+
+
+def _require(*conditions: tuple[bool, str]) -> None:
+    for supported, found in conditions:
+        if not supported:
+            raise UserError(f"the model has {found}, which lmlight does not support: pass another model")
+
+
+def _gpt2_options(config: dict[str, Any]) -> dict[str, Any]:
     """The `Transformer` arguments other than `vocab_size` and `block_size`.
 
     Raises:
-        KeyError: the config lacks a size.
         UserError: the model needs an option that `Transformer` lacks.
     """
+    activation = config.get("activation_function", "gelu_new")
+    _require(
+        (activation in ("gelu_new", "gelu_pytorch_tanh"), f"activation_function {activation}"),
+        (config.get("scale_attn_weights", True) is True, "scale_attn_weights false"),
+        (not config.get("scale_attn_by_inverse_layer_idx"), "scale_attn_by_inverse_layer_idx"),
+        (not config.get("add_cross_attention"), "add_cross_attention"),
+    )
+    width = _size(config, "n_embd")
+    return {
+        **GPT2,
+        "n_layer": _size(config, "n_layer"),
+        "n_head": _size(config, "n_head"),
+        "n_embd": width,
+        "tie": config.get("tie_word_embeddings", True),
+        "intermediate_size": None if config.get("n_inner") in (None, 4 * width) else _size(config, "n_inner"),
+        "norm_eps": config.get("layer_norm_epsilon", 1e-5),
+    }
+
+
+def _llama_options(config: dict[str, Any]) -> dict[str, Any]:
+    """See `_gpt2_options`."""
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
     rope_type = rope.get("rope_type", rope.get("type", "default"))
     rotary_factor = rope.get("partial_rotary_factor", config.get("partial_rotary_factor", 1.0))
-    width, heads, hidden = config["hidden_size"], config["num_attention_heads"], config["intermediate_size"]
-    kv_heads = config.get("num_key_value_heads") or heads
-    bias, activation = config.get("attention_bias", False), config.get("hidden_act", "silu")
-    # a gated ReLU with equal gate and value is ReLU²
-    gates = [name for name in tensors if ".mlp.gate_proj." in name]
-    is_relu2 = all(torch.equal(tensors[name], tensors[name.replace("gate_proj", "up_proj")]) for name in gates)
-    mlp = "swiglu" if activation == "silu" else "relu2" if activation == "relu" and is_relu2 else None
-    for supported, found in (
+    width, heads = _size(config, "hidden_size"), _size(config, "num_attention_heads")
+    hidden, kv_heads = _size(config, "intermediate_size"), config.get("num_key_value_heads") or heads
+    head_size, kind = config.get("head_dim"), config["model_type"]
+    activation = config.get("hidden_act", "silu")
+    bias = bool(config.get("attention_bias", False))
+    _require(
         (rope_type == "default", f"rope_type {rope_type}"),
-        (rotary_factor == 1, f"partial_rotary_factor {rotary_factor:g}"),
-        ((config.get("head_dim") or width // heads) * heads == width, "a head_dim other than hidden_size / heads"),
-        (bias == config.get("mlp_bias", False), "a bias in attention or MLP only"),
-        (mlp is not None, f"hidden_act {activation}"),
-    ):
-        if not supported:
-            raise UserError(f"the model has {found}, which lmlight does not support: pass another model")
-    assert mlp is not None
+        (rotary_factor == 1, f"partial_rotary_factor {rotary_factor}"),
+        (kind == "qwen2" or bias == bool(config.get("mlp_bias", False)), "a bias in attention or MLP only"),
+        (activation in ("silu", "relu"), f"hidden_act {activation}"),
+    )
+    mlp = "swiglu" if activation == "silu" else "relu2"  # a gated ReLU with equal gate and value is ReLU²
     return {
-        "n_layer": config["num_hidden_layers"],
+        **LLAMA,
+        "n_layer": _size(config, "num_hidden_layers"),
         "n_head": heads,
         "n_embd": width,
         "n_kv_head": None if kv_heads == heads else kv_heads,
-        "norm": "rmsnorm",
-        "positions": "rotary",
+        "head_size": None if head_size in (None, width // heads) else _size(config, "head_dim"),
         "mlp": mlp,
-        "qk_norm": config["model_type"] == "qwen3",
-        "bias": bias,
+        "qk_norm": kind == "qwen3",
+        "bias": "qkv" if kind == "qwen2" else bias,
         "tie": config.get("tie_word_embeddings", False),
         "intermediate_size": None if hidden == default_intermediate_size(mlp, width) else hidden,
         "norm_eps": config.get("rms_norm_eps", 1e-6),  # the default of transformers
@@ -130,33 +156,94 @@ def _options(config: dict[str, Any], tensors: dict[str, Tensor]) -> dict[str, An
     }
 
 
-def _state(net: Transformer, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The weights as a state dict of `net`.
+class Weights:
+    """The tensors in the safetensors files of a folder, read when they are needed.
+
+    Args:
+        folder: the folder.
+        gpt2: whether names and matrices are those of GPT-2.
+        files: closes the files.
 
     Raises:
-        UserError: the tensors are not those of such a network.
+        UserError: a file is missing or damaged.
     """
-    state: dict[str, Tensor] = {}
-    unused = {name for name in tensors if not name.endswith("rotary_emb.inv_freq")}
-    for name, parameter in net.state_dict().items():
-        names = [hf for hf, _ in weight_names(name)]
-        unused -= {*names}
-        if name == "head.weight" and net.config["tie"]:
-            state[name] = state["embedding.weight"]
-            continue
-        if missing := [hf for hf in names if hf not in tensors]:
-            raise UserError(f"the weights lack {missing[0]}, which config.json requires: download the folder again")
-        if ".mlp.up." in name and net.config["mlp"] == "relu2":
-            names = names[1:]  # the gate is the same
-        value = torch.cat([tensors[hf] for hf in names])
-        if name in ("embedding.weight", "head.weight"):
-            value = value[: net.vocab_size]
-        if value.shape != parameter.shape:
-            expected, found = (" × ".join(map(str, tensor.shape)) for tensor in (parameter, value))
-            raise UserError(
-                f"expected {expected} weights in {', '.join(names)}, got {found}: download the folder again"
-            )
-        state[name] = value.to(parameter.dtype)
-    if unused:
-        raise UserError(f"the weights include {min(unused)}, which lmlight does not support: pass another model")
-    return state
+
+    def __init__(self, folder: Path, gpt2: bool, files: ExitStack) -> None:
+        (safetensors,) = require_extra("hf", "safetensors")
+        self._gpt2, self._files = gpt2, dict[str, Any]()
+        if (folder / INDEX).is_file():
+            places = _read_json(folder / INDEX).get("weight_map")
+            names = set(places.values()) if isinstance(places, dict) else set()
+            if not names or not all(isinstance(name, str) and name == Path(name).name for name in names):
+                raise UserError(f"'{folder / INDEX}' names no files of this folder: download it again")
+            if missing := sorted(name for name in names if not (folder / name).is_file()):
+                raise UserError(f"'{folder}' lacks {missing[0]}, which {INDEX} names: download it again")
+        else:
+            names = {path.name for path in folder.glob("*.safetensors")}
+        if not names:
+            hint = "weights in another format may run code when they are read"
+            raise UserError(f"'{folder}' has no .safetensors file: pass a folder that has ({hint})")
+        for name in sorted(names):
+            try:
+                file = files.enter_context(safetensors.safe_open(folder / name, framework="pt"))
+                self._files |= dict.fromkeys(file.keys(), file)
+            except Exception as error:  # safetensors has its own type
+                raise UserError(f"'{folder / name}' cannot be read ({error}): download it again") from None
+        if gpt2 and "wte.weight" in self._files:  # as on the hub
+            self._files = {f"transformer.{name}": file for name, file in self._files.items()}
+            self._prefix = "transformer."
+        else:
+            self._prefix = ""
+
+    def gates_are_equal(self) -> bool:
+        """Whether every gate is equal to the projection that it multiplies."""
+        gates = [name for name in self._files if ".mlp.gate_proj." in name]
+        return all(torch.equal(self._read(name), self._read(name.replace("gate_proj", "up_proj"))) for name in gates)
+
+    def load_into(self, net: Transformer) -> int:
+        """Copies the weights into `net`; returns the number of rows of the embedding.
+
+        Raises:
+            UserError: the tensors are not those of such a network.
+        """
+        # buffers of old versions of transformers
+        buffers = (".rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias")
+        unused = {name for name in self._files if not name.endswith(buffers)}
+        rows = 0
+        for name, parameter in net.state_dict().items():  # shares memory with the network
+            names = [hf for hf, _ in weight_names(name, self._gpt2)]
+            unused -= {*names}
+            if name == "head.weight" and net.config["tie"]:
+                continue
+            if missing := [hf for hf in names if hf not in self._files]:
+                raise UserError(f"the weights lack {missing[0]}, which config.json requires: download the folder again")
+            if ".mlp.up." in name and net.config["mlp"] == "relu2":
+                names = names[1:]  # the gate is the same
+            values = [self._read(hf) for hf in names]
+            if name in ("embedding.weight", "head.weight"):
+                rows = len(values[0])
+                values[0] = values[0][: net.vocab_size]
+            if self._gpt2 and ".h." in names[0] and values[0].ndim == 2:
+                values[0] = values[0].mT  # GPT-2's Conv1D stores (in, out)
+            found = torch.Size([sum(len(value) for value in values), *values[0].shape[1:]])
+            if found != parameter.shape or any(value.shape[1:] != found[1:] for value in values):
+                sizes = (" × ".join(map(str, shape)) for shape in (parameter.shape, found))
+                raise UserError(
+                    "expected {} weights in {}, got {}: download the folder again".format(
+                        next(sizes), ", ".join(names), next(sizes)
+                    )
+                )
+            for part, value in zip(parameter.split([len(value) for value in values]), values):
+                part.copy_(value)
+        if unused:
+            raise UserError(f"the weights include {min(unused)}, which lmlight does not support: pass another model")
+        return rows
+
+    def _read(self, name: str) -> Tensor:
+        try:
+            value: Tensor = self._files[name].get_tensor(name.removeprefix(self._prefix))
+        except Exception as error:  # safetensors has its own type
+            raise UserError(f"weights {name} cannot be read ({error}): download the folder again") from None
+        if not value.is_floating_point() or value.ndim == 0:
+            raise UserError(f"expected floating-point weights in {name}, got {value.dtype}: pass another model")
+        return value

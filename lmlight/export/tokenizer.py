@@ -15,12 +15,25 @@ from __future__ import annotations
 import warnings
 from typing import Any, NamedTuple
 
+from lmlight.data.hf_tokenizer import HFTokenizer
 from lmlight.data.sentencepiece_training import END_OF_TEXT, SPACE, UNKNOWN_PENALTY
 from lmlight.data.tokenizer import CharTokenizer, SentencePieceTokenizer, Tokenizer
 from lmlight.errors import UserError
 
 # ModelProto.SentencePiece.Type; llama.cpp uses the same numbers
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
+
+
+# How byte-level BPE tokenizers split a text before their merges, and what llama.cpp calls it.
+_QWEN2 = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}%s| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+PRE_TOKENIZERS: dict[tuple[Any, ...], str] = {
+    (("ByteLevel", True),): "gpt-2",
+    (("Digits", True), ("ByteLevel", True)): "smollm",
+    (("Split", _QWEN2 % ""), ("ByteLevel", False)): "qwen2",
+    (("Split", _QWEN2 % "{1,3}"), ("ByteLevel", False)): "llama-bpe",
+}
 
 
 class Piece(NamedTuple):
@@ -78,12 +91,17 @@ def tokenizer_json(tokenizer: Tokenizer) -> dict[str, Any]:
     Raises:
         UserError: the tokenizer is lossy.
     """
+    if isinstance(tokenizer, HFTokenizer):
+        return tokenizer.content
     decoders = [{"type": "ByteFallback"}, {"type": "Fuse"}]
     if isinstance(tokenizer, CharTokenizer):  # a text has one segmentation only
         model = {"type": "Unigram", "unk_id": None, "vocab": [[c, 0.0] for c in tokenizer.characters]}
         decoders = decoders[1:]
+    elif not isinstance(tokenizer, SentencePieceTokenizer):
+        raise UserError(
+            f"a {type(tokenizer).__name__} cannot be exported: only tokenizers of lmlight and tokenizer.json can"
+        )
     else:
-        assert isinstance(tokenizer, SentencePieceTokenizer)
         vocabulary = Vocabulary(tokenizer)
         model = _unigram(vocabulary) if vocabulary.is_unigram else _bpe(vocabulary)
     special = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
@@ -91,6 +109,20 @@ def tokenizer_json(tokenizer: Tokenizer) -> dict[str, Any]:
     decoder = {"type": "Sequence", "decoders": decoders}
     unused = dict.fromkeys(("truncation", "padding", "normalizer", "pre_tokenizer", "post_processor"))
     return {"version": "1.0", "added_tokens": eos, **unused, "decoder": decoder, "model": model}
+
+
+def pre_tokenizer_name(tokenizer: HFTokenizer) -> str | None:
+    """llama.cpp's name for the way in which a byte-level BPE tokenizer splits a text; None for any other tokenizer."""
+    pre = tokenizer.content.get("pre_tokenizer") or {}
+    steps = pre["pretokenizers"] if pre.get("type") == "Sequence" else [pre]
+    if tokenizer.content["model"].get("type") != "BPE" or any(step.get("add_prefix_space") for step in steps):
+        return None
+    rules = []
+    for step in steps:
+        pattern = step.get("pattern")
+        rule = pattern.get("Regex") if pattern else step.get("individual_digits", step.get("use_regex"))
+        rules.append((step.get("type"), rule))
+    return PRE_TOKENIZERS.get(tuple(rules))
 
 
 def _unigram(vocabulary: Vocabulary) -> dict[str, Any]:

@@ -32,8 +32,12 @@ class FastDecoder:
 
     @staticmethod
     def supports(net: Net) -> TypeGuard[Transformer]:
-        """Whether a network can be decoded here. One with active dropout, or sharded by FSDP (a subclass), cannot."""
-        return type(net) is Transformer and not (net.training and net.dropout)
+        """Whether a network can be decoded here. One with active dropout, with adapters or sharded by FSDP cannot."""
+        if type(net) is not Transformer or (net.training and net.dropout):
+            return False
+        blocks = (cast("Block", block) for block in net.blocks)
+        linears = (linear for b in blocks for linear in (b.attention.qkv, b.attention.output, b.mlp.up, b.mlp.down))
+        return all(type(linear) is nn.Linear for linear in linears)
 
     def __call__(self, tokens: Tensor, cache: Cache) -> Tensor:
         """Append `tokens` (B, 1) to the cache and compute the next-token logits (B, V)."""

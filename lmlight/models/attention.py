@@ -3,7 +3,8 @@
 A cache decides what positions attend to. With `causal=False` or `kv_input`, the module is also an encoder's attention or
 cross-attention.
 
-Axes: B batch, T positions, S positions attended to, C = n_embd channels, H heads, H_kv key/value heads, D = C / H.
+Axes: B batch, T positions, S positions attended to, C = n_embd channels, H heads, H_kv key/value heads, D channels of a
+head.
 
 Papers: Vaswani et al. 2017 (https://arxiv.org/abs/1706.03762); grouped queries, Ainslie et al. 2023
 (https://arxiv.org/abs/2305.13245); query/key norm, Henry et al. 2020 (https://arxiv.org/abs/2010.04245).
@@ -12,6 +13,7 @@ Papers: Vaswani et al. 2017 (https://arxiv.org/abs/1706.03762); grouped queries,
 from __future__ import annotations
 
 import math
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -91,9 +93,10 @@ class Attention(nn.Module):
         n_head: H.
         n_kv_head: H_kv, which divides H; None means H.
         dropout: dropout probability of attention weights and outputs.
-        bias: use a bias in linear layers.
+        bias: use a bias in both linear layers, or in that of queries, keys and values only (`qkv`).
         qk_norm: apply RMSNorm to the queries and keys of each head.
         norm_eps: epsilon of that norm.
+        head_size: D; None means C / H.
     """
 
     def __init__(
@@ -102,16 +105,17 @@ class Attention(nn.Module):
         n_head: int,
         n_kv_head: int | None = None,
         dropout: float = 0.0,
-        bias: bool = False,
+        bias: bool | Literal["qkv"] = False,
         qk_norm: bool = False,
         norm_eps: float = 1e-5,
+        head_size: int | None = None,
     ) -> None:
         super().__init__()
-        self.n_head, self.n_kv_head, self.head_size = n_head, n_kv_head or n_head, n_embd // n_head
+        self.n_head, self.n_kv_head, self.head_size = n_head, n_kv_head or n_head, head_size or n_embd // n_head
         self.dropout = dropout
         # one matrix, since one large product is faster than three
-        self.qkv = nn.Linear(n_embd, (n_head + 2 * self.n_kv_head) * self.head_size, bias=bias)
-        self.output = nn.Linear(n_embd, n_embd, bias=bias)
+        self.qkv = nn.Linear(n_embd, (n_head + 2 * self.n_kv_head) * self.head_size, bias=bool(bias))
+        self.output = nn.Linear(n_head * self.head_size, n_embd, bias=bias is True)
         self.q_norm = RMSNorm(self.head_size, eps=norm_eps) if qk_norm else nn.Identity()
         self.k_norm = RMSNorm(self.head_size, eps=norm_eps) if qk_norm else nn.Identity()
 

@@ -18,6 +18,7 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from lmlight.errors import UserError
 from lmlight.models.attention import Attention, RMSNorm, apply_dropout
@@ -85,23 +86,30 @@ class Transformer(Net):
         vocab_size: V.
         block_size: the longest context, in tokens.
         n_layer: number of blocks.
-        n_head: attention heads per block; must divide `n_embd`.
+        n_head: attention heads per block; must divide `n_embd` unless `head_size` is given.
         n_embd: width of the residual stream.
         n_kv_head: key/value heads (grouped-query attention); must divide `n_head`. Null means `n_head`.
+        head_size: channels of a head. Null means `n_embd` / `n_head`.
         dropout: dropout probability after the embedding, in attention and after each half of a block.
         norm: RMSNorm or LayerNorm.
         positions: rotary position embeddings, or learned ones that are added to the token embeddings.
         mlp: activation of the MLP: GELU, ReLU² or SwiGLU.
         qk_norm: apply RMSNorm to queries and keys.
-        bias: use a bias in linear layers and LayerNorm.
+        bias: use a bias in linear layers and LayerNorm; `qkv`: for queries, keys and values only (Qwen2).
         tie: use the token embedding as the output layer.
         intermediate_size: MLP hidden size. Null means 4 `n_embd`, or 8/3 `n_embd` for SwiGLU.
         norm_eps: epsilon of all norms.
         rope_theta: base of the rotary frequencies.
 
+    Attributes:
+        recomputes_blocks: whether training keeps only the input of each block and computes the rest of it again in the
+            backward pass (gradient checkpointing): less memory, a third more time.
+
     Raises:
         UserError: a value is out of range, or sizes do not match.
     """
+
+    recomputes_blocks = False
 
     def __init__(
         self,
@@ -111,24 +119,27 @@ class Transformer(Net):
         n_head: int = 4,
         n_embd: int = 128,
         n_kv_head: int | None = None,
+        head_size: int | None = None,
         dropout: float = 0.0,
         norm: NormName = "rmsnorm",
         positions: Literal["rotary", "learned"] = "rotary",
         mlp: Activation = "relu2",
         qk_norm: bool = True,
-        bias: bool = False,
+        bias: bool | Literal["qkv"] = False,
         tie: bool = False,
         intermediate_size: int | None = None,
         norm_eps: float = 1e-5,
         rope_theta: float = 10000.0,
     ) -> None:
         super().__init__()
-        sizes = {"n_layer": n_layer, "n_head": n_head, "n_embd": n_embd}
-        _check({**sizes, "n_kv_head": n_kv_head, "intermediate_size": intermediate_size}, norm_eps, rope_theta, dropout)
-        if positions == "rotary" and (n_embd // n_head) % 2:
-            raise UserError(f"rotary positions need an even head size, got n_embd / n_head = {n_embd} / {n_head}")
+        sizes: dict[str, int | None] = {"n_layer": n_layer, "n_head": n_head, "n_embd": n_embd}
+        sizes |= {"n_kv_head": n_kv_head, "head_size": head_size, "intermediate_size": intermediate_size}
+        _check(sizes, norm_eps, rope_theta, dropout)
+        self.head_size = head_size or n_embd // n_head
+        if positions == "rotary" and self.head_size % 2:
+            raise UserError(f"rotary positions need an even head size, got {self.head_size} (n_embd / n_head)")
         self.rope_theta = rope_theta
-        self.n_kv_head, self.head_size, self.dropout = n_kv_head or n_head, n_embd // n_head, dropout
+        self.n_kv_head, self.dropout = n_kv_head or n_head, dropout
         self.intermediate_size = intermediate_size or default_intermediate_size(mlp, n_embd)
         self.embedding = nn.Embedding(vocab_size, n_embd)
         self.positions = nn.Embedding(block_size, n_embd) if positions == "learned" else None
@@ -137,14 +148,14 @@ class Transformer(Net):
         self.register_buffer("rope", rope, persistent=False)
         self.blocks = nn.ModuleList(
             Block(
-                Attention(n_embd, n_head, n_kv_head, dropout, bias, qk_norm, norm_eps),
-                MLP(n_embd, self.intermediate_size, mlp, dropout, bias),
-                make_norm(norm, n_embd, norm_eps, bias),
-                make_norm(norm, n_embd, norm_eps, bias),
+                Attention(n_embd, n_head, n_kv_head, dropout, bias, qk_norm, norm_eps, head_size),
+                MLP(n_embd, self.intermediate_size, mlp, dropout, bias is True),
+                make_norm(norm, n_embd, norm_eps, bias is True),
+                make_norm(norm, n_embd, norm_eps, bias is True),
             )
             for _ in range(n_layer)
         )
-        self.norm = make_norm(norm, n_embd, norm_eps, bias)
+        self.norm = make_norm(norm, n_embd, norm_eps, bias is True)
         self.head = nn.Linear(n_embd, vocab_size, bias=False)
         if tie:
             self.head.weight = self.embedding.weight
@@ -180,7 +191,10 @@ class Transformer(Net):
             if rope.dim() == 4:  # (2, B, T, D / 2), if rows differ: broadcast over heads
                 rope = rope[:, :, None]
         for layer, block in enumerate(self.blocks):
-            x = block(x, rope, cache, layer)
+            if self.recomputes_blocks and self.training:
+                x = checkpoint(block, x, rope, cache, layer, use_reentrant=False)
+            else:
+                x = block(x, rope, cache, layer)
         return self.norm(x)
 
     def loss(self, idx: Tensor, targets: Tensor) -> Tensor:
@@ -206,7 +220,9 @@ class Transformer(Net):
 
     def flops_per_token(self) -> int:
         # a score for each position, and the sum of the values
-        return super().flops_per_token() + 4 * len(self.blocks) * self.block_size * self.embedding.embedding_dim
+        return (
+            super().flops_per_token() + 4 * len(self.blocks) * self.block_size * self.config["n_head"] * self.head_size
+        )
 
 
 def _check(sizes: dict[str, int | None], norm_eps: float, rope_theta: float, dropout: float) -> None:
@@ -218,7 +234,7 @@ def _check(sizes: dict[str, int | None], norm_eps: float, rope_theta: float, dro
             raise UserError(f"{name} must be above 0, got {value}")
     n_head, n_embd, n_kv_head = sizes["n_head"], sizes["n_embd"], sizes["n_kv_head"]
     assert n_head and n_embd
-    if n_embd % n_head:
+    if n_embd % n_head and not sizes["head_size"]:
         raise UserError(f"n_embd must be a multiple of n_head, got n_embd {n_embd} and n_head {n_head}")
     if n_kv_head and n_head % n_kv_head:
         raise UserError(f"n_head must be a multiple of n_kv_head, got n_head {n_head} and n_kv_head {n_kv_head}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -26,8 +27,8 @@ class DistilledModel(LanguageModel):
     (https://arxiv.org/abs/2509.14786).
 
     Args:
-        teachers: Checkpoints of the teachers, or folders of their runs. They must have been trained with the same tokenizer and
-            at least the block size; their networks may differ.
+        teachers: Checkpoints of the teachers, or folders of their runs. They must have been trained with the same tokenizer
+            and at least the block size; their networks may differ.
         teacher_weight: Share of the teachers' mean probabilities in the target; the rest is the token in the text.
         kwargs: Arguments of `LanguageModel`.
 
@@ -35,7 +36,7 @@ class DistilledModel(LanguageModel):
         UserError: `teacher_weight` is outside [0, 1].
     """
 
-    def __init__(self, teachers: list[str] = [], teacher_weight: float = 0.8, **kwargs: Any) -> None:
+    def __init__(self, teachers: Sequence[str] = (), teacher_weight: float = 0.8, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         if not 0 <= teacher_weight <= 1:
             raise UserError(f"model.teacher_weight must lie in [0, 1], got {teacher_weight}")

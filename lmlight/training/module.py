@@ -67,6 +67,8 @@ class LanguageModel(TextModel):
             `medium` allows tensor cores on GPUs and oneDNN on CPUs, up to twice as fast; `highest` is torch's default.
         compile_net: Compile the network with `torch.compile`. The first steps take a minute or more and need a C++ compiler
             (CPU) or Triton (GPU). Pays off in long runs on GPUs.
+        gradient_checkpointing: Compute each block of a `Transformer` again in the backward pass instead of keeping its
+            activations: less memory, a third more time.
         check_causality: Before training, check on a small input that the network's logits do not depend on later tokens.
         seed: Seed of dropout. Random numbers depend only on the seed and the step, so a resumed run draws the same ones.
         init_from: A checkpoint from `checkpoint.read`: start from its weights and tokenizer.
@@ -89,6 +91,7 @@ class LanguageModel(TextModel):
         sampling: Sampling = Sampling(),
         matmul_precision: Literal["highest", "high", "medium"] = "medium",
         compile_net: bool = False,
+        gradient_checkpointing: bool = False,
         check_causality: bool = True,
         seed: int = 1337,
         init_from: dict[str, Any] | None = None,
@@ -97,6 +100,7 @@ class LanguageModel(TextModel):
         super().__init__(sampling)
         self.seed, self.matmul_precision, self.compile_net = seed, matmul_precision, compile_net
         self._make_net, self._make_optimizer = net, optimizer
+        self.gradient_checkpointing = gradient_checkpointing
         self._check_causality, self._is_checked = check_causality, False
         self.schedule, self._make_scheduler, self.settings = schedule, lr_scheduler, settings or {}
         self._init_from: dict[str, Any] | None = None
@@ -215,6 +219,12 @@ class LanguageModel(TextModel):
                 checkpoints.check_compatible(self._init_from, self.net)
                 self.net.load_state_dict(checkpoints.weights_of(self._init_from))
                 self._init_from = None
+        if self.gradient_checkpointing:
+            if not isinstance(self.net, Transformer):
+                raise UserError(
+                    f"model.gradient_checkpointing is for a Transformer, and model.net is a {type(self.net).__name__}"
+                )
+            self.net.recomputes_blocks = True
         # ModelParallelStrategy: shard the weights, block by block (FSDP2); Lightning calls this again for `validate`
         if self.device_mesh is not None and not isinstance(self.net, FSDPModule):
             for part in (*getattr(self.net, "blocks", ()), self.net):

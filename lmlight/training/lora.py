@@ -1,0 +1,95 @@
+"""Low-rank adapters (LoRA) through the `peft` library: finetuning that trains and stores a small part of the weights."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Sequence
+from typing import Any
+
+from lightning.pytorch import Trainer
+
+from lmlight import checkpoint as checkpoints
+from lmlight.errors import UserError
+from lmlight.training.module import LanguageModel
+
+
+class LoRAModel(LanguageModel):
+    """Finetunes a model through low-rank adapters; its own weights stay as they are.
+
+    Each chosen matrix W is replaced by W + alpha / rank · B A, where only A and B, with `rank` rows and columns, are trained
+    (Hu et al. 2021, https://arxiv.org/abs/2106.09685). Checkpoints hold the adapters and the path of the model that they
+    belong to; reading one merges both, so that all commands can use it. Needs the package `peft`.
+
+    Args:
+        rank: Size of the adapters.
+        alpha: Scale of the adapters, relative to the rank.
+        adapter_dropout: Dropout probability of the adapters' input.
+        targets: Names of the linear layers that get adapters, in every block. The default is all of `Transformer`'s.
+        kwargs: Arguments of `LanguageModel`; `init_from`, on the command line `--init_from`, is needed.
+
+    Raises:
+        UserError: `peft` is not installed; `init_from` is missing; an argument is out of range.
+    """
+
+    def __init__(
+        self,
+        rank: int = 8,
+        alpha: int = 16,
+        adapter_dropout: float = 0.0,
+        targets: Sequence[str] = ("qkv", "output", "up", "down"),
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(**kwargs)
+        if importlib.util.find_spec("peft") is None:
+            raise UserError("LoRAModel needs the package peft, which is not installed: pip install 'lmlight[lora]'")
+        if rank < 1 or alpha <= 0 or not 0 <= adapter_dropout < 1:
+            raise UserError(
+                f"expected model.rank of at least 1, model.alpha above 0 and model.adapter_dropout in [0, 1), got {rank}, "
+                f"{alpha} and {adapter_dropout:g}"
+            )
+        self.rank, self.alpha, self.adapter_dropout, self.targets = rank, alpha, adapter_dropout, targets
+        init_from = kwargs.get("init_from")
+        self._base: str | None = None if init_from is None else init_from["path"]
+
+    def check(self, block_size: int | None, trainer: Trainer | None = None) -> None:
+        super().check(block_size, trainer)
+        if trainer is not None and self._base is None:
+            raise UserError("LoRAModel finetunes a model: pass its checkpoint as --init_from")
+
+    def configure_model(self) -> None:
+        is_new = self.net is None
+        super().configure_model()
+        if not is_new:
+            return
+        from peft import LoraConfig, inject_adapter_in_model
+
+        options = LoraConfig(
+            r=self.rank, lora_alpha=self.alpha, lora_dropout=self.adapter_dropout, target_modules=list(self.targets)
+        )
+        try:
+            inject_adapter_in_model(options, self._net())  # freezes all other weights
+        except ValueError as error:
+            raise UserError(
+                f"model.targets {list(self.targets)} cannot get adapters ({error}): name linear layers"
+            ) from None
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_save_checkpoint(checkpoint)
+        assert self._base is not None
+        state = checkpoint["state_dict"]
+        checkpoint["state_dict"] = {name: value for name, value in state.items() if checkpoints.ADAPTER in name}
+        checkpoint[checkpoints.METADATA_KEY]["adapter"] = {
+            "base": self._base,
+            "fingerprint": checkpoints.fingerprint(self._base),
+            "scale": self.alpha / self.rank,
+        }
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Add the weights of the base model, which a resumed run needs."""
+        super().on_load_checkpoint(checkpoint)
+        base = checkpoints.read_base(checkpoint, "the run's checkpoint")
+        self._base = base["path"]
+        weights, state = base["state_dict"], checkpoint["state_dict"]
+        for name in self.state_dict():
+            if name not in state and (original := name.replace(".base_layer.", ".")) in weights:
+                state[name] = weights[original]

@@ -1,0 +1,163 @@
+"""Finetuning with low-rank adapters, and gradient checkpointing."""
+
+import shutil
+from pathlib import Path
+
+import lightning.pytorch as pl
+import pytest
+import tiny
+import torch
+
+from lmlight import LanguageModel, LoRAModel, checkpoint
+from lmlight.__main__ import main
+from lmlight.errors import UserError
+from lmlight.generation.fast_decoder import FastDecoder
+from lmlight.models import LLAMA
+
+ADAPT = ["--model=lmlight.LoRAModel", "--model.rank=2", "--trainer.callbacks=null", "--trainer.val_check_interval=2"]
+ADAPT += [flag for flag in tiny.FLAGS if not flag.startswith(("--model.net", "--data.tokenizer"))]
+
+
+@pytest.fixture
+def base(tmp_path, corpus_file, monkeypatch):
+    """A trained model, in the current folder."""
+    pytest.importorskip("peft", reason="needs the extra `lora`")
+    monkeypatch.chdir(tmp_path)
+    few = ["--trainer.max_steps=2", "--trainer.val_check_interval=2", "--trainer.callbacks=null"]
+    assert main(["fit", *tiny.FLAGS, *few, f"--data.corpus={corpus_file}", "--trainer.default_root_dir=base"]) == 0
+    (best,) = Path("base").glob("*/checkpoints/best.ckpt")
+    shutil.copy(best, "base.ckpt")
+    shutil.rmtree("base")
+    return tmp_path / "base.ckpt"
+
+
+def finetune(corpus_file, *words, steps=4):
+    return main(["fit", *ADAPT, f"--data.corpus={corpus_file}", f"--trainer.max_steps={steps}", *words])
+
+
+def nats(capsys, *words):
+    capsys.readouterr()
+    assert main(["validate", *words]) == 0
+    return next(float(line.split()[1]) for line in capsys.readouterr().out.splitlines() if "nats_per_char" in line)
+
+
+def test_only_adapters_are_trained_and_stored(base, corpus_file, capsys):
+    assert finetune(corpus_file, "--init_from=base.ckpt") == 0
+    (best,) = Path("runs").glob("*/checkpoints/best.ckpt")
+    stored = checkpoint.load(best)
+    assert all("lora_" in name for name in stored["state_dict"])
+    assert len(stored["state_dict"]) == 8  # two for each linear layer
+    assert sum(len(group["params"]) for group in stored["optimizer_states"][0]["param_groups"]) == 8
+    before, after = checkpoint.read(base)["state_dict"], checkpoint.read(best)["state_dict"]
+    assert before.keys() == after.keys()
+    changed = {name.split(".")[-2] for name in before if not torch.equal(before[name], after[name])}
+    assert changed == {"qkv", "output", "up", "down"}
+
+
+def test_every_command_reads_the_merged_model(base, corpus_file, capsys):
+    words = ["--init_from=base.ckpt", "--model.alpha=64", "--model.optimizer.lr=0.05"]
+    assert finetune(corpus_file, *words) == 0
+    out = capsys.readouterr().out
+    (best,) = Path("runs").glob("*/checkpoints/best.ckpt")
+    during = checkpoint.load(best)["lmlight"]["metrics"]["val/nats_per_char"]
+    scores = {path: nats(capsys, f"--ckpt_path={path}", f"--data.corpus={corpus_file}") for path in (base, best)}
+    assert scores[best] == pytest.approx(during, abs=2e-4) != pytest.approx(scores[base], abs=2e-4), out
+    assert main(["export", "hf", str(best), "exported"]) == 0
+    assert main(["import", "hf", "exported", "again.ckpt"]) == 0
+    merged, again = (checkpoint.weights_of(checkpoint.read(path)) for path in (best, "again.ckpt"))
+    assert all(torch.equal(merged[name], again[name]) for name in merged)
+
+
+def test_resumed_run_equals_an_uninterrupted_one(base, corpus_file):
+    states = []
+    for name, steps in (("whole", 4), ("parts", 2)):
+        words = ["--init_from=base.ckpt", "--model.schedule.shape=constant", f"--trainer.default_root_dir={name}"]
+        assert finetune(corpus_file, *words, steps=steps) == 0
+        (last,) = Path(name).glob("*/checkpoints/last.ckpt")
+        if name == "parts":
+            root = "--trainer.default_root_dir=parts"
+            assert main(["fit", f"--ckpt_path={last}", root, "--trainer.max_steps=4"]) == 0
+        states.append(checkpoint.load(last)["state_dict"])
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+
+
+def test_adapters_of_an_adapted_model(base, corpus_file):
+    for root, start in (("first", "base.ckpt"), ("second", "first.ckpt")):
+        assert finetune(corpus_file, f"--init_from={start}", f"--trainer.default_root_dir={root}") == 0
+        (best,) = Path(root).glob("*/checkpoints/best.ckpt")
+        shutil.copy(best, f"{root}.ckpt")
+    assert LanguageModel.load_from_checkpoint("second.ckpt").generate("MIRA:", max_new_tokens=3).startswith("MIRA:")
+
+
+def test_generation_during_training_uses_the_adapters(base, corpus_file):
+    torch.manual_seed(0)
+    model = LoRAModel(rank=2, init_from=checkpoint.read(base), net=tiny.net)
+    model.configure_model()
+    assert not FastDecoder.supports(model.net)
+    prompt = torch.tensor([[5, 6, 7]])
+    with torch.no_grad():
+        for name, parameter in model.net.named_parameters():
+            if "lora_" in name:
+                parameter.normal_()
+        expected = model.eval()(prompt)[0, -1].argmax()
+    assert model.generate(prompt, max_new_tokens=1, temperature=0)[0, -1] == expected
+
+
+def test_unusable_bases_and_arguments_are_one_line(base, corpus_file, capsys):
+    assert finetune(corpus_file, "--init_from=base.ckpt") == 0
+    (best,) = Path("runs").glob("*/checkpoints/best.ckpt")
+    for words, message in {
+        (): "LoRAModel finetunes a model: pass its checkpoint as --init_from",
+        ("--init_from=base.ckpt", "--model.rank=0"): "expected model.rank of at least 1",
+        ("--init_from=base.ckpt", "--model.targets=[nothing]"): "model.targets ['nothing'] cannot get adapters",
+    }.items():
+        capsys.readouterr()
+        assert finetune(corpus_file, *words) == 2
+        assert message in (error := capsys.readouterr().err) and "Traceback" not in error
+
+    def damage():
+        content = checkpoint.load(base)
+        content["state_dict"] = {name: value + 1 for name, value in content["state_dict"].items()}
+        checkpoint.write(content, base)
+
+    for change, message in (
+        (damage, "which has changed since: put the earlier checkpoint back"),
+        (base.unlink, "which is missing: put that checkpoint back"),
+    ):
+        change()
+        for words in (["predict"], ["fit", "--trainer.max_steps=6"]):
+            capsys.readouterr()
+            assert main([*words, f"--ckpt_path={best}"]) == 2
+            assert message in (error := capsys.readouterr().err) and "Traceback" not in error
+
+
+def test_python_gets_an_error_without_a_base(corpus_file):
+    pytest.importorskip("peft", reason="needs the extra `lora`")
+    trainer = pl.Trainer(**tiny.QUIET, max_steps=1, enable_checkpointing=False)
+    with pytest.raises(UserError, match="pass its checkpoint as --init_from"):
+        trainer.fit(LoRAModel(net=tiny.net), datamodule=tiny.data(corpus_file))
+
+
+# Gradient checkpointing
+
+
+@pytest.mark.parametrize("options", [{}, {"dropout": 0.3}, LLAMA], ids=str)
+def test_gradient_checkpointing_changes_no_weight(options, corpus_file):
+    weights = []
+    for recompute in (False, True):
+        torch.manual_seed(0)
+        model = LanguageModel(lambda *sizes: tiny.net(*sizes, **options), gradient_checkpointing=recompute)
+        trainer = pl.Trainer(**tiny.QUIET, max_steps=3, limit_val_batches=0, enable_checkpointing=False)
+        trainer.fit(model, datamodule=tiny.data(corpus_file))
+        assert model.net.recomputes_blocks == recompute
+        weights.append(model.net.state_dict())
+    for name in weights[0]:
+        torch.testing.assert_close(weights[0][name], weights[1][name])
+
+
+def test_gradient_checkpointing_needs_a_transformer(corpus_file, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    words = [flag for flag in tiny.FLAGS if not flag.startswith("--model.net")]
+    words += [f"--data.corpus={corpus_file}", "--model.net=Bigram", "--model.gradient_checkpointing=true"]
+    assert main(["fit", *words]) == 2
+    assert "gradient_checkpointing is for a Transformer, and model.net is a Bigram" in capsys.readouterr().err
