@@ -19,12 +19,30 @@ SHRINK = {
 }
 
 
+# flags that need a trained model
+NEEDS = {
+    "shakespeare-best.yaml": "--model.teachers=[{base}, {base}]",
+    "finetune.yaml": "--init_from={base}",
+    "finetune-lora.yaml": "--init_from={base}",
+}
+
+
 @pytest.mark.filterwarnings("ignore:vocab_size")
 @pytest.mark.parametrize("path", sorted(set(CONFIGS.glob("*.yaml")) - OVERLAYS), ids=lambda path: path.name)
 def test_config_trains(path, corpus_file, tmp_path, capsys):
     arguments = ["fit", f"--config={path}", f"--data.corpus={corpus_file}", "--data.tokenizer.vocab_size=400"]
     arguments += ["--trainer.max_steps=4", "--trainer.val_check_interval=4", "--trainer.limit_val_batches=2"]
     shrunk = SHRINK.get(path.name, "")
+    if path.name in NEEDS:
+        few = ["--trainer.max_steps=1", "--trainer.val_check_interval=1", "--trainer.callbacks=null"]
+        sizes = ["--data.block_size=256", "--data.batch_size=1", "--model.net.n_layer=1", "--model.net.n_embd=32"]
+        data = [f"--data.corpus={corpus_file}", "--data.tokenizer.vocab_size=400"]
+        assert main(["fit", *few, *sizes, *data, "--trainer.default_root_dir=base"]) == 0
+        (base,) = tmp_path.glob("base/*/checkpoints/best.ckpt")
+        arguments.append(NEEDS[path.name].format(base=base))
+        if "finetune" in path.name:
+            pytest.importorskip("peft", reason="needs the extra `lora`")
+            arguments.remove("--data.tokenizer.vocab_size=400")  # the checkpoint's
     assert main([*arguments, *(f"--{flag}" for flag in shrunk.split())]) == 0, capsys.readouterr().err
     (best,) = tmp_path.glob("runs/*/checkpoints/best.ckpt")
     written = yaml.safe_load(path.read_text())["model"].get("net", {"class_path": "Transformer"})
