@@ -46,7 +46,12 @@ def test_smollm2_from_the_package_index_and_back(tmp_path, monkeypatch, capsys):
     assert ours.tolist() == theirs.generate(idx[:, :16], attention_mask=torch.ones(1, 16), **options).tolist()
 
     config = Path(__file__).parents[1] / "configs" / "finetune-lora.yaml"
-    few = ["--trainer.max_steps=2", "--trainer.val_check_interval=4", "--trainer.limit_val_batches=1", "--data.block_size=64"]
+    few = [
+        "--trainer.max_steps=2",
+        "--trainer.val_check_interval=4",
+        "--trainer.limit_val_batches=1",
+        "--data.block_size=64",
+    ]
     assert main(["fit", "--init_from=smollm2.ckpt", f"--config={config}", *few]) == 0
     for words in (["hf", "best", "finetuned"], ["gguf", "best", "finetuned.gguf", "--precision=q8_0"]):
         assert main(["export", *words]) == 0

@@ -174,7 +174,7 @@ def test_commands_parse(page, capsys):
     typed = [*commands(page), *map(shlex.split, INLINE.findall(page.read_text("utf-8")))]
     newest = max(Path("runs").iterdir())
     for typed_words in typed:
-        words = [re.sub(r"runs/20\d\d-[\d_-]+|model\.ckpt", str(newest), word) for word in typed_words]
+        words = [re.sub(r"runs/20\d\d-[\d_-]+|(smollm2|model)\.ckpt", str(newest), word) for word in typed_words]
         if "lmlight" not in words or COMMANDS[words[words.index("lmlight") + 1]][1] != TRAINING:
             continue
         arguments = words[words.index("lmlight") + 1 :]  # after a pipe, torchrun or srun
@@ -189,9 +189,11 @@ def test_commands_parse(page, capsys):
 
 
 @pytest.mark.usefixtures("_in_workshop")
-# what export.md shows needs extras, and is run by test_hf.py and test_graphs.py
+# what export.md and finetuning.md show needs extras, and is run by test_hf.py, test_graphs.py and test_finetuning.py
 @pytest.mark.parametrize(
-    "page", [p for p in PAGES if blocks(p, "python") and p.name not in ("export.md", "extending.md")], ids=name_of
+    "page",
+    [p for p in PAGES if blocks(p, "python") and p.name not in ("export.md", "finetuning.md", "extending.md")],
+    ids=name_of,
 )
 def test_python_runs_as_it_stands(page):
     newest = max(Path("runs").iterdir())

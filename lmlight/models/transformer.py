@@ -139,7 +139,7 @@ class Transformer(Net):
         if positions == "rotary" and self.head_size % 2:
             raise UserError(f"rotary positions need an even head size, got {self.head_size} (n_embd / n_head)")
         self.rope_theta = rope_theta
-        self.n_kv_head, self.dropout = n_kv_head or n_head, dropout
+        self.n_head, self.n_kv_head, self.dropout = n_head, n_kv_head or n_head, dropout
         self.intermediate_size = intermediate_size or default_intermediate_size(mlp, n_embd)
         self.embedding = nn.Embedding(vocab_size, n_embd)
         self.positions = nn.Embedding(block_size, n_embd) if positions == "learned" else None
@@ -220,9 +220,7 @@ class Transformer(Net):
 
     def flops_per_token(self) -> int:
         # a score for each position, and the sum of the values
-        return (
-            super().flops_per_token() + 4 * len(self.blocks) * self.block_size * self.config["n_head"] * self.head_size
-        )
+        return super().flops_per_token() + 4 * len(self.blocks) * self.block_size * self.n_head * self.head_size
 
 
 def _check(sizes: dict[str, int | None], norm_eps: float, rope_theta: float, dropout: float) -> None:
