@@ -111,6 +111,7 @@ def read(path: str | Path) -> dict[str, Any]:
             if name.endswith(f"{ADAPTER}A.default.weight"):
                 b = adapters[name.replace(f"{ADAPTER}A.", f"{ADAPTER}B.")]
                 merged = name.partition(ADAPTER)[0] + "weight"
+                a, b = a.to(state[merged]), b.to(state[merged])
                 state[merged] = torch.addmm(state[merged], b, a, alpha=adapter["scale"])
         content["state_dict"] = state
     return content
@@ -127,19 +128,21 @@ def read_base(content: dict[str, Any], name: str) -> dict[str, Any]:
         UserError: See `read`; the checkpoint has changed since.
     """
     adapter = content[METADATA_KEY]["adapter"]
-    base: str = adapter["base"]
+    base = str(adapter["base"])
     if not Path(base).is_file():
         raise UserError(f"{name} holds adapters of '{base}', which is missing: put that checkpoint back")
-    found = read(base)
-    if fingerprint(base) != adapter["fingerprint"]:
+    if fingerprint(base) != adapter["fingerprint"]:  # before it is read: it could name itself as its base
         raise UserError(f"{name} holds adapters of '{base}', which has changed since: put the earlier checkpoint back")
-    return found
+    return read(base)
 
 
 def fingerprint(path: str | Path) -> str:
-    """The SHA-256 of the checksums that an intact checkpoint file holds of its parts."""
-    with zipfile.ZipFile(path) as archive:
-        parts = sorted((member.filename.partition("/")[2], member.CRC) for member in archive.infolist())
+    """The SHA-256 of the checksums that a checkpoint file holds of its parts; empty if it is damaged."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            parts = sorted((member.filename.partition("/")[2], member.CRC) for member in archive.infolist())
+    except (OSError, zipfile.BadZipFile):
+        return ""
     return hashlib.sha256(repr(parts).encode()).hexdigest()
 
 

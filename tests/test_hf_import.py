@@ -251,6 +251,10 @@ def test_unsupported_or_damaged_model_is_refused(foreign, tmp_path, capsys):
         ({"num_hidden_layers": 1}, "the weights include model.layers.1."),
         ({"num_hidden_layers": "2"}, "needs a number of at least 1 as num_hidden_layers, got '2'"),
         ({"intermediate_size": 96}, "expected 192 × 48 weights"),
+        ({"num_hidden_layers": 10**12}, "config.json has 1000000000000 layers, and there are"),
+        ({"hidden_size": 10**12}, "describes no model that can be built"),
+        ({"rms_norm_eps": "small"}, "describes no model that can be built"),
+        ({"rope_parameters": ["yarn"]}, "describes no model that can be built"),
         ({"num_key_value_heads": 3}, "n_head must be a multiple of n_kv_head"),
     ):
         change(theirs / "config.json", **values)

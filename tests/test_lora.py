@@ -43,11 +43,14 @@ def nats(capsys, *words):
 
 def test_only_adapters_are_trained_and_stored(base, corpus_file, capsys):
     assert finetune(corpus_file, "--init_from=base.ckpt") == 0
+    weights = sum(value.numel() for value in checkpoint.read(base)["state_dict"].values())
     (best,) = Path("runs").glob("*/checkpoints/best.ckpt")
     stored = checkpoint.load(best)
     assert all("lora_" in name for name in stored["state_dict"])
     assert len(stored["state_dict"]) == 8  # two for each linear layer
     assert sum(len(group["params"]) for group in stored["optimizer_states"][0]["param_groups"]) == 8
+    added = sum(value.numel() for value in stored["state_dict"].values())
+    assert f"Training {added:,} of {weights + added:,} weights" in capsys.readouterr().out
     before, after = checkpoint.read(base)["state_dict"], checkpoint.read(best)["state_dict"]
     assert before.keys() == after.keys()
     changed = {name.split(".")[-2] for name in before if not torch.equal(before[name], after[name])}

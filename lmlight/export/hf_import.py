@@ -17,7 +17,7 @@ from torch import Tensor
 
 from lmlight.data.hf_tokenizer import read_pretrained
 from lmlight.data.tokenizer import SentencePieceTokenizer, Tokenizer
-from lmlight.errors import UserError
+from lmlight.errors import UserError, first_line
 from lmlight.export.architectures import weight_names
 from lmlight.export.model import Model, require_extra
 from lmlight.models import GPT2, LLAMA, Transformer
@@ -40,10 +40,18 @@ def read(folder: Path) -> tuple[Model, list[str]]:
     tokenizer, notes = _tokenizer(folder)
     with ExitStack() as files:
         weights = Weights(folder, model_type == "gpt2", files)
-        options = (_gpt2_options if model_type == "gpt2" else _llama_options)(config)
+        try:
+            options = (_gpt2_options if model_type == "gpt2" else _llama_options)(config)
+            weights.check_layers(options["n_layer"])
+            net = Transformer(tokenizer.vocab_size, _block_size(config), **options).eval()
+        except UserError:
+            raise
+        except (TypeError, ValueError, AttributeError, OverflowError, RuntimeError, MemoryError) as error:
+            raise UserError(
+                f"'{folder / 'config.json'}' describes no model that can be built ({first_line(error)}): download it again"
+            ) from None
         if options["mlp"] == "relu2" and not weights.gates_are_equal():
             raise UserError("the model has hidden_act relu, which lmlight does not support: pass another model")
-        net = Transformer(tokenizer.vocab_size, _block_size(config), **options).eval()
         rows = weights.load_into(net)
     if rows > tokenizer.vocab_size:
         notes.append(f"{rows - tokenizer.vocab_size:,} rows of the embedding without a token were left out")
@@ -194,6 +202,13 @@ class Weights:
             self._prefix = "transformer."
         else:
             self._prefix = ""
+
+    def check_layers(self, n_layer: int) -> None:
+        """Raises UserError if there are fewer tensors than layers, before they are built."""
+        if n_layer > len(self._files):
+            raise UserError(
+                f"config.json has {n_layer} layers, and there are {len(self._files)} weights: download both again"
+            )
 
     def gates_are_equal(self) -> bool:
         """Whether every gate is equal to the projection that it multiplies."""

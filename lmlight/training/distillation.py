@@ -11,7 +11,7 @@ from lightning.pytorch import Trainer
 from torch import Tensor
 
 from lmlight import checkpoint as checkpoints
-from lmlight.data.loader import Batch
+from lmlight.data.loader import IGNORE_INDEX, Batch
 from lmlight.errors import UserError
 from lmlight.models import Net
 from lmlight.training.module import LanguageModel
@@ -87,8 +87,11 @@ class DistilledModel(LanguageModel):
             target = sum(_net_of(teacher)(idx).flatten(0, 1).float().softmax(-1) for teacher in self._teachers)
             assert isinstance(target, Tensor)
             target *= self.teacher_weight / len(self._teachers)  # (B T, V)
-            target.scatter_add_(1, targets[:, None], target.new_full((len(targets), 1), 1 - self.teacher_weight))
-        return F.cross_entropy(self._net()(idx).flatten(0, 1).float(), target)
+            is_scored = targets != IGNORE_INDEX
+            from_text = target.new_full((len(targets), 1), 1 - self.teacher_weight)
+            target.scatter_add_(1, targets.clamp(min=0)[:, None], from_text)
+        losses = F.cross_entropy(self._net()(idx).flatten(0, 1).float(), target, reduction="none")
+        return (losses * is_scored).sum() / is_scored.sum()
 
 
 def _net_of(teacher: LanguageModel) -> Net:

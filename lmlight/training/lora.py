@@ -58,6 +58,8 @@ class LoRAModel(LanguageModel):
 
     def configure_model(self) -> None:
         is_new = self.net is None
+        if self.device_mesh is not None:
+            raise UserError("adapters cannot be sharded: leave out the strategy (fsdp.yaml)")
         super().configure_model()
         if not is_new:
             return

@@ -47,9 +47,12 @@ class RunProgress(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._began = time.monotonic()
-        weights = sum(p.numel() for p in pl_module.parameters())
+        weights, trained = (
+            sum(p.numel() for p in pl_module.parameters() if p.requires_grad or not only) for only in (False, True)
+        )
+        count = f"{trained:,} of {weights:,}" if trained < weights else f"{weights:,}"
         where = f" in {folder}" if (folder := run_folder(trainer)) else ""
-        self._print(trainer, f"Training {weights:,} weights on {trainer.strategy.root_device}{where}")
+        self._print(trainer, f"Training {count} weights on {trainer.strategy.root_device}{where}")
         steps = pl_module.total_steps if isinstance(pl_module, LanguageModel) else max(0, trainer.max_steps)
         hidden = None if trainer.is_global_zero else True  # None: unless stderr is a terminal
         options: dict[str, Any] = {"unit": "step", "dynamic_ncols": True, "leave": False, "disable": hidden}
