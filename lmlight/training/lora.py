@@ -49,7 +49,7 @@ class LoRAModel(LanguageModel):
             )
         self.rank, self.alpha, self.adapter_dropout, self.targets = rank, alpha, adapter_dropout, targets
         init_from = kwargs.get("init_from")
-        self._base: str | None = None if init_from is None else init_from["path"]
+        self._base: str | None = None if init_from is None else init_from.get("path")
 
     def check(self, block_size: int | None, trainer: Trainer | None = None) -> None:
         super().check(block_size, trainer)
