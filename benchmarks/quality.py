@@ -30,11 +30,11 @@ from lmlight.__main__ import set_up_process
 
 set_up_process("fit")  # before torch is imported
 
-import lightning.pytorch as pl
 import numpy as np
 import peers
 import torch
 
+from lmlight.commands import curves
 from lmlight.data import corpus
 from lmlight.data.tokenizer import CharTokenizer
 from lmlight.data.windows import eval_windows
@@ -44,7 +44,7 @@ def timed(command: list[str], cwd: Path) -> list[tuple[float, str]]:
     """Runs a command; returns each line of its output with the seconds since its start."""
     began, lines = time.perf_counter(), []
     pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "bufsize": 1}
-    pipes["env"] = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, (HERE, HERE.parent)))}
+    pipes["env"] = {**os.environ, "PYTHONPATH": str(HERE.parent)}
     with subprocess.Popen(command, cwd=cwd, **pipes) as process:
         assert process.stdout is not None
         for line in process.stdout:
@@ -56,29 +56,6 @@ def timed(command: list[str], cwd: Path) -> list[tuple[float, str]]:
 
 
 HERE = Path(__file__).absolute().parent
-
-
-class Clock(pl.Callback):
-    """Prints the training time of a run, without validation and checkpoints."""
-
-    def __init__(self) -> None:
-        self.seconds, self._since = 0.0, None
-
-    def on_train_batch_start(self, *_: Any) -> None:
-        if self._since is None:
-            self._since = time.perf_counter()
-
-    def on_validation_start(self, *_: Any) -> None:
-        if self._since is not None:
-            self.seconds += time.perf_counter() - self._since
-            self._since = None
-
-    def on_train_end(self, trainer: pl.Trainer, *_: Any) -> None:
-        self.on_validation_start()
-        print(f"training {self.seconds:.3f} s", flush=True)
-
-    def on_validation_end(self, trainer: pl.Trainer, *_: Any) -> None:
-        print(f"curve {self.seconds:.3f} {trainer.callback_metrics['val/nats_per_char']:.4f}", flush=True)
 
 
 def run_nanogpt(folder: Path) -> dict[str, Any]:
@@ -130,28 +107,25 @@ def run_lmlight(
         "fit",
         f"--config={config.absolute()}",
         f"--seed_everything={seed}",
-        "--trainer.callbacks+=quality.Clock",
     ]
     if max_steps:
         command.append(f"--trainer.max_steps={max_steps}")
     if teachers:
         command.append(f"--model.teachers={json.dumps([row['checkpoint'] for row in teachers])}")
     lines = timed(command, folder)
-    training = next(float(line.split()[1]) for _, line in lines if line.startswith("training "))
-    steps = [line.split() for _, line in lines if line.startswith("step ")]
-    figures = [float(words[words.index("val/nats_per_char") + 1]) for words in steps]
-    of = re.search(r"\d+$", steps[-1][1])
     (checkpoint,) = (line.split()[2] for _, line in lines if line.startswith("Best checkpoint: "))
-    assert of is not None
+    validations = curves.read((folder / checkpoint).parent.parent, "seconds")
+    curve = [(row["seconds"], row["val/nats_per_char"]) for row in validations]
+    training, figures = curve[-1][0], [nats for _, nats in curve]
     before = sum(row["training"] for row in teachers or [])
-    curve = (line.split()[1:] for _, line in lines if line.startswith("curve "))
     return {
-        "name": f"{config.stem}, seed {seed}, {of[0]} steps" + (f", {len(teachers)} teachers" if teachers else ""),
+        "name": f"{config.stem}, seed {seed}, {validations[-1]['step']:.0f} steps"
+        + (f", {len(teachers)} teachers" if teachers else ""),
         "training": before + training,
         "process": lines[-1][0] + sum(row["process"] for row in teachers or []),
         "final": figures[-1],
         "best": min(figures),
-        "curve": [(before + float(seconds), float(nats)) for seconds, nats in curve],
+        "curve": [(before + seconds, nats) for seconds, nats in curve],
         "checkpoint": checkpoint,
     }
 

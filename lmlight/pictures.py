@@ -20,7 +20,11 @@ Floats = npt.NDArray[np.floating]
 
 SYMBOLS = {"\n": "↵", "\t": "⇥", "\r": "←", " ": "▁"}
 CHARACTER_WIDTH = 0.602  # of DejaVu Sans Mono, relative to its size
-AXES = {"step": "optimizer steps", "characters": "characters of training text seen", "seconds": "seconds"}
+AXES = {
+    "step": "optimizer steps",
+    "characters": "characters of training text seen",
+    "seconds": "seconds of training, without validation",
+}
 
 # Matplotlib draws characters that its font lacks as boxes, and would warn about each
 warnings.filterwarnings("ignore", message="Glyph .* missing from")
@@ -106,6 +110,50 @@ def learning_curves(runs: Mapping[str, Sequence[Mapping[str, float]]], x: str = 
                 axes.plot(*zip(*points), style, color=f"C{number}", label=label)
     axes.set(xlabel=AXES[x], ylabel=f"nats per {unit}")
     axes.set_title("validation text; dashed: a subset of the training text", fontsize=9)
+    axes.legend(fontsize=8)
+    axes.grid(alpha=0.3)
+    return figure
+
+
+def strip_plot(points: Mapping[str, Sequence[float]], means: Mapping[str, tuple[float, float, float]]) -> Figure:
+    """The losses of the runs with each setting, and their mean with its confidence interval.
+
+    Args:
+        points: the losses by setting, the best setting first.
+        means: mean, low and high end of the interval by setting; an infinite interval is not drawn.
+    """
+    figure = Figure(figsize=(7.5, 1.2 + 0.35 * len(points)), dpi=100, facecolor="white", layout="constrained")
+    axes = figure.subplots()
+    for row, (name, values) in enumerate(points.items()):
+        mean, low, high = means[name]
+        axes.plot(values, [row] * len(values), "o", color=f"C{row}", alpha=0.5, markersize=5)
+        if math.isfinite(high - low):
+            axes.errorbar(mean, row + 0.25, xerr=[[mean - low], [high - mean]], fmt="|", color=f"C{row}", capsize=4)
+    axes.set_yticks(range(len(points)), [visible(name, 60).replace("▁", " ") for name in points], fontsize=8)
+    axes.set_ylim(len(points) - 0.5, -0.5)
+    axes.set_xlabel("nats per character; bars: mean and 95% confidence interval", fontsize=8)
+    axes.grid(axis="x", alpha=0.3)
+    return figure
+
+
+def mean_curves(runs: Mapping[str, Sequence[Sequence[Mapping[str, float]]]]) -> Figure:
+    """The mean loss of several runs with each setting over the steps, in a band from the lowest to the highest run.
+
+    Args:
+        runs: for each setting, the validations of its runs, see `learning_curves`.
+    """
+    figure = Figure(figsize=(7.5, 4.5), dpi=100, facecolor="white", layout="constrained")
+    axes = figure.subplots()
+    for number, (name, several) in enumerate(runs.items()):
+        losses: dict[float, list[float]] = {}
+        for row in (row for rows in several for row in rows):
+            losses.setdefault(row["step"], []).append(row["val/nats_per_char"])
+        steps = sorted(step for step, values in losses.items() if len(values) == len(several))
+        means, lows, highs = ([float(f(losses[step])) for step in steps] for f in (np.mean, np.min, np.max))
+        axes.plot(steps, means, ".-", color=f"C{number}", label=visible(name, 60).replace("▁", " "))
+        axes.fill_between(steps, lows, highs, color=f"C{number}", alpha=0.2, linewidth=0)
+    axes.set(xlabel=AXES["step"], ylabel="nats per character")
+    axes.set_title("mean of the seeds; bands: lowest to highest", fontsize=9)
     axes.legend(fontsize=8)
     axes.grid(alpha=0.3)
     return figure

@@ -424,13 +424,17 @@ def test_learning_curve_writes_table_and_figure(logged_run):
     assert (run / "curve.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_resumed_run_continues_its_seconds(monkeypatch):
-    now = iter([10.0, 50.0, 57.0])
+def test_learning_curve_counts_seconds_without_validation_and_continues_them(monkeypatch):
+    now = iter([50.0, 57.0, 80.0, 81.0])
     monkeypatch.setattr("lmlight.training.callbacks.run.time", SimpleNamespace(monotonic=lambda: next(now)))
     curve = LearningCurve()
     curve.load_state_dict({"rows": [], "seconds": 100.0})
-    curve.on_train_start(None, None)
+    curve.on_train_batch_start(None, None)
+    curve.on_train_batch_start(None, None)
+    curve.on_validation_start(None, None)
     assert curve.state_dict()["seconds"] == 107.0
+    curve.on_train_batch_start(None, None)  # after a validation of 23 seconds
+    assert curve.state_dict()["seconds"] == 108.0
 
 
 def test_characters_seen_match_the_batches_of_an_epoch(logged_run):

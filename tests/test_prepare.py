@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from lmlight.data import download, reading, token_writer
+from lmlight.data.corpus import split
 from lmlight.data.token_store import TokenStore
 from lmlight.data.tokenizer import TokenizerConfig
 from lmlight.errors import UserError
@@ -242,3 +243,17 @@ def test_unfinished_store_keeps_its_tokenizer(tmp_path, corpus_text):
     store = TokenStore(tmp_path / "store", "print")
     assert store.tokenizer.fingerprint == first.fingerprint
     assert np.array_equal(store.ids["val"][:], first.encode(corpus_text[:100]))
+
+
+@pytest.mark.parametrize("val_corpus", [None, "val.txt"])
+def test_tuning_text_is_the_end_of_the_training_part(corpus_file, corpus_text, val_corpus):
+    Path("val.txt").write_text(corpus_text[:2000])
+    train = corpus_text if val_corpus else split(corpus_text, 0.2)[0]
+    tuned, tune = split(train, 0.2)
+    data = data_of("corpus.txt", val_fraction=0.2, val_corpus=val_corpus, validate_on="tune")
+    data.prepare_data()
+    data.setup("fit")
+    store = data.store
+    decoded = {part: store.tokenizer.decode(store.ids[part][:].tolist()) for part in ("train", "val")}
+    assert decoded == {"train": tuned, "val": tune}
+    assert store.tokenizer.fingerprint == UNIGRAM.train([tuned], len(tuned)).fingerprint

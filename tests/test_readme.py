@@ -17,6 +17,7 @@ import yaml
 
 from lmlight.__main__ import main
 from lmlight.command_line import COMMANDS, TRAINING
+from lmlight.sweep.trial import METRIC
 from lmlight.training.cli import TRAINER_DEFAULTS
 
 if sys.version_info >= (3, 11):
@@ -116,6 +117,10 @@ def lmlight(arguments, monkeypatch):
     if command in ("export", "import"):
         print(f"{command} needs an extra: see test_hf.py and test_hf_import.py")
         return 0
+    if command == "sweep":
+        result = {METRIC: 1.5, "seconds": 1.0, "parameters": 1}
+        monkeypatch.setattr("lmlight.sweep.command.train", lambda *_: result)
+        return main(arguments)
     if command == "curves":
         return main(["curves", *(path for word in rest for path in expanded(word))])
     more = list(SHORT[command])

@@ -11,7 +11,7 @@ import json
 import os
 import warnings
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Literal
 
 import sentencepiece
 from tqdm import tqdm
@@ -45,6 +45,7 @@ class CorpusSpec:
     text_format: TextFormat = TextFormat()
     tokenizer: TokenizerConfig = TokenizerConfig()
     cache: str | None = None
+    validate_on: Literal["val", "tune"] = "val"
 
     def __post_init__(self) -> None:
         for name in ("corpus", "val_corpus", "test_corpus"):
@@ -63,6 +64,7 @@ class CorpusSpec:
             "val_fraction": self.val_fraction,
             "val_corpus": self.val_corpus,
             "test_corpus": self.test_corpus,
+            "validate_on": self.validate_on,
             **asdict(self.text_format),
             **{f"tokenizer.{name}": value for name, value in asdict(self.tokenizer).items()},
         }
@@ -94,14 +96,19 @@ class CorpusSpec:
             "val": val.fingerprint if val else self.val_fraction,
             "test": test and test.fingerprint,
             "tokenizer": {"fingerprint": pretrained_tokenizer.fingerprint} if pretrained_tokenizer else trained,
+            "tune": self.val_fraction if self.validate_on == "tune" else None,
         }
         fingerprint = hashlib.sha256(json.dumps(depends_on, sort_keys=True).encode()).hexdigest()
         folder = cache_dir(self.cache) / "tokens" / fingerprint[:16]
         if not TokenStore.is_finished(folder):
-            cut = main.n_chars if val else corpora.train_chars(main.n_chars, self.val_fraction)
+            end = main.n_chars  # of the text that is trained or validated on
+            cut = end if val else corpora.train_chars(end, self.val_fraction)
+            if self.validate_on == "tune":
+                val, end = None, cut
+                cut = corpora.train_chars(end, self.val_fraction)
             if not cut:
                 raise UserError(f"the training part of '{self.corpus}' has no text: pass at least 1,000 characters")
-            texts = {"train": main.chunks(0, cut), "val": val.chunks() if val else main.chunks(cut)}
+            texts = {"train": main.chunks(0, cut), "val": val.chunks() if val else main.chunks(cut, end)}
             if test:
                 texts["test"] = test.chunks()
             tokenizer = pretrained_tokenizer or read_tokenizer(folder) or self._train_tokenizer(main, cut)

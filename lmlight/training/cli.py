@@ -252,21 +252,51 @@ def _mistake(error: Exception) -> Exception | None:
     )
 
 
-def main(args: Sequence[str] | None = None) -> int:
-    """Run the words after `lmlight`, by default the process's; returns the exit status."""
+def _run(kind: type[LmlightCLI], args: Sequence[str]) -> None:
     quiet()
     # Lightning has enumeration members as defaults, such as those of its Timer
     yaml.SafeDumper.add_multi_representer(Enum, lambda dumper, member: dumper.represent_data(member.value))
+    kind(
+        args,
+        trainer_class=RunTrainer,
+        seed_everything_default=1337,
+        save_config_callback=None,
+        parser_class=OneLineParser,
+        auto_configure_optimizers=False,
+        load_from_checkpoint_support=False,
+    )
+
+
+class _Checked(Exception):
+    """Ends `_Check`."""
+
+
+class _Check(LmlightCLI):
+    def before_fit(self) -> None:
+        raise _Checked(self.settings)
+
+
+def check_fit(args: Sequence[str]) -> dict[str, Any]:
+    """Check `lmlight fit ARGS` as far as possible without data; returns all of its settings.
+
+    Raises:
+        UserError: The command would end at once with this error.
+    """
     try:
-        LmlightCLI(
-            sys.argv[1:] if args is None else args,
-            trainer_class=RunTrainer,
-            seed_everything_default=1337,
-            save_config_callback=None,
-            parser_class=OneLineParser,
-            auto_configure_optimizers=False,
-            load_from_checkpoint_support=False,
-        )
+        _run(_Check, ["fit", *args])
+    except _Checked as checked:
+        return checked.args[0]
+    except Exception as error:
+        if (mistake := _mistake(error)) is None:
+            raise
+        raise UserError(str(mistake)) from None
+    raise AssertionError("unreachable")
+
+
+def main(args: Sequence[str] | None = None) -> int:
+    """Run the words after `lmlight`, by default the process's; returns the exit status."""
+    try:
+        _run(LmlightCLI, sys.argv[1:] if args is None else args)
     except Exception as error:
         if (mistake := _mistake(error)) is None:
             raise

@@ -43,6 +43,8 @@ class TextDataModule(LightningDataModule):
         val_fraction: share of the characters, from the end, for validation.
         val_corpus: another corpus for validation. All of `corpus` is then for training.
         test_corpus: another corpus for `test`. `null` uses the validation text.
+        validate_on: `tune` validates on the last `val_fraction` of the training part and trains on the rest of it, so that
+            settings can be chosen without a look at the validation text.
         field: the field of `.jsonl` and `.parquet` records that holds the text.
         separator: string between two documents in text files, such as `<|endoftext|>`. `null` reads a file as one text.
         errors: what to do with invalid bytes: `strict` raises, `replace` inserts U+FFFD.
@@ -70,6 +72,7 @@ class TextDataModule(LightningDataModule):
         val_fraction: float = 0.1,
         val_corpus: str | None = None,
         test_corpus: str | None = None,
+        validate_on: Literal["val", "tune"] = "val",
         field: str = "text",
         separator: str | None = None,
         errors: Literal["strict", "replace"] = "strict",
@@ -96,7 +99,7 @@ class TextDataModule(LightningDataModule):
                 "set --data.tokenizer.kind unigram or --data.subword_sampling null"
             )
         text_format = TextFormat(field, separator, errors, encoding)
-        self._spec = CorpusSpec(corpus, val_fraction, val_corpus, test_corpus, text_format, config, cache)
+        self._spec = CorpusSpec(corpus, val_fraction, val_corpus, test_corpus, text_format, config, cache, validate_on)
         self.corpus, self.block_size, self.batch_size = self._spec.corpus, block_size, batch_size
         self.subword_sampling, self.windows, self.prompts = subword_sampling, windows, prompts
         self.prompt_batch_size, self.num_workers, self.seed = prompt_batch_size, num_workers, seed

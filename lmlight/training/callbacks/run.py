@@ -97,30 +97,42 @@ class LearningCurve(Callback):
     """Writes `metrics.csv` and `curve.png` to the run's folder: the metrics of each validation, and the losses as a figure.
 
     Besides optimizer steps, the table counts characters of training text seen, which compare across tokenizers and batch
-    sizes, and seconds of training and validation. A resumed run continues both.
+    sizes, and seconds of training without validation. A resumed run continues both.
     """
 
     def __init__(self) -> None:
         self._rows: list[dict[str, float]] = []
-        self._began, self._seconds_before = time.monotonic(), 0.0
+        self._seconds = 0.0
+        self._since: float | None = (
+            None  # when training began or continued; None between a validation and the next step
+        )
         self._folder: Path | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._folder = run_folder(trainer) if trainer.logger is not None else None
 
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._began = time.monotonic() - self._seconds_before
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        if self._since is None:
+            self._since = time.monotonic()
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._stop_clock()
+
+    def _stop_clock(self) -> None:
+        if self._since is not None:
+            self._seconds, self._since = self._seconds + time.monotonic() - self._since, None
 
     def state_dict(self) -> dict[str, Any]:
-        return {"rows": self._rows, "seconds": time.monotonic() - self._began}
+        self._stop_clock()
+        return {"rows": self._rows, "seconds": self._seconds}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._rows, self._seconds_before = list(state_dict["rows"]), state_dict["seconds"]
+        self._rows, self._seconds = list(state_dict["rows"]), state_dict["seconds"]
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not validates_fit(trainer):
             return
-        row = {"step": float(trainer.global_step), "seconds": time.monotonic() - self._began}
+        row = {"step": float(trainer.global_step), "seconds": self._seconds}
         if data := text_data(trainer):
             row["characters"] = data.characters_seen(trainer.global_step)
         sections = ("train/", "val/", "train_subset/", "gap/")

@@ -1,0 +1,156 @@
+"""A sweep: a folder with an Optuna study, in a journal file, and the runs of its trials.
+
+- Trials are claimed under a lock, so that any number of processes, on any machines, run each of them once.
+- A process that runs a trial touches the trial's heartbeat file. The trial of a process that has died is queued again, and
+  its run resumed. (Optuna itself does this with a database only.)
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import optuna
+import psutil
+from optuna.distributions import BaseDistribution
+from optuna.storages import JournalStorage
+from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
+from optuna.trial import FrozenTrial, Trial, TrialState
+
+from lmlight.errors import UserError
+
+Params = Mapping[str, Any]  # the varied flags of a trial, by name, and `SEED`
+JOURNAL = "journal.log"
+SEED = "seed_everything"
+STALE_SECONDS = 120  # network file systems may show the time of a file a minute late
+
+
+class Study:
+    """The sweep in a folder.
+
+    Args:
+        folder: Its folder.
+        settings: What is compared or searched; None opens a sweep that is there.
+
+    Raises:
+        UserError: There is no sweep, one with other settings, or the folder cannot be written.
+    """
+
+    def __init__(self, folder: Path, settings: dict[str, Any] | None = None) -> None:
+        if settings is None and not (folder / JOURNAL).is_file():
+            raise UserError(f"there is no sweep in '{folder}': pass its folder, such as sweeps/NAME")
+        optuna.logging.set_verbosity(optuna.logging.ERROR)
+        self.folder = folder
+        # locks by links, Optuna's default, need a privilege on Windows
+        self._lock = JournalFileOpenLock(str(folder / "claims"))
+        self._last_beat: tuple[Path, str] | None = None
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            journal = str(folder / JOURNAL)
+            storage = JournalStorage(JournalFileBackend(journal, JournalFileOpenLock(journal)))
+            kind: dict[str, Any] = {"storage": storage, "study_name": "sweep", "pruner": optuna.pruners.MedianPruner()}
+            self.optuna = optuna.create_study(load_if_exists=True, **kind) if settings else optuna.load_study(**kind)
+            with self._locked():
+                self.settings: dict[str, Any] = self.optuna.user_attrs.get("settings") or settings or {}
+                if settings and settings["identity"] != self.settings["identity"]:
+                    raise UserError(f"'{folder}' is a sweep of other settings: pass another --study, or leave it out")
+                self.optuna.set_user_attr("settings", self.settings)
+        except (OSError, KeyError, ValueError, AssertionError) as error:  # Optuna's, of a damaged journal
+            if isinstance(error, UserError):
+                raise
+            raise UserError(f"the sweep in '{folder}' cannot be used ({error}): pass another folder") from None
+
+    def enqueue(self, grid: Sequence[Params]) -> None:
+        """Queue the trials that the sweep lacks."""
+        with self._locked():
+            known = [trial.user_attrs.get("queued") for trial in self.trials()]
+            for params in grid:
+                if params not in known:
+                    self.optuna.enqueue_trial(dict(params), user_attrs={"queued": dict(params)})
+
+    def claim(self, space: Mapping[str, BaseDistribution], n_trials: int | None, seed: int) -> Trial | None:
+        """Take the next trial, for this process to run.
+
+        Args:
+            space: The distribution of each parameter.
+            n_trials: The number of trials of a search; None takes queued trials only.
+            seed: Of the search.
+
+        Returns:
+            The trial, or None if there is none left.
+        """
+        with self._locked():
+            for running in self.trials(TrialState.RUNNING):
+                if self._is_stale(running):
+                    self._requeue(running)
+            known = len(self.trials())
+            if not self.trials(TrialState.WAITING) and known >= (n_trials or 0):
+                return None
+            # another seed for each trial, because processes that start together would try the same values
+            self.optuna.sampler = optuna.samplers.TPESampler(seed=seed + known, constant_liar=True)
+            trial = self.optuna.ask(dict(space))
+            self.beat(trial)
+            return trial
+
+    def release(self, trial: Trial) -> None:
+        """Queue a trial again whose run was interrupted."""
+        with self._locked():
+            self._requeue(next(one for one in self.trials() if one.number == trial.number))
+
+    def trials(self, *states: TrialState) -> list[FrozenTrial]:
+        """The trials in these states, by default in any. A trial that was queued again counts once."""
+        trials = self.optuna.get_trials(deepcopy=False)
+        again = {trial.user_attrs.get("continues") for trial in trials}
+        return [trial for trial in trials if trial.number not in again and (not states or trial.state in states)]
+
+    def trial_folder(self, trial: Trial | FrozenTrial) -> Path:
+        return self.folder / "trials" / str(trial.user_attrs.get("folder", trial.number))
+
+    def fit_args(self, params: Params) -> list[str]:
+        """The arguments of `lmlight fit` for a trial."""
+        return [*self.settings["fit"], *flags(params)]
+
+    def beat(self, trial: Trial, pid: int | None = None) -> None:
+        """Show that this process, and process `pid`, run a trial."""
+        path = self.trial_folder(trial) / "heartbeat"
+        beat = path, f"{socket.gethostname()} {os.getpid()} {pid or os.getpid()}"
+        if beat == self._last_beat:
+            path.touch()
+        else:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(beat[1], encoding="utf-8")
+            self._last_beat = beat
+
+    def _is_stale(self, trial: FrozenTrial) -> bool:
+        path, clock = self.trial_folder(trial) / "heartbeat", self.folder / "clock"
+        clock.touch()  # by the clock of the file system, which may be another machine's
+        try:
+            host, *pids = path.read_text("utf-8").split() or [""]
+            age = clock.stat().st_mtime - path.stat().st_mtime
+        except OSError:
+            return True  # its process died before the first beat, because this one has the lock
+        is_dead = host == socket.gethostname() and not any(psutil.pid_exists(int(pid)) for pid in pids)
+        return is_dead or age > STALE_SECONDS
+
+    def _requeue(self, trial: FrozenTrial) -> None:
+        queued = {**trial.user_attrs.get("queued", {}), **trial.params}
+        attrs = {"queued": queued, "folder": self.trial_folder(trial).name, "continues": trial.number}
+        self.optuna.enqueue_trial(queued, user_attrs=attrs)
+        self.optuna.tell(trial.number, state=TrialState.FAIL)
+
+    @contextmanager
+    def _locked(self) -> Iterator[None]:
+        self._lock.acquire()
+        try:
+            yield
+        finally:
+            self._lock.release()
+
+
+def flags(params: Params) -> list[str]:
+    return [f"--{name}={value if isinstance(value, str) else json.dumps(value)}" for name, value in params.items()]

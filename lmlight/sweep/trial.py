@@ -1,0 +1,128 @@
+"""One trial: `lmlight fit` in a process of its own, which stops and saves its state if the sweep goes away.
+
+That process runs this module. Its standard input is a pipe from the sweep; once the pipe is closed, deliberately or because
+the sweep was killed, the run gets SIGTERM. This works on every platform. The process does not see the terminal's Ctrl-C,
+which would reach it as a second signal.
+"""
+
+from __future__ import annotations
+
+import os
+import runpy
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from lmlight import checkpoint
+from lmlight.commands import curves
+
+METRIC = "val/nats_per_char"
+LAST = "checkpoints/last.ckpt"
+LOG = "log.txt"  # what the runs of a trial print
+Validations = list[dict[str, float]]
+
+
+class TrialFailed(Exception):
+    """A run ended without a result; the message is the reason."""
+
+
+def train(folder: Path, args: Sequence[str], watch: Callable[[int, Validations], bool]) -> dict[str, Any] | None:
+    """Train, or resume the interrupted run in a trial's folder.
+
+    Args:
+        folder: The trial's folder, for the run's own folder and its output.
+        args: Of `lmlight fit`.
+        watch: Called twice a second with the process's id and the validations so far. The run stops if it returns False.
+
+    Returns:
+        The loss at the last validation as `METRIC`, `seconds` of training, `parameters`, and the `run`'s folder in `folder`;
+        None if it was stopped.
+
+    Raises:
+        TrialFailed: The run ended with an error or without a validation.
+        KeyboardInterrupt: After the run has stopped.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    run = run_folder(folder)
+    if run and not (run / LAST).is_file():
+        shutil.rmtree(run)
+        run = None
+    if run:
+        args = [f"--ckpt_path={run / LAST}"]
+    with (folder / LOG).open("ab") as log:
+        process = subprocess.Popen(
+            [sys.executable, "-m", __name__, "fit", *args, f"--trainer.default_root_dir={folder}"],
+            stdin=subprocess.PIPE,
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+            creationflags=getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0),  # what it takes on Windows
+        )
+    try:
+        while process.poll() is None:
+            if not watch(process.pid, validations(folder)):
+                _stop(process)
+                return None
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(0.5)
+    except BaseException:
+        _stop(process)
+        raise
+    if process.returncode:
+        raise TrialFailed(_reason(process.returncode, folder / LOG))
+    run, rows = run_folder(folder), validations(folder)
+    if not (run and rows):
+        raise TrialFailed(f"there is no {METRIC} in the run's metrics.csv")
+    watch(process.pid, rows)
+    tensors = checkpoint.read(run / LAST)["state_dict"].values() if (run / LAST).is_file() else []
+    parameters = sum({tensor.data_ptr(): tensor.numel() for tensor in tensors}.values())
+    return {METRIC: rows[-1][METRIC], "seconds": rows[-1]["seconds"], "parameters": parameters, "run": run.name}
+
+
+def run_folder(folder: Path) -> Path | None:
+    """The folder of a trial's run."""
+    return max((path for path in folder.glob("*") if path.is_dir()), default=None)
+
+
+def validations(folder: Path) -> Validations:
+    """The validations of a trial's run so far."""
+    run = run_folder(folder)
+    return curves.read(run, "seconds") if run else []
+
+
+def _stop(process: subprocess.Popen[bytes]) -> None:
+    assert process.stdin is not None
+    try:
+        process.stdin.close()
+        process.wait()  # until it has written a checkpoint
+    except BaseException:
+        process.kill()
+        raise
+
+
+def _reason(status: int, log: Path) -> str:
+    """Why a run failed: its error message, or the last line that it printed."""
+    if status < 0:
+        hint = " (perhaps out of memory)" if -status == getattr(signal, "SIGKILL", 0) else ""
+        return f"ended by {signal.Signals(-status).name}{hint}"
+    lines = [line for line in log.read_text("utf-8", errors="replace").splitlines() if line.strip()]
+    errors = [line for line in lines if line.startswith("lmlight: error: ")]
+    return (errors or lines or [f"exit status {status}"])[-1].removeprefix("lmlight: error: ").strip()
+
+
+def _stop_with_parent() -> None:
+    # not `sys.stdin`, whose lock the interpreter would wait for as it exits
+    while os.read(0, 1):
+        pass
+    signal.raise_signal(signal.SIGTERM)
+
+
+if __name__ == "__main__":
+    threading.Thread(target=_stop_with_parent, daemon=True).start()
+    runpy.run_module("lmlight", run_name="__main__", alter_sys=True)
