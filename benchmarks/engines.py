@@ -6,7 +6,7 @@ Exports a checkpoint to each format. Each engine continues a prompt greedily to 
 llama.cpp. The engines take turns, each in its own process, because spinning threads of one engine would slow down
 another. The table has medians, and whether the tokens equal those of lmlight. With `--perplexity`, llama.cpp encodes all
 of tiny Shakespeare, and both score its validation part in non-overlapping windows. They are one token shorter than the
-block, which the server of llama.cpp does not fill. The browser page is included if it is installed (docs/export.md).
+block, which the server of llama.cpp does not fill. The page of `lmlight export web` is included where Chromium is.
 Needs `pip install -e '.[engines,browser]'`. Prints Markdown tables.
 """
 
@@ -51,13 +51,11 @@ import xllamacpp
 
 from lmlight import Sampling
 from lmlight.data import corpus
-from lmlight.export import command
+from lmlight.export import command, web
 from lmlight.export.model import Model
 from lmlight.generation import generate_ids
 
 PROMPT = "ROMEO:\nWhat say you"
-ROOT = Path(__file__).parents[1]
-PAGE = ROOT / "examples" / "browser"
 
 Generate = Callable[[list[int], int], list[int]]
 """Continues ids greedily by a number of tokens; returns the new ids."""
@@ -155,8 +153,8 @@ class LlamaCpp:
 
 
 @contextlib.contextmanager
-def page(file: Path) -> Iterator[Run]:
-    """Runs examples/browser in headless Chromium, on one thread. The page measures the time."""
+def page(folder: Path) -> Iterator[Run]:
+    """Runs the page of `lmlight export web` in headless Chromium, on one thread. The page measures the time."""
     from selenium import webdriver
     from selenium.webdriver.chrome.service import Service
 
@@ -164,28 +162,26 @@ def page(file: Path) -> Iterator[Run]:
     options.binary_location = shutil.which("chromium") or ""
     for flag in ("headless=new", "no-sandbox", "disable-gpu", "disable-background-networking", "disable-sync"):
         options.add_argument(f"--{flag}")
-    for name in ("index.html", "page.js", "model.js", "node_modules"):
-        (file.parent / name).symlink_to(PAGE / name)
-
-    class Quiet(http.server.SimpleHTTPRequestHandler):
-        def log_message(self, *_: Any) -> None:
-            pass
-
     driver = webdriver.Chrome(options=options, service=Service(shutil.which("chromedriver")))
-    handler = functools.partial(Quiet, directory=file.parent)
+    handler = functools.partial(web._Handler, directory=folder)
     try:
         with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
             threading.Thread(target=server.serve_forever, daemon=True).start()
-            driver.get(f"http://127.0.0.1:{server.server_port}/index.html?model=none")
-            code = """const [name, prompt, count, done] = arguments;
-                import(new URL("model.js", location)).then(async ({ Model }) => {
-                  globalThis.model ??= await Model.open(new Uint8Array(await (await fetch(name)).arrayBuffer()));
+            driver.get(f"http://127.0.0.1:{server.server_port}/index.html")
+            code = """const [ids, count, done] = arguments;
+                import(new URL("model.js", location)).then(async ({ Model, Stream, draw, probabilities, startEngine }) => {
+                  const file = async () => new Uint8Array(await (await fetch("model.onnx")).arrayBuffer());
+                  globalThis.model ??= await Model.open(await file(), await startEngine("wasm"));
                   const began = performance.now();
-                  let written;
-                  for await (const ids of model.generate(prompt, count, 0, 0)) written = ids;
+                  const stream = new Stream(model, ids);
+                  const written = [];
+                  while (written.length < count) {
+                    written.push(draw(probabilities(await stream.next(), { temperature: 0 }), 0));
+                    stream.push(written.at(-1));
+                  }
                   return [(performance.now() - began) / 1000, written];
                 }).then(done);"""
-            yield lambda prompt, new: driver.execute_async_script(code, file.name, PROMPT, new)
+            yield lambda prompt, new: driver.execute_async_script(code, prompt, new)
             server.shutdown()
     finally:
         driver.quit()
@@ -202,7 +198,7 @@ def timed(generate: Generate) -> Run:
 
 def size(path: Path) -> int:
     """Bytes of a file, or of all files in a folder."""
-    return sum(file.stat().st_size for file in ([path] if path.is_file() else path.iterdir()))
+    return sum(file.stat().st_size for file in ([path] if path.is_file() else path.rglob("*")) if file.is_file())
 
 
 def export(checkpoint: Path, folder: Path) -> dict[str, Path]:
@@ -212,9 +208,10 @@ def export(checkpoint: Path, folder: Path) -> dict[str, Path]:
         "hf": ["hf"],
         "onnx": ["onnx"],
         "torch": ["torch"],
+        "web": ["web"],
         **{f"gguf {kind}": ["gguf", "--precision", kind] for kind in ("f32", "f16", "q8_0")},
     }.items():
-        target = folder / {"hf": "hf", "torch": "model.pt2"}.get(name, "model-" + name.replace(" ", "."))
+        target = folder / {"hf": "hf", "web": "web", "torch": "model.pt2"}.get(name, "model-" + name.replace(" ", "."))
         with contextlib.redirect_stdout(io.StringIO()):
             command.export([*words, str(checkpoint), str(target)])
         paths[name] = target
@@ -255,9 +252,9 @@ def speeds(model: Model, paths: dict[str, Path], threads: list[int], rounds: int
     new = model.net.block_size - len(prompt)
     files = {name: paths[kind] for name, (kind, _) in ENGINES.items()}
     jobs = [(name, count) for name in files for count in threads]
-    if (PAGE / "node_modules").is_dir() and shutil.which("chromedriver"):
-        files[BROWSER] = paths["onnx"]
-        jobs.append((BROWSER, 1))  # threads need a server that sends certain headers
+    if shutil.which("chromedriver"):
+        files[BROWSER] = paths["web"]
+        jobs.append((BROWSER, 1))
     spawn, orders = multiprocessing.get_context("spawn"), dict[tuple[str, int], Any]()
     for name, count in jobs:
         orders[name, count], theirs = spawn.Pipe()
@@ -338,10 +335,8 @@ def main() -> None:
     warnings.simplefilter("ignore")
     packages = ("lmlight", "torch", "transformers", "xllamacpp", "onnxruntime")
     versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in packages)
-    if (PAGE / "node_modules").is_dir():
-        web = json.loads((PAGE / "node_modules" / "onnxruntime-web" / "package.json").read_text("utf-8"))
-        versions += f", onnxruntime-web {web['version']}"
-    print(f"{platform.machine()}, {os.cpu_count()} cores, {versions}\n")
+    libraries = ", ".join(json.loads((web.PAGE / "libraries.json").read_text("utf-8")))
+    print(f"{platform.machine()}, {os.cpu_count()} cores, {versions}, {libraries}\n")
     model = Model.read(options.ckpt_path)
     with tempfile.TemporaryDirectory() as folder:
         paths = export(options.ckpt_path, Path(folder))

@@ -19,10 +19,11 @@ COMMANDS = {  # what each does, and the function that runs it
     "validate": ("Score a checkpoint on the validation text.", TRAINING),
     "test": ("Score a checkpoint on the test text, also with a sliding window.", TRAINING),
     "predict": ("Generate text from a checkpoint.", TRAINING),
+    "play": ("Explore a model in a web page.", "lmlight.export.web:play"),
     "chat": ("Type prompts and watch the text stream.", "lmlight.commands.chat:main"),
     "sweep": ("Compare settings over several seeds, or search for the best.", "lmlight.sweep.command:main"),
     "curves": ("Plot the learning curves of several runs.", "lmlight.commands.curves:main"),
-    "export": ("Convert a checkpoint for other engines: hf, gguf, onnx, torch.", f"{EXPORT}:export"),
+    "export": ("Convert a checkpoint for other engines: hf, gguf, onnx, torch, web.", f"{EXPORT}:export"),
     "import": ("Convert a Hugging Face model to a checkpoint.", f"{EXPORT}:import_"),
     "cache": ("List or clear cached corpora and tokens.", "lmlight.commands.cache:main"),
 }

@@ -129,7 +129,9 @@ def strip_plot(points: Mapping[str, Sequence[float]], means: Mapping[str, tuple[
         axes.plot(values, [row] * len(values), "o", color=f"C{row}", alpha=0.5, markersize=5)
         if math.isfinite(high - low):
             axes.errorbar(mean, row + 0.25, xerr=[[mean - low], [high - mean]], fmt="|", color=f"C{row}", capsize=4)
-    axes.set_yticks(range(len(points)), [visible(name, 60).replace("▁", " ") for name in points], fontsize=8)
+    axes.set_yticks(
+        range(len(points)), [visible(name or "all runs", 60).replace("▁", " ") for name in points], fontsize=8
+    )
     axes.set_ylim(len(points) - 0.5, -0.5)
     axes.set_xlabel("nats per character; bars: mean and 95% confidence interval", fontsize=8)
     axes.grid(axis="x", alpha=0.3)
@@ -150,7 +152,7 @@ def mean_curves(runs: Mapping[str, Sequence[Sequence[Mapping[str, float]]]]) -> 
             losses.setdefault(row["step"], []).append(row["val/nats_per_char"])
         steps = sorted(step for step, values in losses.items() if len(values) == len(several))
         means, lows, highs = ([float(f(losses[step])) for step in steps] for f in (np.mean, np.min, np.max))
-        axes.plot(steps, means, ".-", color=f"C{number}", label=visible(name, 60).replace("▁", " "))
+        axes.plot(steps, means, ".-", color=f"C{number}", label=visible(name or "all runs", 60).replace("▁", " "))
         axes.fill_between(steps, lows, highs, color=f"C{number}", alpha=0.2, linewidth=0)
     axes.set(xlabel=AXES["step"], ylabel="nats per character")
     axes.set_title("mean of the seeds; bands: lowest to highest", fontsize=9)

@@ -114,8 +114,8 @@ def lmlight(arguments, monkeypatch):
         return main(arguments)
     if command == "cache":
         return main(arguments)
-    if command in ("export", "import"):
-        print(f"{command} needs an extra: see test_hf.py and test_hf_import.py")
+    if command in ("export", "import", "play"):
+        print(f"{command} needs an extra: see test_hf.py, test_hf_import.py and test_web.py")
         return 0
     if command == "sweep":
         result = {METRIC: 1.5, "seconds": 1.0, "parameters": 1}

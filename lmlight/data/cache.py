@@ -3,6 +3,7 @@
     corpora/    built-in corpora
     downloads/  texts read from an address, one folder for each version
     tokens/     token stores, each named after everything that its ids depend on
+    web/        libraries of the page of `lmlight export web`
     peers/      what the benchmarks compare with
 
 No name depends on the source alone: an edited text gets a new name, and the old entry can be cleared.
@@ -20,7 +21,7 @@ import platformdirs
 from lmlight.errors import UserError
 
 # Only these folders are ever listed or cleared, in case LMLIGHT_CACHE is a folder with other files in it.
-KINDS = ("corpora", "downloads", "tokens", "peers")
+KINDS = ("corpora", "downloads", "tokens", "web", "peers")
 
 
 def cache_dir(folder: str | None = None) -> Path:

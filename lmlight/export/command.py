@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -10,7 +10,7 @@ from lmlight import checkpoint as checkpoints
 from lmlight import files
 from lmlight.command_line import Parser
 from lmlight.errors import UserError
-from lmlight.export import gguf_file, graph, hf, hf_import
+from lmlight.export import gguf_file, graph, hf, hf_import, web
 from lmlight.export.model import Model
 
 FORMATS = {
@@ -18,6 +18,7 @@ FORMATS = {
     "hf": ("DIR", "a folder for Hugging Face transformers (safetensors)"),
     "onnx": ("FILE", "an .onnx file for onnxruntime: forward pass and cached step"),
     "torch": ("FILE", "a .pt2 file for torch without lmlight (torch.export)"),
+    "web": ("DIR", "a folder with a web page that runs the model, for any web server"),
 }
 
 
@@ -44,7 +45,8 @@ def export(args: Sequence[str]) -> None:
             )
     options = parser.parse_args(args)
     source = checkpoints.find(options.checkpoint, options.runs, "best")
-    with _new(options.target, options.force, is_folder=options.format == "hf") as path:
+    known = {"hf": hf.FILES, "web": web.FILES}.get(options.format)
+    with _new(options.target, options.force, known) as path:
         trusted, _ = checkpoints.import_classes(options.net, options.tokenizer)
         model = Model.read(source, trusted)
         if options.format == "hf":
@@ -53,6 +55,8 @@ def export(args: Sequence[str]) -> None:
             gguf_file.write(model, path, options.precision)
         elif options.format == "onnx":
             graph.write_onnx(model, path)
+        elif options.format == "web":
+            web.write(model, path)
         else:
             graph.write_torch(model, path)
     print(f"Wrote {options.target}")
@@ -82,19 +86,24 @@ def import_(args: Sequence[str]) -> None:
 
 
 @contextmanager
-def _new(path: Path, force: bool, is_folder: bool = False) -> Iterator[Path]:
+def _new(path: Path, force: bool, known: Collection[str] | None = None) -> Iterator[Path]:
     """Yields a temporary path, which becomes `path` when the block ends without an exception.
+
+    Args:
+        path: A file, or a folder if there are names of its files.
+        force: Replace what is there.
+        known: The files that a folder with an earlier export has.
 
     Raises:
         UserError: `path` may not be replaced, or cannot be written.
     """
-    path = path.expanduser().resolve()
+    path, is_folder = path.expanduser().resolve(), known is not None
     try:
         if path.exists() and path.is_dir() != is_folder:
             found, expected = ("file", "folder") if is_folder else ("folder", "file")
             raise UserError(f"'{path}' is a {found}: pass the path of a {expected}")
         inside = sorted(entry.name for entry in path.iterdir()) if is_folder and path.exists() else []
-        if unknown := [name for name in inside if name not in hf.FILES]:
+        if unknown := [name for name in inside if name not in (known or ())]:
             raise UserError(
                 f"folder '{path}' contains '{unknown[0]}', which is not part of an export: pass another folder"
             )

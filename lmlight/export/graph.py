@@ -40,13 +40,15 @@ class ConcatCache(Cache):
 
     Attributes:
         present: (2, B, H_kv, S, D) keys and values of each layer so far.
+        maps: (B, H, T, S) attention weights of each layer so far.
     """
 
     is_causal = False
 
     def __init__(self, past: Tensor, rope: Tensor | None) -> None:
         self.past, self.rope, self.present = past, rope, list[Tensor]()
-        self.attention_maps = []  # recorded by attention that does not branch on the number of keys
+        # recorded by attention that does not branch on the number of keys
+        self.attention_maps = self.maps = list[Tensor]()
 
     def advance(self, count: int) -> None:
         positions = torch.arange(self.past.size(4) + count, device=self.past.device)  # (S,)
@@ -66,13 +68,18 @@ class ConcatCache(Cache):
 
 
 class TransformerGraph(nn.Module):
-    """The forward pass and the cached step of a transformer in one."""
+    """The forward pass and the cached step of a transformer in one.
 
-    def __init__(self, net: Transformer) -> None:
+    Args:
+        net: The transformer.
+        attention: Also return attention weights.
+    """
+
+    def __init__(self, net: Transformer, attention: bool = False) -> None:
         super().__init__()
-        self.net = net
+        self.net, self.attention = net, attention
 
-    def forward(self, ids: Tensor, past: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
+    def forward(self, ids: Tensor, past: Tensor | None = None) -> Tensor | tuple[Tensor, ...]:
         """Computes logits.
 
         Args:
@@ -80,13 +87,17 @@ class TransformerGraph(nn.Module):
             past: (L, 2, B, H_kv, P, D) keys and values; P + T is at most `block_size`.
 
         Returns:
-            (B, T, V) logits; with a `past`, also the (L, 2, B, H_kv, S, D) keys and values to pass with the next tokens.
+            (B, T, V) logits; with a `past`, also the (L, 2, B, H_kv, S, D) keys and values to pass with the next tokens, and
+            the (L, B, H, T, S) attention weights if they are wanted.
         """
         net = self.net
         empty = net.head.weight.new_zeros(len(net.blocks), 2, ids.size(0), net.n_kv_head, 0, net.head_size)
         cache = ConcatCache(empty if past is None else past, net.rope)
         logits = net(ids, cache)
-        return logits if past is None else (logits, torch.stack(cache.present))
+        if past is None:
+            return logits
+        present = torch.stack(cache.present)
+        return (logits, present, torch.stack(cache.maps)) if self.attention else (logits, present)
 
 
 def metadata(model: Model) -> dict[str, str]:
@@ -104,13 +115,13 @@ def metadata(model: Model) -> dict[str, str]:
     return {name: json.dumps(value, ensure_ascii=False) for name, value in found.items()}
 
 
-def write_onnx(model: Model, path: Path) -> None:
+def write_onnx(model: Model, path: Path, attention: bool = False) -> None:
     """Writes an `.onnx` file with weights and `metadata`.
 
     - Inputs: `ids`, (B, T) int64; `past`, (L, 2, B, H_kv, P, D) float32, with P + T up to `block_size`.
-    - Outputs: `logits`, (B, T, V); `present`, (L, 2, B, H_kv, P + T, D).
+    - Outputs: `logits`, (B, T, V); `present`, (L, 2, B, H_kv, P + T, D); `attention`, (L, B, H, T, P + T), if it is wanted.
 
-    A network that is not a `Transformer` has neither `past` nor `present`.
+    A network that is not a `Transformer` has `ids` and `logits` only.
 
     Raises:
         UserError: onnx or onnxscript is not installed.
@@ -119,10 +130,12 @@ def write_onnx(model: Model, path: Path) -> None:
     net = model.net.float()
     batch, time, past = Dim("batch"), Dim("time", max=net.block_size), Dim("past", max=net.block_size)
     graph: nn.Module = net
+    outputs = ["logits"]
     # Sizes of at least 2: the exporter takes a size of 1 for a constant.
     arguments, dynamic = [torch.zeros(2, 3, dtype=torch.int64)], [{0: batch, 1: time}]
     if isinstance(net, Transformer):
-        graph = TransformerGraph(net)
+        graph = TransformerGraph(net, attention)
+        outputs = ["logits", "present", "attention"][: 3 if attention else 2]
         arguments.append(torch.zeros(len(net.blocks), 2, 2, net.n_kv_head, 4, net.head_size))
         dynamic.append({2: batch, 4: past})
     with torch.no_grad(), warnings.catch_warnings():
@@ -132,7 +145,7 @@ def write_onnx(model: Model, path: Path) -> None:
             graph.eval(),
             tuple(arguments),
             input_names=["ids", "past"][: len(arguments)],
-            output_names=["logits", "present"][: len(arguments)],
+            output_names=outputs,
             dynamic_shapes=tuple(dynamic),
             opset_version=OPSET,
             external_data=False,

@@ -133,8 +133,8 @@ def work(study: Study, space: Mapping[str, Distribution], n_trials: int | None, 
         trials = study.trials()
         ended = [one for one in trials if one.state.is_finished()]
         lines = report.settings_of(study)
-        best = f"; best {lines[0].mean:.4f} with {lines[0].name}" if lines and lines[0].values else ""
-        usual = statistics.median((one.duration or timedelta()).total_seconds() for one in ended)
+        best = f"; best {lines[0].mean:.4f} with {lines[0].name}" if len(lines) > 1 and lines[0].values else ""
+        usual = statistics.fmean((one.duration or timedelta()).total_seconds() for one in ended)
         left = (n_trials or len(trials)) - len(ended)
         workers = max(1, len(study.trials(TrialState.RUNNING)) + 1)
         time_left = f"; {report.duration(usual * left / workers)} left" if left else ""

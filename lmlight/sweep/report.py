@@ -54,7 +54,7 @@ class Setting:
 
     @property
     def name(self) -> str:
-        return ", ".join(f"{name.rpartition('.')[2]}={brief(value)}" for name, value in self.params.items()) or "all"
+        return ", ".join(f"{name.rpartition('.')[2]}={brief(value)}" for name, value in self.params.items())
 
     def minus(self, other: Setting) -> Interval | None:
         """The difference to another setting, from the pairs of runs with the same seed."""

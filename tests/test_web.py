@@ -1,0 +1,137 @@
+"""`lmlight export web` and `lmlight play` without a browser; what the page does is in test_page.py."""
+
+import hashlib
+import json
+import os
+import signal
+import socket
+import urllib.request
+from pathlib import Path
+
+import processes
+import pytest
+import requests
+from exporting import make, save
+
+from lmlight.__main__ import main
+from lmlight.data.tokenizer import CharTokenizer
+from lmlight.export import web
+
+pytest.importorskip("onnxscript", reason="needs the extra `onnx`")
+
+
+@pytest.fixture
+def libraries(monkeypatch, tmp_path):
+    """Stand-ins for the libraries of the page, in the cache."""
+    contents, page = {}, tmp_path / "page"
+    page.mkdir()
+    for path in web.PAGE.iterdir():
+        if path.is_file():
+            (page / path.name).write_bytes(path.read_bytes())
+    lock = json.loads((page / "libraries.json").read_text())
+    for engines in lock.values():
+        for names in engines.values():
+            for name in names:
+                contents[name] = name.encode()
+                names[name] = hashlib.sha256(contents[name]).hexdigest()
+    (page / "libraries.json").write_text(json.dumps(lock))
+    (page / "notebooks").mkdir()
+    monkeypatch.setattr(web, "PAGE", page)
+    monkeypatch.setattr(web.shutil, "which", lambda name: None)  # no npm
+
+    def get(url, timeout):
+        answer = requests.Response()
+        answer.status_code, answer._content = 200, contents[url.rpartition("/")[2]]
+        return answer
+
+    monkeypatch.setattr(web.requests, "get", get)
+    return contents
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    tokenizer = CharTokenizer("abc\n")
+    return str(save(tmp_path / "x.ckpt", make(tokenizer, {}), tokenizer))
+
+
+def test_export_writes_a_whole_page(libraries, checkpoint, capsys):
+    assert main(["export", "web", checkpoint, "site"]) == 0
+    assert capsys.readouterr() == ("Wrote site\n", "")
+    assert {path.name for path in Path("site").iterdir()} == set(web.FILES)
+    engine = {path.name: path.read_bytes() for path in Path("site/engine").iterdir()}
+    assert set(engine) == {
+        "ort.wasm.min.mjs",
+        "ort-wasm-simd-threaded.mjs",
+        "ort-wasm-simd-threaded.wasm",
+        "tokenizers.min.mjs",
+    }
+    assert engine == {name: libraries[name] for name in engine}
+    assert json.loads(Path("site/model.json").read_text("utf-8"))["engine"] == "wasm"
+    assert main(["export", "web", checkpoint, "site", "--force"]) == 0
+    Path("site/mine.html").touch()
+    assert main(["export", "web", checkpoint, "site", "--force"]) == 2
+    assert "contains 'mine.html'" in capsys.readouterr().err
+
+
+def test_large_model_gets_the_engine_with_webgpu(libraries, checkpoint, monkeypatch):
+    monkeypatch.setattr(web, "LARGE", 1)
+    assert main(["export", "web", checkpoint, "site"]) == 0
+    assert json.loads(Path("site/model.json").read_text("utf-8"))["engine"] == "webgpu"
+    assert Path("site/engine/ort.webgpu.min.mjs").is_file()
+
+
+@pytest.mark.parametrize("fault", ["changed", "offline"])
+def test_libraries_that_cannot_be_had_are_one_line_and_leave_nothing(fault, libraries, checkpoint, capsys, monkeypatch):
+    if fault == "changed":
+        libraries["tokenizers.min.mjs"] = b"something else"
+    else:
+
+        def offline(*_, **__):
+            raise requests.ConnectionError("no route")
+
+        monkeypatch.setattr(web.requests, "get", offline)
+    assert main(["export", "web", checkpoint, "site"]) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("lmlight: error: ") and err.count("\n") == 1
+    assert ("was not used" if fault == "changed" else "cannot be downloaded (no route)") in err
+    assert not Path("site").exists()
+
+
+def test_plain_export_has_no_attention(libraries, checkpoint):
+    onnx = pytest.importorskip("onnx")
+    assert main(["export", "onnx", checkpoint, "plain.onnx"]) == 0
+    assert main(["export", "web", checkpoint, "site"]) == 0
+    plain, page = (onnx.load(path).graph for path in ("plain.onnx", "site/model.onnx"))
+    assert [output.name for output in plain.output] == ["logits", "present"]
+    assert [output.name for output in page.output] == ["logits", "present", "attention"]
+
+
+def test_play_refuses_a_port_that_is_taken(libraries, checkpoint, capsys):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        assert main(["play", checkpoint, "--port", str(port)]) == 2
+    err = capsys.readouterr().err
+    assert err.startswith(f"lmlight: error: port {port} cannot be used (") and err.count("\n") == 1
+
+
+def test_play_serves_on_this_machine_only_until_ctrl_c(libraries, checkpoint, tmp_path):
+    code = f"""if True:
+        import sys
+        from pathlib import Path
+        from lmlight.__main__ import main
+        from lmlight.export import web
+        web.PAGE = Path({str(web.PAGE)!r})
+        web._library = lambda package, hashes: []
+        sys.exit(main(["play", {checkpoint!r}, "--port=0", "--no-browser"]))"""
+    with processes.start(code=code) as process:
+        address = process.stdout.readline().split()[0]
+        with urllib.request.urlopen(address + "index.html") as answer:
+            assert answer.headers["Cross-Origin-Opener-Policy"] == "same-origin"
+            assert b"Content-Security-Policy" in answer.read()
+        if hasattr(os, "getuid"):  # Linux routes all of 127/8 to this machine
+            host, port = "127.0.0.2", int(address.rstrip("/").rpartition(":")[2])
+            with pytest.raises(OSError, match="refused"):
+                socket.create_connection((host, port), timeout=2)
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate(timeout=20)
+    assert (process.returncode, err) == (0, "")
