@@ -13,12 +13,10 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import itertools
 import pickle
 import zipfile
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
-from datetime import datetime
 from pathlib import Path
 from types import MappingProxyType
 from typing import IO, Any, Literal
@@ -235,28 +233,6 @@ def import_classes(net: str | None, tokenizer: str | None) -> tuple[type[Net] | 
         import_class("--model.net", net, Net) if net else None,
         import_class("--data.tokenizer", tokenizer, Tokenizer) if tokenizer else None,
     )
-
-
-def make_run_dir(runs: Path) -> Path:
-    """Create a run's folder, named after the time and unique even if two processes start at once.
-
-    Raises:
-        UserError: It cannot be created.
-    """
-    name = datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
-    try:
-        runs.mkdir(parents=True, exist_ok=True)
-        for number in itertools.count(1):
-            folder = runs / (name if number == 1 else f"{name}-{number}")
-            with suppress(FileExistsError):
-                folder.mkdir()
-                return folder
-    except OSError as error:
-        raise UserError(
-            f"the run's folder cannot be made in '{runs}' ({error.strerror}): pass another, "
-            "--trainer.default_root_dir FOLDER"
-        ) from None
-    raise AssertionError("unreachable")
 
 
 def tokenizer_of(checkpoint: dict[str, Any]) -> Tokenizer | None:

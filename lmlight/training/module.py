@@ -7,7 +7,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal, cast
 
-import numpy as np
 import torch
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.cli import OptimizerCallable
@@ -37,7 +36,7 @@ from lmlight.optim import (
     parameter_groups,
     try_step,
 )
-from lmlight.training.checkpointing import EXTRA_STATE, non_finite_error, total_norm
+from lmlight.training.checkpointing import EXTRA_STATE, non_finite_error, reseed, total_norm
 from lmlight.training.datamodule import TextDataModule
 from lmlight.training.precision import MatmulPrecision
 from lmlight.training.run_checks import check_run, total_steps
@@ -98,9 +97,9 @@ class LanguageModel(TextModel):
         settings: dict[str, Any] | None = None,
     ) -> None:
         super().__init__(sampling)
-        self.seed, self.matmul_precision, self.compile_net = seed, matmul_precision, compile_net
+        self.seed, self.matmul_precision = seed, matmul_precision
+        self.compile_net, self.gradient_checkpointing = compile_net, gradient_checkpointing
         self._make_net, self._make_optimizer = net, optimizer
-        self.gradient_checkpointing = gradient_checkpointing
         self._check_causality, self._is_checked = check_causality, False
         self.schedule, self._make_scheduler, self.settings = schedule, lr_scheduler, settings or {}
         self._init_from: dict[str, Any] | None = None
@@ -263,13 +262,7 @@ class LanguageModel(TextModel):
             # `self.log` on every step would cost 1 ms, a fifth of a small step
             every: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]  # set late
             self.step_is_logged = every > 0 and (self.global_step + 1) % every == 0
-        # exact resume without saving generator states
-        position = (self.seed, self.global_step, micro_batch, self.global_rank)
-        seed = int(np.random.SeedSequence(position).generate_state(1, np.uint64)[0] >> np.uint64(1))
-        # not torch.manual_seed, which formats a traceback for each kind of device that is not in use: 1 ms a step
-        torch.default_generator.manual_seed(seed)
-        if self.device.type != "cpu":
-            torch.get_device_module(self.device).manual_seed(seed)
+        reseed(self.device, self.seed, self.global_step, micro_batch, self.global_rank)
         return None
 
     def training_loss(self, batch: Batch) -> Tensor:
@@ -329,10 +322,8 @@ class LanguageModel(TextModel):
                 label_in_order(state, optimizer, self.parameters())
         trained_by = None
         if self.trainer.optimizers:
-            trained_by = {
-                "class": full_name(type(self.trainer.optimizers[0])),
-                "hyperparameters": self._hyperparameters,
-            }
+            kind = full_name(type(self.trainer.optimizers[0]))
+            trained_by = {"class": kind, "hyperparameters": self._hyperparameters}
         for name in ("state_dict", "current_model_state"):  # the latter is WeightAveraging's
             checkpoint.get(name, {}).pop(EXTRA_STATE, None)  # part of the metadata
         settings = {} if self.settings.get("data_class") else {"data": self.settings.get("data", {})}

@@ -8,9 +8,11 @@ Either stands for the first `--config` file, so later files and flags override i
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Sequence
 from contextlib import suppress
+from datetime import datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -165,6 +167,28 @@ def _from_run(checkpoint: Path, content: dict[str, Any], runs: Path) -> dict[str
     settings.pop("ckpt_path", None)
     _section(settings, "trainer").pop("max_time", None)  # it limits one process
     return settings
+
+
+def make_run_dir(runs: Path) -> Path:
+    """Create a run's folder, named after the time and unique even if two processes start at once.
+
+    Raises:
+        UserError: It cannot be created.
+    """
+    name = datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
+    try:
+        runs.mkdir(parents=True, exist_ok=True)
+        for number in itertools.count(1):
+            folder = runs / (name if number == 1 else f"{name}-{number}")
+            with suppress(FileExistsError):
+                folder.mkdir()
+                return folder
+    except OSError as error:
+        raise UserError(
+            f"the run's folder cannot be made in '{runs}' ({error.strerror}): pass another, "
+            "--trainer.default_root_dir FOLDER"
+        ) from None
+    raise AssertionError("unreachable")
 
 
 def differences(before: dict[str, Any], after: dict[str, Any], prefix: str = "") -> list[str]:

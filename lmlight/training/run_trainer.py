@@ -26,7 +26,7 @@ from lmlight.training.callbacks import RunLogger
 from lmlight.training.checkpointing import BestLastCheckpoint
 from lmlight.training.datamodule import TextDataModule
 from lmlight.training.module import LanguageModel
-from lmlight.training.run_settings import CONFIG, resume_command
+from lmlight.training.run_settings import CONFIG, make_run_dir, resume_command
 from lmlight.user_code import full_name
 
 
@@ -47,7 +47,7 @@ class RunTrainer(Trainer):
             if ours := next((logger for logger in self.loggers if isinstance(logger, RunLogger)), None):
                 made = ours.log_dir
             elif self.state.fn == "fit" and not leaves_nothing and self.is_global_zero:
-                made = str(checkpoints.make_run_dir(Path(made)))
+                made = str(make_run_dir(Path(made)))
             self.run_folder = str(self.strategy.broadcast(made))
         return self.run_folder
 

@@ -15,9 +15,9 @@ from lightning.pytorch.utilities import rank_zero_only
 from tqdm import tqdm
 
 from lmlight import files, pictures
-from lmlight.checkpoint import make_run_dir
 from lmlight.training.callbacks.base import run_folder, text_data, validates_fit
 from lmlight.training.module import LanguageModel
+from lmlight.training.run_settings import make_run_dir
 
 
 class RunLogger(TensorBoardLogger):
