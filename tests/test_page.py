@@ -324,6 +324,40 @@ def test_seed_and_temperature_are_used(tokenizers, opened, browser):
     assert [n / 20000 for n in counts] == pytest.approx([w / sum(weights) for w in weights], abs=0.015)
 
 
+def test_text_that_was_just_typed_is_continued(tokenizers, opened, browser):
+    opened("rotary", *network("rotary", tokenizers))
+    expected = generated(browser, "river", temperature=0, tokens=5)
+    generated(browser, "MIRA:", temperature=0, tokens=5)
+    js(
+        browser,
+        """const text = document.getElementById("text");
+        text.value = "river";
+        text.dispatchEvent(new Event("input"));
+        document.getElementById("status").textContent = "Clicked";
+        document.getElementById("generate").click();""",
+    )
+    status(browser, "Done")
+    assert js(browser, "return document.getElementById('text').value") == f"river{expected}"
+
+
+def test_tokens_can_be_selected_while_text_is_generated(tokenizers, opened, browser):
+    opened("rotary", *network("rotary", tokenizers))
+    expected = generated(browser, "MIRA:", temperature=0, tokens=60)
+    assert typed(browser, "MIRA:") == "Ready."
+    js(
+        browser,
+        """document.getElementById("status").textContent = "Clicked";
+        document.getElementById("generate").click();
+        window.selecting = setInterval(() => {
+          const chips = document.querySelectorAll(".chip");
+          chips[Math.floor(Math.random() * chips.length)].click();
+        }, 5);""",
+    )
+    status(browser, "Done")
+    js(browser, "clearInterval(selecting)")
+    assert js(browser, "return document.getElementById('text').value") == f"MIRA:{expected}"
+
+
 def test_stop_keeps_what_is_written(tokenizers, opened, browser):
     opened("rotary", *network("rotary", tokenizers))
     change(browser, tokens=100_000, temperature=1)

@@ -38,6 +38,7 @@ export class Model {
 
   constructor(session, metadata) {
     this.session = session;
+    this.running = Promise.resolve(); // the engine does one thing at a time
     Object.assign(this, metadata);
     this.window = Math.min(this.block_size, MAX_WINDOW);
     this.hasAttention = session.outputNames.includes("attention");
@@ -83,7 +84,9 @@ export class Model {
   run(ids, past, outputs) {
     const input = new ort.Tensor("int64", BigInt64Array.from(ids, BigInt), [1, ids.length]);
     const names = outputs.filter((name) => this.session.outputNames.includes(name));
-    return this.session.run(past ? { ids: input, past } : { ids: input }, names);
+    const run = () => this.session.run(past ? { ids: input, past } : { ids: input }, names);
+    this.running = this.running.then(run, run);
+    return this.running;
   }
 
   /** The past before the first token; undefined for a network without one. */

@@ -22,6 +22,8 @@ let version = 0; // of the text; work on an older one stops
 let stream = null; // continues the text; null after an edit
 let random = null;
 let reading = null; // the promise of the scoring in progress
+let editing = 0; // the timer of an edit that is not read yet
+let problem = ""; // why the text cannot be read
 let stopping = false;
 
 // ---- scoring ----
@@ -34,9 +36,10 @@ async function read() {
   let ids;
   try {
     ids = model.encode(page.text.value);
+    problem = "";
   } catch (error) {
-    say(error.message);
-    return;
+    ids = [];
+    problem = error.message;
   }
   const old = tokens;
   tokens = ids.map((id, at) => (old[at]?.id === id ? { ...old[at], nats: undefined } : { id, text: model.label(id) }));
@@ -51,8 +54,16 @@ async function read() {
     if (at % model.window === 0) await drawn();
   }
   if (mine !== version) return;
-  say("Ready.");
+  say(problem || "Ready.");
   show();
+}
+
+/** Reads what has been typed until now. */
+function readTyped() {
+  clearTimeout(editing);
+  if (editing) reading = read();
+  editing = 0;
+  return reading;
 }
 
 /** Records the logits that predicted a token. */
@@ -82,7 +93,8 @@ function settings() {
 /** Appends up to `count` tokens. */
 async function generate(most) {
   setBusy(true);
-  await reading;
+  await readTyped();
+  if (problem) return setBusy(false);
   let text = "";
   let count = 0;
   let end = -1;
@@ -357,11 +369,10 @@ function drawLines() {
 
 // ---- events ----
 
-let editing;
 page.text.addEventListener("input", () => {
   version += 1; // stops the scoring of the old text
   clearTimeout(editing);
-  editing = setTimeout(() => (reading = read()), 150);
+  editing = setTimeout(readTyped, 150);
 });
 page.generate.addEventListener("click", () => generate(Math.max(1, page.tokens.valueAsNumber || 1)));
 page.one.addEventListener("click", () => generate(1));
