@@ -12,8 +12,6 @@ from dataclasses import asdict
 import pytest
 import torch
 from exporting import UNUSUAL, make, random_texts
-from selenium.webdriver.common.action_chains import ActionChains
-from selenium.webdriver.common.keys import Keys
 from torch import nn
 
 from lmlight.data.tokenizer import CharTokenizer, TokenizerConfig
@@ -26,6 +24,8 @@ from lmlight.generation.sampling import filter_logits
 from lmlight.models import GPT2, Bigram, Net
 
 pytest.importorskip("onnxscript", reason="needs the extra `onnx`")
+selenium = pytest.importorskip("selenium.webdriver", reason="needs the extra `browser`")
+Keys = selenium.Keys
 pytestmark = [pytest.mark.browser, pytest.mark.filterwarnings("ignore:vocab_size")]
 
 BLOCK = 16
@@ -212,7 +212,7 @@ def test_alternatives_and_next_token_before_and_after_the_sliders(name, tokenize
     logits = logits_of(net, tokenizer.encode(LONG))
     chip = browser.find_elements("css selector", ".chip")[10]
     js(browser, "arguments[0].scrollIntoView({block: 'center'})", chip)
-    ActionChains(browser).move_to_element(chip).perform()  # hovering selects
+    selenium.ActionChains(browser).move_to_element(chip).perform()  # hovering selects
     wait_for(lambda: len(bars(browser, "instead-bars")) == 10)
     for list_, row in (("instead-bars", 9), ("next-bars", -1)):
         before, after = logits[row].softmax(-1), filter_logits(logits[row][None], Sampling(**settings))[0].softmax(-1)
