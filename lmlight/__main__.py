@@ -17,7 +17,7 @@ M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's malloc.h
 def main(args: Sequence[str] | None = None) -> int:
     """Run the words after `lmlight`, by default the process's; returns the exit status.
 
-    It is 0, or 2 without a command or after a user's mistake, which is one line on stderr.
+    It is 0, or 2 without a command or after a user's mistake, which is one line on stderr, or 130 after Ctrl-C.
     """
     command, *rest = list(sys.argv[1:] if args is None else args) or [""]
     if command in ("", "-h", "--help"):
@@ -39,6 +39,8 @@ def main(args: Sequence[str] | None = None) -> int:
     except UserError as error:
         say(error)
         return 2
+    except KeyboardInterrupt:
+        return 130
     except BrokenPipeError:  # the reader of our output, such as `head`, has closed it
         # keeps the interpreter from reporting it again as it exits
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -115,47 +115,49 @@ def learning_curves(runs: Mapping[str, Sequence[Mapping[str, float]]], x: str = 
     return figure
 
 
-def strip_plot(points: Mapping[str, Sequence[float]], means: Mapping[str, tuple[float, float, float]]) -> Figure:
+def strip_plot(settings: Sequence[tuple[str, Sequence[float], tuple[float, float, float]]]) -> Figure:
     """The losses of the runs with each setting, and their mean with its confidence interval.
 
     Args:
-        points: the losses by setting, the best setting first.
-        means: mean, low and high end of the interval by setting; an infinite interval is not drawn.
+        settings: name, losses, and (mean, low, high) of each, the best one first; an infinite interval is not drawn.
     """
-    figure = Figure(figsize=(7.5, 1.2 + 0.35 * len(points)), dpi=100, facecolor="white", layout="constrained")
+    figure = Figure(figsize=(7.5, 1.2 + 0.35 * len(settings)), dpi=100, facecolor="white", layout="constrained")
     axes = figure.subplots()
-    for row, (name, values) in enumerate(points.items()):
-        mean, low, high = means[name]
-        axes.plot(values, [row] * len(values), "o", color=f"C{row}", alpha=0.5, markersize=5)
+    for row, (_, losses, (mean, low, high)) in enumerate(settings):
+        color = colormaps["tab20"](row % 20)
+        axes.plot(losses, [row] * len(losses), "o", color=color, alpha=0.6, markersize=5)
         if math.isfinite(high - low):
-            axes.errorbar(mean, row + 0.25, xerr=[[mean - low], [high - mean]], fmt="|", color=f"C{row}", capsize=4)
-    axes.set_yticks(
-        range(len(points)), [visible(name or "all runs", 60).replace("▁", " ") for name in points], fontsize=8
-    )
-    axes.set_ylim(len(points) - 0.5, -0.5)
+            axes.errorbar(mean, row + 0.25, xerr=[[mean - low], [high - mean]], fmt="|", color=color, capsize=4)
+    axes.set_yticks(range(len(settings)), [_label(name) for name, *_ in settings], fontsize=8)
+    axes.set_ylim(len(settings) - 0.5, -0.5)
     axes.set_xlabel("nats per character; bars: mean and 95% confidence interval", fontsize=8)
     axes.grid(axis="x", alpha=0.3)
     return figure
 
 
-def mean_curves(runs: Mapping[str, Sequence[Sequence[Mapping[str, float]]]]) -> Figure:
+def mean_curves(settings: Sequence[tuple[str, Sequence[Sequence[Mapping[str, float]]]]]) -> Figure:
     """The mean loss of several runs with each setting over the steps, in a band from the lowest to the highest run.
 
     Args:
-        runs: for each setting, the validations of its runs, see `learning_curves`.
+        settings: name and runs of each; a run is its validations, see `learning_curves`.
     """
     figure = Figure(figsize=(7.5, 4.5), dpi=100, facecolor="white", layout="constrained")
     axes = figure.subplots()
-    for number, (name, several) in enumerate(runs.items()):
+    for number, (name, runs) in enumerate(settings):
         losses: dict[float, list[float]] = {}
-        for row in (row for rows in several for row in rows):
+        for row in (row for run in runs for row in run):
             losses.setdefault(row["step"], []).append(row["val/nats_per_char"])
-        steps = sorted(step for step, values in losses.items() if len(values) == len(several))
+        steps = sorted(step for step, values in losses.items() if len(values) == len(runs))
         means, lows, highs = ([float(f(losses[step])) for step in steps] for f in (np.mean, np.min, np.max))
-        axes.plot(steps, means, ".-", color=f"C{number}", label=visible(name or "all runs", 60).replace("▁", " "))
-        axes.fill_between(steps, lows, highs, color=f"C{number}", alpha=0.2, linewidth=0)
+        color = colormaps["tab20"](number % 20)
+        axes.plot(steps, means, ".-", color=color, label=_label(name))
+        axes.fill_between(steps, lows, highs, color=color, alpha=0.2, linewidth=0)
     axes.set(xlabel=AXES["step"], ylabel="nats per character")
-    axes.set_title("mean of the seeds; bands: lowest to highest", fontsize=9)
+    axes.set_title("lines: means over the seeds; bands: lowest to highest", fontsize=9)
     axes.legend(fontsize=8)
     axes.grid(alpha=0.3)
     return figure
+
+
+def _label(name: str) -> str:
+    return visible(name or "all runs", 60).replace(SYMBOLS[" "], " ")

@@ -254,6 +254,7 @@ def test_tuning_text_is_the_end_of_the_training_part(corpus_file, corpus_text, v
     data.prepare_data()
     data.setup("fit")
     store = data.store
-    decoded = {part: store.tokenizer.decode(store.ids[part][:].tolist()) for part in ("train", "val")}
-    assert decoded == {"train": tuned, "val": tune}
+    decoded = {part: store.tokenizer.decode(store.ids[part][:].tolist()) for part in store.ids}
+    held_out = corpus_text[:2000] if val_corpus else split(corpus_text, 0.2)[1]
+    assert decoded == {"train": tuned, "val": tune, "test": held_out}
     assert store.tokenizer.fingerprint == UNIGRAM.train([tuned], len(tuned)).fingerprint

@@ -17,26 +17,30 @@ from scipy import stats
 
 from lmlight.__main__ import main
 from lmlight.errors import UserError
-from lmlight.sweep import command, report
+from lmlight.sweep import command, report, worker
 from lmlight.sweep import study as studies
+from lmlight.sweep import trial as trials
 from lmlight.sweep.report import interval, settings_of
 from lmlight.sweep.study import SEED, STALE_SECONDS, Study
 from lmlight.sweep.trial import METRIC, TrialFailed
 from lmlight.training.cli import check_fit
 
-RATES = {"model.optimizer.lr": CategoricalDistribution([0.1, 0.2, 9])}
+RATES = {"model.optimizer.lr": CategoricalDistribution(["0.1", "0.2", "9"])}
 SPACE = {**RATES, SEED: IntDistribution(0, 9)}
 SETTINGS = {
     "fit": ["--config=a b.yaml"],
     "on": "val",
     "prune": False,
     "identity": "",
-    "baseline": {"model.optimizer.lr": 0.1},
+    "baseline": {"model.optimizer.lr": "0.1"},
 }
 
 
+PLAN = worker.Plan(SPACE, None, 0, lambda: True)
+
+
 def params(rate, seed):
-    return {"model.optimizer.lr": rate, SEED: seed}
+    return {"model.optimizer.lr": str(rate), SEED: seed}
 
 
 def finished(rate, seed, value, **options):
@@ -84,7 +88,7 @@ def test_report_of_a_study_with_failed_trials(compared, capsys):
     ]
     assert [row[-1] for row in rows[2:]] == ["baseline", "–"]
     assert rows[1][-1].startswith("-0.0867 (-0.1246 to -0.0487)") and "no difference" not in rows[1][-1]
-    assert "Failed: model.optimizer.lr=9, seed_everything=1: out of memory" in out
+    assert "Failed: --model.optimizer.lr=9 --seed_everything=1: out of memory" in out
     assert "lmlight fit '--config=a b.yaml' --model.optimizer.lr=0.2 --seed_everything=0" in out
     with Path("study/trials.csv").open(newline="", encoding="utf-8") as file:
         trials = list(csv.DictReader(file))
@@ -94,11 +98,36 @@ def test_report_of_a_study_with_failed_trials(compared, capsys):
         assert Path(f"study/{name}.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_report_says_that_no_difference_is_shown(compared, capsys):
+def test_report_says_that_no_difference_is_shown_and_how_many_pairs_there_are(compared, capsys):
     compared.optuna.add_trial(finished(0.2, 3, 1.60))
     compared.optuna.add_trial(finished(0.1, 3, 1.40))
+    compared.optuna.add_trial(finished(0.1, 4, 1.40))  # its partner is missing
     report.write(compared)
-    assert "no difference shown" in capsys.readouterr().out
+    assert ", 4 pairs: no difference shown" in capsys.readouterr().out
+
+
+def test_report_is_printed_where_nothing_can_be_written(compared, capsys, monkeypatch):
+    def full(*_):
+        raise OSError("disk full")
+
+    monkeypatch.setattr(report, "_write_files", full)
+    before = Path("study/journal.log").read_bytes()
+    assert report.write(Study(Path("study"))) == 0
+    out, err = capsys.readouterr()
+    assert "| 0.2 " in out
+    assert err == "lmlight: warning: the files of the report cannot be written in 'study' (disk full)\n"
+    assert Path("study/journal.log").read_bytes() == before  # reading adds nothing
+
+
+def test_progress_compares_settings_with_as_many_seeds_only():
+    study = Study(Path("study"), SETTINGS)
+    study.optuna.add_trial(finished(0.1, 0, 1.5))
+    study.optuna.add_trial(finished(0.1, 1, 1.5))
+    study.optuna.add_trial(finished(0.2, 0, 1.1))
+    study.enqueue([params(0.2, 1)])
+    trial = study.claim(SPACE, None, 0)
+    line = worker._progress(study, PLAN, trial, "lost", 3.0)
+    assert line.startswith("[3/4] model.optimizer.lr=0.2 seed_everything=1: 3 s, lost; best 1.5000 with lr=0.1; about ")
 
 
 def test_report_without_a_success_has_status_1(capsys):
@@ -109,25 +138,32 @@ def test_report_without_a_success_has_status_1(capsys):
 
 
 def test_values_and_ranges():
-    assert command.parse_values("f", "0.01,1e-3,my.module.Net,null,[1, 2]") == [
-        0.01,
+    text = """0.010, 1e-3,my.module.Net,null,yes,2024-01-01,[1, 2],{"a": "b,c"},'*.txt',"d, e" """
+    expected = [
+        "0.010",
         "1e-3",
         "my.module.Net",
-        None,
+        "null",
+        "yes",
+        "2024-01-01",
         "[1, 2]",
+        '{"a": "b,c"}',
+        "*.txt",
+        "d, e",
     ]
+    assert command.parse_values("f", text) == expected
     assert command.parse_range("f", "1..6") == IntDistribution(1, 6)
     assert command.parse_range("f", "log:1e-3..3e-2") == FloatDistribution(1e-3, 3e-2, log=True)
     assert command.parse_range("f", "0.0..1") == FloatDistribution(0, 1)
     assert command.parse_range("f", "A,B") == CategoricalDistribution(["A", "B"])
-    assert studies.flags({"a": 0.1, "b": True, "c": None, "d": "x"}) == ["--a=0.1", "--b=true", "--c=null", "--d=x"]
+    assert studies.flags({"a": 0.1, "b": 3, "c": "x"}) == ["--a=0.1", "--b=3", "--c=x"]
 
 
 def test_each_trial_is_claimed_once():
     grid = [params(rate, seed) for rate, seed in itertools.product((0.1, 0.2), range(3))]
     workers = [Study(Path("study"), SETTINGS) for _ in range(2)]
-    for worker in workers:
-        worker.enqueue(grid)
+    for study in workers:
+        study.enqueue(grid)
     claimed = [workers[turn % 2].claim(SPACE, None, 0) for turn in range(7)]
     assert claimed.pop() is None
     assert [trial.params for trial in claimed] == grid
@@ -143,7 +179,7 @@ def test_search_has_the_number_of_trials_asked_for_and_different_values():
     assert len({trial.params["lr"] for trial in claimed}) == 5
 
 
-@pytest.mark.parametrize("interrupted", ["released", "killed", "elsewhere"])
+@pytest.mark.parametrize("interrupted", ["released", "killed", "reused", "torn", "elsewhere"])
 def test_interrupted_trial_is_run_again_in_its_folder(interrupted, monkeypatch):
     study = Study(Path("study"), SETTINGS)
     study.enqueue([params(0.1, 1)])
@@ -151,12 +187,13 @@ def test_interrupted_trial_is_run_again_in_its_folder(interrupted, monkeypatch):
     assert study.claim(SPACE, None, 0) is None
     if interrupted == "released":
         study.release(trial)
-    elif interrupted == "killed":
+    elif interrupted in ("killed", "reused", "torn"):
         heartbeat = study.trial_folder(trial) / "heartbeat"
-        host, *_ = heartbeat.read_text().split()
-        heartbeat.write_text(f"{host} {2**30} {2**30}")
+        host, process, _ = heartbeat.read_text().split()
+        ended = {"killed": f"{2**30}:1.5", "reused": f"{process.partition(':')[0]}:1.5"}.get(interrupted)
+        heartbeat.write_text(f"{host} {ended} {ended}" if ended else "")
     else:
-        monkeypatch.setattr(studies.socket, "gethostname", lambda: "another machine")
+        monkeypatch.setattr(studies, "HOST", "another machine")
         assert study.claim(SPACE, None, 0) is None
         monkeypatch.setattr(studies, "STALE_SECONDS", -STALE_SECONDS)
     again = study.claim(SPACE, None, 0)
@@ -176,23 +213,66 @@ def test_pruning_stops_a_trial_above_the_median(value, pruned, monkeypatch):
         row = {"step": 10.0, METRIC: value}
         return {METRIC: value, "seconds": 1.0, "parameters": 1} if watch(1, [row]) else None
 
-    monkeypatch.setattr(command, "train", train)
+    monkeypatch.setattr(worker, "train", train)
     trial = study.claim(SPACE, None, 0)
-    assert command.run_trial(study, trial) == ("pruned at step 10" if pruned else f"{METRIC} 1.0000")
+    assert worker.run_trial(study, trial, PLAN) == ("pruned at step 10" if pruned else f"{METRIC} 1.0000")
     state = TrialState.PRUNED if pruned else TrialState.COMPLETE
     assert [one.state for one in study.trials()][-1] == state
 
 
-def test_failed_trial_keeps_its_reason(monkeypatch):
+def test_failed_trial_keeps_its_reason_and_can_be_retried(monkeypatch):
     def train(*_):
         raise TrialFailed("out of memory")
 
     study = Study(Path("study"), SETTINGS)
     study.enqueue([params(0.1, 0)])
-    monkeypatch.setattr(command, "train", train)
-    assert command.run_trial(study, study.claim(SPACE, None, 0)) == "failed: out of memory"
+    monkeypatch.setattr(worker, "train", train)
+    assert worker.run_trial(study, study.claim(SPACE, None, 0), PLAN) == "failed: out of memory"
     (trial,) = study.trials()
     assert trial.state == TrialState.FAIL and trial.user_attrs["reason"] == "out of memory"
+    study.enqueue([params(0.1, 0)])
+    assert study.claim(SPACE, None, 0) is None
+    study.enqueue([params(0.1, 0)], retry=True)
+    assert study.claim(SPACE, None, 0).params == trial.params
+    assert len(study.trials()) == 1
+
+
+def test_settings_that_change_during_the_sweep_end_it():
+    study = Study(Path("study"), SETTINGS)
+    study.enqueue([params(0.1, 0)])
+    with pytest.raises(UserError, match="a config file has changed"):
+        worker.work(study, PLAN._replace(is_unchanged=lambda: False))
+    (trial,) = study.trials()
+    assert trial.state == TrialState.WAITING
+
+
+def test_trial_that_another_process_took_over_is_stopped(monkeypatch):
+    study = Study(Path("study"), SETTINGS)
+    study.enqueue([params(0.1, 0)])
+    trial = study.claim(SPACE, None, 0)
+    study.release(trial)  # as another process does after two minutes
+
+    def train(folder, args, watch):
+        assert not watch(1, [{"step": 2.0, METRIC: 3.0}])
+
+    monkeypatch.setattr(worker, "train", train)
+    assert worker.run_trial(study, trial, PLAN) == "another process has taken it over"
+    study.release(trial)
+    assert [one.state for one in study.trials()] == [TrialState.WAITING]
+
+
+@pytest.mark.parametrize(
+    ("output", "status", "reason"),
+    [
+        ("lmlight: error: too bad\n", 2, "too bad"),
+        ("Traceback\ntorch.OutOfMemoryError: no memory\nCompile with X\n", 1, "torch.OutOfMemoryError: no memory"),
+        ("a\nb\n", 1, "b"),
+        ("", 3, "exit status 3"),
+        ("", -9, "ended by SIGKILL (perhaps out of memory)"),
+    ],
+)
+def test_reason_of_a_failure(output, status, reason):
+    assert trials._reason(status, output) == reason
 
 
 def test_check_fit_returns_the_settings_and_writes_nothing(tmp_path):
@@ -207,7 +287,13 @@ def test_check_fit_returns_the_settings_and_writes_nothing(tmp_path):
     [
         (["--vary", "model.optimizer.lr=0.1,0.1"], "different values"),
         (["--vary", "model.optimizer.lr"], "expected each flag once"),
-        (["--vary=model.net.n_head=2,3"], "n_embd must be a multiple of n_head"),
+        (["--vary=data.corpus=*.txt,b.txt"], "put quotes around those with special characters"),
+        (["--vary=seed_everything=1,2"], "the sweep itself sets seed_everything"),
+        (["--vary=trainer.default_root_dir=a,b"], "the sweep itself sets trainer.default_root_dir"),
+        (["--vary=model.net.dropout=0,0.0"], "give the same settings"),
+        (["--seed_everything=4294967295"], "the last seed would be 4294967297"),
+        (["--trainer.max_steps=5", "--trainer.val_check_interval=3"], "not a multiple of trainer.val_check_interval 3"),
+        (["--vary=model.net.n_head=2,3"], "got n_embd 32 and n_head 3 (with --model.net.n_head=3)"),
         (["--vary=model.net=Transformer,nowhere.Net"], "there is no module nowhere"),
         (["--vary=model.optimizer.lrr=1,2"], "no option lrr"),
         (["--search=model.optimizer.lr=3..1"], "expected a range such as"),
@@ -215,7 +301,7 @@ def test_check_fit_returns_the_settings_and_writes_nothing(tmp_path):
         (["--trials=2"], "belong to --search"),
         (["--seeds=0"], "--seeds must be at least 1, got 0"),
         (["--ckpt_path=best"], "--ckpt_path cannot be used in a sweep"),
-        (["--trainer.callbacks=null"], "needs the callback LearningCurve"),
+        (["--trainer.callbacks=null"], "needs LearningCurve"),
         (["--report=nowhere"], "there is no sweep in 'nowhere'"),
     ],
 )
@@ -226,15 +312,30 @@ def test_wrong_flags_fail_before_the_first_trial(flags, message, capsys, tmp_pat
     assert not list(tmp_path.iterdir())
 
 
+def test_equal_configs_are_told(capsys):
+    for name in "ab":
+        Path(f"{name}.yaml").write_text("trainer:\n  max_steps: 3\n")
+    assert main(["sweep", *tiny.FLAGS, "--vary=config=a.yaml,b.yaml", "--trainer.max_steps=200"]) == 2
+    assert "--config=a.yaml and --config=b.yaml give the same settings" in capsys.readouterr().err
+
+
 def test_folder_of_another_sweep_is_refused(compared):
     with pytest.raises(UserError, match="a sweep of other settings"):
         Study(Path("study"), {**SETTINGS, "identity": "another"})
 
 
-def test_damaged_journal_is_one_line(compared, capsys):
-    Path("study/journal.log").write_text("{")
+def test_torn_journal_is_repaired_and_a_damaged_one_is_one_line(compared, capsys):
+    journal = Path("study/journal.log")
+    with journal.open("ab") as file:
+        file.write(b'{"op_code": 5, "worker')  # as a full disk leaves it
+    assert main(["sweep", "--report", "study"]) == 0
+    assert len(Study(Path("study"), SETTINGS).trials()) == 9  # and repairs it
+    Study(Path("study"), SETTINGS).enqueue([params(0.1, 9)])
+    assert len(Study(Path("study")).trials()) == 10
+    journal.write_bytes(b"{\n" + journal.read_bytes())
+    capsys.readouterr()
     assert main(["sweep", "--report", "study"]) == 2
-    assert "cannot be used" in capsys.readouterr().err
+    assert "the sweep in 'study' cannot be used" in capsys.readouterr().err
 
 
 @pytest.mark.slow
@@ -257,11 +358,11 @@ def test_two_processes_share_six_trials_through_a_kill_and_an_interrupt(corpus_f
     assert interrupted.returncode == 130
     processes.run_afresh(*flags)
     study = Study(Path("study"))
-    trials = study.trials()
-    assert sorted((one.params["model.optimizer.lr"], one.params[SEED]) for one in trials) == sorted(
-        itertools.product((0.001, 0.01), (1337, 1338, 1339))
+    found = study.trials()
+    assert sorted((one.params["model.optimizer.lr"], one.params[SEED]) for one in found) == sorted(
+        itertools.product(("0.001", "0.01"), (1337, 1338, 1339))
     )
-    for trial in trials:
+    for trial in found:
         assert trial.state == TrialState.COMPLETE
         (table,) = study.trial_folder(trial).glob("*/metrics.csv")  # one run
         with table.open(newline="") as file:

@@ -103,14 +103,16 @@ class CorpusSpec:
         if not TokenStore.is_finished(folder):
             end = main.n_chars  # of the text that is trained or validated on
             cut = end if val else corpora.train_chars(end, self.val_fraction)
+            held_out = test.chunks() if test else None
             if self.validate_on == "tune":
+                held_out = held_out or (val.chunks() if val else main.chunks(cut))
                 val, end = None, cut
                 cut = corpora.train_chars(end, self.val_fraction)
             if not cut:
                 raise UserError(f"the training part of '{self.corpus}' has no text: pass at least 1,000 characters")
             texts = {"train": main.chunks(0, cut), "val": val.chunks() if val else main.chunks(cut, end)}
-            if test:
-                texts["test"] = test.chunks()
+            if held_out:
+                texts["test"] = held_out
             tokenizer = pretrained_tokenizer or read_tokenizer(folder) or self._train_tokenizer(main, cut)
             if main.has_documents and tokenizer.eos_id is None:
                 warnings.warn(

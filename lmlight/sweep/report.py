@@ -7,19 +7,18 @@ import math
 import shlex
 import statistics
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from optuna.trial import FrozenTrial, TrialState
 from scipy import stats
 
 from lmlight import files, pictures
-from lmlight.errors import UserError
-from lmlight.sweep.study import SEED, Params, Study
+from lmlight.errors import UserError, say
+from lmlight.sweep.study import SEED, Params, Study, flags
 from lmlight.sweep.trial import LOG, METRIC, validations
 
 TEXTS = {"val": "the validation text", "tune": "the tuning text, which is the end of the training text"}
-MAX_SETTINGS = 12  # in a figure
+MAX_SETTINGS = 12  # in the figures
 
 
 class Interval(NamedTuple):
@@ -42,15 +41,9 @@ class Setting:
 
     def __init__(self, trials: Sequence[FrozenTrial]) -> None:
         self.trials, self.params = trials, _without_seed(_params(trials[0]))
-        done = [trial for trial in trials if trial.state == TrialState.COMPLETE]
-        self.values = {trial.params.get(SEED): trial.values[0] for trial in done}
-        self.mean, self.seconds, self.parameters = (
-            statistics.fmean(numbers) if numbers else math.inf
-            for numbers in (
-                list(self.values.values()),
-                *([trial.user_attrs[name] for trial in done] for name in ("seconds", "parameters")),
-            )
-        )
+        self.done = [trial for trial in trials if trial.state == TrialState.COMPLETE]
+        self.values = {trial.params.get(SEED): trial.values[0] for trial in self.done}
+        self.mean = statistics.fmean(self.values.values()) if self.done else math.inf
 
     @property
     def name(self) -> str:
@@ -77,57 +70,67 @@ def write(study: Study) -> int:
         raise UserError(f"the sweep in '{study.folder}' has no trials yet")
     rows = comparison(study, settings)
     print(f"\n{METRIC} at the last validation, on {TEXTS[study.settings['on']]}:\n\n{markdown(rows)}\n")
-    for trial in trials:
-        if trial.state == TrialState.FAIL:
-            what = ", ".join(f"{name}={brief(value)}" for name, value in _params(trial).items())
-            log = study.trial_folder(trial) / LOG
-            print(f"Failed: {what}: {trial.user_attrs.get('reason', 'it was stopped')} ({log})")
+    for trial in study.trials(TrialState.FAIL):
+        log = study.trial_folder(trial) / LOG
+        print(f"Failed: {' '.join(flags(_params(trial)))}: {trial.user_attrs.get('reason', 'stopped')} ({log})")
     unfinished = [TrialState.WAITING, TrialState.RUNNING]
     for what, states in {"Pruned": [TrialState.PRUNED], "Not finished": unfinished}.items():
         if count := len(study.trials(*states)):
             print(f"{what}: {count} of {len(trials)} trials")
     commands = {trial.number: shlex.join(["lmlight", "fit", *study.fit_args(_params(trial))]) for trial in trials}
-    print(f"To repeat the best run:\n  {commands[settings[0].trials[0].number]}")
+    if settings[0].done:
+        print(f"To repeat a run of the best setting:\n  {commands[settings[0].done[0].number]}")
+    try:
+        with study.locked():
+            _write_files(study, settings, rows, commands)
+    except OSError as error:
+        say(UserError(f"the files of the report cannot be written in '{study.folder}' ({error})"), "warning")
+    return 0 if settings[0].done else 1
+
+
+def _write_files(study: Study, settings: list[Setting], rows: list[list[str]], commands: dict[int, str]) -> None:
     first = [commands[setting.trials[0].number] for setting in settings]
-    _write_csv(study.folder / "comparison.csv", [[*row, command] for row, command in zip(rows, ["command", *first])])
-    names = list(dict.fromkeys(name for trial in trials for name in _params(trial)))
-    header = ["trial", *names, "state", METRIC, "seconds", "parameters", "reason", "folder", "command"]
-    _write_csv(
-        study.folder / "trials.csv",
-        [
-            header,
-            *(
-                [trial.number, *(_params(trial).get(name) for name in names), trial.state.name, trial.value]
-                + [trial.user_attrs.get(name) for name in ("seconds", "parameters", "reason")]
-                + [study.trial_folder(trial), commands[trial.number]]
-                for trial in trials
-            ),
-        ],
-    )
-    drawn = [setting for setting in settings if setting.values][:MAX_SETTINGS]
+    table = [[*row, command] for row, command in zip(rows, ["command", *first])]
+    names = list(dict.fromkeys(name for trial in study.trials() for name in _params(trial)))
+    metrics = ("seconds", "parameters", "reason")
+    runs: list[list[Any]] = [["trial", *names, "state", METRIC, *metrics, "folder", "command"]]
+    for trial in study.trials():
+        values = [trial.number, *(_params(trial).get(name) for name in names), trial.state.name, trial.value]
+        values += [trial.user_attrs.get(name) for name in metrics]
+        runs.append([*values, study.trial_folder(trial), commands[trial.number]])
+    for name, lines in {"comparison.csv": table, "trials.csv": runs}.items():
+        with files.whole(study.folder / name) as beside, beside.open("w", encoding="utf-8", newline="") as file:
+            csv.writer(file).writerows(lines)
+    done = [setting for setting in settings if setting.done]
+    # the best, and the baseline in any case
+    drawn = [one for at, one in enumerate(done) if at < MAX_SETTINGS or one.params == study.settings["baseline"]]
+    figures = {}
     if drawn:
-        points = {setting.name: list(setting.values.values()) for setting in drawn}
-        means = {name: interval(values) for name, values in points.items()}
-        pictures.strip_plot(points, means).savefig(study.folder / "comparison.png")
-        runs = {one.name: [validations(study.trial_folder(trial)) for trial in one.trials] for one in drawn}
-        pictures.mean_curves(runs).savefig(study.folder / "curves.png")
-    print(f"In {study.folder}: comparison.csv, trials.csv{', comparison.png, curves.png' if drawn else ''}")
-    return 0 if drawn else 1
+        points = [(one.name, list(one.values.values()), interval(list(one.values.values()))) for one in drawn]
+        curves = [(one.name, [validations(study.trial_folder(trial)) for trial in one.done]) for one in drawn]
+        figures = {"comparison.png": pictures.strip_plot(points), "curves.png": pictures.mean_curves(curves)}
+    for name, figure in figures.items():
+        with files.whole(study.folder / name) as beside:
+            figure.savefig(beside, format="png")
+    some = f" (the best {len(drawn)} of {len(settings)} settings)" if len(drawn) < len(settings) and drawn else ""
+    print(f"In {study.folder}: {', '.join(['comparison.csv', 'trials.csv', *figures])}{some}")
 
 
 def comparison(study: Study, settings: Sequence[Setting]) -> list[list[str]]:
     """The table of all settings, with its header."""
     baseline = next((one for one in settings if one.params == study.settings["baseline"]), None)
     names = list(settings[0].params)
-    several = any(SEED in _params(trial) for trial in settings[0].trials)
+    several = study.settings["baseline"] is not None  # seeds, not a search
     header = [*names, "nats/char", *(["std", "seeds"] if several else []), "training", "parameters"]
-    rows = [[*header, "difference to the baseline, 95% interval"] if baseline and len(settings) > 1 else header]
+    rows = [[*header, "difference from the baseline, 95% interval"] if baseline and len(settings) > 1 else header]
     for setting in settings:
-        values = list(setting.values.values())
+        values, done = list(setting.values.values()), setting.done
         spread = [f"{statistics.stdev(values):.4f}" if len(values) > 1 else "–", str(len(values))] if several else []
         state = setting.trials[0].state.name.lower().replace("fail", "failed")
-        row = [*map(brief, setting.params.values()), f"{setting.mean:.4f}" if values else state, *spread]
-        row += [f"{setting.seconds:.1f} s", f"{setting.parameters:,.0f}"] if values else ["–", "–"]
+        seconds = statistics.fmean(trial.user_attrs["seconds"] for trial in done) if done else math.nan
+        parameters = done[0].user_attrs["parameters"] if done else None
+        row = [*map(brief, setting.params.values()), f"{setting.mean:.4f}" if done else state, *spread]
+        row += [f"{seconds:.1f} s" if done else "–", f"{parameters:,}" if parameters else "–"]
         rows.append([*row, _difference(setting, baseline)][: len(rows[0])])
     return rows
 
@@ -140,8 +143,11 @@ def _difference(setting: Setting, baseline: Setting | None) -> str:
         return "–"
     if math.isinf(found.high):
         return f"{found.mean:+.4f}, one seed: no interval"
-    verdict = ": no difference shown" if found.low <= 0 <= found.high else ""
-    return f"{found.mean:+.4f} ({found.low:+.4f} to {found.high:+.4f}){verdict}"
+    pairs = len(setting.values.keys() & baseline.values.keys()) if baseline else 0
+    text = f"{found.mean:+.4f} ({found.low:+.4f} to {found.high:+.4f})"
+    if pairs < max(len(setting.values), len(baseline.values) if baseline else 0):
+        text += f", {pairs} pairs"
+    return f"{text}: no difference shown" if found.low <= 0 <= found.high else text
 
 
 def markdown(rows: Sequence[Sequence[str]]) -> str:
@@ -155,26 +161,10 @@ def brief(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-def duration(seconds: float) -> str:
-    """For people: `48 s`, `12 min`, `3.5 h`."""
-    return (
-        f"{seconds:.0f} s"
-        if seconds < 100
-        else f"{seconds / 60:.0f} min"
-        if seconds < 6000
-        else f"{seconds / 3600:.1f} h"
-    )
-
-
 def _params(trial: FrozenTrial) -> dict[str, Any]:
-    """The parameters of a trial, which Optuna does not know before it runs."""
+    """The parameters of a trial; Optuna does not know those of a queued one."""
     return trial.params or trial.user_attrs.get("queued", {})
 
 
 def _without_seed(params: Params) -> dict[str, Any]:
     return {name: value for name, value in params.items() if name != SEED}
-
-
-def _write_csv(path: Path, rows: Sequence[Sequence[Any]]) -> None:
-    with files.whole(path, shared=False) as beside, beside.open("w", encoding="utf-8", newline="") as file:
-        csv.writer(file).writerows(rows)

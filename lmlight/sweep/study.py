@@ -2,7 +2,7 @@
 
 - Trials are claimed under a lock, so that any number of processes, on any machines, run each of them once.
 - A process that runs a trial touches the trial's heartbeat file. The trial of a process that has died is queued again, and
-  its run resumed. (Optuna itself does this with a database only.)
+  its run resumed. (Optuna itself does this with a database only, and shows such a trial as failed and once more.)
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import socket
+import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -28,6 +29,7 @@ Params = Mapping[str, Any]  # the varied flags of a trial, by name, and `SEED`
 JOURNAL = "journal.log"
 SEED = "seed_everything"
 STALE_SECONDS = 120  # network file systems may show the time of a file a minute late
+HOST = f"{socket.gethostname()}-{uuid.getnode():x}"  # containers may share a name
 
 
 class Study:
@@ -35,10 +37,10 @@ class Study:
 
     Args:
         folder: Its folder.
-        settings: What is compared or searched; None opens a sweep that is there.
+        settings: What is compared or searched; None opens a sweep that is there, to read it.
 
     Raises:
-        UserError: There is no sweep, one with other settings, or the folder cannot be written.
+        UserError: There is no sweep, or one with other settings; the folder cannot be written, or its journal is damaged.
     """
 
     def __init__(self, folder: Path, settings: dict[str, Any] | None = None) -> None:
@@ -49,25 +51,35 @@ class Study:
         # locks by links, Optuna's default, need a privilege on Windows
         self._lock = JournalFileOpenLock(str(folder / "claims"))
         self._last_beat: tuple[Path, str] | None = None
+        journal = folder / JOURNAL
         try:
-            folder.mkdir(parents=True, exist_ok=True)
-            journal = str(folder / JOURNAL)
-            storage = JournalStorage(JournalFileBackend(journal, JournalFileOpenLock(journal)))
-            kind: dict[str, Any] = {"storage": storage, "study_name": "sweep", "pruner": optuna.pruners.MedianPruner()}
-            self.optuna = optuna.create_study(load_if_exists=True, **kind) if settings else optuna.load_study(**kind)
-            with self._locked():
-                self.settings: dict[str, Any] = self.optuna.user_attrs.get("settings") or settings or {}
-                if settings and settings["identity"] != self.settings["identity"]:
-                    raise UserError(f"'{folder}' is a sweep of other settings: pass another --study, or leave it out")
-                self.optuna.set_user_attr("settings", self.settings)
-        except (OSError, KeyError, ValueError, AssertionError) as error:  # Optuna's, of a damaged journal
-            if isinstance(error, UserError):
-                raise
+            if settings is not None:
+                folder.mkdir(parents=True, exist_ok=True)
+                with self.locked():
+                    _repair(journal)
+            storage = JournalStorage(JournalFileBackend(str(journal), JournalFileOpenLock(str(journal))))
+            pruner = optuna.pruners.MedianPruner()
+            if settings is None:
+                self.optuna = optuna.load_study(study_name="sweep", storage=storage, pruner=pruner)
+            else:
+                self.optuna = optuna.create_study(
+                    study_name="sweep", storage=storage, pruner=pruner, load_if_exists=True
+                )
+                with self.locked():
+                    if "settings" not in self.optuna.user_attrs:
+                        self.optuna.set_user_attr("settings", settings)
+            self.settings: dict[str, Any] = self.optuna.user_attrs["settings"]
+        except (OSError, KeyError, ValueError, AssertionError) as error:  # of a damaged journal, too
             raise UserError(f"the sweep in '{folder}' cannot be used ({error}): pass another folder") from None
+        if settings is not None and settings["identity"] != self.settings["identity"]:
+            raise UserError(f"'{folder}' is a sweep of other settings: pass another --study, or leave it out")
 
-    def enqueue(self, grid: Sequence[Params]) -> None:
-        """Queue the trials that the sweep lacks."""
-        with self._locked():
+    def enqueue(self, grid: Sequence[Params], retry: bool = False) -> None:
+        """Queue the trials that the sweep lacks, and those that failed if `retry` says so."""
+        with self.locked():
+            if retry:
+                for trial in self.trials(TrialState.FAIL):
+                    self._requeue(trial)
             known = [trial.user_attrs.get("queued") for trial in self.trials()]
             for params in grid:
                 if params not in known:
@@ -84,7 +96,7 @@ class Study:
         Returns:
             The trial, or None if there is none left.
         """
-        with self._locked():
+        with self.locked():
             for running in self.trials(TrialState.RUNNING):
                 if self._is_stale(running):
                     self._requeue(running)
@@ -99,8 +111,10 @@ class Study:
 
     def release(self, trial: Trial) -> None:
         """Queue a trial again whose run was interrupted."""
-        with self._locked():
-            self._requeue(next(one for one in self.trials() if one.number == trial.number))
+        with self.locked():
+            for running in self.trials(TrialState.RUNNING):
+                if running.number == trial.number:
+                    self._requeue(running)
 
     def trials(self, *states: TrialState) -> list[FrozenTrial]:
         """The trials in these states, by default in any. A trial that was queued again counts once."""
@@ -118,7 +132,7 @@ class Study:
     def beat(self, trial: Trial, pid: int | None = None) -> None:
         """Show that this process, and process `pid`, run a trial."""
         path = self.trial_folder(trial) / "heartbeat"
-        beat = path, f"{socket.gethostname()} {os.getpid()} {pid or os.getpid()}"
+        beat = path, " ".join([HOST, *(f"{one}:{_started(one)}" for one in (os.getpid(), pid or os.getpid()))])
         if beat == self._last_beat:
             path.touch()
         else:
@@ -130,26 +144,45 @@ class Study:
         path, clock = self.trial_folder(trial) / "heartbeat", self.folder / "clock"
         clock.touch()  # by the clock of the file system, which may be another machine's
         try:
-            host, *pids = path.read_text("utf-8").split() or [""]
+            host, *processes = path.read_text("utf-8").split() or [""]
             age = clock.stat().st_mtime - path.stat().st_mtime
         except OSError:
             return True  # its process died before the first beat, because this one has the lock
-        is_dead = host == socket.gethostname() and not any(psutil.pid_exists(int(pid)) for pid in pids)
-        return is_dead or age > STALE_SECONDS
+        if host == HOST:  # a suspended process is alive
+            return not any(started == _started(int(pid)) for pid, started in (one.split(":") for one in processes))
+        return not host or age > STALE_SECONDS
 
     def _requeue(self, trial: FrozenTrial) -> None:
         queued = {**trial.user_attrs.get("queued", {}), **trial.params}
         attrs = {"queued": queued, "folder": self.trial_folder(trial).name, "continues": trial.number}
         self.optuna.enqueue_trial(queued, user_attrs=attrs)
-        self.optuna.tell(trial.number, state=TrialState.FAIL)
+        if not trial.state.is_finished():
+            self.optuna.tell(trial.number, state=TrialState.FAIL)
 
     @contextmanager
-    def _locked(self) -> Iterator[None]:
+    def locked(self) -> Iterator[None]:
         self._lock.acquire()
         try:
             yield
         finally:
             self._lock.release()
+
+
+def _started(pid: int) -> str:
+    """When a process started, which tells it from a later one with the same number; empty if it is not alive."""
+    try:
+        process = psutil.Process(pid)
+        return "" if process.status() == psutil.STATUS_ZOMBIE else str(process.create_time())
+    except psutil.Error:
+        return ""
+
+
+def _repair(journal: Path) -> None:
+    """Cut off a last line that a full disk or a power cut has left incomplete."""
+    if journal.is_file():
+        content = journal.read_bytes()
+        if not content.endswith(b"\n"):
+            os.truncate(journal, content.rfind(b"\n") + 1)
 
 
 def flags(params: Params) -> list[str]:

@@ -1,4 +1,4 @@
-"""One trial: `lmlight fit` in a process of its own, which stops and saves its state if the sweep goes away.
+"""One trial: `lmlight fit` in a process of its own, which stops and saves its state if the sweep's process exits.
 
 That process runs this module. Its standard input is a pipe from the sweep; once the pipe is closed, deliberately or because
 the sweep was killed, the run gets SIGTERM. This works on every platform. The process does not see the terminal's Ctrl-C,
@@ -8,6 +8,7 @@ which would reach it as a second signal.
 from __future__ import annotations
 
 import os
+import re
 import runpy
 import shutil
 import signal
@@ -25,6 +26,7 @@ from lmlight.commands import curves
 METRIC = "val/nats_per_char"
 LAST = "checkpoints/last.ckpt"
 LOG = "log.txt"  # what the runs of a trial print
+STOPPED = [sign * number + base for number in (signal.SIGINT, signal.SIGTERM) for sign, base in ((1, 128), (-1, 0))]
 Validations = list[dict[str, float]]
 
 
@@ -37,12 +39,12 @@ def train(folder: Path, args: Sequence[str], watch: Callable[[int, Validations],
 
     Args:
         folder: The trial's folder, for the run's own folder and its output.
-        args: Of `lmlight fit`.
+        args: The arguments of `lmlight fit`.
         watch: Called twice a second with the process's id and the validations so far. The run stops if it returns False.
 
     Returns:
-        The loss at the last validation as `METRIC`, `seconds` of training, `parameters`, and the `run`'s folder in `folder`;
-        None if it was stopped.
+        The loss at the last validation as `METRIC`, `seconds` of training, and the number of `parameters` if the run has a
+        checkpoint; None if it was stopped.
 
     Raises:
         TrialFailed: The run ended with an error or without a validation.
@@ -56,6 +58,7 @@ def train(folder: Path, args: Sequence[str], watch: Callable[[int, Validations],
     if run:
         args = [f"--ckpt_path={run / LAST}"]
     with (folder / LOG).open("ab") as log:
+        start = log.tell()
         process = subprocess.Popen(
             [sys.executable, "-m", __name__, "fit", *args, f"--trainer.default_root_dir={folder}"],
             stdin=subprocess.PIPE,
@@ -71,18 +74,24 @@ def train(folder: Path, args: Sequence[str], watch: Callable[[int, Validations],
                 return None
             with suppress(subprocess.TimeoutExpired):
                 process.wait(0.5)
+    except KeyboardInterrupt:
+        print("Stopping the run, which saves a checkpoint; another Ctrl-C ends it at once", flush=True)
+        _stop(process)
+        raise
     except BaseException:
         _stop(process)
         raise
+    if process.returncode in STOPPED:
+        raise KeyboardInterrupt
     if process.returncode:
-        raise TrialFailed(_reason(process.returncode, folder / LOG))
+        raise TrialFailed(_reason(process.returncode, (folder / LOG).read_bytes()[start:].decode(errors="replace")))
     run, rows = run_folder(folder), validations(folder)
     if not (run and rows):
         raise TrialFailed(f"there is no {METRIC} in the run's metrics.csv")
     watch(process.pid, rows)
     tensors = checkpoint.read(run / LAST)["state_dict"].values() if (run / LAST).is_file() else []
-    parameters = sum({tensor.data_ptr(): tensor.numel() for tensor in tensors}.values())
-    return {METRIC: rows[-1][METRIC], "seconds": rows[-1]["seconds"], "parameters": parameters, "run": run.name}
+    parameters = sum({tensor.data_ptr(): tensor.numel() for tensor in tensors}.values()) or None
+    return {METRIC: rows[-1][METRIC], "seconds": rows[-1]["seconds"], "parameters": parameters}
 
 
 def run_folder(folder: Path) -> Path | None:
@@ -106,13 +115,13 @@ def _stop(process: subprocess.Popen[bytes]) -> None:
         raise
 
 
-def _reason(status: int, log: Path) -> str:
-    """Why a run failed: its error message, or the last line that it printed."""
+def _reason(status: int, output: str) -> str:
+    """Why a run failed, from what it printed: an error message, or the last line."""
     if status < 0:
         hint = " (perhaps out of memory)" if -status == getattr(signal, "SIGKILL", 0) else ""
         return f"ended by {signal.Signals(-status).name}{hint}"
-    lines = [line for line in log.read_text("utf-8", errors="replace").splitlines() if line.strip()]
-    errors = [line for line in lines if line.startswith("lmlight: error: ")]
+    lines = [line for line in output.splitlines() if line.strip()]
+    errors = [line for line in lines if re.match(r"lmlight: error: |[\w.]+(Error|Exception)\b", line)]
     return (errors or lines or [f"exit status {status}"])[-1].removeprefix("lmlight: error: ").strip()
 
 

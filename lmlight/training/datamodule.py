@@ -44,7 +44,7 @@ class TextDataModule(LightningDataModule):
         val_corpus: another corpus for validation. All of `corpus` is then for training.
         test_corpus: another corpus for `test`. `null` uses the validation text.
         validate_on: `tune` validates on the last `val_fraction` of the training part and trains on the rest of it, so that
-            settings can be chosen without a look at the validation text.
+            settings can be chosen without a look at the validation text, which `test` scores then.
         field: the field of `.jsonl` and `.parquet` records that holds the text.
         separator: string between two documents in text files, such as `<|endoftext|>`. `null` reads a file as one text.
         errors: what to do with invalid bytes: `strict` raises, `replace` inserts U+FFFD.
