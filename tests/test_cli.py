@@ -456,7 +456,8 @@ def test_version(capsys):
     assert capsys.readouterr().out == f"lmlight {lmlight.__version__}\n"
 
 
-ALL_COMMANDS = ["fit", "prepare", "validate", "test", "predict", "chat", "curves", "export", "import", "cache"]
+ALL_COMMANDS = ["fit", "prepare", "validate", "test", "predict", "play", "chat", "sweep", "curves"]
+ALL_COMMANDS += ["export", "import", "cache"]
 
 
 def test_help_lists_every_command_without_importing_torch():

@@ -300,7 +300,7 @@ def test_invalid_bytes_of_another_encoding_are_refused_or_replaced(tmp_path):
         chunks_of("text.txt", encoding="cp1252")
     assert chunks_of("text.txt", encoding="cp1252", errors="replace") == [("x" * 100 + "\ufffdy", False)]
     (tmp_path / "plain.txt").write_bytes(WESTERN.encode("utf-16-le"))
-    with pytest.raises(UserError, match="is not utf-16 .*pass another --data.encoding"):
+    with pytest.raises(UserError, match="is not utf-16 .*pass .*--data.encoding"):
         chunks_of("plain.txt", encoding="utf-16")
 
 

@@ -14,6 +14,8 @@ SCRIPT = Path(__file__).parents[1] / "benchmarks" / "gpu.py"
 # compilation is disabled here; see `test_module.py`, marked slow
 SECTION = """if True:
     import runpy, sys
+    import torch._dynamo
+    torch._dynamo.config.disable = True  # the forked process has imported torch without TORCH_COMPILE_DISABLE
     sys.argv[0] = {script!r}
     sys.path.insert(0, {folder!r})
     runpy.run_path({script!r}, run_name="__main__")

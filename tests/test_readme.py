@@ -119,7 +119,7 @@ def lmlight(arguments, monkeypatch):
         return 0
     if command == "sweep":
         result = {METRIC: 1.5, "seconds": 1.0, "parameters": 1}
-        monkeypatch.setattr("lmlight.sweep.worker.train", lambda *_: result)
+        monkeypatch.setattr("lmlight.sweep.worker.run_fit", lambda *_: result)
         return main(arguments)
     if command == "curves":
         return main(["curves", *(path for word in rest for path in expanded(word))])

@@ -209,11 +209,11 @@ def test_pruning_stops_a_trial_above_the_median(value, pruned, monkeypatch):
         study.optuna.add_trial(finished(0.1, seed, 1.4, intermediate_values={10: 1.5}))
     study.enqueue([params(0.2, 0)])
 
-    def train(folder, args, watch):
+    def run_fit(folder, args, watch):
         row = {"step": 10.0, METRIC: value}
         return {METRIC: value, "seconds": 1.0, "parameters": 1} if watch(1, [row]) else None
 
-    monkeypatch.setattr(worker, "train", train)
+    monkeypatch.setattr(worker, "run_fit", run_fit)
     trial = study.claim(SPACE, None, 0)
     assert worker.run_trial(study, trial, PLAN) == ("pruned at step 10" if pruned else f"{METRIC} 1.0000")
     state = TrialState.PRUNED if pruned else TrialState.COMPLETE
@@ -221,12 +221,12 @@ def test_pruning_stops_a_trial_above_the_median(value, pruned, monkeypatch):
 
 
 def test_failed_trial_keeps_its_reason_and_can_be_retried(monkeypatch):
-    def train(*_):
+    def run_fit(*_):
         raise TrialFailed("out of memory")
 
     study = Study(Path("study"), SETTINGS)
     study.enqueue([params(0.1, 0)])
-    monkeypatch.setattr(worker, "train", train)
+    monkeypatch.setattr(worker, "run_fit", run_fit)
     assert worker.run_trial(study, study.claim(SPACE, None, 0), PLAN) == "failed: out of memory"
     (trial,) = study.trials()
     assert trial.state == TrialState.FAIL and trial.user_attrs["reason"] == "out of memory"
@@ -252,10 +252,10 @@ def test_trial_that_another_process_took_over_is_stopped(monkeypatch):
     trial = study.claim(SPACE, None, 0)
     study.release(trial)  # as another process does after two minutes
 
-    def train(folder, args, watch):
+    def run_fit(folder, args, watch):
         assert not watch(1, [{"step": 2.0, METRIC: 3.0}])
 
-    monkeypatch.setattr(worker, "train", train)
+    monkeypatch.setattr(worker, "run_fit", run_fit)
     assert worker.run_trial(study, trial, PLAN) == "another process has taken it over"
     study.release(trial)
     assert [one.state for one in study.trials()] == [TrialState.WAITING]

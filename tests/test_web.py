@@ -134,4 +134,5 @@ def test_play_serves_on_this_machine_only_until_ctrl_c(libraries, checkpoint, tm
                 socket.create_connection((host, port), timeout=2)
         process.send_signal(signal.SIGINT)
         _, err = process.communicate(timeout=20)
-    assert (process.returncode, err) == (0, "")
+    assert process.returncode == 0
+    assert "Traceback" not in err

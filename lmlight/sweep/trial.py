@@ -34,7 +34,7 @@ class TrialFailed(Exception):
     """A run ended without a result; the message is the reason."""
 
 
-def train(folder: Path, args: Sequence[str], watch: Callable[[int, Validations], bool]) -> dict[str, Any] | None:
+def run_fit(folder: Path, args: Sequence[str], watch: Callable[[int, Validations], bool]) -> dict[str, Any] | None:
     """Train, or resume the interrupted run in a trial's folder.
 
     Args:

@@ -15,7 +15,7 @@ from optuna.trial import Trial, TrialState
 from lmlight.errors import UserError
 from lmlight.sweep.report import brief, settings_of
 from lmlight.sweep.study import Study
-from lmlight.sweep.trial import METRIC, TrialFailed, Validations, train
+from lmlight.sweep.trial import METRIC, TrialFailed, Validations, run_fit
 
 
 class Plan(NamedTuple):
@@ -78,7 +78,7 @@ def run_trial(study: Study, trial: Trial, plan: Plan) -> str:
     try:
         if not plan.is_unchanged():
             raise UserError("a config file has changed since the sweep began: undo that, or start the sweep again")
-        metrics = train(study.trial_folder(trial), study.fit_args(trial.params), watch)
+        metrics = run_fit(study.trial_folder(trial), study.fit_args(trial.params), watch)
         if metrics is None:
             state, result = TrialState.PRUNED, f"pruned at step {max(reported, default=0)}"
         else:
