@@ -84,6 +84,34 @@ def test_each_shipped_network_matches_in_onnxruntime(name, tmp_path, corpus_text
     matches_in_onnxruntime(*shrunk(name, corpus_text, BLOCK), tmp_path, capfd)
 
 
+@pytest.mark.parametrize("block_size", [2, 3])
+def test_short_blocks_can_be_exported(block_size, tmp_path):
+    pytest.importorskip("onnxscript", reason="needs the extra `engines`")
+    onnxruntime = pytest.importorskip("onnxruntime", reason="needs the extra `engines`")
+    tokenizer = CharTokenizer("abc")
+    for net in (make(tokenizer, {}, block_size), Bigram(3, block_size)):
+        save(tmp_path / "x.ckpt", net.eval(), tokenizer)
+        assert main(["export", "onnx", "x.ckpt", "x.onnx", "--force"]) == 0
+        session = onnxruntime.InferenceSession("x.onnx", providers=["CPUExecutionProvider"])
+        shapes = {
+            one.name: [size if isinstance(size, int) else 0 for size in one.shape] for one in session.get_inputs()
+        }
+        ids = torch.arange(block_size)[None]
+        given = {"ids": ids.numpy()}
+        if "past" in shapes:
+            given["past"] = np.zeros([*shapes["past"][:2], 1, *shapes["past"][3:]], np.float32)
+        np.testing.assert_allclose(session.run(None, given)[0], net(ids).detach(), atol=1e-5)
+
+
+def test_block_of_one_token_is_refused(tmp_path, capsys):
+    pytest.importorskip("onnxscript", reason="needs the extra `engines`")
+    tokenizer = CharTokenizer("abc")
+    save(tmp_path / "x.ckpt", Bigram(3, 1), tokenizer)
+    assert main(["export", "onnx", "x.ckpt", "x.onnx"]) == 2
+    assert "block_size 1 cannot be exported to ONNX" in capsys.readouterr().err
+    assert not (tmp_path / "x.onnx").exists()
+
+
 def matches_in_onnxruntime(net, tokenizer, tmp_path, capfd):
     pytest.importorskip("onnxscript", reason="needs the extra `engines`")
     onnxruntime = pytest.importorskip("onnxruntime", reason="needs the extra `engines`")
@@ -149,6 +177,7 @@ def test_metadata(tokenizer):
         "block_size": BLOCK,
         "bos_id": 3,
         "eos_id": 3,
+        "newline": "\n",
         "supports_sliding_window": True,
     }
     assert json.loads(about["tokenizer.json"])["added_tokens"] == [], "end of text is no token of a text"

@@ -126,7 +126,7 @@ def generated(browser, prompt, button="generate", **fields):
 def clicked(browser, button):
     js(browser, "document.getElementById('status').textContent = 'Clicked'")
     browser.find_element("id", button).click()
-    assert status(browser, "Done", "Stopped", "the model").startswith(("Done: ", "Stopped: "))
+    assert status(browser, "Done", "Stopped", "the model").startswith(("Done", "Stopped"))
     return js(browser, "return document.getElementById('text').value")
 
 
@@ -193,14 +193,26 @@ def test_tokens_show_the_surprise_of_typed_text(name, tokenizers, opened, browse
     (_, first), *others = chips(browser)
     assert first is None  # nothing is before it
     assert [nats for _, nats in others] == pytest.approx(expected.tolist(), abs=1e-4)
-    texts = [text for text, _ in chips(browser)]
-    assert "".join(texts) == LONG
-    total, per_char = float(expected.sum()), float(expected.sum()) / len("".join(texts[1:]))
+    assert "".join(text for text, _ in chips(browser)) == LONG
+    check_total(browser, tokenizer, LONG, expected)
+
+
+def check_total(browser, tokenizer, text, nats):
+    ids, total = tokenizer.encode(text), float(nats.sum())
+    per_char = total / (len(text) - len(tokenizer.decode(ids[:1])))
     shown = browser.find_element("id", "total").text
-    assert (
-        shown == f"{len(ids)} tokens, {total:.4f} nats, {per_char:.4f} nats per character, without the first token"
-        or ([float(number) for number in re.findall(r"\d+\.\d+", shown)] == pytest.approx([total, per_char], abs=2e-3))
-    )
+    assert shown.startswith(f"{len(ids)} tokens, ") and shown.endswith(" nats per character, without the first token")
+    assert [float(number) for number in re.findall(r"\d+\.\d+", shown)] == pytest.approx([total, per_char], abs=2e-3)
+
+
+def test_characters_of_several_bytes_count_once(tokenizers, opened, browser):
+    net, tokenizer = opened("rotary", *network("rotary", tokenizers))
+    text = "ab \N{GRINNING FACE}\N{GRINNING FACE} é"
+    assert typed(browser, text) == "Ready."
+    ids = tokenizer.encode(text)
+    nats = -logits_of(net, ids)[:-1].log_softmax(-1).gather(1, torch.tensor(ids[1:])[:, None])
+    check_total(browser, tokenizer, text, nats)
+    assert "‹F0›" in [text for text, _ in chips(browser)]
 
 
 @pytest.mark.parametrize("name", ["rotary", "table"])
@@ -209,7 +221,10 @@ def test_alternatives_and_next_token_before_and_after_the_sliders(name, tokenize
     settings = {"temperature": 0.7, "top_k": 8, "top_p": 0.9, "min_p": 0.02}
     change(browser, **settings)
     assert typed(browser, LONG) == "Ready."
-    logits = logits_of(net, tokenizer.encode(LONG))
+    ids = tokenizer.encode(LONG)
+    logits = logits_of(net, ids)
+    with torch.no_grad():
+        logits[-1] = net(torch.tensor([ids[-BLOCK:]]))[0, -1]  # what the next token is drawn from
     chip = browser.find_elements("css selector", ".chip")[10]
     js(browser, "arguments[0].scrollIntoView({block: 'center'})", chip)
     selenium.ActionChains(browser).move_to_element(chip).perform()  # hovering selects
@@ -284,7 +299,7 @@ def test_attention_of_every_layer_and_head(name, tokenizers, opened, browser):
     )
     assert found == pytest.approx(maps.flatten().tolist(), abs=1e-4)
     browser.find_element("id", "map").click()
-    assert "looks at" in browser.find_element("id", "weight").text
+    assert "attends to" in browser.find_element("id", "weight").text
 
 
 @pytest.mark.parametrize("name", ["table", "own"])
@@ -356,6 +371,53 @@ def test_tokens_can_be_selected_while_text_is_generated(tokenizers, opened, brow
     status(browser, "Done")
     js(browser, "clearInterval(selecting)")
     assert js(browser, "return document.getElementById('text').value") == f"MIRA:{expected}"
+
+
+def test_settings_of_the_model_are_the_first_ones(tokenizers, opened, browser):
+    net, tokenizer = network("rotary", tokenizers)
+    settings = {"temperature": 0.87, "top_k": 120, "top_p": 0.995, "min_p": 0.005}
+    opened("settings", net, tokenizer, max_new_tokens=37, **settings)
+    logits = logits_of(net, tokenizer.bos_ids)[-1:]
+    expected = filter_logits(logits, Sampling(**settings))[0].softmax(-1)
+    for index, _, after in bars(browser, "next-bars"):
+        assert after == pytest.approx(expected[int(index)].item(), abs=1e-5)
+    assert js(browser, "return document.getElementById('tokens').value") == "37"
+    assert browser.find_element("css selector", "output[for=temperature]").text == "0.87"
+
+
+def test_seed_cannot_change_while_text_is_generated(tokenizers, opened, browser):
+    opened("rotary", *network("rotary", tokenizers))
+    change(browser, tokens=100_000, temperature=1)
+    browser.find_element("id", "generate").click()
+    wait_for(lambda: len(chips(browser)) > 5)
+    assert not browser.find_element("id", "seed").is_enabled()
+    assert js(browser, "return document.activeElement.id") == "stop"
+    browser.find_element("id", "stop").click()
+    status(browser, "Stopped")
+    assert js(browser, "return document.activeElement.id") == "generate"
+
+
+def test_click_keeps_a_token_selected(tokenizers, opened, browser):
+    opened("rotary", *network("rotary", tokenizers))
+    assert typed(browser, "MIRA:\nriver stone") == "Ready."
+    chip = browser.find_elements("css selector", ".chip")
+    selected = "return document.getElementById('view').getAttribute('aria-activedescendant')"
+    chip[2].click()
+    selenium.ActionChains(browser).move_to_element(chip[4]).perform()
+    assert js(browser, selected) == "token-2"
+    chip[2].click()
+    assert js(browser, selected) is None
+
+
+def test_line_endings_are_those_of_the_training_text(corpus_text, opened, browser):
+    tokenizer = TokenizerConfig("unigram", 400).train(corpus_text.replace("\n", "\r\n"))
+    assert tokenizer.newline == "\r\n"
+    net, _ = opened("crlf", make(tokenizer, {}, BLOCK), tokenizer)
+    prompt, sampling = "MIRA: the\nriver", Sampling(max_new_tokens=10, temperature=0)
+    (stream,) = start_streams(tokenizer, [prompt], sampling)
+    ours = "".join(piece for _, piece in generate_text(net, [stream], sampling))
+    assert generated(browser, prompt, temperature=0, tokens=10) == ours.replace("\r\n", "\n").rstrip("\ufffd")
+    assert len(chips(browser)) == len(stream.ids) + len(stream.tokens)
 
 
 def test_stop_keeps_what_is_written(tokenizers, opened, browser):

@@ -5,6 +5,7 @@ import json
 import os
 import signal
 import socket
+import urllib.error
 import urllib.request
 from pathlib import Path
 
@@ -14,8 +15,9 @@ import requests
 from exporting import make, save
 
 from lmlight.__main__ import main
-from lmlight.data.tokenizer import CharTokenizer
+from lmlight.data.tokenizer import CharTokenizer, TokenizerConfig
 from lmlight.export import web
+from lmlight.models import Bigram
 
 pytest.importorskip("onnxscript", reason="needs the extra `onnx`")
 
@@ -74,7 +76,7 @@ def test_export_writes_a_whole_page(libraries, checkpoint, capsys):
 
 
 def test_large_model_gets_the_engine_with_webgpu(libraries, checkpoint, monkeypatch):
-    monkeypatch.setattr(web, "LARGE", 1)
+    monkeypatch.setattr(web, "WEBGPU_FROM", 1)
     assert main(["export", "web", checkpoint, "site"]) == 0
     assert json.loads(Path("site/model.json").read_text("utf-8"))["engine"] == "webgpu"
     assert Path("site/engine/ort.webgpu.min.mjs").is_file()
@@ -93,7 +95,23 @@ def test_libraries_that_cannot_be_had_are_one_line_and_leave_nothing(fault, libr
     assert main(["export", "web", checkpoint, "site"]) == 2
     err = capsys.readouterr().err
     assert err.startswith("lmlight: error: ") and err.count("\n") == 1
-    assert ("was not used" if fault == "changed" else "cannot be downloaded (no route)") in err
+    assert ("was not used" if fault == "changed" else "(ConnectionError): is there a connection?") in err
+    assert not Path("site").exists()
+
+
+def test_damaged_library_in_the_cache_is_fetched_again(libraries, checkpoint, tmp_path):
+    assert main(["export", "web", checkpoint, "site"]) == 0
+    (cached,) = (tmp_path / "cache/web").glob("*/tokenizers.min.mjs")
+    cached.write_bytes(b"half")
+    assert main(["export", "web", checkpoint, "again"]) == 0
+    assert Path("again/engine/tokenizers.min.mjs").read_bytes() == libraries["tokenizers.min.mjs"]
+
+
+def test_lossy_tokenizer_is_refused(libraries, corpus_text, capsys, tmp_path):
+    lossy = TokenizerConfig("unigram", 200, lossless=False).train(corpus_text)
+    path = save(tmp_path / "lossy.ckpt", Bigram(lossy.vocab_size, 16), lossy)
+    assert main(["export", "web", str(path), "site"]) == 2
+    assert "tokenizer is lossy" in capsys.readouterr().err
     assert not Path("site").exists()
 
 
@@ -124,10 +142,15 @@ def test_play_serves_on_this_machine_only_until_ctrl_c(libraries, checkpoint, tm
         web._library = lambda package, hashes: []
         sys.exit(main(["play", {checkpoint!r}, "--port=0", "--no-browser"]))"""
     with processes.start(code=code) as process:
+        assert process.stdout.readline() == "Preparing the page\n"
         address = process.stdout.readline().split()[0]
         with urllib.request.urlopen(address + "index.html") as answer:
             assert answer.headers["Cross-Origin-Opener-Policy"] == "same-origin"
             assert b"Content-Security-Policy" in answer.read()
+        for path, host in (("model.json", "evil.example"), ("engine/", None)):
+            request = urllib.request.Request(address + path, headers={"Host": host} if host else {})
+            with pytest.raises(urllib.error.HTTPError, match="403" if host else "404"):
+                urllib.request.urlopen(request)
         if hasattr(os, "getuid"):  # Linux routes all of 127/8 to this machine
             host, port = "127.0.0.2", int(address.rstrip("/").rpartition(":")[2])
             with pytest.raises(OSError, match="refused"):

@@ -107,6 +107,7 @@ def metadata(model: Model) -> dict[str, str]:
         "block_size": model.net.block_size,
         "bos_id": model.bos_id,
         "eos_id": model.tokenizer.eos_id,
+        "newline": model.tokenizer.newline,
         "supports_sliding_window": getattr(model.net, "positions", None) is None,
     }
     with contextlib.suppress(UserError):  # a lossy tokenizer
@@ -132,11 +133,16 @@ def write_onnx(model: Model, path: Path, attention: bool = False) -> None:
     graph: nn.Module = net
     outputs = ["logits"]
     # Sizes of at least 2: the exporter takes a size of 1 for a constant.
-    arguments, dynamic = [torch.zeros(2, 3, dtype=torch.int64)], [{0: batch, 1: time}]
+    if net.block_size < 2:
+        raise UserError(
+            "a network with block_size 1 cannot be exported to ONNX: train one with a longer --data.block_size"
+        )
+    arguments, dynamic = [torch.zeros(2, min(3, net.block_size), dtype=torch.int64)], [{0: batch, 1: time}]
     if isinstance(net, Transformer):
         graph = TransformerGraph(net, attention)
         outputs = ["logits", "present", "attention"][: 3 if attention else 2]
-        arguments.append(torch.zeros(len(net.blocks), 2, 2, net.n_kv_head, 4, net.head_size))
+        n_past = min(4, net.block_size)
+        arguments.append(torch.zeros(len(net.blocks), 2, 2, net.n_kv_head, n_past, net.head_size))
         dynamic.append({2: batch, 4: past})
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the exporter's warnings about its own code

@@ -18,6 +18,7 @@ import tempfile
 import webbrowser
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import requests
 
@@ -29,10 +30,11 @@ from lmlight.data.download import BUILTIN_CORPORA
 from lmlight.errors import UserError
 from lmlight.export.graph import write_onnx
 from lmlight.export.model import Model
+from lmlight.export.tokenizer import tokenizer_json
 
 PAGE = Path(__file__).with_name("page")
 FILES = ("index.html", "style.css", "model.js", "page.js", "model.onnx", "model.json", "engine", "notebooks")
-LARGE = 64 * 2**20  # bytes of an .onnx file from which WebGPU is worth its start and its overhead for each token
+WEBGPU_FROM = 64 * 2**20  # bytes of an .onnx file from which WebGPU is worth its start and its overhead for each token
 CDN = "https://cdn.jsdelivr.net/npm"
 
 
@@ -42,8 +44,9 @@ def write(model: Model, folder: Path) -> None:
     Raises:
         UserError: The network or the tokenizer cannot be exported; the libraries cannot be downloaded.
     """
+    tokenizer_json(model.tokenizer)  # `write_onnx` would leave out a lossy one
     write_onnx(model, folder / "model.onnx", attention=True)
-    engine = "webgpu" if (folder / "model.onnx").stat().st_size > LARGE else "wasm"
+    engine = "webgpu" if (folder / "model.onnx").stat().st_size > WEBGPU_FROM else "wasm"
     for path in PAGE.iterdir():
         if path.name in FILES and path.is_file():
             shutil.copy(path, folder)
@@ -52,7 +55,9 @@ def write(model: Model, folder: Path) -> None:
         for path in _library(package, engines[engine]):
             shutil.copy(path, folder / "engine")
     notebooks = PAGE / "notebooks"  # in a wheel
-    shutil.copytree(notebooks if notebooks.is_dir() else PAGE.parents[2] / "notebooks", folder / "notebooks")
+    (folder / "notebooks").mkdir()
+    for path in (notebooks if notebooks.is_dir() else PAGE.parents[2] / "notebooks").glob("0?-*.ipynb"):
+        shutil.copy(path, folder / "notebooks")
     corpus = str(model.settings.get("data", {}).get("corpus", ""))
     vocabulary = f"a vocabulary of {model.net.vocab_size:,} tokens"
     facts = [f"{model.net.num_parameters:,} parameters", vocabulary, f"a context of {model.net.block_size:,} tokens"]
@@ -69,21 +74,29 @@ def write(model: Model, folder: Path) -> None:
 
 
 def _library(package: str, hashes: dict[str, str]) -> list[Path]:
-    """Files of an npm package in the cache, by name and SHA-256: from npm, or if that is missing from a CDN."""
+    """Files of an npm package in the cache, by name and SHA-256: from npm, or else from a content delivery network."""
     folder = cache_dir() / "web" / package.rpartition("/")[2]
-    if not all((folder / name).is_file() for name in hashes):
+    missing = {name: sha256 for name, sha256 in hashes.items() if _sha256(folder / name) != sha256}
+    if missing:
         try:
-            npm = shutil.which("npm")
-            contents = _from_npm(npm, package, hashes) if npm else [_from_cdn(package, name) for name in hashes]
-        except (OSError, KeyError, subprocess.CalledProcessError) as error:  # those of requests are OSErrors
-            detail = str(getattr(error, "stderr", None) or error).strip().splitlines()[-1]
-            raise UserError(f"{package}, which the page needs, cannot be downloaded ({detail})") from None
-        for (name, sha256), content in zip(hashes.items(), contents):
-            if hashlib.sha256(content).hexdigest() != sha256:
-                raise UserError(f"'{name}' of {package} is not the file that it should be, and was not used")
-            with writing_cache(folder), files.whole(folder / name, shared=True) as beside:
-                beside.write_bytes(content)
+            contents = _from_npm(package, missing) or [_from_cdn(package, name) for name in missing]
+        except OSError as error:  # those of requests, too
+            raise UserError(
+                f"{package}, which the page needs, could be downloaded neither with npm nor from a content delivery network "
+                f"({type(error).__name__}): is there a connection?"
+            ) from None
+        with writing_cache(folder):
+            for name, content in zip(missing, contents):
+                with files.whole(folder / name) as beside:
+                    beside.write_bytes(content)
+                if _sha256(folder / name) != hashes[name]:
+                    (folder / name).unlink()
+                    raise UserError(f"'{name}' of {package} is not the file that it should be, and was not used")
     return [folder / name for name in hashes]
+
+
+def _sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else ""
 
 
 def _from_cdn(package: str, name: str) -> bytes:
@@ -92,18 +105,35 @@ def _from_cdn(package: str, name: str) -> bytes:
     return answer.content
 
 
-def _from_npm(npm: str, package: str, names: Iterable[str]) -> list[bytes]:
-    with tempfile.TemporaryDirectory() as folder:
-        subprocess.run([npm, "pack", "--silent", package], cwd=folder, check=True, capture_output=True, text=True)
-        (archive,) = Path(folder).glob("*.tgz")
-        with tarfile.open(archive) as members:
-            return [members.extractfile(f"package/dist/{name}").read() for name in names]  # type: ignore[union-attr]
+def _from_npm(package: str, names: Iterable[str]) -> list[bytes]:
+    """Nothing if npm is missing or fails."""
+    npm = shutil.which("npm")
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        contextlib.suppress(OSError, ValueError, KeyError, subprocess.SubprocessError),
+    ):
+        if npm:
+            command = [npm, "pack", "--fetch-retries=0", package]
+            subprocess.run(command, cwd=folder, check=True, capture_output=True, timeout=300)
+            (archive,) = Path(folder).glob("*.tgz")
+            with tarfile.open(archive) as members:
+                return [members.extractfile(f"package/dist/{name}").read() for name in names]  # type: ignore[union-attr]
+    return []
 
 
 class _Handler(http.server.SimpleHTTPRequestHandler):
     # Windows may have other types for these
     extensions_map = {**http.server.SimpleHTTPRequestHandler.extensions_map, ".mjs": "text/javascript"}  # noqa: RUF012
     extensions_map |= {".js": "text/javascript", ".wasm": "application/wasm"}
+
+    def send_head(self) -> Any:
+        # another site could have its own name resolved to this machine
+        if self.headers.get("Host", "").rpartition(":")[0] not in ("127.0.0.1", "localhost"):
+            return self.send_error(403)
+        return super().send_head()
+
+    def list_directory(self, path: Any) -> None:
+        self.send_error(404)
 
     def end_headers(self) -> None:
         # an isolated page may use threads
@@ -118,6 +148,9 @@ class _Handler(http.server.SimpleHTTPRequestHandler):
 
 class _Server(http.server.ThreadingHTTPServer):
     allow_reuse_address = os.name != "nt"  # which would let two servers share a port there
+
+    def handle_error(self, *_: Any) -> None:
+        """Says nothing: a browser that closes a connection is no error."""
 
 
 def play(args: Sequence[str]) -> None:
@@ -142,6 +175,7 @@ def play(args: Sequence[str]) -> None:
         except (OSError, OverflowError) as error:
             raise UserError(f"port {options.port} cannot be used ({error}): pass another --port") from None
         with server:
+            print("Preparing the page", flush=True)
             trusted, _ = checkpoints.import_classes(options.net, options.tokenizer)
             write(Model.read(checkpoints.find(options.checkpoint, options.runs, "best"), trusted), Path(folder))
             address = f"http://127.0.0.1:{server.server_port}/"

@@ -55,7 +55,7 @@ export class Model {
    */
   encode(text) {
     if (!text) return [];
-    const { ids, tokens } = this.tokenizer.encode(text);
+    const { ids, tokens } = this.tokenizer.encode(text.replaceAll("\n", this.newline));
     // the library implements byte fallback for BPE only
     return tokens.flatMap((token, at) => (this.tokenizer.token_to_id(token) === undefined ? this.bytes(token) : ids[at]));
   }
@@ -63,7 +63,7 @@ export class Model {
   bytes(text) {
     return [...new TextEncoder().encode(text)].map((byte) => {
       const id = this.tokenizer.token_to_id(`<0x${byte.toString(16).toUpperCase().padStart(2, "0")}>`);
-      if (id === undefined) throw new Error(`the model does not know '${text}'`);
+      if (id === undefined) throw new Error(`the model does not know '${[...text][0]}'`);
       return id;
     });
   }
@@ -98,14 +98,13 @@ export class Model {
   }
 
   /**
-   * Scores a text: yields the logits (V) of the second token, of the third, …, and of the next one; for an empty text only
-   * those of the first. In a text of several windows, each overlaps half of the one before, as in `lmlight test`.
+   * Scores a text: yields the logits (V) of the second token, of the third, …, and of the one after the last. In a text of
+   * several windows, each overlaps half of the one before, as in `lmlight test`.
    */
   async *score(ids) {
-    const start = ids.length ? ids : [this.bos_id ?? 0];
     const step = Math.ceil(this.window / 2);
-    for (let from = 0, done = 0; done < start.length; from += step) {
-      const { logits } = await this.run(start.slice(from, from + this.window), this.emptyPast(), ["logits"]);
+    for (let from = 0, done = 0; done < ids.length; from += step) {
+      const { logits } = await this.run(ids.slice(from, from + this.window), this.emptyPast(), ["logits"]);
       for (let row = done - from; row < logits.dims[1]; row++, done++) yield rowOf(logits, row);
     }
   }

@@ -18,11 +18,12 @@ let model;
 let tokens = [];
 let next = null; // the logits of the next token
 let selected = -1;
+let pinned = -1; // selected by a click or a key, not by hovering
 let version = 0; // of the text; work on an older one stops
-let stream = null; // continues the text; null after an edit
-let random = null;
+let generation = null; // what continues the text: its stream, prompt, ids and random numbers; null after an edit
 let reading = null; // the promise of the scoring in progress
 let editing = 0; // the timer of an edit that is not read yet
+const exact = {}; // settings of the model between two positions of a slider, until it is moved
 let problem = ""; // why the text cannot be read
 let stopping = false;
 
@@ -31,8 +32,7 @@ let stopping = false;
 /** Encodes and scores the text in the box. */
 async function read() {
   const mine = ++version;
-  stream = null;
-  random = null;
+  generation = null;
   let ids;
   try {
     ids = model.encode(page.text.value);
@@ -43,15 +43,21 @@ async function read() {
   }
   const old = tokens;
   tokens = ids.map((id, at) => (old[at]?.id === id ? { ...old[at], nats: undefined } : { id, text: model.label(id) }));
+  pinned = -1;
   select(-1);
   next = null;
-  let at = ids.length ? 1 : 0; // nothing is before the first token
-  for await (const logits of model.score(ids)) {
-    if (mine !== version) return;
-    if (at < ids.length) score(at, logits);
-    else next = logits;
-    at += 1;
-    if (at % model.window === 0) await drawn();
+  try {
+    let at = 1; // nothing is before the first token
+    for await (const logits of model.score(ids)) {
+      if (mine !== version) return;
+      if (at < ids.length) score(at, logits);
+      at += 1;
+      if (at % model.window === 0) await drawn();
+    }
+    // with a whole block of context
+    next = !problem && (ids.length || model.bos_id !== null) ? await new Stream(model, ids).next() : null;
+  } catch (error) {
+    problem = error.message;
   }
   if (mine !== version) return;
   say(problem || "Ready.");
@@ -66,9 +72,9 @@ function readTyped() {
   return reading;
 }
 
-/** Records the logits that predicted a token. */
+/** Records the logits that predicted a token. The first one is not scored: nothing is before it. */
 function score(at, logits) {
-  tokens[at].nats = surprise(logits, tokens[at].id);
+  if (at > 0) tokens[at].nats = surprise(logits, tokens[at].id);
   tokens[at].logits = logits;
   const forgotten = at - Math.floor(KEPT_LOGITS / model.vocab_size);
   if (forgotten >= 0) tokens[forgotten].logits = undefined;
@@ -87,57 +93,60 @@ async function logitsAt(at) {
 // ---- generating ----
 
 function settings() {
-  return Object.fromEntries(sliders.map((id) => [id, page[id].valueAsNumber]));
+  return Object.fromEntries(sliders.map((id) => [id, exact[id] ?? page[id].valueAsNumber]));
 }
 
-/** Appends up to `count` tokens. */
+/** Appends up to `most` tokens. */
 async function generate(most) {
   setBusy(true);
   await readTyped();
-  if (problem) return setBusy(false);
-  let text = "";
-  let count = 0;
+  let ending = problem;
   let end = -1;
-  let ending = "Done";
   try {
-    if (!stream) {
-      stream = new Stream(model, tokens.map(({ id }) => id));
-      stream.prompt = page.text.value;
-      stream.generated = [];
-      random = randomNumbers(page.seed.valueAsNumber);
-      next = await stream.next(); // with a whole block of context
+    if (problem) return;
+    if (!generation) {
+      const stream = new Stream(model, tokens.map(({ id }) => id));
+      generation = { stream, prompt: page.text.value, ids: [], random: randomNumbers(page.seed.valueAsNumber) };
+      next = await stream.next();
     }
-    text = model.decode(stream.generated);
+    const { stream, prompt, ids, random } = generation;
+    let text = model.decode(ids);
+    let count = 0;
+    ending = "Done";
     const began = performance.now();
-    for (let drawnAt = began; count < most && end < 0 && !stopping; count++) {
+    for (let drawnAt = began; count < most && end < 0; count++) {
       const id = draw(probabilities(next, settings()), random());
-      if (id === model.eos_id) break;
+      if (stopping) ending = "Stopped";
+      else if (id === model.eos_id) ending = "Done, the document ends here";
+      if (ending !== "Done") break;
       stream.push(id);
-      stream.generated.push(id);
+      ids.push(id);
       tokens.push({ id, text: model.label(id) });
       score(tokens.length - 1, next);
       next = await stream.next();
       const [before, now] = [text.length, performance.now()];
       const isDue = now - drawnAt > 30;
       const mayEnd = info.sampling.end_at_line && count >= Math.ceil(0.8 * most);
-      if (isDue || mayEnd) text = model.decode(stream.generated);
+      if (isDue || mayEnd) text = model.decode(ids);
       if (mayEnd) end = endOfLine(text, before);
       if (isDue) {
-        write(text);
+        write(prompt + text);
         say(speed(count + 1, now - began));
         await drawn();
         drawnAt = performance.now();
       }
     }
-    ending = `${stopping ? "Stopped" : "Done"}: ${speed(count, performance.now() - began)}`;
-    text = model.decode(stream.generated);
-    write(end < 0 ? text : text.slice(0, end));
+    if (end >= 0) ending = "Done, at a line's end";
+    ending = `${ending}: ${speed(count, performance.now() - began)}`;
+    text = model.decode(ids);
+    write(prompt + (end < 0 ? text : text.slice(0, end)));
+    if (end >= 0) await read(); // the last token may be cut
   } catch (error) {
     ending = error.message;
+  } finally {
+    setBusy(false);
+    say(ending);
   }
-  if (end >= 0) await read(); // the last token may be cut
-  setBusy(false);
-  say(ending);
 }
 
 /** Where lmlight would end the text, with its option `end_at_line`, in what is new from `before` on; -1 if it goes on. */
@@ -147,24 +156,38 @@ function endOfLine(text, before) {
   return at < 0 ? -1 : from + at;
 }
 
-/** Shows the generated text. */
+/** Shows a text that is being generated. */
 function write(text) {
-  page.text.value = stream.prompt + text.replace(/\ufffd+$/, ""); // bytes of a character to come
+  page.text.value = text.replace(/\ufffd+$/, ""); // bytes of a character to come
   page.text.scrollTop = page.text.scrollHeight;
   showTokens();
   page.view.scrollTop = page.view.scrollHeight;
   showBars(page["next-bars"], next);
 }
 
+function counted(count) {
+  return `${count} token${count === 1 ? "" : "s"}`;
+}
+
 function speed(count, milliseconds) {
-  return `${count} tokens, ${Math.round((1000 * count) / Math.max(1, milliseconds))} per second`;
+  return counted(count) + (count > 1 ? `, ${Math.round((1000 * count) / Math.max(1, milliseconds))} per second` : "");
 }
 
 function setBusy(busy) {
   stopping = false;
+  const focused = document.activeElement;
   page.text.readOnly = busy;
-  page.generate.disabled = page.one.disabled = busy;
+  page.status.ariaLive = busy ? "off" : "polite"; // the end is announced, not each token
+  page.generate.disabled = page.one.disabled = page.seed.disabled = busy;
   page.stop.disabled = !busy;
+  // a disabled element loses the focus
+  if (busy && [page.generate, page.one].includes(focused)) {
+    page.stop.focus();
+    page.stop.returnsTo = focused;
+  } else if (!busy && page.stop.returnsTo) {
+    if ([page.stop, document.body].includes(focused)) page.stop.returnsTo.focus();
+    page.stop.returnsTo = undefined;
+  }
   if (!busy) show();
 }
 
@@ -189,7 +212,6 @@ function showTokens() {
   const chips = page.chips;
   while (chips.children.length - 1 > tokens.length) chips.lastChild.remove();
   let total = 0;
-  let scored = 0;
   tokens.forEach((token, at) => {
     let chip = chips.children[at + 1]; // the first child is the drawing of lines
     if (!chip) {
@@ -207,20 +229,18 @@ function showTokens() {
       chip.classList.toggle("unscored", token.nats === undefined);
       chip.style.setProperty("--surprise", Math.min(1, (token.nats ?? 0) / RED).toFixed(3));
     }
-    if (token.nats !== undefined) {
-      total += token.nats;
-      scored += [...token.text].length;
-    }
+    total += token.nats ?? 0;
   });
+  const scored = tokens.length ? [...page.text.value].length - [...model.decode([tokens[0].id])].length : 0;
   page.total.textContent = tokens.length
-    ? `${tokens.length} tokens, ${total.toFixed(4)} nats` +
-      (scored ? `, ${(total / scored).toFixed(4)} nats per character, without the first token` : "")
+    ? `${counted(tokens.length)}, ${total.toFixed(4)} nats` +
+      (scored > 0 ? `, ${(total / scored).toFixed(4)} nats per character, without the first token` : "")
     : "\u00a0";
 }
 
-/** A text with symbols for line breaks and spaces at its end. */
-function visible(text) {
-  return text.split(/(\n|\t| +$)/).filter(Boolean).map((part) => {
+/** A text with symbols for line breaks and for spaces at its end, or at its start, too. */
+function visible(text, start = false) {
+  return text.split(start ? /(\n|\t|^ +| +$)/ : /(\n|\t| +$)/).filter(Boolean).map((part) => {
     if (!/^\s+$/.test(part)) return part;
     const symbol = document.createElement("span");
     symbol.className = "symbol";
@@ -244,7 +264,7 @@ function showBars(list, logits, actual) {
       row.dataset.before = before[id];
       row.dataset.after = after[id];
       const name = document.createElement("code");
-      name.append(...visible(model.label(id)));
+      name.append(...visible(model.label(id), true));
       const track = document.createElement("span");
       track.className = "track";
       for (const kind of ["after", "before"]) {
@@ -273,11 +293,17 @@ function select(at) {
   showSelected();
 }
 
+/** Selects a token until it is chosen again, whatever the mouse moves over. */
+function pin(at) {
+  pinned = at === pinned ? -1 : at;
+  select(pinned);
+}
+
 async function showSelected() {
   const at = selected;
   const token = tokens[at];
   [...page.chips.querySelectorAll('[aria-selected="true"]')].forEach((chip) => chip.setAttribute("aria-selected", false));
-  page.chips.children[at + 1]?.setAttribute("aria-selected", true);
+  if (token) page.chips.children[at + 1]?.setAttribute("aria-selected", true);
   if (token) page.view.setAttribute("aria-activedescendant", `token-${at}`);
   else page.view.removeAttribute("aria-activedescendant");
   const title = page["instead-title"];
@@ -312,13 +338,25 @@ async function showAttention() {
   drawLines();
 }
 
-/** The weight from a query to a key of the window, of the chosen layer and head or the mean of its heads. */
-function weight(query, key) {
+/** The weights (queries, keys) of the chosen layer and head, or the mean of its heads. */
+function chosenWeights() {
   const { weights, heads, queries, keys } = attention;
-  const layer = Number(page.layer.value);
-  const chosen = page.head.value === "mean" ? [...Array(heads).keys()] : [Number(page.head.value)];
-  const one = (head) => weights[((layer * heads + head) * queries + query) * keys + key];
-  return chosen.reduce((total, head) => total + one(head), 0) / chosen.length;
+  const choice = `${page.layer.value} ${page.head.value}`;
+  if (attention.choice === choice) return attention.chosen;
+  const size = queries * keys;
+  const first = Number(page.layer.value) * heads;
+  const chosen = new Float32Array(size);
+  const several = page.head.value === "mean" ? [...Array(heads).keys()] : [Number(page.head.value)];
+  for (const head of several) {
+    const from = (first + head) * size;
+    for (let at = 0; at < size; at++) chosen[at] += weights[from + at] / several.length;
+  }
+  Object.assign(attention, { choice, chosen });
+  return chosen;
+}
+
+function weight(query, key) {
+  return chosenWeights()[query * attention.keys + key];
 }
 
 function drawMap() {
@@ -326,17 +364,19 @@ function drawMap() {
   const context = canvas.getContext("2d");
   context.clearRect(0, 0, canvas.width, canvas.height);
   if (!attention) return;
-  const size = canvas.width / attention.queries;
-  context.fillStyle = getComputedStyle(page.generate).backgroundColor;
-  for (let query = 0; query < attention.queries; query++) {
-    for (let key = 0; key <= query; key++) {
-      context.globalAlpha = Math.sqrt(weight(query, key)); // small weights stay visible
-      context.fillRect(key * size, query * size, size, size);
-    }
-  }
-  context.globalAlpha = 1;
+  const { queries, keys } = attention;
+  const [red, green, blue] = getComputedStyle(page.generate).backgroundColor.match(/[\d.]+/g).map(Number);
+  const image = new ImageData(keys, queries);
+  chosenWeights().forEach((one, at) => {
+    image.data.set([red, green, blue, 255 * Math.sqrt(one)], 4 * at); // small weights stay visible
+  });
+  const small = new OffscreenCanvas(keys, queries);
+  small.getContext("2d").putImageData(image, 0, 0);
+  context.imageSmoothingEnabled = false;
+  context.drawImage(small, 0, 0, canvas.width, canvas.height);
   const row = selected - attention.start;
-  if (selected >= 0 && row >= 0 && row < attention.queries) {
+  if (selected >= 0 && row >= 0 && row < queries) {
+    const size = canvas.width / queries;
     context.strokeStyle = getComputedStyle(document.body).color;
     context.lineWidth = 2;
     context.strokeRect(0, row * size, (row + 1) * size, size);
@@ -374,10 +414,16 @@ page.text.addEventListener("input", () => {
   clearTimeout(editing);
   editing = setTimeout(readTyped, 150);
 });
-page.generate.addEventListener("click", () => generate(Math.max(1, page.tokens.valueAsNumber || 1)));
+page.generate.addEventListener("click", () => generate(page.tokens.valueAsNumber));
 page.one.addEventListener("click", () => generate(1));
 page.stop.addEventListener("click", () => (stopping = true));
-page.seed.addEventListener("change", () => (stream = null));
+page.seed.addEventListener("change", () => (generation = null));
+for (const field of [page.seed, page.tokens]) {
+  field.addEventListener("change", () => {
+    const value = Math.round(field.valueAsNumber || 0);
+    field.value = Math.min(Number(field.max), Math.max(Number(field.min), value));
+  });
+}
 page.text.addEventListener("keydown", (event) => {
   if (event.key === "Enter" && (event.ctrlKey || event.metaKey) && !page.generate.disabled) page.generate.click();
 });
@@ -385,8 +431,10 @@ page.text.addEventListener("keydown", (event) => {
 for (const id of sliders) {
   const slider = page[id];
   const output = document.querySelector(`output[for="${id}"]`);
-  slider.addEventListener("input", () => {
-    output.textContent = slider.dataset.off === slider.value ? "off" : slider.value;
+  slider.addEventListener("input", (event) => {
+    if (event.isTrusted || event.bubbles) delete exact[id];
+    output.textContent = slider.dataset.off === slider.value && exact[id] === undefined ? "off" : exact[id] ?? slider.value;
+    slider.ariaValueText = output.textContent;
     if (!model) return;
     showBars(page["next-bars"], next);
     const token = tokens[selected];
@@ -395,16 +443,17 @@ for (const id of sliders) {
 }
 
 const chipAt = (target) => Number(target.closest?.(".chip")?.id.slice("token-".length) ?? -1);
-page.view.addEventListener("click", (event) => select(chipAt(event.target)));
+page.view.addEventListener("click", (event) => pin(chipAt(event.target)));
 page.view.addEventListener("pointerover", (event) => {
   const at = chipAt(event.target);
-  if (event.pointerType === "mouse" && at >= 0 && at !== selected && !page.generate.disabled) select(at);
+  if (event.pointerType === "mouse" && pinned < 0 && at >= 0 && at !== selected && !page.generate.disabled) select(at);
 });
 page.view.addEventListener("keydown", (event) => {
   const to = { ArrowLeft: selected - 1, ArrowRight: selected + 1, Home: 0, End: tokens.length - 1, Escape: -1 }[event.key];
-  if (to === undefined || !tokens.length) return;
+  if (to === undefined || !tokens.length || event.altKey || event.ctrlKey || event.metaKey) return;
   event.preventDefault();
-  select(event.key === "Escape" ? -1 : Math.max(0, Math.min(tokens.length - 1, to)));
+  pinned = event.key === "Escape" ? -1 : Math.max(0, Math.min(tokens.length - 1, to));
+  select(pinned);
   page.chips.children[selected + 1]?.scrollIntoView?.({ block: "nearest" });
 });
 page.layer.addEventListener("change", showAttention);
@@ -419,16 +468,19 @@ page.map.addEventListener("pointermove", (event) => {
   if (!attention) return;
   const [query, key] = cell(event);
   const name = (at) => `“${(tokens[attention.start + at]?.text ?? "").replaceAll("\n", "↵")}”`;
-  page.weight.textContent = key <= query ? `${name(query)} looks at ${name(key)}: ${weight(query, key).toFixed(4)}` : "\u00a0";
+  page.weight.textContent = key <= query ? `${name(query)} attends to ${name(key)}: ${weight(query, key).toFixed(4)}` : "\u00a0";
 });
-page.map.addEventListener("click", (event) => attention && select(attention.start + cell(event)[0]));
+page.map.addEventListener("click", (event) => attention && pin(attention.start + cell(event)[0]));
 matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => model && drawMap());
 
 // ---- start ----
 
 function choose(id, value) {
   const slider = page[id];
-  slider.value = value ?? slider.dataset.off;
+  const given = value ?? Number(slider.dataset.off);
+  slider.max = Math.max(Number(slider.max), given);
+  slider.value = given;
+  if (slider.valueAsNumber !== given) exact[id] = given;
   slider.dispatchEvent(new Event("input"));
 }
 
@@ -439,9 +491,13 @@ async function start() {
   page.facts.textContent = info.facts;
   for (const id of sliders) choose(id, info.sampling[id]);
   page.seed.value = info.sampling.seed;
+  page.tokens.value = info.sampling.max_new_tokens;
   page.text.value = info.prompt;
   const [providers, answer] = await Promise.all([startEngine(info.engine), fetch("model.onnx")]);
   model = await Model.open(new Uint8Array(await answer.arrayBuffer()), providers);
+  const ignored = [info.sampling.repetition_penalty !== 1 && "repetition_penalty", info.sampling.stop.length && "stop"];
+  const without = ignored.filter(Boolean).join(" and ");
+  if (without) page.facts.textContent += `. The page ignores the setting ${without} of the model`;
   page.engine.textContent = `Engine: onnxruntime-web, ${providers[0]}${crossOriginIsolated ? ", threads" : ""}.`;
   page.attention.hidden = !model.hasAttention;
   if (model.hasAttention) {
