@@ -30,8 +30,7 @@ in a second terminal, or on another machine that shares the folder, to share the
 Distribution = CategoricalDistribution | FloatDistribution | IntDistribution
 MAX_SEED = 2**32 - 1
 MIN_VALIDATIONS = 5  # of a run that may be pruned
-# what the sweep itself decides
-RESERVED = ("ckpt_path", "trainer.default_root_dir"), (SEED, "data.validate_on")
+FOLDERS = ("ckpt_path", "trainer.default_root_dir")  # flags that the sweep sets itself
 
 
 def main(args: Sequence[str]) -> int:
@@ -68,7 +67,8 @@ def main(args: Sequence[str]) -> int:
     fit += ["--data.validate_on=tune"] if options.on == "tune" else []
     grid = [dict(zip(values, row)) for row in itertools.product(*values.values())]
     settings = list(_corners(space)) if space else grid
-    print(f"Checking {len(settings)} settings", flush=True)
+    if len(settings) > 1:
+        print(f"Checking {len(settings)} settings", flush=True)
     checked = [check(fit, params) for params in settings]
     for one, other in itertools.combinations(range(len(grid)), 2):
         if not space and checked[one] == checked[other]:
@@ -111,7 +111,7 @@ def check(fit: Sequence[str], params: Params) -> dict[str, Any]:
     """
     from lmlight.training import cli  # takes seconds to import, which help and reports can do without
 
-    for flag in RESERVED[0]:
+    for flag in FOLDERS:
         if any(re.split("[ =]", word)[0] == f"--{flag}" for word in fit):
             raise UserError(f"--{flag} cannot be used in a sweep, which has a folder for each of its runs")
     try:
@@ -176,7 +176,7 @@ def _pairs(flag: str, given: Sequence[str]) -> Iterator[tuple[str, str]]:
         name, equals, value = text.removeprefix("--").partition("=")
         if not equals or not name or name in seen:
             raise UserError(f"--{flag} {text}: expected each flag once, as in --{flag} model.optimizer.lr=...")
-        if name in {*RESERVED[0], *RESERVED[1]}:
+        if name in (*FOLDERS, SEED, "data.validate_on"):
             raise UserError(f"--{flag} {text}: the sweep itself sets {name}; see --seeds and --on")
         seen.add(name)
         yield name, value
