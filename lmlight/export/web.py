@@ -13,6 +13,7 @@ import json
 import os
 import shutil
 import subprocess
+import sys
 import tarfile
 import tempfile
 import webbrowser
@@ -149,8 +150,9 @@ class _Handler(http.server.SimpleHTTPRequestHandler):
 class _Server(http.server.ThreadingHTTPServer):
     allow_reuse_address = os.name != "nt"  # which would let two servers share a port there
 
-    def handle_error(self, *_: Any) -> None:
-        """Says nothing: a browser that closes a connection is no error."""
+    def handle_error(self, *request: Any) -> None:
+        if not isinstance(sys.exc_info()[1], ConnectionError):
+            super().handle_error(*request)  # a browser that closes a connection is no error
 
 
 def play(args: Sequence[str]) -> None:
