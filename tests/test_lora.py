@@ -112,11 +112,19 @@ def test_unusable_bases_and_arguments_are_one_line(base, corpus_file, capsys):
     for words, message in {
         (): "LoRAModel finetunes a model: pass its checkpoint as --init_from",
         ("--init_from=base.ckpt", "--model.rank=0"): "expected model.rank of at least 1",
-        ("--init_from=base.ckpt", "--model.targets=[nothing]"): "model.targets ['nothing'] cannot get adapters",
+        ("--init_from=base.ckpt", "--model.targets=[nothing]"): "the network has no module 'nothing'",
+        ("--init_from=base.ckpt", "--model.targets=[qkv,ouput]"): "the network has no module 'ouput'",
+        ("--init_from=base.ckpt", "--model.targets=[embedding]"): "'embedding' is not a linear layer",
     }.items():
         capsys.readouterr()
         assert finetune(corpus_file, *words) == 2
         assert message in (error := capsys.readouterr().err) and "Traceback" not in error
+
+    for words in (["--model.rank=3"], ["--model.targets=[qkv]"]):
+        capsys.readouterr()
+        assert main(["fit", f"--ckpt_path={best}", "--trainer.max_steps=6", *words]) == 2
+        assert "model.rank and model.targets of a run cannot change" in (error := capsys.readouterr().err)
+        assert "Traceback" not in error
 
     def damage():
         content = checkpoint.load(base)

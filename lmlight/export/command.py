@@ -70,7 +70,7 @@ def import_(args: Sequence[str]) -> None:
     """
     parser = Parser("lmlight import", description="Convert a model to a checkpoint.")
     formats = parser.add_subparsers(dest="format", required=True, metavar="FORMAT")
-    description = "a Hugging Face folder with a small Llama-like model and a SentencePiece tokenizer"
+    description = "a Hugging Face folder with a GPT-2, Llama, Mistral or Qwen model"
     subparser = formats.add_parser("hf", help=description, description=f"Read {description}.")
     subparser.add_argument("source", metavar="DIR", type=Path, help="the folder to read")
     subparser.add_argument("checkpoint", type=Path, help="the .ckpt file to write")

@@ -181,7 +181,8 @@ class Weights:
         self._gpt2, self._files = gpt2, dict[str, Any]()
         if (folder / INDEX).is_file():
             places = _read_json(folder / INDEX).get("weight_map")
-            names = set(places.values()) if isinstance(places, dict) else set()
+            values = list(places.values()) if isinstance(places, dict) else []
+            names = {name if isinstance(name, str) else "" for name in values}
             if not names or not all(isinstance(name, str) and name == Path(name).name for name in names):
                 raise UserError(f"'{folder / INDEX}' names no files of this folder: download it again")
             if missing := sorted(name for name in names if not (folder / name).is_file()):

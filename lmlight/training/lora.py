@@ -6,6 +6,7 @@ import importlib.util
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from lightning.pytorch import Trainer
 
 from lmlight import checkpoint as checkpoints
@@ -50,6 +51,8 @@ class LoRAModel(LanguageModel):
         self.rank, self.alpha, self.adapter_dropout, self.targets = rank, alpha, adapter_dropout, targets
         init_from = kwargs.get("init_from")
         self._base: str | None = None if init_from is None else init_from.get("path")
+        # of the file that was read: it could be replaced during the run
+        self._fingerprint = checkpoints.fingerprint(self._base) if self._base else ""
 
     def check(self, block_size: int | None, trainer: Trainer | None = None) -> None:
         super().check(block_size, trainer)
@@ -65,6 +68,14 @@ class LoRAModel(LanguageModel):
             return
         from peft import LoraConfig, inject_adapter_in_model
 
+        modules = dict(self._net().named_modules())
+        weights = [id(weight) for _, weight in self._net().named_parameters(remove_duplicate=False)]
+        for target in self.targets:
+            found = [module for name, module in modules.items() if f".{name}".endswith(f".{target}")]
+            if not found:
+                raise UserError(f"model.targets: the network has no module '{target}'")
+            if not all(isinstance(one, torch.nn.Linear) and weights.count(id(one.weight)) == 1 for one in found):
+                raise UserError(f"model.targets: '{target}' is not a linear layer with a weight of its own")
         options = LoraConfig(
             r=self.rank, lora_alpha=self.alpha, lora_dropout=self.adapter_dropout, target_modules=list(self.targets)
         )
@@ -82,15 +93,22 @@ class LoRAModel(LanguageModel):
         checkpoint["state_dict"] = {name: value for name, value in state.items() if checkpoints.ADAPTER in name}
         checkpoint[checkpoints.METADATA_KEY]["adapter"] = {
             "base": self._base,
-            "fingerprint": checkpoints.fingerprint(self._base),
+            "fingerprint": self._fingerprint,
             "scale": self.alpha / self.rank,
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add the weights of the base model, which a resumed run needs."""
         super().on_load_checkpoint(checkpoint)
+        if "adapter" not in checkpoint[checkpoints.METADATA_KEY]:
+            raise UserError(
+                "the checkpoint has no adapters, so its run cannot be resumed with LoRAModel: pass --init_from"
+            )
+        adapters = {name: value.shape for name, value in checkpoint["state_dict"].items()}
+        if adapters != {name: value.shape for name, value in self.state_dict().items() if checkpoints.ADAPTER in name}:
+            raise UserError("model.rank and model.targets of a run cannot change: leave them out, or start a new run")
         base = checkpoints.read_base(checkpoint, "the run's checkpoint")
-        self._base = base["path"]
+        self._base, self._fingerprint = base["path"], checkpoint[checkpoints.METADATA_KEY]["adapter"]["fingerprint"]
         weights, state = base["state_dict"], checkpoint["state_dict"]
         for name in self.state_dict():
             if name not in state and (original := name.replace(".base_layer.", ".")) in weights:
