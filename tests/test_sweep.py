@@ -36,7 +36,7 @@ SETTINGS = {
 }
 
 
-PLAN = worker.Plan(SPACE, None, 0, lambda: True)
+PLAN = worker.Plan(SPACE, None, 0, lambda params: True)
 
 
 def params(rate, seed):
@@ -241,7 +241,7 @@ def test_settings_that_change_during_the_sweep_end_it():
     study = Study(Path("study"), SETTINGS)
     study.enqueue([params(0.1, 0)])
     with pytest.raises(UserError, match="a config file has changed"):
-        worker.work(study, PLAN._replace(is_unchanged=lambda: False))
+        worker.work(study, PLAN._replace(is_unchanged=lambda params: False))
     (trial,) = study.trials()
     assert trial.state == TrialState.WAITING
 

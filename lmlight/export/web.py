@@ -36,6 +36,7 @@ from lmlight.export.tokenizer import tokenizer_json
 PAGE = Path(__file__).with_name("page")
 FILES = ("index.html", "style.css", "model.js", "page.js", "model.onnx", "model.json", "engine", "notebooks")
 WEBGPU_FROM = 64 * 2**20  # bytes of an .onnx file from which WebGPU is worth its start and its overhead for each token
+TYPES = {".js": "text/javascript", ".mjs": "text/javascript", ".wasm": "application/wasm"}  # Windows may have others
 CDN = "https://cdn.jsdelivr.net/npm"
 
 
@@ -118,14 +119,14 @@ def _from_npm(package: str, names: Iterable[str]) -> list[bytes]:
             subprocess.run(command, cwd=folder, check=True, capture_output=True, timeout=300)
             (archive,) = Path(folder).glob("*.tgz")
             with tarfile.open(archive) as members:
-                return [members.extractfile(f"package/dist/{name}").read() for name in names]  # type: ignore[union-attr]
+                found = [members.extractfile(f"package/dist/{name}") for name in names]
+                return [file.read() for file in found if file]
     return []
 
 
 class _Handler(http.server.SimpleHTTPRequestHandler):
-    # Windows may have other types for these
-    extensions_map = {**http.server.SimpleHTTPRequestHandler.extensions_map, ".mjs": "text/javascript"}  # noqa: RUF012
-    extensions_map |= {".js": "text/javascript", ".wasm": "application/wasm"}
+    def guess_type(self, path: Any) -> str:
+        return TYPES.get(Path(path).suffix) or super().guess_type(path)
 
     def send_head(self) -> Any:
         # another site could have its own name resolved to this machine

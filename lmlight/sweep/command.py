@@ -92,13 +92,18 @@ def main(args: Sequence[str]) -> int:
     study = Study(folder, {**described, "on": on, "identity": identity, "baseline": None if space else grid[0]})
     study.enqueue([] if space else [{**params, SEED: number} for number in seeds for params in grid], options.retry)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
+
+    def is_unchanged(params: Params) -> bool:
+        """A file that is edited meanwhile must not change later trials. A search stands for its first settings."""
+        at = 0 if space else grid.index({name: params[name] for name in values})
+        return check(fit, settings[at]) == checked[at]
+
     choices = {name: CategoricalDistribution(several) for name, several in values.items()}
     plan = worker.Plan(
         space=dict(space or {**choices, SEED: IntDistribution(0, MAX_SEED)}),
         n_trials=(options.trials or 30) if space else None,
         seed=seed,
-        # a file that is edited meanwhile must not change the later trials
-        is_unchanged=lambda: [check(fit, params) for params in settings] == checked,
+        is_unchanged=is_unchanged,
     )
     return report.write(study) if worker.work(study, plan) else 130
 

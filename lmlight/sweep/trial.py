@@ -78,7 +78,7 @@ def run_fit(folder: Path, args: Sequence[str], watch: Callable[[int, Validations
         print("Stopping the run, which saves a checkpoint; another Ctrl-C ends it at once", flush=True)
         _stop(process)
         raise
-    except BaseException:
+    except BaseException:  # of any kind: the process must not go on without its sweep
         _stop(process)
         raise
     if process.returncode in STOPPED:
@@ -110,7 +110,7 @@ def _stop(process: subprocess.Popen[bytes]) -> None:
     try:
         process.stdin.close()
         process.wait()  # until it has written a checkpoint
-    except BaseException:
+    except BaseException:  # a second Ctrl-C, or whatever else keeps from waiting
         process.kill()
         raise
 

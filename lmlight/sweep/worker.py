@@ -14,7 +14,7 @@ from optuna.trial import Trial, TrialState
 
 from lmlight.errors import UserError
 from lmlight.sweep.report import brief, settings_of
-from lmlight.sweep.study import Study
+from lmlight.sweep.study import Params, Study
 from lmlight.sweep.trial import METRIC, TrialFailed, Validations, run_fit
 
 
@@ -24,7 +24,7 @@ class Plan(NamedTuple):
     space: Mapping[str, BaseDistribution]
     n_trials: int | None  # None: the trials that are queued
     seed: int
-    is_unchanged: Callable[[], bool]  # whether the settings are those that the sweep began with
+    is_unchanged: Callable[[Params], bool]  # whether a trial's settings are those that the sweep began with
 
 
 def work(study: Study, plan: Plan) -> bool:
@@ -76,7 +76,7 @@ def run_trial(study: Study, trial: Trial, plan: Plan) -> str:
 
     state, value, result = TrialState.COMPLETE, None, ""
     try:
-        if not plan.is_unchanged():
+        if not plan.is_unchanged(trial.params):
             raise UserError("a config file has changed since the sweep began: undo that, or start the sweep again")
         metrics = run_fit(study.trial_folder(trial), study.fit_args(trial.params), watch)
         if metrics is None:
@@ -88,7 +88,7 @@ def run_trial(study: Study, trial: Trial, plan: Plan) -> str:
     except TrialFailed as failed:
         state, result = TrialState.FAIL, f"failed: {failed}"
         trial.set_user_attr("reason", str(failed))
-    except BaseException:
+    except BaseException:  # whatever ends this process, the trial is not over
         study.release(trial)
         raise
     if is_lost:

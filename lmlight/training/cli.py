@@ -268,7 +268,7 @@ def _run(kind: type[LmlightCLI], args: Sequence[str]) -> None:
 
 
 class _Checked(Exception):
-    """Ends `_Check`."""
+    """Carries the settings of a command that would train now."""
 
 
 class _Check(LmlightCLI):

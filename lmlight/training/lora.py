@@ -79,12 +79,7 @@ class LoRAModel(LanguageModel):
         options = LoraConfig(
             r=self.rank, lora_alpha=self.alpha, lora_dropout=self.adapter_dropout, target_modules=list(self.targets)
         )
-        try:
-            inject_adapter_in_model(options, self._net())  # freezes all other weights
-        except ValueError as error:
-            raise UserError(
-                f"model.targets {list(self.targets)} cannot get adapters ({error}): name linear layers"
-            ) from None
+        inject_adapter_in_model(options, self._net())  # freezes all other weights
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_save_checkpoint(checkpoint)
