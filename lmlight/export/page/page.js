@@ -115,10 +115,15 @@ async function generate(most) {
     ending = "Done";
     const began = performance.now();
     for (let drawnAt = began; count < most && end < 0; count++) {
+      if (stopping) {
+        ending = "Stopped";
+        break;
+      }
       const id = draw(probabilities(next, settings()), random());
-      if (stopping) ending = "Stopped";
-      else if (id === model.eos_id) ending = "Done, the document ends here";
-      if (ending !== "Done") break;
+      if (id === model.eos_id) {
+        ending = "Done, the document ends here";
+        break;
+      }
       stream.push(id);
       ids.push(id);
       tokens.push({ id, text: model.label(id) });
@@ -129,7 +134,7 @@ async function generate(most) {
       const mayEnd = info.sampling.end_at_line && count >= Math.ceil(0.8 * most);
       if (isDue || mayEnd) text = model.decode(ids);
       if (mayEnd) end = endOfLine(text, before);
-      if (isDue) {
+      if (isDue && end < 0) {
         write(prompt + text);
         say(speed(count + 1, now - began));
         await drawn();
@@ -139,8 +144,13 @@ async function generate(most) {
     if (end >= 0) ending = "Done, at a line's end";
     ending = `${ending}: ${speed(count, performance.now() - began)}`;
     text = model.decode(ids);
-    write(prompt + (end < 0 ? text : text.slice(0, end)));
-    if (end >= 0) await read(); // the last token may be cut
+    if (end >= 0) generation = null;
+    while (end >= 0 && text.length > end) {
+      ids.pop();
+      next = tokens.pop().logits; // what the removed token was drawn from
+      text = model.decode(ids);
+    }
+    write(prompt + text);
   } catch (error) {
     ending = error.message;
   } finally {
