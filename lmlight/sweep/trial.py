@@ -15,6 +15,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -66,6 +67,7 @@ def run_fit(folder: Path, args: Sequence[str], watch: Callable[[int, Validations
             stderr=log,
             start_new_session=True,
             creationflags=getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0),  # what it takes on Windows
+            env={**os.environ, "PYTHONIOENCODING": "utf-8"},  # of the log
         )
     try:
         while process.poll() is None:
@@ -109,7 +111,8 @@ def _stop(process: subprocess.Popen[bytes]) -> None:
     assert process.stdin is not None
     try:
         process.stdin.close()
-        process.wait()  # until it has written a checkpoint
+        while process.poll() is None:  # it writes a checkpoint; on Windows, Ctrl-C does not interrupt `wait`
+            time.sleep(0.1)
     except BaseException:  # a second Ctrl-C, or whatever else keeps from waiting
         process.kill()
         raise
@@ -125,13 +128,15 @@ def _reason(status: int, output: str) -> str:
     return (errors or lines or [f"exit status {status}"])[-1].removeprefix("lmlight: error: ").strip()
 
 
-def _stop_with_parent() -> None:
+def _stop_with_parent(pipe: int) -> None:
     # not `sys.stdin`, whose lock the interpreter would wait for as it exits
-    while os.read(0, 1):
+    while os.read(pipe, 1):
         pass
     signal.raise_signal(signal.SIGTERM)
 
 
 if __name__ == "__main__":
-    threading.Thread(target=_stop_with_parent, daemon=True).start()
+    threading.Thread(target=_stop_with_parent, args=[os.dup(0)], daemon=True).start()
+    # the run's own processes must not inherit a pipe that is being read: on Windows, they would wait for it as they start
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     runpy.run_module("lmlight", run_name="__main__", alter_sys=True)
