@@ -82,7 +82,7 @@ def import_(args: Sequence[str]) -> None:
     for note in notes:
         print(f"Note: {note}")
     print(f"Wrote {options.checkpoint}: {model.net.num_parameters:,} parameters.")
-    print(f"Finetune with `lmlight fit --init_from {options.checkpoint}`")
+    print(f"Finetune: lmlight fit --init_from {options.checkpoint} --config configs/finetune.yaml --data.corpus my.txt")
 
 
 @contextmanager

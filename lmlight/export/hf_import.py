@@ -8,7 +8,7 @@
 from __future__ import annotations
 
 import json
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from lmlight.data.hf_tokenizer import read_pretrained
-from lmlight.data.tokenizer import SentencePieceTokenizer, Tokenizer
+from lmlight.data.tokenizer import Tokenizer
 from lmlight.errors import UserError, first_line
 from lmlight.export.architectures import weight_names
 from lmlight.export.model import Model, require_extra
@@ -24,7 +24,6 @@ from lmlight.models import GPT2, LLAMA, Transformer
 from lmlight.models.transformer import default_intermediate_size
 
 MODEL_TYPES = ("gpt2", "llama", "mistral", "qwen2", "qwen3")
-INDEX = "model.safetensors.index.json"  # names the file of each tensor
 
 
 def read(folder: Path) -> tuple[Model, list[str]]:
@@ -42,7 +41,6 @@ def read(folder: Path) -> tuple[Model, list[str]]:
         weights = Weights(folder, model_type == "gpt2", files)
         try:
             options = (_gpt2_options if model_type == "gpt2" else _llama_options)(config)
-            weights.check_layers(options["n_layer"])
             net = Transformer(tokenizer.vocab_size, _block_size(config), **options).eval()
         except UserError:
             raise
@@ -70,26 +68,25 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 def _tokenizer(folder: Path) -> tuple[Tokenizer, list[str]]:
     """The tokenizer and notes. A `tokenizer.model` that is not from lmlight changes spaces and newlines."""
-    own, general = folder / "tokenizer.model", folder / "tokenizer.json"
-    if own.is_file():
-        tokenizer: Tokenizer = read_pretrained(own)
-        assert isinstance(tokenizer, SentencePieceTokenizer)
-        if tokenizer.lossless:
-            return tokenizer, []
-    if not general.is_file():
+    with suppress(UserError):  # there is none, or it is not SentencePiece's
+        own = read_pretrained(folder / "tokenizer.model")
+        if own.lossless:
+            return own, []
+    if not (general := folder / "tokenizer.json").is_file():
         raise UserError(f"'{folder}' has no tokenizer.json: save the tokenizer with a current version of transformers")
     tokenizer = read_pretrained(general)
-    return tokenizer, [] if tokenizer.lossless else [
-        "the tokenizer is lossy: it changes spaces or characters of a text"
-    ]
+    lossy = "the tokenizer is lossy: it changes spaces or characters of a text"
+    return tokenizer, [] if tokenizer.lossless else [lossy]
 
 
 def _block_size(config: dict[str, Any]) -> int:
     if config["model_type"] == "gpt2":
         return _size(config, "n_positions")
     positions = _size(config, "max_position_embeddings")
-    has_window = config["model_type"] == "mistral" or config.get("use_sliding_window")
-    return min(positions, (has_window and config.get("sliding_window")) or positions)
+    has_window = config.get("sliding_window") and (
+        config["model_type"] == "mistral" or config.get("use_sliding_window")
+    )
+    return min(positions, _size(config, "sliding_window")) if has_window else positions
 
 
 def _size(config: dict[str, Any], name: str) -> int:
@@ -142,6 +139,7 @@ def _llama_options(config: dict[str, Any]) -> dict[str, Any]:
     bias = bool(config.get("attention_bias", False))
     _require(
         (rope_type == "default", f"rope_type {rope_type}"),
+        (not any(isinstance(value, dict) for value in rope.values()), "other rope_parameters for some of the layers"),
         (rotary_factor == 1, f"partial_rotary_factor {rotary_factor}"),
         (kind == "qwen2" or bias == bool(config.get("mlp_bias", False)), "a bias in attention or MLP only"),
         (activation in ("silu", "relu"), f"hidden_act {activation}"),
@@ -179,37 +177,18 @@ class Weights:
     def __init__(self, folder: Path, gpt2: bool, files: ExitStack) -> None:
         (safetensors,) = require_extra("hf", "safetensors")
         self._gpt2, self._files = gpt2, dict[str, Any]()
-        if (folder / INDEX).is_file():
-            places = _read_json(folder / INDEX).get("weight_map")
-            values = list(places.values()) if isinstance(places, dict) else []
-            names = {name if isinstance(name, str) else "" for name in values}
-            if not names or not all(isinstance(name, str) and name == Path(name).name for name in names):
-                raise UserError(f"'{folder / INDEX}' names no files of this folder: download it again")
-            if missing := sorted(name for name in names if not (folder / name).is_file()):
-                raise UserError(f"'{folder}' lacks {missing[0]}, which {INDEX} names: download it again")
-        else:
-            names = {path.name for path in folder.glob("*.safetensors")}
-        if not names:
+        # other names are of copies, such as Mistral's consolidated.safetensors
+        if not (paths := sorted(folder.glob("model*.safetensors"))):
             hint = "weights in another format may run code when they are read"
-            raise UserError(f"'{folder}' has no .safetensors file: pass a folder that has ({hint})")
-        for name in sorted(names):
+            raise UserError(f"'{folder}' has no model.safetensors: pass a folder that has ({hint})")
+        for path in paths:
             try:
-                file = files.enter_context(safetensors.safe_open(folder / name, framework="pt"))
+                file = files.enter_context(safetensors.safe_open(path, framework="pt"))
                 self._files |= dict.fromkeys(file.keys(), file)
             except Exception as error:  # safetensors has its own type
-                raise UserError(f"'{folder / name}' cannot be read ({error}): download it again") from None
-        if gpt2 and "wte.weight" in self._files:  # as on the hub
-            self._files = {f"transformer.{name}": file for name, file in self._files.items()}
-            self._prefix = "transformer."
-        else:
-            self._prefix = ""
-
-    def check_layers(self, n_layer: int) -> None:
-        """Raises UserError if there are fewer tensors than layers, before they are built."""
-        if n_layer > len(self._files):
-            raise UserError(
-                f"config.json has {n_layer} layers, and there are {len(self._files)} weights: download both again"
-            )
+                raise UserError(f"'{path}' cannot be read ({error}): download it again") from None
+        self._prefix = "transformer." if gpt2 and "wte.weight" in self._files else ""  # left out on the hub
+        self._files = {f"{self._prefix}{name}": file for name, file in self._files.items()}
 
     def gates_are_equal(self) -> bool:
         """Whether every gate is equal to the projection that it multiplies."""
@@ -230,6 +209,12 @@ class Weights:
             names = [hf for hf, _ in weight_names(name, self._gpt2)]
             unused -= {*names}
             if name == "head.weight" and net.config["tie"]:
+                if names[0] in self._files and not torch.equal(
+                    self._read(names[0])[: net.vocab_size].float(), parameter
+                ):
+                    raise UserError(
+                        f"config.json has tie_word_embeddings true, but {names[0]} is not the embedding: set it to false"
+                    )
                 continue
             if missing := [hf for hf in names if hf not in self._files]:
                 raise UserError(f"the weights lack {missing[0]}, which config.json requires: download the folder again")
@@ -241,16 +226,14 @@ class Weights:
                 values[0] = values[0][: net.vocab_size]
             if self._gpt2 and ".h." in names[0] and values[0].ndim == 2:
                 values[0] = values[0].mT  # GPT-2's Conv1D stores (in, out)
-            found = torch.Size([sum(len(value) for value in values), *values[0].shape[1:]])
-            if found != parameter.shape or any(value.shape[1:] != found[1:] for value in values):
-                sizes = (" × ".join(map(str, shape)) for shape in (parameter.shape, found))
+            value = values[0] if len(values) == 1 else torch.cat(values)
+            if value.shape != parameter.shape:
+                expected, found = (" × ".join(map(str, shape)) for shape in (parameter.shape, value.shape))
                 raise UserError(
-                    "expected {} weights in {}, got {}: download the folder again".format(
-                        next(sizes), ", ".join(names), next(sizes)
-                    )
+                    f"expected {expected} weights in {', '.join(names)}, got {found}: download the folder again"
                 )
-            for part, value in zip(parameter.split([len(value) for value in values]), values):
-                part.copy_(value)
+            if not parameter.copy_(value).isfinite().all():
+                raise UserError(f"weights in {', '.join(names)} are not finite numbers: pass another model")
         if unused:
             raise UserError(f"the weights include {min(unused)}, which lmlight does not support: pass another model")
         return rows
