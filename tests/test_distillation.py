@@ -4,10 +4,12 @@ import shutil
 from pathlib import Path
 
 import lightning.pytorch as pl
+import processes
 import pytest
 import tiny
 import torch
 import torch.nn.functional as F
+import yaml
 
 from lmlight import DistilledModel, LanguageModel, checkpoint
 from lmlight.__main__ import main
@@ -83,7 +85,8 @@ def test_checkpoint_needs_no_teachers(corpus_file, teachers, tmp_path, monkeypat
     assert main(["predict", "--ckpt_path=best", "--model.sampling.max_new_tokens=4"]) == 0
     capsys.readouterr()
     assert main(["fit", "--ckpt_path=last", "--trainer.max_steps=6"]) == 2
-    assert "no checkpoint at 'teacher-0': pass" in capsys.readouterr().err
+    missing = Path("teacher-0", "checkpoints", "best.ckpt").absolute()
+    assert f"--model.teachers: no checkpoint at '{missing}': pass" in capsys.readouterr().err
 
 
 def test_resumed_run_equals_an_uninterrupted_one(corpus_file, teachers, tmp_path):
@@ -99,13 +102,47 @@ def test_resumed_run_equals_an_uninterrupted_one(corpus_file, teachers, tmp_path
     assert all(torch.equal(whole[name], parts[name]) for name in whole)
 
 
+def test_resumed_run_keeps_its_teachers(corpus_file, teachers, tmp_path, monkeypatch, capsys):
+    """`best` is a path from then on: the newest checkpoint is the run's own when it is resumed."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(teachers[0], "elsewhere/teacher")
+    root = "--trainer.default_root_dir=elsewhere"
+    assert fit(corpus_file, "--model.teachers=best", root) == 0
+    (run,) = (path for path in Path("elsewhere").iterdir() if path.name != "teacher")
+    teacher = Path("elsewhere", "teacher", "checkpoints", "best.ckpt").absolute()
+    assert yaml.safe_load((run / "config.yaml").read_text())["model"]["teachers"] == [str(teacher)]
+    assert main(["fit", f"--ckpt_path={run}", root, "--trainer.max_steps=5"]) == 0
+    moved = shutil.copy(teacher, tmp_path / "moved.ckpt")
+    assert main(["fit", f"--ckpt_path={run}", root, "--trainer.max_steps=6", f"--model.teachers={moved}"]) == 0
+    capsys.readouterr()
+    words = ["--trainer.max_steps=7", f"--model.teachers={teachers[1]}"]
+    assert main(["fit", f"--ckpt_path={run}", root, *words]) == 2
+    assert "best.ckpt are not the checkpoints that the run began with" in capsys.readouterr().err
+
+
+def test_teacher_of_the_users_own_class(corpus_file, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    Path("my_teacher.py").write_text("from lmlight.models import Bigram\n\n\nclass Own(Bigram):\n    pass\n")
+    words = ["--trainer.default_root_dir=first", f"--data.corpus={corpus_file}", "--model.net=my_teacher.Own"]
+    short = [flag for flag in SHORT if not flag.startswith("--model.net")]
+    processes.run_afresh("fit", *short, *words, cwd=tmp_path)
+    (teacher,) = Path("first").glob("*/checkpoints/best.ckpt")
+    assert fit(corpus_file, f"--model.teachers={teacher}") == 2
+    assert "pass --model.teacher_net my_teacher.Own, or teacher_net=Own in Python" in capsys.readouterr().err
+    assert fit(corpus_file, f"--model.teachers={teacher}", "--model.teacher_net=my_teacher.Own") == 0
+    assert main(["fit", "--ckpt_path=last", "--trainer.max_steps=6"]) == 0
+    assert fit(corpus_file, f"--model.teachers={teacher}", "--model.teacher_net=my_teecher.Own") == 2
+    assert "--model.teacher_net: there is no module my_teecher" in capsys.readouterr().err
+
+
 def test_unusable_teachers_are_one_line(corpus_file, teachers, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     both = f"--model.teachers=[{', '.join(teachers)}]"
     for words, message in {
         (): "DistilledModel needs trained models: pass --model.teachers",
-        ("--model.teachers=[missing.ckpt]",): "no checkpoint at 'missing.ckpt'",
-        ("--model.teachers=[.]",): "folder '.' has no checkpoint 'best.ckpt'",
+        ("--model.teachers=[missing.ckpt]",): "--model.teachers: no checkpoint at",
+        ("--model.teachers=.",): "folder '.' has no checkpoint 'best.ckpt'",
         (both, "--data.block_size=32"): "takes 16 tokens, fewer than data.block_size 32: lower it",
         (both, "--data.tokenizer.vocab_size=350"): "has another tokenizer than this run",
         (both, "--model.teacher_weight=1.5"): "model.teacher_weight must lie in [0, 1], got 1.5",

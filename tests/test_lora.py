@@ -12,7 +12,8 @@ from lmlight import LanguageModel, LoRAModel, checkpoint
 from lmlight.__main__ import main
 from lmlight.errors import UserError
 from lmlight.generation.fast_decoder import FastDecoder
-from lmlight.models import LLAMA
+from lmlight.models import LLAMA, transformer
+from lmlight.training.module import STATES
 
 ADAPT = ["--model=lmlight.LoRAModel", "--model.rank=2", "--trainer.callbacks=null", "--trainer.val_check_interval=2"]
 ADAPT += [flag for flag in tiny.FLAGS if not flag.startswith(("--model.net", "--data.tokenizer"))]
@@ -58,7 +59,7 @@ def test_only_adapters_are_trained_and_stored(base, corpus_file, capsys):
 
 
 def test_every_command_reads_the_merged_model(base, corpus_file, capsys):
-    words = ["--init_from=base.ckpt", "--model.alpha=64", "--model.optimizer.lr=0.05"]
+    words = ["--init_from=base.ckpt", "--model.alpha=64.5", "--model.optimizer.lr=0.05"]
     assert finetune(corpus_file, *words) == 0
     out = capsys.readouterr().out
     (best,) = Path("runs").glob("*/checkpoints/best.ckpt")
@@ -71,17 +72,30 @@ def test_every_command_reads_the_merged_model(base, corpus_file, capsys):
     assert all(torch.equal(merged[name], again[name]) for name in merged)
 
 
-def test_resumed_run_equals_an_uninterrupted_one(base, corpus_file):
+AVERAGE = ["--trainer.callbacks+=EMAWeightAveraging", "--trainer.callbacks.decay=0.8"]
+
+
+@pytest.mark.parametrize("more", [[], AVERAGE], ids=["", "with averaged weights"])
+def test_resumed_run_equals_an_uninterrupted_one(base, corpus_file, more):
     states = []
     for name, steps in (("whole", 4), ("parts", 2)):
-        words = ["--init_from=base.ckpt", "--model.schedule.shape=constant", f"--trainer.default_root_dir={name}"]
+        words = [
+            "--init_from=base.ckpt",
+            "--model.schedule.shape=constant",
+            f"--trainer.default_root_dir={name}",
+            *more,
+        ]
         assert finetune(corpus_file, *words, steps=steps) == 0
         (last,) = Path(name).glob("*/checkpoints/last.ckpt")
         if name == "parts":
             root = "--trainer.default_root_dir=parts"
             assert main(["fit", f"--ckpt_path={last}", root, "--trainer.max_steps=4"]) == 0
-        states.append(checkpoint.load(last)["state_dict"])
-    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+        content = checkpoint.load(last)
+        states.append([content[state] for state in STATES if state in content])
+    assert len(states[0]) == (2 if more else 1)
+    for whole, parts in zip(*states):
+        assert len(whole) == 8, "the adapters only"
+        assert all(torch.equal(whole[name], parts[name]) for name in whole)
 
 
 def test_adapters_of_an_adapted_model(base, corpus_file):
@@ -92,9 +106,10 @@ def test_adapters_of_an_adapted_model(base, corpus_file):
     assert LanguageModel.load_from_checkpoint("second.ckpt").generate("MIRA:", max_new_tokens=3).startswith("MIRA:")
 
 
-def test_generation_during_training_uses_the_adapters(base, corpus_file):
+@pytest.mark.parametrize("targets", [("qkv", "output", "up", "down"), ("head",)], ids=str)
+def test_generation_and_loss_use_the_adapters(targets, base, monkeypatch):
     torch.manual_seed(0)
-    model = LoRAModel(rank=2, init_from=checkpoint.read(base), net=tiny.net)
+    model = LoRAModel(rank=2, targets=targets, init_from=checkpoint.read(base), net=tiny.net)
     model.configure_model()
     assert not FastDecoder.supports(model.net)
     prompt = torch.tensor([[5, 6, 7]])
@@ -104,6 +119,9 @@ def test_generation_during_training_uses_the_adapters(base, corpus_file):
                 parameter.normal_()
         expected = model.eval()(prompt)[0, -1].argmax()
     assert model.generate(prompt, max_new_tokens=1, temperature=0)[0, -1] == expected
+    loss = model.net.loss(prompt, prompt)
+    monkeypatch.setattr(transformer, "CHUNKED_LOSS_MIN_LOGITS", 0)
+    torch.testing.assert_close(model.net.loss(prompt, prompt), loss)
 
 
 def test_unusable_bases_and_arguments_are_one_line(base, corpus_file, capsys):

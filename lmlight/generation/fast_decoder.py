@@ -37,7 +37,7 @@ class FastDecoder:
             return False
         blocks = (cast("Block", block) for block in net.blocks)
         linears = (linear for b in blocks for linear in (b.attention.qkv, b.attention.output, b.mlp.up, b.mlp.down))
-        return all(type(linear) is nn.Linear for linear in linears)
+        return all(type(linear) is nn.Linear for linear in (net.head, *linears))
 
     def __call__(self, tokens: Tensor, cache: Cache) -> Tensor:
         """Append `tokens` (B, 1) to the cache and compute the next-token logits (B, V)."""

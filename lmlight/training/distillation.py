@@ -8,14 +8,15 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from lightning.pytorch import Trainer
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
 from lmlight import checkpoint as checkpoints
 from lmlight.data.loader import IGNORE_INDEX, Batch
+from lmlight.data.tokenizer import Tokenizer
 from lmlight.errors import UserError
 from lmlight.models import Net
 from lmlight.training.module import LanguageModel
-from lmlight.training.run_settings import RUNS
 
 
 class DistilledModel(LanguageModel):
@@ -29,6 +30,7 @@ class DistilledModel(LanguageModel):
     Args:
         teachers: Checkpoints of the teachers, or folders of their runs. They must have been trained with the same tokenizer
             and at least the block size; their networks may differ.
+        teacher_net: Class of the teachers' networks, if it is your own.
         teacher_weight: Share of the teachers' mean probabilities in the target; the rest is the token in the text.
         kwargs: Arguments of `LanguageModel`.
 
@@ -36,12 +38,20 @@ class DistilledModel(LanguageModel):
         UserError: `teacher_weight` is outside [0, 1].
     """
 
-    def __init__(self, teachers: Sequence[str] = (), teacher_weight: float = 0.8, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        teachers: Sequence[str] | str = (),
+        teacher_net: type[Net] | None = None,
+        teacher_weight: float = 0.8,
+        **kwargs: Any,
+    ) -> None:
         super().__init__(**kwargs)
         if not 0 <= teacher_weight <= 1:
             raise UserError(f"model.teacher_weight must lie in [0, 1], got {teacher_weight}")
-        self.teacher_weight, self._paths = teacher_weight, teachers
-        self._teachers: list[LanguageModel] = []  # in a list, so that they are no part of this module
+        self.teacher_net, self.teacher_weight = teacher_net, teacher_weight
+        self._paths = [teachers] if isinstance(teachers, str) else list(teachers)
+        self._teachers: list[tuple[Net, Tokenizer | None]] = []  # in a list, so that they are no part of this module
+        self._fingerprints: list[str] = []
 
     def check(self, block_size: int | None, trainer: Trainer | None = None) -> None:
         """Also load the teachers, if `trainer` is not None.
@@ -50,41 +60,65 @@ class DistilledModel(LanguageModel):
             UserError: There are no teachers, or one of them cannot be loaded or is too short.
         """
         super().check(block_size, trainer)
-        if trainer is None:
+        if trainer is None or self._teachers:
             return
         if not self._paths:
             raise UserError("DistilledModel needs trained models: pass --model.teachers '[runs/..., runs/...]'")
-        self._teachers = [
-            LanguageModel.load_from_checkpoint(checkpoints.find(path, RUNS, "best")) for path in self._paths
-        ]
-        for path, teacher in zip(self._paths, self._teachers):
-            if block_size is not None and block_size > (longest := _net_of(teacher).block_size):
-                raise UserError(
-                    f"teacher '{path}' takes {longest} tokens, fewer than data.block_size {block_size}: lower it"
-                )
+        for number, name in enumerate(self._paths):
+            try:
+                path = checkpoints.find(name, trainer.default_root_dir, "best").absolute()
+                content = checkpoints.read(path)
+                net = checkpoints.net_of(content, self.teacher_net).eval().requires_grad_(False)
+                if block_size is not None and block_size > net.block_size:
+                    raise UserError(
+                        f"'{name}' takes {net.block_size} tokens, fewer than data.block_size {block_size}: lower it"
+                    )
+                self._teachers.append((net, checkpoints.tokenizer_of(content)))
+            except UserError as error:
+                hint = str(error).replace("model.net", "model.teacher_net").replace(" net=", " teacher_net=")
+                raise UserError(f"--model.teachers: {hint}") from None
+            self._paths[number] = str(path)
+            self._fingerprints.append(checkpoints.fingerprint(path))
+        if (
+            "model" in self.settings
+        ):  # `best` or the folder's best checkpoint may be another file when the run is resumed
+            self.settings["model"]["teachers"] = self._paths
 
     def setup(self, stage: str) -> None:
         super().setup(stage)
-        for path, teacher in zip(self._paths, self._teachers if stage == "fit" else []):
-            if self.tokenizer is None or teacher.tokenizer is None:
-                is_same = self.vocab_size == teacher.vocab_size  # there is no more to compare
+        for path, (net, tokenizer) in zip(self._paths, self._teachers if stage == "fit" else []):
+            if self.tokenizer is None or tokenizer is None:
+                is_same = self.vocab_size == net.vocab_size  # there is no more to compare
             else:
-                is_same = self.tokenizer.fingerprint == teacher.tokenizer.fingerprint
+                is_same = self.tokenizer.fingerprint == tokenizer.fingerprint
             if not is_same:
                 raise UserError(
-                    f"teacher '{path}' has another tokenizer than this run: train both with the same data.corpus, "
+                    f"--model.teachers: '{path}' has another tokenizer than this run: train both with the same data.corpus, "
                     "data.tokenizer and data.val_fraction"
                 )
 
     def on_fit_start(self) -> None:
-        for teacher in self._teachers:
-            teacher.to(self.device).requires_grad_(False)
+        for net, _ in self._teachers:
+            net.to(self.device)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_save_checkpoint(checkpoint)
+        checkpoint[checkpoints.METADATA_KEY]["teachers"] = self._fingerprints
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_load_checkpoint(checkpoint)
+        before = checkpoint[checkpoints.METADATA_KEY].get("teachers")
+        if self.trainer.state.fn == TrainerFn.FITTING and before != self._fingerprints:
+            raise UserError(
+                f"--model.teachers: {', '.join(self._paths)} are not the checkpoints that the run began with: put those "
+                "back, or start a new run"
+            )
 
     def training_loss(self, batch: Batch) -> Tensor:
         """The cross-entropy of the mixed target: at least its entropy, so it does not compare with that of other models."""
         idx, targets = batch.inputs, batch.targets.flatten()
         with torch.no_grad():
-            target = sum(_net_of(teacher)(idx).flatten(0, 1).float().softmax(-1) for teacher in self._teachers)
+            target = sum(net(idx).flatten(0, 1).float().softmax(-1) for net, _ in self._teachers)
             assert isinstance(target, Tensor)
             target *= self.teacher_weight / len(self._teachers)  # (B T, V)
             is_scored = targets != IGNORE_INDEX
@@ -92,8 +126,3 @@ class DistilledModel(LanguageModel):
             target.scatter_add_(1, targets.clamp(min=0)[:, None], from_text)
         losses = F.cross_entropy(self._net()(idx).flatten(0, 1).float(), target, reduction="none")
         return (losses * is_scored).sum() / is_scored.sum()
-
-
-def _net_of(teacher: LanguageModel) -> Net:
-    assert teacher.net is not None
-    return teacher.net

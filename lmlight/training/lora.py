@@ -11,7 +11,7 @@ from lightning.pytorch import Trainer
 
 from lmlight import checkpoint as checkpoints
 from lmlight.errors import UserError
-from lmlight.training.module import LanguageModel
+from lmlight.training.module import STATES, LanguageModel
 
 
 class LoRAModel(LanguageModel):
@@ -35,7 +35,7 @@ class LoRAModel(LanguageModel):
     def __init__(
         self,
         rank: int = 8,
-        alpha: int = 16,
+        alpha: float = 16.0,
         adapter_dropout: float = 0.0,
         targets: Sequence[str] = ("qkv", "output", "up", "down"),
         **kwargs: Any,
@@ -46,7 +46,7 @@ class LoRAModel(LanguageModel):
         if rank < 1 or alpha <= 0 or not 0 <= adapter_dropout < 1:
             raise UserError(
                 f"expected model.rank of at least 1, model.alpha above 0 and model.adapter_dropout in [0, 1), got {rank}, "
-                f"{alpha} and {adapter_dropout:g}"
+                f"{alpha:g} and {adapter_dropout:g}"
             )
         self.rank, self.alpha, self.adapter_dropout, self.targets = rank, alpha, adapter_dropout, targets
         init_from = kwargs.get("init_from")
@@ -84,8 +84,9 @@ class LoRAModel(LanguageModel):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_save_checkpoint(checkpoint)
         assert self._base is not None
-        state = checkpoint["state_dict"]
-        checkpoint["state_dict"] = {name: value for name, value in state.items() if checkpoints.ADAPTER in name}
+        for name in checkpoint.keys() & STATES:
+            state = checkpoint[name]
+            checkpoint[name] = {weight: value for weight, value in state.items() if checkpoints.ADAPTER in weight}
         checkpoint[checkpoints.METADATA_KEY]["adapter"] = {
             "base": self._base,
             "fingerprint": self._fingerprint,
@@ -104,7 +105,7 @@ class LoRAModel(LanguageModel):
             raise UserError("model.rank and model.targets of a run cannot change: leave them out, or start a new run")
         base = checkpoints.read_base(checkpoint, "the run's checkpoint")
         self._base, self._fingerprint = base["path"], checkpoint[checkpoints.METADATA_KEY]["adapter"]["fingerprint"]
-        weights, state = base["state_dict"], checkpoint["state_dict"]
         for name in self.state_dict():
-            if name not in state and (original := name.replace(".base_layer.", ".")) in weights:
-                state[name] = weights[original]
+            if name not in adapters and (original := name.replace(".base_layer.", ".")) in base["state_dict"]:
+                for state in checkpoint.keys() & STATES:
+                    checkpoint[state][name] = base["state_dict"][original]

@@ -44,6 +44,7 @@ from lmlight.training.text_model import TextModel
 from lmlight.user_code import full_name
 
 PYTHON_ONLY = {"init_from", "settings"}  # arguments that are no flags
+STATES = ("state_dict", "current_model_state")  # a checkpoint's weights; the latter is WeightAveraging's
 NetCallable = Callable[[int, int], Net]
 """Makes a network from (vocab_size, block_size), which depend on the data."""
 SchedulerCallable = Callable[[Optimizer], LRScheduler]
@@ -324,7 +325,7 @@ class LanguageModel(TextModel):
         if self.trainer.optimizers:
             kind = full_name(type(self.trainer.optimizers[0]))
             trained_by = {"class": kind, "hyperparameters": self._hyperparameters}
-        for name in ("state_dict", "current_model_state"):  # the latter is WeightAveraging's
+        for name in STATES:
             checkpoint.get(name, {}).pop(EXTRA_STATE, None)  # part of the metadata
         settings = {} if self.settings.get("data_class") else {"data": self.settings.get("data", {})}
         metadata = checkpoints.model_metadata(self._net(), self.tokenizer, vars(self.sampling), settings, trained_by)
