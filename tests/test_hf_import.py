@@ -250,7 +250,7 @@ def test_unsupported_or_damaged_model_is_refused(foreign, tmp_path, capsys):
         ({"rope_parameters": {"full_attention": {"rope_theta": 1e6}}}, "other rope_parameters for some of the layers"),
         (
             {"tie_word_embeddings": True},
-            "config.json has tie_word_embeddings true, but lm_head.weight is not the embedding",
+            "config.json has tie_word_embeddings true, but lm_head.weight differs",
         ),
         ({"model_type": "mistral", "sliding_window": 1.5}, "needs a number of at least 1 as sliding_window, got 1.5"),
         ({"rope_parameters": ["yarn"]}, "describes no model that can be built"),

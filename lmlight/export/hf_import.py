@@ -8,7 +8,7 @@
 from __future__ import annotations
 
 import json
-from contextlib import ExitStack, suppress
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -37,20 +37,19 @@ def read(folder: Path) -> tuple[Model, list[str]]:
     if model_type not in MODEL_TYPES:
         raise UserError(f"expected a model_type of {', '.join(MODEL_TYPES)}, got {model_type}: pass another model")
     tokenizer, notes = _tokenizer(folder)
-    with ExitStack() as files:
-        weights = Weights(folder, model_type == "gpt2", files)
-        try:
-            options = (_gpt2_options if model_type == "gpt2" else _llama_options)(config)
-            net = Transformer(tokenizer.vocab_size, _block_size(config), **options).eval()
-        except UserError:
-            raise
-        except (TypeError, ValueError, AttributeError, OverflowError, RuntimeError, MemoryError) as error:
-            raise UserError(
-                f"'{folder / 'config.json'}' describes no model that can be built ({first_line(error)}): download it again"
-            ) from None
-        if options["mlp"] == "relu2" and not weights.gates_are_equal():
-            raise UserError("the model has hidden_act relu, which lmlight does not support: pass another model")
-        rows = weights.load_into(net)
+    weights = Weights(folder, model_type == "gpt2")
+    try:
+        options = (_gpt2_options if model_type == "gpt2" else _llama_options)(config)
+        net = Transformer(tokenizer.vocab_size, _block_size(config), **options).eval()
+    except UserError:
+        raise
+    except (TypeError, ValueError, AttributeError, OverflowError, RuntimeError, MemoryError) as error:
+        raise UserError(
+            f"'{folder / 'config.json'}' describes no model that can be built ({first_line(error)}): download it again"
+        ) from None
+    if options["mlp"] == "relu2" and not weights.gates_are_equal():
+        raise UserError("the model has hidden_act relu, which lmlight does not support: pass another model")
+    rows = weights.load_into(net)
     if rows > tokenizer.vocab_size:
         notes.append(f"{rows - tokenizer.vocab_size:,} rows of the embedding without a token were left out")
     return Model(net, tokenizer, {}, {"data": {"block_size": net.block_size}}, {}, 0), notes
@@ -168,13 +167,12 @@ class Weights:
     Args:
         folder: the folder.
         gpt2: whether names and matrices are those of GPT-2.
-        files: closes the files.
 
     Raises:
         UserError: a file is missing or damaged.
     """
 
-    def __init__(self, folder: Path, gpt2: bool, files: ExitStack) -> None:
+    def __init__(self, folder: Path, gpt2: bool) -> None:
         (safetensors,) = require_extra("hf", "safetensors")
         self._gpt2, self._files = gpt2, dict[str, Any]()
         # other names are of copies, such as Mistral's consolidated.safetensors
@@ -183,7 +181,7 @@ class Weights:
             raise UserError(f"'{folder}' has no model.safetensors: pass a folder that has ({hint})")
         for path in paths:
             try:
-                file = files.enter_context(safetensors.safe_open(path, framework="pt"))
+                file = safetensors.safe_open(path, framework="pt")
                 self._files |= dict.fromkeys(file.keys(), file)
             except Exception as error:  # safetensors has its own type
                 raise UserError(f"'{path}' cannot be read ({error}): download it again") from None
@@ -208,13 +206,8 @@ class Weights:
         for name, parameter in net.state_dict().items():  # shares memory with the network
             names = [hf for hf, _ in weight_names(name, self._gpt2)]
             unused -= {*names}
-            if name == "head.weight" and net.config["tie"]:
-                if names[0] in self._files and not torch.equal(
-                    self._read(names[0])[: net.vocab_size].float(), parameter
-                ):
-                    raise UserError(
-                        f"config.json has tie_word_embeddings true, but {names[0]} is not the embedding: set it to false"
-                    )
+            is_tied = name == "head.weight" and net.config["tie"]
+            if is_tied and names[0] not in self._files:
                 continue
             if missing := [hf for hf in names if hf not in self._files]:
                 raise UserError(f"the weights lack {missing[0]}, which config.json requires: download the folder again")
@@ -232,6 +225,8 @@ class Weights:
                 raise UserError(
                     f"expected {expected} weights in {', '.join(names)}, got {found}: download the folder again"
                 )
+            if is_tied and not torch.equal(value.float(), parameter):
+                raise UserError(f"config.json has tie_word_embeddings true, but {names[0]} differs: set it to false")
             if not parameter.copy_(value).isfinite().all():
                 raise UserError(f"weights in {', '.join(names)} are not finite numbers: pass another model")
         if unused:

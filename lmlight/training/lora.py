@@ -77,7 +77,10 @@ class LoRAModel(LanguageModel):
             if not all(isinstance(one, torch.nn.Linear) and weights.count(id(one.weight)) == 1 for one in found):
                 raise UserError(f"model.targets: '{target}' is not a linear layer with a weight of its own")
         options = LoraConfig(
-            r=self.rank, lora_alpha=self.alpha, lora_dropout=self.adapter_dropout, target_modules=list(self.targets)
+            r=self.rank,
+            lora_alpha=self.alpha,  # type: ignore[arg-type]  # any number works
+            lora_dropout=self.adapter_dropout,
+            target_modules=list(self.targets),
         )
         inject_adapter_in_model(options, self._net())  # freezes all other weights
 
