@@ -126,7 +126,7 @@ def test_teacher_of_the_users_own_class(corpus_file, tmp_path, monkeypatch, caps
     Path("my_teacher.py").write_text("from lmlight.models import Bigram\n\n\nclass Own(Bigram):\n    pass\n")
     words = ["--trainer.default_root_dir=first", f"--data.corpus={corpus_file}", "--model.net=my_teacher.Own"]
     short = [flag for flag in SHORT if not flag.startswith("--model.net")]
-    processes.run_afresh("fit", *short, *words, cwd=tmp_path)
+    processes.run("fit", *short, *words, cwd=tmp_path)
     (teacher,) = Path("first").glob("*/checkpoints/best.ckpt")
     assert fit(corpus_file, f"--model.teachers={teacher}") == 2
     assert "pass --model.teacher_net my_teacher.Own, or teacher_net=Own in Python" in capsys.readouterr().err
