@@ -198,10 +198,8 @@ class Transformer(Net):
         return self.norm(x)
 
     def loss(self, idx: Tensor, targets: Tensor) -> Tensor:
-        is_small = idx.numel() * self.vocab_size < CHUNKED_LOSS_MIN_LOGITS
-        if (
-            is_small or type(self.head) is not nn.Linear or not hasattr(F, "linear_cross_entropy")
-        ):  # a head with an adapter
+        can_chunk = hasattr(F, "linear_cross_entropy") and type(self.head) is nn.Linear  # not if it has an adapter
+        if not can_chunk or idx.numel() * self.vocab_size < CHUNKED_LOSS_MIN_LOGITS:
             return super().loss(idx, targets)
         x, weight = self.hidden_states(idx).flatten(0, 1), self.head.weight
         if torch.is_autocast_enabled(x.device.type):  # does not cover this function
