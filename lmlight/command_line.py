@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import argparse
 import os
+import shlex
 import shutil
+import subprocess
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import NoReturn
 
+from lmlight import files
 from lmlight.errors import UserError
 
 TRAINING = "lmlight.training.cli:main"  # takes the command's name, too
@@ -44,12 +48,18 @@ commands:
 
 def program(name: str = "lmlight") -> str:
     """What to type for a program of this environment, which may not be activated."""
-    typed = Path(sys.argv[0])
-    if typed.stem != "lmlight":  # python -m lmlight, or a notebook
-        return f"{sys.executable} -m {name}" if name == "lmlight" else str(Path(sys.executable).with_name(name))
+    started = Path(sys.argv[0])
+    if started.stem != "lmlight":  # python -m lmlight, or a notebook
+        return join([sys.executable, "-m", name] if name == "lmlight" else [Path(sys.executable).with_name(name)])
     found = shutil.which("lmlight")
-    is_on_path = found is not None and Path(found).resolve() == typed.resolve()
-    return name if is_on_path else os.path.relpath(typed.with_name(name))
+    # without suffixes: Windows finds lmlight.exe, which may have been started as lmlight
+    is_on_path = found is not None and Path(found).resolve().with_suffix("") == started.resolve().with_suffix("")
+    return name if is_on_path else join([files.shown(started.with_name(name))])
+
+
+def join(words: Iterable[str | Path]) -> str:
+    """A command to paste into a shell: as `shlex.join`, or with the double quotes of Windows."""
+    return (subprocess.list2cmdline if os.name == "nt" else shlex.join)(list(map(str, words)))
 
 
 class Parser(argparse.ArgumentParser):

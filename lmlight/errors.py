@@ -1,18 +1,22 @@
-"""The one exception that stands for a user's mistake.
-
-Everything that a user can get wrong raises `UserError` with one line: what was wanted, what arrived, what to do. The
-command line says that line and exits with status 2; from Python it is a `ValueError`. Our own invariants are `assert`s.
-"""
+"""`UserError`, the one exception for mistakes of the user, and how it is printed."""
 
 import sys
 
 
 class UserError(ValueError):
-    """Something that the user gave does not fit; the message says what to do about it."""
+    """A mistake of the user. The message has one line: what was expected, what was found, and what to do.
+
+    The command line prints it and exits with status 2. Our own invariants are `assert`s.
+    """
+
+
+def missing_extra(needs: str, extra: str) -> UserError:
+    """The error for a package that is not installed; `needs` says what needs which package."""
+    return UserError(f'{needs}, which is not installed: pip install "lmlight[{extra}]"')  # quotes for any shell
 
 
 def say(error: Exception, kind: str = "error") -> None:
-    """Prints a mistake on stderr as the one line that each of our commands gives."""
+    """Prints an error as one line on stderr."""
     print(f"lmlight: {kind}: {' '.join(str(error).split())}", file=sys.stderr)
 
 

@@ -1,27 +1,40 @@
-"""A file or a folder that appears whole, or not at all.
+"""Files and folders that appear complete, or not at all.
 
-It is written beside its place, under a hidden name, flushed to the disk, and renamed: a kill or a full disk at any moment
-leaves what was there before. (For a folder that is replaced there is an exception: see `whole_folder`.)
+They are written beside their place under a hidden name, flushed to the disk, and renamed, so a kill or a full disk at any
+moment leaves what was there before. (Replacing a folder has an exception, see `whole_folder`.)
 """
 
 from __future__ import annotations
 
 import os
 import shutil
+import sys
+import time
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+if sys.platform == "darwin":
+    import fcntl
+
+
+def shown(path: str | os.PathLike[str]) -> str:
+    """A path to print: relative to the current folder, or absolute if it is on another drive of Windows."""
+    try:
+        return os.path.relpath(path)
+    except ValueError:
+        return str(path)
+
 
 @contextmanager
 def whole(path: Path, shared: bool = False) -> Iterator[Path]:
-    """Where to write what becomes the file `path` once the block ends without an exception.
+    """Where to write what becomes the file `path` when the block ends without an exception.
 
     Args:
-        path: replaced if it is there, unless it is shared; its folder is.
-        shared: several processes may write it at a time, and the first wins. Each has a file of its own beside it, which a
-            kill leaves behind; else there is one name, and the next writing takes what a kill has left.
+        path: a file in an existing folder; replaced unless it is shared.
+        shared: several processes may write it at a time, and the first wins. Each writes a file of its own, which a kill
+            leaves behind; otherwise there is one name, and the next call replaces what a kill has left.
 
     Raises:
         OSError: it cannot be written; nothing is left beside it.
@@ -29,13 +42,12 @@ def whole(path: Path, shared: bool = False) -> Iterator[Path]:
     beside = path.with_name(f".{path.name}-{uuid.uuid4().hex}" if shared else f".{path.name}.part")
     try:
         yield beside
-        with beside.open("r+b") as file:
-            os.fsync(file.fileno())
+        _flush(beside)
         if shared:
             with suppress(OSError):  # another process was first, or this disk has no links
                 os.link(beside, path)
         if not (shared and path.exists()):
-            beside.replace(path)
+            _move(beside, path)
         _flush_folder(path.parent)
     finally:
         with suppress(OSError):
@@ -44,7 +56,7 @@ def whole(path: Path, shared: bool = False) -> Iterator[Path]:
 
 @contextmanager
 def whole_folder(path: Path) -> Iterator[Path]:
-    """A folder to fill, which becomes `path`, in place of what is there, once the block ends without an exception.
+    """A folder to fill, which replaces `path` when the block ends without an exception.
 
     The old folder is renamed to `.NAME.before`, the new one to `path`, and the old one is deleted. A kill between the two
     renames leaves the old one, complete, under its hidden name until the next call.
@@ -54,26 +66,43 @@ def whole_folder(path: Path) -> Iterator[Path]:
     """
     beside, before = (path.with_name(f".{path.name}.{name}") for name in ("part", "before"))
     try:
-        shutil.rmtree(beside, ignore_errors=True)  # what a kill has left
+        shutil.rmtree(beside, ignore_errors=True)  # left by a kill
         beside.mkdir()
         yield beside
         for parent, _, names in os.walk(beside, topdown=False):
             for name in names:
-                with Path(parent, name).open("r+b") as file:
-                    os.fsync(file.fileno())
+                _flush(Path(parent, name))
             _flush_folder(Path(parent))
         if path.exists():
             shutil.rmtree(before, ignore_errors=True)
-            path.rename(before)
-        beside.rename(path)
+            _move(path, before)
+        _move(beside, path)
         _flush_folder(path.parent)
         shutil.rmtree(before, ignore_errors=True)
     finally:
         shutil.rmtree(beside, ignore_errors=True)
 
 
+def _move(source: Path, target: Path) -> None:
+    for seconds in (0.01, 0.1, 1.0):
+        try:
+            source.replace(target)
+            return
+        except PermissionError:  # on Windows, while another process has one of them open, such as a virus scanner
+            time.sleep(seconds)
+    source.replace(target)
+
+
+def _flush(path: Path) -> None:
+    with path.open("r+b") as file:
+        os.fsync(file.fileno())
+        if sys.platform == "darwin":  # where fsync leaves the data in the drive's cache
+            with suppress(OSError):  # not every file system can
+                fcntl.fcntl(file.fileno(), fcntl.F_FULLFSYNC)
+
+
 def _flush_folder(folder: Path) -> None:
-    """Makes a rename in `folder` survive a loss of power; Windows has no such call, and does not need it."""
+    """Makes a rename in `folder` survive a loss of power. Windows has no such call."""
     if os.name == "posix":
         descriptor = os.open(folder, os.O_RDONLY)
         try:

@@ -1,4 +1,4 @@
-"""Classes that a user names: `--model.net my.module.MyNet`. Nothing else imports code that is not lmlight's."""
+"""Classes that a user names: `--model.net my.module.MyNet`. Nothing else imports code from outside lmlight."""
 
 from __future__ import annotations
 
@@ -45,25 +45,20 @@ def import_class(flag: str, name: str, base: type[T]) -> type[T]:
     Raises:
         UserError: there is no such module or class, the module cannot be imported, or the class is not derived from `base`.
     """
-    known = {kind.__name__: kind for kind in (base, *subclasses(base).values()) if not inspect.isabstract(kind)}
     module_name, _, class_name = name.rpartition(".")
     if not module_name:
+        known = {kind.__name__: kind for kind in (base, *subclasses(base).values()) if not inspect.isabstract(kind)}
         if name in known:
             return known[name]
         raise UserError(f"{flag} {name}: expected {_one_of(known)}, or a class's full name, such as my.module.{name}")
     try:
         module = importlib.import_module(module_name)
     except Exception as error:
-        missing = getattr(error, "name", None) if isinstance(error, ModuleNotFoundError) else None
-        if missing is not None and f"{module_name}.".startswith(f"{missing}."):
-            raise UserError(
-                f"{flag} {name}: there is no module {missing} in the current folder or among the installed packages"
-            ) from None
-        if isinstance(error, SyntaxError):
-            where = f"{error.filename}, line {error.lineno}"
-        else:
-            frame = traceback.extract_tb(error.__traceback__)[-1]
-            where = f"{frame.filename}, line {frame.lineno}"
+        if isinstance(error, ModuleNotFoundError) and f"{module_name}.".startswith(f"{error.name}."):
+            places = "in the current folder or among the installed packages"
+            raise UserError(f"{flag} {name}: there is no module {error.name} {places}") from None
+        place = error if isinstance(error, SyntaxError) else traceback.extract_tb(error.__traceback__)[-1]
+        where = f"{place.filename}, line {place.lineno}"
         raise UserError(f"{flag} {name} cannot be imported: {type(error).__name__}: {error} ({where})") from error
     found = getattr(module, class_name, None)
     if not (isinstance(found, type) and issubclass(found, base)):
@@ -72,8 +67,8 @@ def import_class(flag: str, name: str, base: type[T]) -> type[T]:
         problem = f"is not derived from {base.__name__}" if found is not None else f"is not in {module_name}{instead}"
         raise UserError(f"{flag} {name}: {class_name} {problem}")
     if inspect.isabstract(found):
-        missing = sorted(getattr(found, "__abstractmethods__", ()))
-        raise UserError(f"{flag} {name}: {class_name} does not implement {', '.join(missing)}")
+        methods = ", ".join(sorted(getattr(found, "__abstractmethods__", ())))
+        raise UserError(f"{flag} {name}: {class_name} does not implement {methods}")
     return found
 
 

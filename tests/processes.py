@@ -19,14 +19,14 @@ TIMEOUT = 100  # seconds; below the limit of pytest-timeout, which would not kil
 
 def environment(**more):
     """This process's environment, with one torch thread."""
-    return {**os.environ, "OMP_NUM_THREADS": "1", **more}
+    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONIOENCODING": "utf-8", **more}
 
 
 def start(*arguments, code=None, script=None, **options):
     """Starts `lmlight ARGUMENTS`, or `code`, or the file `script`, in a new interpreter, and returns the Popen."""
     program = ["-c", code] if code else [script] if script else ["-m", "lmlight"]
     command = [sys.executable, *program, *map(str, arguments)]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "encoding": "utf-8"}
     return subprocess.Popen(command, **{"env": environment(), **pipes, **options})
 
 
@@ -67,6 +67,8 @@ def _run_forked(folder, variables, arguments, code, written):
     for number, path in enumerate(written, start=1):
         with path.open("wb") as file:
             os.dup2(file.fileno(), number)
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(encoding="utf-8")
     sys.argv = ["-c" if code else "lmlight", *arguments]
     if code:
         exec(code, {"__name__": "__main__"})

@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -74,6 +75,11 @@ def test_suggested_command_can_be_run_from_here(tmp_path, monkeypatch):
     assert Path(program("tensorboard")) == Path("environment/bin/tensorboard")
     monkeypatch.setenv("PATH", str(script.parent))
     assert (program(), program("tensorboard")) == ("lmlight", "tensorboard")
+    script.with_name("lmlight.exe").touch(mode=0o755)
+    for started in ("lmlight", "lmlight.exe"):  # pip's launcher of Windows removes the suffix
+        monkeypatch.setattr(sys, "argv", [str(script.with_name(started))])
+        monkeypatch.setattr(shutil, "which", lambda name: str(script.with_name("lmlight.exe")))
+        assert program() == "lmlight"
     monkeypatch.setattr(sys, "argv", [str(tmp_path / "__main__.py")])
     assert program() == f"{sys.executable} -m lmlight"
 

@@ -197,7 +197,7 @@ def test_format_without_its_extra_says_what_to_install(tmp_path, monkeypatch, na
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     monkeypatch.delitem(fsspec.compression.compr, "zstd", raising=False)
     (tmp_path / name).write_bytes(b"whatever")
-    assert "pip install 'lmlight[formats]'" in error_of(name)
+    assert 'pip install "lmlight[formats]"' in error_of(name)
 
 
 def test_folder_is_its_text_files_in_name_order(tmp_path):
@@ -447,6 +447,16 @@ def test_remote_folders_and_patterns_are_read_with_fsspec(tmp_path):
 @pytest.mark.parametrize(
     ("address", "driver"), [("s3://bucket/a.txt", "s3fs"), ("hf://datasets/a/b/c.txt", "huggingface_hub")]
 )
+def test_copies_have_names_that_windows_allows():
+    memory = fsspec.filesystem("memory")
+    memory.pipe("/lmlight-tests/a:b|c.txt", b"text")
+    try:
+        (path,) = download.find_files("memory://lmlight-tests/a:b|c.txt")
+    finally:
+        memory.rm("/lmlight-tests", recursive=True)
+    assert path.name == "a_b_c.txt"
+
+
 def test_url_without_its_driver_says_what_to_install(address, driver, monkeypatch):
     monkeypatch.setitem(sys.modules, driver, None)
     message = error_of(address)

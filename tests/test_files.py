@@ -1,8 +1,11 @@
 """Files and folders are written atomically. Kills while writing checkpoints are in test_reliability.py."""
 
+import errno
+import ntpath
 import os
 import shutil
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import processes
@@ -54,6 +57,34 @@ def test_folder_replaces_the_previous_one(tmp_path):
     assert os.listdir(tmp_path) == ["x"]
 
 
+def test_replacing_waits_until_a_file_is_closed(tmp_path, monkeypatch):
+    """Windows lets no file be replaced that another process has open."""
+    replace, attempts = Path.replace, []
+
+    def busy(self, target):
+        attempts.append(target)
+        if len(attempts) <= still_open:
+            raise PermissionError(errno.EACCES, "used by another process")
+        return replace(self, target)
+
+    monkeypatch.setattr(Path, "replace", busy)
+    monkeypatch.setattr(files.time, "sleep", lambda seconds: None)
+    (tmp_path / "x").write_text("before")
+    for still_open, content in ((100, "before"), (2, "after")):  # noqa: B007  (read by `busy`)
+        attempts.clear()
+        with suppress(PermissionError), files.whole(tmp_path / "x") as beside:
+            beside.write_text("after")
+        assert (tmp_path / "x").read_text() == content and os.listdir(tmp_path) == ["x"]
+        assert 1 < len(attempts) < 10
+
+
+def test_path_on_another_drive_is_shown_as_it_is(tmp_path, monkeypatch):
+    assert files.shown(tmp_path / "a b") == "a b"
+    monkeypatch.setattr(os.path, "relpath", lambda path: ntpath.relpath(path, "C:\\here"))
+    assert files.shown("C:\\here\\a b") == "a b"
+    assert files.shown("D:\\a b") == "D:\\a b"
+
+
 # Replaces a folder in a process that kills itself before its n-th file system operation.
 REPLACE = """
 import os, signal
@@ -71,7 +102,7 @@ def counted(function):
     return call
 
 os.fsync, os.rmdir = counted(os.fsync), counted(os.rmdir)
-Path.rename, Path.mkdir = counted(Path.rename), counted(Path.mkdir)
+Path.replace, Path.mkdir = counted(Path.replace), counted(Path.mkdir)
 with files.whole_folder(Path("x")) as beside:
     for name in "ab":
         (beside / name).write_text("new")
@@ -101,11 +132,11 @@ def test_a_kill_at_any_step_leaves_the_old_folder_or_the_new_one(tmp_path):
 
 
 def test_a_folder_s_files_are_on_the_disk_before_it_takes_its_place(tmp_path, monkeypatch):
-    calls, fsync, rename = [], os.fsync, Path.rename
+    calls, fsync, rename = [], os.fsync, Path.replace
     monkeypatch.setattr(
         os, "fsync", lambda descriptor: (calls.append(os.fstat(descriptor).st_ino), fsync(descriptor))[1]
     )
-    monkeypatch.setattr(Path, "rename", lambda self, target: (calls.append("rename"), rename(self, target))[1])
+    monkeypatch.setattr(Path, "replace", lambda self, target: (calls.append("rename"), rename(self, target))[1])
     with files.whole_folder(tmp_path / "x") as beside:
         (beside / "a").touch()
         (beside / "inside").mkdir()

@@ -1,5 +1,6 @@
 """Batches equal plain slices of the ids, and depend on seed and epoch only."""
 
+import signal
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
@@ -80,6 +81,24 @@ def test_worker_processes_change_nothing(tmp_path):
     assert alone == together
     starts = epoch_starts(30, 4, np.random.default_rng((0, 0)))
     assert alone[0][0] == [ids[start : start + 4].tolist() for start in starts[:2]]
+
+
+class Interrupted:
+    """A source in whose processes Ctrl-C arrives."""
+
+    num_workers = 1
+
+    def __len__(self):
+        return 5
+
+    def rows(self, epoch, positions):
+        signal.raise_signal(signal.SIGINT)
+        return np.zeros((len(positions), 3), np.int64)
+
+
+def test_worker_processes_leave_ctrl_c_to_the_parent():
+    store = SimpleNamespace(char_counts={"train": COUNTS}, train_fingerprint="print")
+    assert len(list(StatefulTrainLoader(store, Interrupted(), TrainBatchSampler(5, 1)))) == 5
 
 
 def in_memory(shards, ahead=1, order="epoch", seed=0):

@@ -8,6 +8,7 @@ import contextlib
 import io
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -82,8 +83,9 @@ def commands(page):
 def workshop(tmp_path_factory, corpus_text):
     """The folder of a clone, with texts and a finished run."""
     folder = tmp_path_factory.mktemp("workshop")
-    for name in ("README.md", "configs", "docs"):
-        (folder / name).symlink_to(ROOT / name)
+    shutil.copyfile(ROOT / "README.md", folder / "README.md")
+    for name in ("configs", "docs"):
+        shutil.copytree(ROOT / name, folder / name)
     for name in ("my.txt", "more.txt", "prompts.txt"):
         (folder / name).write_bytes(corpus_text.encode())
     with pytest.MonkeyPatch.context() as patch:

@@ -127,7 +127,7 @@ def test_run_is_resumed_after_its_store_was_moved(made, capsys):
 
 def test_missing_litdata_is_named(made, monkeypatch):
     monkeypatch.setitem(sys.modules, "litdata", None)
-    with pytest.raises(UserError, match=r"pip install 'lmlight\[streaming\]'"):
+    with pytest.raises(UserError, match=r'pip install "lmlight\[streaming\]"'):
         data_of(made / "streamed")
 
 

@@ -203,7 +203,7 @@ token_writer.write_store(Path("store"), "print", {"train": pieces()}, CharTokeni
 
 
 @pytest.mark.skipif(os.name != "posix", reason="kills as POSIX does")
-@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
+@pytest.mark.parametrize("how", ["SIGKILL", "SIGINT"])
 def test_killed_write_leaves_whole_shards_and_no_processes(tmp_path, small_shards, how):
     """The script has no `if __name__ == "__main__"` guard."""
     (tmp_path / "script.py").write_text(KILLED)
@@ -211,7 +211,7 @@ def test_killed_write_leaves_whole_shards_and_no_processes(tmp_path, small_shard
     while not (tmp_path / "store" / "train-00002.npy").exists():
         assert running.poll() is None, running.stderr.read()
         time.sleep(0.02)
-    running.send_signal(how)
+    running.send_signal(getattr(signal, how))
     running.wait(timeout=20)
     running.stderr.read()  # returns when all processes that hold it have ended
     running.stderr.close()

@@ -12,22 +12,13 @@ import hashlib
 import json
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from functools import cached_property
 from pathlib import Path
 
+from lmlight.data import reading
 from lmlight.data.download import find_files
-from lmlight.data.reading import (
-    CHUNK_SIZE,
-    RECORD_SUFFIXES,
-    TextChunk,
-    TextFormat,
-    file_format,
-    read_error,
-    read_file,
-    slice_chunks,
-    split_between_lines,
-)
+from lmlight.data.reading import TextChunk, TextFormat
 from lmlight.errors import UserError
 
 
@@ -57,7 +48,7 @@ class Corpus:
         Raises:
             UserError: a file cannot be read, is binary or in another encoding, or lacks the field.
         """
-        return split_between_lines(slice_chunks(self._read(), start, stop))
+        return reading.split_between_lines(reading.slice_chunks(self._read(), start, stop))
 
     @cached_property
     def n_chars(self) -> int:
@@ -80,7 +71,7 @@ class Corpus:
         """The chunks of all files, without documents that are empty."""
         in_document = False
         for path in self.files:
-            for text, ends_document in read_file(path, self.text_format, self.has_documents, self.source):
+            for text, ends_document in reading.read_file(path, self.text_format, self.has_documents, self.source):
                 in_document = in_document or bool(text)
                 if in_document and (text or ends_document):
                     yield TextChunk(text, ends_document)
@@ -107,12 +98,11 @@ def open_files(source: str, files: list[Path], text_format: TextFormat = TextFor
         with ThreadPoolExecutor() as pool:  # hashing releases the GIL
             hashes = list(pool.map(_sha256, files))
     except OSError as error:
-        raise read_error(source, error) from None
-    formats = [file_format(path.name) for path in files]
-    has_records = any(suffix in RECORD_SUFFIXES for suffix, _ in formats)
+        raise reading.read_error(source, error) from None
+    formats = [reading.file_format(path.name) for path in files]
+    has_records = any(suffix in reading.RECORD_SUFFIXES for suffix, _ in formats)
     has_documents = has_records or len(files) > 1 or text_format.separator is not None
-    depends_on = [formats, hashes, list(vars(text_format).values())]
-    fingerprint = hashlib.sha256(json.dumps(depends_on).encode()).hexdigest()
+    fingerprint = hashlib.sha256(json.dumps([formats, hashes, astuple(text_format)]).encode()).hexdigest()
     return Corpus(source, tuple(files), text_format, fingerprint, has_documents)
 
 
@@ -130,6 +120,6 @@ def split(text: str, val_fraction: float) -> tuple[str, str]:
 def _sha256(path: Path) -> str:
     digest = hashlib.sha256()
     with path.open("rb") as file:
-        while block := file.read(CHUNK_SIZE):
+        while block := file.read(reading.CHUNK_SIZE):
             digest.update(block)
     return digest.hexdigest()

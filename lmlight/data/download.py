@@ -10,6 +10,7 @@ from __future__ import annotations
 import glob
 import hashlib
 import json
+import re
 import subprocess
 import sys
 import tempfile
@@ -33,7 +34,6 @@ CONNECT_TIMEOUT, READ_TIMEOUT, PIP_TIMEOUT = 3.05, 20, 120
 
 # The keys with which fsspec's drivers tell one version of a file from another.
 VERSION_METADATA = ("size", "ETag", "etag", "mtime", "LastModified", "last_modified", "sha256", "md5Hash", "generation")
-
 
 # A folder with a file of this name is a token store.
 STORE_MARK = "tokenizer"
@@ -151,24 +151,20 @@ def find_files(source: str, cache: str | None = None) -> list[Path]:
         return list(map(Path, places))
     version = [[place, {k: str(info[k]) for k in VERSION_METADATA if k in info}] for place, info in zip(places, infos)]
     target = folder / f"{key}-{_sha256(json.dumps(version).encode())[:16]}"
-    if target.exists():
-        return sorted(target.iterdir())
-    names = [PurePosixPath(urlsplit(place).path).name or "text.txt" for place in places]
-    if len(names) > 1 and STORE_MARK not in names:
-        names = [f"{number:06d}-{name}" for number, name in enumerate(names)]
-    with (
-        writing_cache(folder),
-        tempfile.TemporaryDirectory(prefix=".", dir=folder, ignore_cleanup_errors=True) as beside,
-    ):
-        inside = Path(beside, "files")
-        inside.mkdir()
-        try:
-            for place, name in zip(places, names):
-                filesystem.get_file(place, str(inside / name))
-        except Exception as error:
-            raise _download_error(source, error) from None
-        if not target.exists():  # another process may have copied them first
-            inside.rename(target)
+    if not target.exists():
+        with (
+            writing_cache(folder),
+            tempfile.TemporaryDirectory(prefix=".", dir=folder, ignore_cleanup_errors=True) as beside,
+        ):
+            inside = Path(beside, "files")
+            inside.mkdir()
+            try:
+                for place, name in zip(places, _local_names(places)):
+                    filesystem.get_file(place, str(inside / name))
+            except Exception as error:
+                raise _download_error(source, error) from None
+            if not target.exists():  # another process may have copied them first
+                inside.rename(target)
     return sorted(target.iterdir())
 
 
@@ -185,13 +181,17 @@ def _find(source: str) -> tuple[Any, list[str]]:
     if is_text_file(urlsplit(path).path) or not filesystem.isdir(path):
         return filesystem, [path]
     inside = [place for place in filesystem.ls(path, detail=False) if not filesystem.isdir(place)]
-    if any(PurePosixPath(place).name == STORE_MARK for place in inside):
-        return filesystem, sorted(inside)
-    return filesystem, sorted(
-        place
-        for place in filesystem.find(path)
-        if is_text_file(place) and "/." not in place.removeprefix(path.rstrip("/"))
-    )
+    if not any(PurePosixPath(place).name == STORE_MARK for place in inside):
+        shown = (place for place in filesystem.find(path) if "/." not in place.removeprefix(path.rstrip("/")))
+        inside = [place for place in shown if is_text_file(place)]
+    return filesystem, sorted(inside)
+
+
+def _local_names(places: list[str]) -> list[str]:
+    """Names for copies of the files, in the same order, without characters that Windows forbids."""
+    names = [re.sub(r'[<>:"\\|?*]', "_", PurePosixPath(urlsplit(place).path).name) or "text.txt" for place in places]
+    is_text = len(names) > 1 and STORE_MARK not in names
+    return [f"{number:06d}-{name}" for number, name in enumerate(names)] if is_text else names
 
 
 def _sha256(content: bytes) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from lmlight.data.tokenizer import SentencePieceTokenizer, Tokenizer, starts_character
-from lmlight.errors import UserError
+from lmlight.errors import UserError, missing_extra
 
 # A tokenizer that restores these restores any text, as far as the kinds of tokenizers go that there are.
 PROBES = (
@@ -22,6 +22,11 @@ PROBES = (
     "<s> </s> A\r\nB",
     "'S ,",
 )
+
+# The characters with which byte-level BPE (GPT-2) writes bytes: themselves if they are printable, else one from 256 on.
+_PRINTABLE = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+_OTHERS = [byte for byte in range(256) if byte not in _PRINTABLE]
+BYTE_OF = {chr(byte): byte for byte in _PRINTABLE} | {chr(256 + n): byte for n, byte in enumerate(_OTHERS)}
 
 
 def read_pretrained(path: Path) -> Tokenizer:
@@ -35,10 +40,10 @@ def read_pretrained(path: Path) -> Tokenizer:
         if path.suffix == ".json":
             return HFTokenizer.from_file(path)
         return SentencePieceTokenizer(path.read_bytes())
-    except OSError as error:
-        reason = error.strerror
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        reason = str(error)
+    except UserError:
+        raise
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        reason = getattr(error, "strerror", None) or error
     raise UserError(
         f"tokenizer '{path}' cannot be read ({reason}): pass a tokenizer.json of Hugging Face, a SentencePiece .model file, "
         "or the full name of your own class, such as my.module.MyTokenizer"
@@ -65,9 +70,7 @@ class HFTokenizer(Tokenizer):
         try:
             import tokenizers
         except ModuleNotFoundError:
-            raise UserError(
-                "a tokenizer.json needs the package tokenizers, which is not installed: pip install 'lmlight[hf]'"
-            ) from None
+            raise missing_extra("a tokenizer.json needs the package tokenizers", "hf") from None
         self._data = data
         try:
             self.content: dict[str, Any] = json.loads(data)
@@ -80,9 +83,8 @@ class HFTokenizer(Tokenizer):
         self._tokenizer.no_padding()
         special = {token["id"] for token in self.content.get("added_tokens", []) if token["special"]}
         is_byte_level = '"ByteLevel"' in json.dumps(self.content.get("decoder"))
-        size = self._tokenizer.get_vocab_size()
-        self.char_counts = np.zeros(size, dtype=np.int64)
-        for index in range(size):
+        self.char_counts = np.zeros(self._tokenizer.get_vocab_size(), dtype=np.int64)
+        for index in range(len(self.char_counts)):
             piece = self._tokenizer.id_to_token(index)
             if piece is not None and index not in special and index != self.eos_id:
                 self.char_counts[index] = _characters(piece, is_byte_level)
@@ -106,8 +108,7 @@ class HFTokenizer(Tokenizer):
         return cls(json.dumps({**content, "lmlight_eos_id": ids.get(eos)}, ensure_ascii=False).encode())
 
     def encode(self, text: str) -> list[int]:
-        ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
-        return ids
+        return list(self._tokenizer.encode(text, add_special_tokens=False).ids)
 
     def decode(self, ids: Iterable[int]) -> str:
         return str(self._tokenizer.decode(list(ids), skip_special_tokens=True))
@@ -121,17 +122,7 @@ class HFTokenizer(Tokenizer):
 
 def _characters(piece: str, is_byte_level: bool) -> int:
     if is_byte_level:
-        return sum(starts_character(byte) for byte in map(_BYTES.get, piece) if byte is not None)
+        return sum(starts_character(BYTE_OF[character]) for character in piece if character in BYTE_OF)
     if len(piece) == 6 and piece.startswith("<0x") and piece.endswith(">"):
         return int(starts_character(int(piece[3:5], 16)))
     return len(piece.removeprefix("##"))
-
-
-def _byte_characters() -> dict[str, int]:
-    """The characters with which byte-level BPE writes bytes: itself if it is printable, else one from 256 on (GPT-2)."""
-    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
-    others = [byte for byte in range(256) if byte not in printable]
-    return {chr(byte): byte for byte in printable} | {chr(256 + n): byte for n, byte in enumerate(others)}
-
-
-_BYTES = _byte_characters()

@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from lmlight.data.token_store import TokenArray, Tokens, TokenStore
 from lmlight.data.windows import TrainBatchSampler, WindowSource, eval_batches
+from lmlight.data.workers import ignore_ctrl_c
 from lmlight.errors import UserError
 
 # The target of a context-only position; the default `ignore_index` of `torch.nn.functional.cross_entropy`.
@@ -180,6 +181,7 @@ class StatefulTrainLoader:
                 sampler=self._sampler.batches(self._seen),
                 batch_size=None,  # an item is a batch
                 num_workers=self._source.num_workers,
+                worker_init_fn=ignore_ctrl_c,
                 generator=torch.Generator(),  # otherwise the loader draws a number from the global generator
                 pin_memory=self._device is not None,
             )

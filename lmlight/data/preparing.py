@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import warnings
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -20,7 +21,7 @@ from lmlight.data import corpus as corpora
 from lmlight.data.cache import cache_dir, writing_cache
 from lmlight.data.corpus import Corpus
 from lmlight.data.download import find_files, store_folder
-from lmlight.data.reading import TextFormat
+from lmlight.data.reading import TextChunk, TextFormat
 from lmlight.data.token_store import FORMAT_VERSION, TokenStore
 from lmlight.data.token_writer import read_tokenizer, write_store
 from lmlight.data.tokenizer import Tokenizer, TokenizerConfig
@@ -51,9 +52,8 @@ class CorpusSpec:
         for name in ("corpus", "val_corpus", "test_corpus"):
             given = getattr(self, name)
             if not (isinstance(given, (str, os.PathLike)) or (given is None and name != "corpus")):
-                raise UserError(
-                    f"data.{name} must be a path, a pattern, an address or the name of a corpus, got {given!r}"
-                )
+                expected = "a path, a pattern, an address or the name of a corpus"
+                raise UserError(f"data.{name} must be {expected}, got {given!r}")
             object.__setattr__(self, name, given and os.fspath(given))
         if not 0 < self.val_fraction < 1:
             raise UserError(f"data.val_fraction must be between 0 and 1, got {self.val_fraction}")
@@ -76,8 +76,8 @@ class CorpusSpec:
             pretrained_tokenizer: encodes the text in place of a tokenizer trained on it.
 
         Raises:
-            UserError: see `corpus.load`, `Corpus.chunks`, `TokenizerConfig.train` and `TokenStore`; the text is too short
-                to be split; the cache is not writable; `corpus` is a store, and was made with other settings.
+            UserError: a text is missing, unreadable or too short; the tokenizer does not fit it; the cache is not writable;
+                `corpus` is a store that was made with other settings.
         """
         found = find_files(self.corpus, self.cache)
         if prepared := store_folder(found):
@@ -101,18 +101,7 @@ class CorpusSpec:
         fingerprint = hashlib.sha256(json.dumps(depends_on, sort_keys=True).encode()).hexdigest()
         folder = cache_dir(self.cache) / "tokens" / fingerprint[:16]
         if not TokenStore.is_finished(folder):
-            end = main.n_chars  # of the text that is trained or validated on
-            cut = end if val else corpora.train_chars(end, self.val_fraction)
-            held_out = test.chunks() if test else None
-            if self.validate_on == "tune":
-                held_out = held_out or (val.chunks() if val else main.chunks(cut))
-                val, end = None, cut
-                cut = corpora.train_chars(end, self.val_fraction)
-            if not cut:
-                raise UserError(f"the training part of '{self.corpus}' has no text: pass at least 1,000 characters")
-            texts = {"train": main.chunks(0, cut), "val": val.chunks() if val else main.chunks(cut, end)}
-            if held_out:
-                texts["test"] = held_out
+            texts, cut = self._split(main, val, test)
             tokenizer = pretrained_tokenizer or read_tokenizer(folder) or self._train_tokenizer(main, cut)
             if main.has_documents and tokenizer.eos_id is None:
                 warnings.warn(
@@ -123,6 +112,21 @@ class CorpusSpec:
             with writing_cache(folder):
                 write_store(folder, fingerprint, texts, tokenizer, metadata, total)
         return TokenStore(folder, fingerprint)
+
+    def _split(
+        self, main: Corpus, val: Corpus | None, test: Corpus | None
+    ) -> tuple[dict[str, Iterator[TextChunk]], int]:
+        """The text of each split, and the number of characters for training."""
+        cut = main.n_chars if val else corpora.train_chars(main.n_chars, self.val_fraction)
+        texts = {"val": val.chunks() if val else main.chunks(cut)}
+        if self.validate_on == "tune":
+            end, cut = cut, corpora.train_chars(cut, self.val_fraction)
+            texts = {"val": main.chunks(cut, end), "test": texts["val"]}
+        if test:
+            texts["test"] = test.chunks()
+        if not cut:
+            raise UserError(f"the training part of '{self.corpus}' has no text: pass at least 1,000 characters")
+        return {"train": main.chunks(0, cut), **texts}, cut
 
     def _train_tokenizer(self, corpus: Corpus, cut: int) -> Tokenizer:
         # SentencePiece reports no progress, so a line without a bar
@@ -148,11 +152,7 @@ class CorpusSpec:
 
 
 def check_lengths(store: TokenStore, corpus: str, block_size: int) -> None:
-    """Checks that each split is long enough.
-
-    Raises:
-        UserError: the training text is shorter than a block, or an evaluation text has no tokens.
-    """
+    """Raises a `UserError` if the training text is shorter than a window, or an evaluation text has no tokens."""
     tokens, chars = len(store.ids["train"]), store.chars["train"]
     if tokens <= block_size:  # a window reads one token more
         raise UserError(

@@ -22,7 +22,7 @@ from typing import Any, Literal, NamedTuple
 
 import fsspec
 
-from lmlight.errors import UserError, first_line
+from lmlight.errors import UserError, first_line, missing_extra
 
 # Bytes read, and characters yielded, at a time.
 CHUNK_SIZE = 2**20
@@ -127,9 +127,9 @@ def split_between_lines(chunks: Iterable[TextChunk]) -> Iterator[TextChunk]:
 
 def file_format(name: str) -> tuple[str, str]:
     """A file's suffix without that of its compression, and that of its compression; empty if it has none."""
-    suffixes = PurePath(name.lower()).suffixes
-    compression = suffixes.pop() if suffixes and suffixes[-1] in COMPRESSIONS else ""
-    return (suffixes[-1] if suffixes else ""), compression
+    path = PurePath(name.lower())
+    compression = path.suffix if path.suffix in COMPRESSIONS else ""
+    return PurePath(path.name.removesuffix(compression)).suffix, compression
 
 
 def is_text_file(name: str) -> bool:
@@ -139,7 +139,7 @@ def is_text_file(name: str) -> bool:
 
 def read_error(source: object, error: OSError) -> UserError:
     """The error for a file or folder that the system cannot read."""
-    reason = error.strerror or str(error) or type(error).__name__
+    reason = error.strerror or first_line(error)
     return UserError(f"corpus '{source}' cannot be read ({reason}): check the file and its permissions")
 
 
@@ -168,7 +168,7 @@ def read_file(path: Path, text_format: TextFormat, has_documents: bool, source: 
 def _read_blocks(path: Path, compression: str, name: str) -> Iterator[bytes]:
     codec = COMPRESSIONS.get(compression)
     if codec not in fsspec.compression.compr:
-        raise UserError(f"reading '{path}' requires {codec}: pip install 'lmlight[formats]'")
+        raise missing_extra(f"reading '{path}' needs a package for {codec}", "formats")
     try:
         with path.open("rb") as raw, fsspec.compression.compr[codec](raw, mode="rb") as file:
             while block := file.read(CHUNK_SIZE):
@@ -191,10 +191,12 @@ def _decode(blocks: Iterable[bytes], text_format: TextFormat, name: str) -> Iter
             text = decoder.decode(block, final=not block)
         except UnicodeDecodeError as error:
             line += error.object[: error.start].decode(encoding, "ignore").count("\n")
+            where = (
+                f"byte 0x{error.object[error.start]:02x} at offset {offset - pending + error.start:,}, line {line:,}"
+            )
             raise UserError(
-                f"corpus '{name}' is not {encoding} (byte 0x{error.object[error.start]:02x} at offset "
-                f"{offset - pending + error.start:,}, line {line:,}): pass --data.encoding (cp1252 for most Western "
-                "European files), or --data.errors replace to read invalid bytes as U+FFFD"
+                f"corpus '{name}' is not {encoding} ({where}): pass --data.encoding (cp1252 for most Western European "
+                "files), or --data.errors replace to read invalid bytes as U+FFFD"
             ) from None
         except UnicodeError as error:  # UTF-16 or UTF-32 without a byte order mark
             raise UserError(f"corpus '{name}' is not {encoding} ({error}): pass another --data.encoding") from None
@@ -239,7 +241,7 @@ def _read_jsonl(chunks: Iterable[str], text_format: TextFormat, name: str) -> It
             record = json.loads(line)
         except (ValueError, RecursionError):
             raise UserError(f"corpus '{name}' is not JSON Lines ({where}): expected one object in each line") from None
-        _check_field(list(record) if isinstance(record, dict) else [], text_format, name, where)
+        _check_field(record if isinstance(record, dict) else {}, text_format, name, where)
         yield from _document(record[text_format.field], text_format, name, where)
 
 
@@ -255,7 +257,7 @@ def _read_parquet(path: Path, text_format: TextFormat, name: str) -> Iterator[Te
     try:
         from pyarrow import ArrowException, parquet
     except ImportError:
-        raise UserError(f"reading '{path}' requires pyarrow: pip install 'lmlight[formats]'") from None
+        raise missing_extra(f"reading '{path}' needs the package pyarrow", "formats") from None
     try:
         with parquet.ParquetFile(path) as file:
             _check_field(file.schema_arrow.names, text_format, name, "its columns")
@@ -269,26 +271,21 @@ def _read_parquet(path: Path, text_format: TextFormat, name: str) -> Iterator[Te
         ) from None
 
 
-def _check_field(fields: list[str], text_format: TextFormat, name: str, where: str) -> None:
+def _check_field(fields: Iterable[str], text_format: TextFormat, name: str, where: str) -> None:
     if text_format.field not in fields:
-        there = ", ".join(fields) or "no fields"
-        raise UserError(
-            f"corpus '{name}' has no field '{text_format.field}' in {where} (found {there}): pass --data.field"
-        )
+        found = ", ".join(fields) or "no fields"
+        problem = f"has no field '{text_format.field}' in {where} (found {found})"
+        raise UserError(f"corpus '{name}' {problem}: pass --data.field")
 
 
 def _document(value: Any, text_format: TextFormat, name: str, where: str) -> Iterator[TextChunk]:
     if value is None:
         return
     if not isinstance(value, str):
-        raise UserError(
-            f"corpus '{name}' has a value of type {type(value).__name__} as '{text_format.field}' in {where}, expected "
-            "text: pass --data.field"
-        )
+        problem = f"has a value of type {type(value).__name__} as '{text_format.field}' in {where}, expected text"
+        raise UserError(f"corpus '{name}' {problem}: pass --data.field")
     unpaired = SURROGATE.search(value)  # JSON can write it, UTF-8 cannot
     if unpaired and text_format.errors == "strict":
-        raise UserError(
-            f"corpus '{name}' has an unpaired surrogate (\\u{ord(unpaired[0]):04x}) in {where}: pass --data.errors replace "
-            "to read it as U+FFFD"
-        )
+        problem = f"has an unpaired surrogate (\\u{ord(unpaired[0]):04x}) in {where}"
+        raise UserError(f"corpus '{name}' {problem}: pass --data.errors replace to read it as U+FFFD")
     yield TextChunk(SURROGATE.sub("\ufffd", value), True)

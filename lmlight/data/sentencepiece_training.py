@@ -72,7 +72,7 @@ def train_sentencepiece(
     if add_eos:  # a control symbol, to which no text encodes
         options |= {"eos_id": 1 if lossless else 2, "eos_piece": END_OF_TEXT}
     rare_removed = False
-    for _ in range(3):
+    while True:
         model = io.BytesIO()
         try:
             spm.SentencePieceTrainer.train(sentence_iterator=iter(lines), model_writer=model, **options)
@@ -80,26 +80,22 @@ def train_sentencepiece(
         except RuntimeError as error:
             message = str(error)
         if too_high := re.search(r"Vocabulary size too high .* value <= (\d+)", message):
-            options["vocab_size"] = int(too_high[1])
+            options["vocab_size"] = size = int(too_high[1])
             warnings.warn(
-                f"vocab_size {vocab_size:,} is more than this text can fill: training {int(too_high[1]):,} pieces",
-                stacklevel=2,
+                f"vocab_size {vocab_size:,} is more than this text can fill: training {size:,} pieces", stacklevel=2
             )
         elif too_small := re.search(r"smaller than required_chars\. \d+ vs (\d+)", message):
             if rare_removed or not lossless or vocab_size < MIN_SIZE_FOR_BYTES:
+                characters = f"the characters of this text{' and the 256 bytes' if lossless else ''}"
                 raise UserError(
-                    f"vocab_size {vocab_size:,} is too small: the characters of this text"
-                    f"{' and the 256 bytes' if lossless else ''} need at least {int(too_small[1]):,} pieces; "
+                    f"vocab_size {vocab_size:,} is too small: {characters} need at least {int(too_small[1]):,} pieces; "
                     "raise --data.tokenizer.vocab_size"
                 )
             rare_removed, lines = True, _remove_rare_characters(lines, vocab_size)
         else:
             reason = "it has nothing but newlines" if "sentences_.empty()" in message else message
-            raise UserError(
-                f"SentencePiece cannot be trained on this text ({reason}): pass more text, or set "
-                "--data.tokenizer.kind char"
-            )
-    raise AssertionError("SentencePiece rejected the size that it had suggested")
+            remedy = "pass more text, or set --data.tokenizer.kind char"
+            raise UserError(f"SentencePiece cannot be trained on this text ({reason}): {remedy}")
 
 
 def _remove_rare_characters(lines: list[str], vocab_size: int) -> list[str]:

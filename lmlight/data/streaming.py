@@ -24,7 +24,7 @@ import numpy as np
 
 from lmlight.data.token_store import INDEX, TokenArray, Tokens, TokenStore, new_folder, shard_name
 from lmlight.data.windows import WindowSource
-from lmlight.errors import UserError, first_line
+from lmlight.errors import UserError, first_line, missing_extra
 
 CHUNKS = "train"
 CHUNK_BYTES = 2**26  # litdata's recommendation for object storage
@@ -38,16 +38,12 @@ def litdata() -> ModuleType:
     try:
         import litdata
     except ImportError:
-        raise UserError("streaming needs litdata: pip install 'lmlight[streaming]'") from None
+        raise missing_extra("streaming needs the package litdata", "streaming") from None
     return litdata
 
 
 def write(store: TokenStore, target: Path) -> TokenStore:
-    """Writes a streamed store to the new folder `target`, which appears when it is complete.
-
-    Raises:
-        UserError: litdata is not installed; the store is streamed, lossy or short; the folder cannot be written.
-    """
+    """Writes a streamed store to the new folder `target`, which appears when it is complete."""
     package, train = litdata(), store.ids["train"]
     if store.streamed is not None:
         raise UserError(f"'{store.folder}' is in litdata's format already: copy that folder")
@@ -94,9 +90,6 @@ def streamed_windows(store: TokenStore, place: str, block_size: int, seed: int, 
     """Windows of the streamed store at `place`, a folder or an address; for the other arguments see `WindowSource`.
 
     The store's chunks are the shards. The next one is fetched while one is in use.
-
-    Raises:
-        UserError: litdata is not installed; the chunks cannot be read.
     """
     assert store.streamed is not None
     page_tokens, pages = store.streamed["page_tokens"], store.streamed["pages"]

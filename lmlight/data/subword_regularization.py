@@ -19,12 +19,21 @@ import numpy as np
 import numpy.typing as npt
 
 from lmlight.data.reading import TextChunk
-from lmlight.data.sentencepiece_training import END_OF_TEXT, SPACE, UNKNOWN_PENALTY
+from lmlight.data.sentencepiece_training import SPACE, UNKNOWN_PENALTY
 from lmlight.data.token_store import TokenArray, Tokens
 from lmlight.data.tokenizer import SentencePieceTokenizer, Tokenizer, split_chunks
 from lmlight.data.windows import WindowSource
 from lmlight.data.workers import process_pool
 from lmlight.errors import UserError
+
+# Words whose lattices are kept, at most about 10 kB each.
+MAX_CACHED_WORDS = 30_000
+
+# Pieces do not cross spaces, so a text is sampled word by word.
+WORD = re.compile(f"{SPACE}?[^{SPACE}]+|{SPACE}")
+
+# The pieces that may end at one position of a word: their cumulative weights, where they begin, and their ids.
+LatticeEdges = tuple[list[float], list[int], list[list[int]]]
 
 
 @dataclass(frozen=True)
@@ -45,22 +54,12 @@ class SubwordSampling:
             raise UserError(f"subword_sampling.alpha must be a number of at least 0, got {self.alpha}")
 
 
-# Words whose lattices are kept, at most about 10 kB each.
-MAX_CACHED_WORDS = 30_000
-
-# Marks what is not a word; no word has a space mark inside.
-SEPARATOR = f"separator{SPACE}"
-
-# The pieces that may end at one position of a word: their cumulative weights, where they begin, and their ids.
-LatticeEdges = tuple[list[float], list[int], list[list[int]]]
-
-
 class SubwordSampler:
     """Samples segmentations with a unigram model.
 
-    Pieces do not cross spaces or newlines, so the lattice of all segmentations of a text splits into those of its words,
-    and frequent words need theirs only once. Weights are summed from left to right, and a segmentation is sampled from
-    right to left (forward filtering, backward sampling): exactly SentencePiece's distribution.
+    The lattice of all segmentations of a text splits into those of its words, and frequent words need theirs only once.
+    Weights are summed from left to right, and a segmentation is sampled from right to left (forward filtering, backward
+    sampling): exactly SentencePiece's distribution.
 
     Raises:
         UserError: the tokenizer is not a unigram model.
@@ -89,30 +88,23 @@ class SubwordSampler:
         numbers = f"{seed} {epoch}" if shard is None else f"{seed} {epoch} {shard}"
         uniform = random.Random(f"subword {numbers}").random
         ids: list[int] = []
-        for lattice in map(self._cached_lattice, self._words(chunks)):
-            end = len(lattice) - 1
-            backwards = []
-            while end > 0:
-                cumulative, starts, pieces = lattice[end]
-                edge = bisect_right(cumulative, uniform() * cumulative[-1]) if len(cumulative) > 1 else 0
-                edge = min(edge, len(starts) - 1)
-                backwards.append(pieces[edge])
-                end = starts[edge]
-            for piece in reversed(backwards):
-                ids += piece
+        for part, separator in zip(*split_chunks(chunks, self.tokenizer.lossless)):
+            for lattice in map(self._cached_lattice, WORD.findall(self.tokenizer.normalize(part))):
+                end = len(lattice) - 1
+                backwards = []
+                while end > 0:
+                    cumulative, starts, pieces = lattice[end]
+                    edge = bisect_right(cumulative, uniform() * cumulative[-1]) if len(cumulative) > 1 else 0
+                    edge = min(edge, len(starts) - 1)
+                    backwards.append(pieces[edge])
+                    end = starts[edge]
+                for piece in reversed(backwards):
+                    ids += piece
+            ids += self.tokenizer.separator_ids(separator)
         return np.array(ids, dtype=np.int64)
-
-    def _words(self, chunks: Iterable[TextChunk]) -> Iterator[str]:
-        """The text as SentencePiece sees it, split before each space and around each newline."""
-        for part, end in zip(*split_chunks(chunks, self.tokenizer.lossless)):
-            yield from re.findall(f"{SPACE}?[^{SPACE}]+|{SPACE}", self.tokenizer.normalize(part))
-            if end and (self.tokenizer.lossless or end == END_OF_TEXT):
-                yield SEPARATOR + end
 
     def _lattice(self, word: str) -> list[LatticeEdges]:
         """For each end position in a word, the pieces that may end there."""
-        if word.startswith(SEPARATOR):
-            return [([], [], []), ([1.0], [0], [self.tokenizer.end_ids(word.removeprefix(SEPARATOR))])]
         totals = [0.0]  # the log of the summed weight of all segmentations of word[:end]
         lattice: list[LatticeEdges] = [([], [], [])]
         for end in range(1, len(word) + 1):
@@ -153,11 +145,8 @@ def resegmented_windows(
 
     Each of the worker `processes` segments one shard ahead of use; without any, this process segments. For the other
     arguments see `WindowSource`.
-
-    Raises:
-        UserError: the tokenizer is not a unigram model.
     """
-    SubwordSampler(tokenizer, sampling)
+    SubwordSampler(tokenizer, sampling)  # raises before the first shard
     load = partial(_segment, ids, tokenizer.to_bytes(), sampling, seed)
     pool = process_pool(processes) if processes else None
     return WindowSource(load, ids.lengths, block_size, seed, order, pool, processes)

@@ -1,8 +1,7 @@
 """Token ids on disk: writing.
 
 - Shards are cut by characters alone, so any number of processes writes the same files.
-- A shard is written beside its final name, flushed and renamed. An interrupted call loses the shards in progress, and the
-  next one continues with the first missing shard.
+- An interrupted call loses the shards in progress, and the next one continues with the first missing shard.
 - Full shards are encoded in worker processes. SentencePiece's own threads do not help, because turning ids into Python
   objects holds the global interpreter lock (benchmarks/data.py).
 
@@ -66,20 +65,15 @@ def write_store(
     # shards finish in bursts, so only their mean speed (smoothing=0) predicts the remaining time
     options = {"unit": "char", "unit_scale": True, "delay": 2, "leave": False, "smoothing": 0}
     try:
-        ours = serialize(tokenizer)
-        published = _publish(folder / TOKENIZER, ours)
-        if published != ours:  # another machine was first, whose training rounds differently
-            tokenizer = deserialize(published)
+        tokenizer = deserialize(_publish(folder / TOKENIZER, serialize(tokenizer)))
         dtype = "uint16" if tokenizer.vocab_size <= 2**16 else "uint32"
         write, splits = partial(_write_shard, tokenizer, dtype), {}
         with tqdm(desc="encoding", total=chars, disable=None if chars else True, **options) as bar:
             for split, chunks in texts.items():
-                shards = (
-                    (folder / shard_name(split, number), batch)
-                    for number, batch in enumerate(_batches(chunks, SHARD_CHARS))
-                )
+                batches = enumerate(_batches(chunks, SHARD_CHARS))
+                shards = ((folder / shard_name(split, number), batch) for number, batch in batches)
                 written = []
-                for shard in _write_shards(write, shards, pool, 2 * processes):
+                for shard in _write_shards(write, shards, pool, 2 * processes if pool else 0):
                     written.append(shard)
                     bar.update(shard[0])
                 splits[split] = {"chars": sum(n for n, _ in written), "tokens": [n for _, n in written]}
@@ -108,37 +102,39 @@ def _write_shards(
     pool: Executor | None,
     max_pending: int,
 ) -> Iterator[tuple[int, int]]:
-    """Writes full shards in the pool; yields the characters and tokens of each shard in order."""
+    """Writes full shards in the pool, others at once; yields the characters and tokens of each shard in order."""
     pending = deque[Future[tuple[int, int]]]()
     for path, chunks in shards:
-        # a small text does not wait for processes to start
-        in_pool = pool is not None and _chars(chunks) >= SHARD_CHARS and not path.exists()
-        if pool and in_pool:
+        if pool and _chars(chunks) >= SHARD_CHARS and not path.exists():
             pending.append(pool.submit(write, path, chunks))
-        while pending and (not in_pool or len(pending) > max_pending):
+        else:  # a small text does not wait for processes to start
+            pending.append(Future())
+            pending[-1].set_result(write(path, chunks))
+        while len(pending) > max_pending:
             yield pending.popleft().result()
-        if not in_pool:
-            yield write(path, chunks)
     for future in pending:
         yield future.result()
 
 
 def _write_shard(tokenizer: Tokenizer, dtype: str, path: Path, chunks: list[TextChunk]) -> tuple[int, int]:
-    if path.exists():
-        return _chars(chunks), tokens_in(path)
-    encoded = [np.empty(0, dtype)]
-    for batch in _batches(chunks, BATCH_CHARS):
-        ids = tokenizer.encode_chunks(batch)
-        encoded.append(np.array(ids, dtype=dtype))
-        if tokenizer.lossless:  # characters are counted in every batch; only the first is decoded, which takes longer
-            wrong = "char_counts do not add up to" if tokenizer.char_counts[encoded[-1]].sum() != _chars(batch) else ""
-            if len(encoded) == 2 and tokenizer.decode(ids) != "".join(chunk.text for chunk in batch):
-                wrong = "decode does not restore"
-            if wrong:
-                name = type(tokenizer).__name__
-                raise UserError(f"{name}.{wrong} the text: correct it, or set lossless = False in the class")
-    with files.whole(path, shared=True) as beside, beside.open("wb") as file:
-        np.save(file, np.concatenate(encoded))
+    if not path.exists():
+        encoded = [np.empty(0, dtype)]
+        for batch in _batches(chunks, BATCH_CHARS):
+            ids = tokenizer.encode_chunks(batch)
+            encoded.append(np.array(ids, dtype=dtype))
+            if (
+                tokenizer.lossless
+            ):  # characters are counted in every batch; only the first is decoded, which takes longer
+                wrong = (
+                    "char_counts do not add up to" if tokenizer.char_counts[encoded[-1]].sum() != _chars(batch) else ""
+                )
+                if len(encoded) == 2 and tokenizer.decode(ids) != "".join(chunk.text for chunk in batch):
+                    wrong = "decode does not restore"
+                if wrong:
+                    name = type(tokenizer).__name__
+                    raise UserError(f"{name}.{wrong} the text: correct it, or set lossless = False in the class")
+        with files.whole(path, shared=True) as beside, beside.open("wb") as file:
+            np.save(file, np.concatenate(encoded))
     return _chars(chunks), tokens_in(path)
 
 

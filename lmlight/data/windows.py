@@ -12,11 +12,11 @@ Axes: B windows in a batch, W in all, T positions, N tokens. Free of torch.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor, Future
 from dataclasses import dataclass
 from functools import partial
+from itertools import count, islice
 
 import numpy as np
 import numpy.typing as npt
@@ -95,50 +95,45 @@ class WindowSource:
 
     def rows(self, epoch: int, positions: npt.NDArray[np.int64]) -> Tokens:
         """(B, T + 1) ids of the windows at `positions` of the epoch."""
-        shards = self._order(epoch)
-        ends = np.cumsum(self._per_shard[shards])
+        ends = np.cumsum(self._per_shard[self._order(epoch)])
         slots = np.searchsorted(ends, positions, side="right")
         rows = np.empty((len(positions), self._block_size + 1), np.int64)
         for slot in np.unique(slots):
-            wanted = [(epoch, int(shard)) for shard in shards[slot : slot + 1 + self._ahead]]
-            for later in itertools.count(epoch + 1):
-                if len(wanted) > self._ahead:
-                    break
-                wanted += [(later, int(shard)) for shard in self._order(later)[: self._ahead + 1 - len(wanted)]]
-            self._open(wanted)
+            self._open(epoch, slot)
             here = slots == slot
             starts = self._starts[positions[here] - ends[slot]]  # negative: from the shard's last window
             rows[here] = self._ids[starts[:, None] + np.arange(self._block_size + 1)]
         return rows
-
-    def _order(self, epoch: int) -> npt.NDArray[np.int64]:
-        """The shards in the order in which an epoch visits them."""
-        shards = np.random.default_rng((self._seed, epoch)).permutation(len(self._per_shard))
-        return shards[self._per_shard[shards] > 0]
 
     def close(self) -> None:
         """Stops processes and threads that work ahead."""
         if self._pool:
             self._pool.shutdown(cancel_futures=True)
 
-    def _open(self, wanted: list[tuple[int, int]]) -> None:
-        """Loads the first of the wanted (epoch, shard) and requests the others."""
+    def _order(self, epoch: int) -> npt.NDArray[np.int64]:
+        """The shards in the order in which an epoch visits them."""
+        shards = np.random.default_rng((self._seed, epoch)).permutation(len(self._per_shard))
+        return shards[self._per_shard[shards] > 0]
+
+    def _open(self, epoch: int, slot: int) -> None:
+        """Loads the shard in a slot of the epoch's order, and requests those that follow it."""
+        visits = ((e, int(shard)) for e in count(epoch) for shard in self._order(e)[slot if e == epoch else 0 :])
+        wanted = list(islice(visits, 1 + self._ahead))
         if wanted[0] == self._loaded:
             return
-        epoch, shard = wanted[0]
         if self._pool is None:
-            self._ids = self._load(epoch, shard)
+            self._ids = self._load(*wanted[0])
         else:
-            for key in self._requested.keys() - wanted:  # of an epoch that was left early
-                self._requested.pop(key).cancel()
-            for key in wanted:
-                if key not in self._requested:
-                    self._requested[key] = self._pool.submit(self._load, *key)
+            for visit in self._requested.keys() - wanted:  # of an epoch that was left early
+                self._requested.pop(visit).cancel()
+            for visit in wanted:
+                if visit not in self._requested:
+                    self._requested[visit] = self._pool.submit(self._load, *visit)
             self._ids = self._requested.pop(wanted[0]).result()
+        self._loaded = _, shard = wanted[0]
         numbers = (self._seed, epoch, shard) if len(self._per_shard) > 1 else (self._seed, epoch)
         starts = self._starts_of(len(self._ids), self._block_size, np.random.default_rng(numbers))
         self._starts = np.resize(starts, self._per_shard[shard])  # segmentations vary in length, epochs do not
-        self._loaded = wanted[0]
 
 
 def stored_windows(ids: TokenArray, block_size: int, seed: int, order: str, num_workers: int = 0) -> WindowSource:
@@ -216,8 +211,7 @@ def eval_windows(n_tokens: int, block_size: int, stride: int) -> npt.NDArray[np.
 
 def subset_windows(n_tokens: int, block_size: int, windows: int) -> npt.NDArray[np.int64]:
     """Up to `windows` non-overlapping whole windows, evenly spaced in the stream, in the format of `eval_windows`."""
-    starts = np.linspace(0, n_tokens - 1 - block_size, windows).astype(np.int64) // block_size * block_size
-    starts = np.unique(starts)
+    starts = np.unique(np.linspace(0, n_tokens - 1 - block_size, windows).astype(np.int64) // block_size * block_size)
     return np.stack((starts, np.full_like(starts, block_size), np.zeros_like(starts)), axis=1)
 
 

@@ -16,7 +16,7 @@ def cpu_count() -> int:
 
 
 def process_pool(processes: int) -> ProcessPoolExecutor:
-    """A pool whose processes ignore Ctrl-C, which is the parent's to handle, and end when the parent is killed.
+    """A pool whose processes ignore Ctrl-C and end when the parent is killed.
 
     Where processes cannot be forked, they import the main module: a script needs `if __name__ == "__main__"` there.
     """
@@ -24,8 +24,13 @@ def process_pool(processes: int) -> ProcessPoolExecutor:
     return ProcessPoolExecutor(processes, context, _start)
 
 
-def _start() -> None:
+def ignore_ctrl_c(worker: int = 0) -> None:
+    """Leaves Ctrl-C, which the terminal sends to all processes, to the parent; for DataLoader workers, too."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def _start() -> None:
+    ignore_ctrl_c()
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # not the handler of the training process
     if hasattr(os, "setsid"):
         os.setsid()  # signals to the parent's process group reach the parent only

@@ -6,7 +6,6 @@ A user's mistake is one line on stderr and exit status 2.
 from __future__ import annotations
 
 import json
-import os
 import re
 import sys
 import traceback
@@ -24,6 +23,7 @@ from lightning.pytorch.callbacks import LearningRateMonitor, ProgressBar, Weight
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities import rank_zero_only
 
+from lmlight import files
 from lmlight.data.tokenizer import TokenizerConfig
 from lmlight.errors import UserError, say
 from lmlight.models import Transformer
@@ -215,7 +215,7 @@ class LmlightCLI(LightningCLI):
                 raise UserError(f"{name} of a run cannot change ({lost[0]}): leave that out, or start a new run")
         if self.trainer.is_global_zero:
             changes = f", with {', '.join(changed)}" if changed else ""
-            print(f"Resuming {os.path.relpath(self.source.run)} at step {self.source.step}{changes}")
+            print(f"Resuming {files.shown(self.source.run)} at step {self.source.step}{changes}")
 
     @rank_zero_only
     def after_fit(self) -> None:

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import yaml
 
 from lmlight import checkpoint as checkpoints
-from lmlight.command_line import Parser, program
+from lmlight.command_line import Parser, join, program
 from lmlight.errors import UserError
 from lmlight.models import Net, architecture_kwargs
 from lmlight.user_code import full_name, is_class_name
@@ -214,5 +214,5 @@ def _brief(value: Any) -> str:
 def resume_command(checkpoint: str) -> str:
     """What to type to resume the run of a checkpoint."""
     runs = Path(checkpoint).absolute().parents[2]
-    where = "" if runs == Path(RUNS).absolute() else f" --trainer.default_root_dir {runs}"
-    return f"{program()} fit --ckpt_path {checkpoint}{where}"
+    where = [] if runs == Path(RUNS).absolute() else ["--trainer.default_root_dir", str(runs)]
+    return f"{program()} {join(['fit', '--ckpt_path', checkpoint, *where])}"

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 import math
-import os
-import shlex
 import warnings
 from contextlib import suppress
 from pathlib import Path
@@ -18,7 +17,7 @@ from lightning.pytorch.callbacks import Timer
 
 from lmlight import checkpoint as checkpoints
 from lmlight import files
-from lmlight.command_line import program
+from lmlight.command_line import join, program
 from lmlight.data import streaming
 from lmlight.errors import UserError
 from lmlight.generation import escape_control_characters
@@ -89,8 +88,8 @@ class RunTrainer(Trainer):
             target = Path(to).expanduser()
             store = streaming.write(store, target) if format == "litdata" else store.copy(target)
         tokens = ", ".join(f"{name} {store.tokens[name]:,}" for name in store.tokens)
-        print(f"Prepared: {os.path.relpath(store.folder)} (tokens: {tokens}; {store.tokenizer.vocab_size:,} pieces)")
-        print(f"  {program()} fit --data.corpus {os.path.relpath(store.folder)}")
+        print(f"Prepared: {files.shown(store.folder)} (tokens: {tokens}; {store.tokenizer.vocab_size:,} pieces)")
+        print(f"  {program()} {join(['fit', '--data.corpus', files.shown(store.folder)])}")
 
     def validate(self, model: LanguageModel, datamodule: TextDataModule, ckpt_path: str | None = None) -> None:  # type: ignore[override]
         """Score a checkpoint on the validation text.
@@ -140,10 +139,10 @@ def print_summary(
         print(f"The run had already reached step {step}: to train longer, pass a larger --trainer.max_steps")
         return
     if not keeper.best_model_path:
-        where = f"; the weights are in {os.path.relpath(keeper.last_model_path)}" if keeper.last_model_path else ""
+        where = f"; the weights are in {files.shown(keeper.last_model_path)}" if keeper.last_model_path else ""
         print(f"No validation was run{where}")
         return
-    path = os.path.relpath(keeper.best_model_path)
+    path = files.shown(keeper.best_model_path)
     best = checkpoints.read(path)
     # not `keeper.best_score`: with `ddp_spawn`, training had a keeper of its own
     nats = best["callbacks"][keeper.state_key]["best_score"]
@@ -164,15 +163,14 @@ def print_summary(
     prompt = datamodule.sample_prompt
     text = LanguageModel.load_from_checkpoint(path).generate(prompt, max_new_tokens=150)
     print(f"\n{escape_control_characters(text)}\n")
-    prompts = shlex.quote(json.dumps([prompt], ensure_ascii=False))
+    prompts = json.dumps([prompt], ensure_ascii=False)
     net = checkpoints.net_class(best)
     kinds = {"model.net": net, "data.tokenizer": type(datamodule.tokenizer)}
-    own = "".join(
-        f" --{n} {full_name(kind)}" for n, kind in kinds.items() if not full_name(kind).startswith("lmlight.")
-    )
-    print(f"Next:\n  {program()} predict --ckpt_path {path}{own} --data.prompts {prompts}")
+    own = {f"--{n}": full_name(kind) for n, kind in kinds.items() if not full_name(kind).startswith("lmlight.")}
+    words = ["predict", "--ckpt_path", path, *itertools.chain(*own.items()), "--data.prompts", prompts]
+    print(f"Next:\n  {program()} {join(words)}")
     if isinstance(trainer.logger, RunLogger):
-        print(f"  {program('tensorboard')} --logdir {os.path.relpath(trainer.logger.root_dir)}")
+        print(f"  {program('tensorboard')} {join(['--logdir', files.shown(trainer.logger.root_dir)])}")
 
 
 class TimeLimit(Timer):
