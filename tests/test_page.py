@@ -433,6 +433,22 @@ def test_stop_keeps_what_is_written(tokenizers, opened, browser):
     assert browser.find_element("id", "generate").is_enabled()
 
 
+def test_undo_brings_earlier_texts_back(tokenizers, opened, browser):
+    opened("rotary", *network("rotary", tokenizers))
+    text, undo = "return document.getElementById('text').value", browser.find_element("id", "undo")
+    assert not undo.is_enabled()
+    assert typed(browser, "MIRA:") == "Ready."
+    written = clicked(browser, "one")
+    change(browser, text="not read yet")
+    for expected in (written, "MIRA:", ""):
+        js(browser, "document.getElementById('status').textContent = 'Clicked'")
+        undo.click()
+        assert status(browser, "Ready") == "Ready."
+        assert js(browser, text) == expected
+    assert not undo.is_enabled()
+    assert chips(browser) == []
+
+
 def test_nothing_moves_while_text_is_generated(tokenizers, opened, browser):
     opened("rotary", *network("rotary", tokenizers))
     js(

@@ -99,6 +99,19 @@ def test_libraries_that_cannot_be_had_are_one_line_and_leave_nothing(fault, libr
     assert not Path("site").exists()
 
 
+def test_npm_does_not_read_from_the_terminal(libraries, checkpoint, monkeypatch):
+    inputs = []
+
+    def run(*_, stdin, **__):
+        inputs.append(stdin)
+        raise OSError
+
+    monkeypatch.setattr(web.shutil, "which", lambda name: name)
+    monkeypatch.setattr(web.subprocess, "run", run)
+    assert main(["export", "web", checkpoint, "site"]) == 0
+    assert set(inputs) == {web.subprocess.DEVNULL}
+
+
 def test_damaged_library_in_the_cache_is_fetched_again(libraries, checkpoint, tmp_path):
     assert main(["export", "web", checkpoint, "site"]) == 0
     (cached,) = (tmp_path / "cache/web").glob("*/tokenizers.min.mjs")

