@@ -190,7 +190,7 @@ def test_failed_export_leaves_no_files(tokenizer, tmp_path, monkeypatch, capsys)
     path = save(tmp_path / "x.ckpt", build("bigram", tokenizer), tokenizer)
     monkeypatch.setitem(sys.modules, "onnxscript", None)
     assert main(["export", "onnx", path, "x.onnx"]) == 2
-    assert "pip install 'lmlight[onnx]'" in capsys.readouterr().err
+    assert 'pip install "lmlight[onnx]"' in capsys.readouterr().err
     monkeypatch.setattr(
         torch.export, "save", lambda *args, **kwargs: exec("raise OSError(28, 'No space left on device')")
     )

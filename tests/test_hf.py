@@ -184,7 +184,7 @@ def test_model_card_and_files(tokenizers, tmp_path):
     assert {path.name for path in (tmp_path / "out").iterdir()} == hf.FILES
     generation = json.loads((tmp_path / "out" / "generation_config.json").read_text())
     assert (generation["temperature"], generation["min_p"]) == (0.8, Sampling().min_p), "what predict would use"
-    settings = {"data": {"corpus": "train.txt", "val_corpus": "somewhere/val.txt"}}
+    settings = {"data": {"corpus": "train.txt", "val_corpus": r"C:\Users\somebody\val.txt"}}
     model = Model(make(tokenizers["char"], {}), tokenizers["char"], {}, settings, {"val/nats_per_char": 1.5}, 9)
     assert "On a separate text, val.txt:" in hf.model_card(model, "mit")
 
@@ -234,5 +234,5 @@ def test_missing_package_error_names_its_extra(tokenizers, tmp_path, monkeypatch
     monkeypatch.setitem(sys.modules, "safetensors.torch", None)
     monkeypatch.setitem(sys.modules, "safetensors", None)
     assert main(["export", "hf", path, "out"]) == 2
-    assert "pip install 'lmlight[hf]'" in capsys.readouterr().err
+    assert 'pip install "lmlight[hf]"' in capsys.readouterr().err
     assert not (tmp_path / "out").exists()

@@ -2,23 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
 from lmlight import checkpoint as checkpoints
 from lmlight import files
-from lmlight.command_line import Parser
+from lmlight.command_line import Parser, join
 from lmlight.errors import UserError
 from lmlight.export import gguf_file, graph, hf, hf_import, web
 from lmlight.export.model import Model
 
+
+class Format(NamedTuple):
+    """An export format."""
+
+    target: str
+    description: str
+    write: Callable[..., None]  # of the model, the path and the format's options
+    files: Collection[str] | None = None  # the files of a folder
+
+
 FORMATS = {
-    "gguf": ("FILE", "a .gguf file for llama.cpp, Ollama and LM Studio"),
-    "hf": ("DIR", "a folder for Hugging Face transformers (safetensors)"),
-    "onnx": ("FILE", "an .onnx file for onnxruntime: forward pass and cached step"),
-    "torch": ("FILE", "a .pt2 file for torch without lmlight (torch.export)"),
-    "web": ("DIR", "a folder with a web page that runs the model, for any web server"),
+    "gguf": Format("FILE", "a .gguf file for llama.cpp, Ollama and LM Studio", gguf_file.write),
+    "hf": Format("DIR", "a folder for Hugging Face transformers (safetensors)", hf.write, hf.FILES),
+    "onnx": Format("FILE", "an .onnx file for onnxruntime: forward pass and cached step", graph.write_onnx),
+    "torch": Format("FILE", "a .pt2 file for torch without lmlight (torch.export)", graph.write_torch),
+    "web": Format("DIR", "a folder with a web page that runs the model, for any web server", web.write, web.FILES),
 }
 
 
@@ -30,35 +41,24 @@ def export(args: Sequence[str]) -> None:
     """
     parser = Parser("lmlight export", description="Convert a trained model for another engine.")
     formats = parser.add_subparsers(dest="format", required=True, metavar="FORMAT")
-    for name, (target, description) in FORMATS.items():
+    for name, (target, description, *_) in FORMATS.items():
         subparser = formats.add_parser(name, help=description, description=f"Write {description}.")
         subparser.add_argument("checkpoint", help="a .ckpt file, a run's folder, or `best` or `last`")
         subparser.add_argument("target", metavar=target, type=Path, help="the path to write")
         subparser.add_argument("--force", action="store_true", help="replace an existing target")
         checkpoints.add_arguments(subparser)
         if name == "gguf":
-            precisions = ("f32", "f16", "q8_0")
-            subparser.add_argument("--precision", choices=precisions, default="f32", help="precision of the matrices")
+            help_ = "precision of the matrices"
+            subparser.add_argument("--precision", choices=("f32", "f16", "q8_0"), default="f32", help=help_)
         if name == "hf":
-            subparser.add_argument(
-                "--licence", default="unknown", help="licence of the weights, such as mit or cc0-1.0"
-            )
+            help_ = "licence of the weights, such as mit or cc0-1.0"
+            subparser.add_argument("--licence", default="unknown", help=help_)
     options = parser.parse_args(args)
-    source = checkpoints.find(options.checkpoint, options.runs, "best")
-    known = {"hf": hf.FILES, "web": web.FILES}.get(options.format)
-    with _new(options.target, options.force, known) as path:
+    source, chosen = checkpoints.find(options.checkpoint, options.runs, "best"), FORMATS[options.format]
+    with _new(options.target, options.force, chosen.files) as path:
         trusted, _ = checkpoints.import_classes(options.net, options.tokenizer)
-        model = Model.read(source, trusted)
-        if options.format == "hf":
-            hf.write(model, path, options.licence)
-        elif options.format == "gguf":
-            gguf_file.write(model, path, options.precision)
-        elif options.format == "onnx":
-            graph.write_onnx(model, path)
-        elif options.format == "web":
-            web.write(model, path)
-        else:
-            graph.write_torch(model, path)
+        own = {name: value for name, value in vars(options).items() if name in ("precision", "licence")}
+        chosen.write(Model.read(source, trusted), path, **own)
     print(f"Wrote {options.target}")
 
 
@@ -82,7 +82,8 @@ def import_(args: Sequence[str]) -> None:
     for note in notes:
         print(f"Note: {note}")
     print(f"Wrote {options.checkpoint}: {model.net.num_parameters:,} parameters.")
-    print(f"Finetune: lmlight fit --init_from {options.checkpoint} --config configs/finetune.yaml --data.corpus my.txt")
+    flags = f"--init_from={options.checkpoint}", "--config=configs/finetune.yaml", "--data.corpus=my.txt"
+    print("Finetune:", join(["lmlight", "fit", *flags]))
 
 
 @contextmanager
@@ -90,27 +91,26 @@ def _new(path: Path, force: bool, known: Collection[str] | None = None) -> Itera
     """Yields a temporary path, which becomes `path` when the block ends without an exception.
 
     Args:
-        path: A file, or a folder if there are names of its files.
+        path: A file, or a folder if `known` is given.
         force: Replace what is there.
-        known: The files that a folder with an earlier export has.
+        known: The names in a folder with an earlier export: a folder with others is never replaced.
 
     Raises:
         UserError: `path` may not be replaced, or cannot be written.
     """
-    path, is_folder = path.expanduser().resolve(), known is not None
+    path = path.expanduser().resolve()
     try:
-        if path.exists() and path.is_dir() != is_folder:
-            found, expected = ("file", "folder") if is_folder else ("folder", "file")
-            raise UserError(f"'{path}' is a {found}: pass the path of a {expected}")
-        inside = sorted(entry.name for entry in path.iterdir()) if is_folder and path.exists() else []
-        if unknown := [name for name in inside if name not in (known or ())]:
+        if path.exists() and path.is_dir() == (known is None):
+            raise UserError(f"'{path}' is a {'folder' if path.is_dir() else 'file'}: pass another path")
+        inside = {entry.name for entry in path.iterdir()} if path.is_dir() else set()
+        if unknown := inside - set(known or ()):
             raise UserError(
-                f"folder '{path}' contains '{unknown[0]}', which is not part of an export: pass another folder"
+                f"folder '{path}' contains '{min(unknown)}', which is not part of an export: pass another folder"
             )
-        if not force and (inside if is_folder else path.exists()):
+        if not force and (inside if path.is_dir() else path.exists()):
             raise UserError(f"'{path}' already exists: pass another path, or --force to replace it")
         path.parent.mkdir(parents=True, exist_ok=True)
-        with (files.whole_folder if is_folder else files.whole)(path) as temporary:
+        with (files.whole if known is None else files.whole_folder)(path) as temporary:
             yield temporary
     except OSError as error:
         reason = error.strerror or str(error)

@@ -20,7 +20,7 @@ from lmlight.data.tokenizer import SentencePieceTokenizer
 from lmlight.errors import UserError
 from lmlight.export.architectures import match_architecture, named_weights
 from lmlight.export.model import Model, require_extra
-from lmlight.export.tokenizer import CONTROL, NORMAL, UNUSED, USER_DEFINED, Piece, Vocabulary, pre_tokenizer_name
+from lmlight.export.tokenizer import BYTE, CONTROL, NORMAL, UNUSED, USER_DEFINED, Piece, Vocabulary, pre_tokenizer_name
 from lmlight.models import Transformer
 
 # k of the module docstring. A power of two, so scaling is exact; its root is shared by the matrices after the gate, which
@@ -42,7 +42,7 @@ def write(model: Model, path: Path, precision: str = "f32") -> None:
     assert isinstance(net, Transformer)
     options = net.config
     writer = gguf.GGUFWriter(path, architecture.gguf_name)
-    writer.add_name(f"lmlight {Path(str(model.settings.get('data', {}).get('corpus', 'model'))).stem}")
+    writer.add_name(f"lmlight {Path(model.corpus_name() or 'model').stem}")
     writer.add_context_length(net.block_size)
     writer.add_embedding_length(options["n_embd"])
     writer.add_block_count(options["n_layer"])
@@ -56,8 +56,7 @@ def write(model: Model, path: Path, precision: str = "f32") -> None:
         writer.add_rope_dimension_count(net.head_size)
         writer.add_key_length(net.head_size)
         writer.add_value_length(net.head_size)
-    file_type = {"f32": "ALL_F32", "f16": "MOSTLY_F16", "q8_0": "MOSTLY_Q8_0"}[precision]
-    writer.add_file_type(gguf.LlamaFileType[file_type])
+    writer.add_file_type(gguf.LlamaFileType[f"{'ALL' if precision == 'f32' else 'MOSTLY'}_{precision.upper()}"])
     _add_tokenizer(writer, model)
     for _, name, value in named_weights(net.float()):
         if architecture.gguf_name == "llama" and (".attn_q." in name or ".attn_k." in name):
@@ -79,6 +78,8 @@ def write(model: Model, path: Path, precision: str = "f32") -> None:
 
 
 def _add_tokenizer(writer: Any, model: Model) -> None:
+    writer.add_add_bos_token(False)
+    writer.add_add_eos_token(False)
     if isinstance(model.tokenizer, HFTokenizer):
         _add_byte_level_bpe(writer, model.tokenizer)
         return
@@ -88,13 +89,10 @@ def _add_tokenizer(writer: Any, model: Model) -> None:
             "train one with --data.tokenizer.kind=bpe"
         )
     vocabulary = Vocabulary(model.tokenizer)
-    pieces, unknown = list(vocabulary.pieces), vocabulary.unknown_id
-    if vocabulary.is_unigram:
-        for index, character in vocabulary.unseen_ascii.items():
-            if character != "\0":
-                pieces[index] = Piece(character, vocabulary.unknown_score, NORMAL)
+    unknown, eos = vocabulary.unknown_id, model.tokenizer.eos_id
+    # strings of llama.cpp have no NUL
+    pieces = [Piece("<0x00>", 0.0, BYTE) if piece.piece == "\0" else piece for piece in vocabulary.pieces]
     texts, scores, types = map(list, zip(*pieces))
-    eos = model.tokenizer.eos_id
     writer.add_tokenizer_model("t5" if vocabulary.is_unigram else "llama")
     writer.add_token_list(texts)
     writer.add_token_scores(scores)
@@ -104,8 +102,6 @@ def _add_tokenizer(writer: Any, model: Model) -> None:
     writer.add_bos_token_id(unknown if model.bos_id is None else model.bos_id)
     writer.add_eos_token_id(unknown if eos is None else eos)
     writer.add_pad_token_id(unknown)
-    writer.add_add_bos_token(False)
-    writer.add_add_eos_token(False)
     writer.add_add_space_prefix(False)
     writer.add_remove_extra_whitespaces(False)
 
@@ -117,12 +113,11 @@ def _add_byte_level_bpe(writer: Any, tokenizer: HFTokenizer) -> None:
             "llama.cpp splits a text like the byte-level BPE tokenizers of GPT-2, SmolLM2, Qwen2 or Llama 3, and this "
             "checkpoint's tokenizer.json splits it in another way: export to hf or onnx"
         )
-    size = tokenizer.vocab_size
-    texts, types = [f"<unused {index}>" for index in range(size)], [UNUSED] * size
-    for text, index in model["vocab"].items():
-        texts[index], types[index] = text, NORMAL
+    pieces = {index: (f"<unused {index}>", UNUSED) for index in range(tokenizer.vocab_size)}
+    pieces |= {index: (text, NORMAL) for text, index in model["vocab"].items()}
     for token in tokenizer.content.get("added_tokens", []):
-        texts[token["id"]], types[token["id"]] = token["content"], CONTROL if token["special"] else USER_DEFINED
+        pieces[token["id"]] = token["content"], CONTROL if token["special"] else USER_DEFINED
+    texts, types = map(list, zip(*pieces.values()))
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre(name)
     writer.add_token_list(texts)
@@ -131,8 +126,6 @@ def _add_byte_level_bpe(writer: Any, tokenizer: HFTokenizer) -> None:
     if tokenizer.eos_id is not None:
         writer.add_bos_token_id(tokenizer.eos_id)
         writer.add_eos_token_id(tokenizer.eos_id)
-    writer.add_add_bos_token(False)
-    writer.add_add_eos_token(False)
 
 
 def interleave_rope(rows: Tensor, head_size: int) -> Tensor:

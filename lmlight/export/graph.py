@@ -26,6 +26,7 @@ from lmlight.models.kv_cache import Cache
 from lmlight.models.rope import apply_rope
 
 OPSET = 20
+BATCH = Dim("batch")
 
 
 class ConcatCache(Cache):
@@ -40,15 +41,13 @@ class ConcatCache(Cache):
 
     Attributes:
         present: (2, B, H_kv, S, D) keys and values of each layer so far.
-        maps: (B, H, T, S) attention weights of each layer so far.
     """
 
-    is_causal = False
+    attention_maps: list[Tensor]  # recorded, because that attention does not branch on the number of keys
 
     def __init__(self, past: Tensor, rope: Tensor | None) -> None:
+        super().__init__(is_causal=False, attention_maps=[])
         self.past, self.rope, self.present = past, rope, list[Tensor]()
-        # recorded by attention that does not branch on the number of keys
-        self.attention_maps = self.maps = list[Tensor]()
 
     def advance(self, count: int) -> None:
         positions = torch.arange(self.past.size(4) + count, device=self.past.device)  # (S,)
@@ -57,23 +56,18 @@ class ConcatCache(Cache):
 
     def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         past_k, past_v = self.past[layer]
-        v, before_rope = torch.cat((past_v, v), 2), k
-        rotated = past_k
+        before_rope, rotated = k, past_k
         if self.rope is not None:
             cos, sin = self.rope[:, self.input_pos]
             before_rope = apply_rope(k, torch.stack((cos, -sin)))
             rotated = apply_rope(past_k, self.rope[:, torch.arange(past_k.size(2), device=k.device)])
+        v = torch.cat((past_v, v), 2)
         self.present.append(torch.stack((torch.cat((past_k, before_rope), 2), v)))
         return torch.cat((rotated, k), 2), v
 
 
 class TransformerGraph(nn.Module):
-    """The forward pass and the cached step of a transformer in one.
-
-    Args:
-        net: The transformer.
-        attention: Also return attention weights.
-    """
+    """The forward pass and the cached step of a transformer in one."""
 
     def __init__(self, net: Transformer, attention: bool = False) -> None:
         super().__init__()
@@ -97,7 +91,7 @@ class TransformerGraph(nn.Module):
         if past is None:
             return logits
         present = torch.stack(cache.present)
-        return (logits, present, torch.stack(cache.maps)) if self.attention else (logits, present)
+        return (logits, present, torch.stack(cache.attention_maps)) if self.attention else (logits, present)
 
 
 def metadata(model: Model) -> dict[str, str]:
@@ -128,36 +122,25 @@ def write_onnx(model: Model, path: Path, attention: bool = False) -> None:
         UserError: onnx or onnxscript is not installed.
     """
     *_, passes = require_extra("onnx", "onnx", "onnxscript", "onnx_ir.passes.common")
-    net = model.net.float()
-    batch, time, past = Dim("batch"), Dim("time", max=net.block_size), Dim("past", max=net.block_size)
+    net, size = model.net.float(), model.net.block_size
+    if size < 2:
+        raise UserError("a network with block_size 1 cannot be exported to ONNX: set a longer --data.block_size")
     graph: nn.Module = net
-    outputs = ["logits"]
+    inputs, outputs = ["ids"], ["logits"]
     # Sizes of at least 2: the exporter takes a size of 1 for a constant.
-    if net.block_size < 2:
-        raise UserError(
-            "a network with block_size 1 cannot be exported to ONNX: train one with a longer --data.block_size"
-        )
-    arguments, dynamic = [torch.zeros(2, min(3, net.block_size), dtype=torch.int64)], [{0: batch, 1: time}]
+    arguments, dynamic = [torch.zeros(2, min(3, size), dtype=torch.int64)], [{0: BATCH, 1: Dim("time", max=size)}]
     if isinstance(net, Transformer):
         graph = TransformerGraph(net, attention)
-        outputs = ["logits", "present", "attention"][: 3 if attention else 2]
-        n_past = min(4, net.block_size)
-        arguments.append(torch.zeros(len(net.blocks), 2, 2, net.n_kv_head, n_past, net.head_size))
-        dynamic.append({2: batch, 4: past})
+        inputs += ["past"]
+        outputs += ["present", "attention"] if attention else ["present"]
+        arguments.append(torch.zeros(len(net.blocks), 2, 2, net.n_kv_head, min(4, size), net.head_size))
+        dynamic.append({2: BATCH, 4: Dim("past", max=size)})
+    options: dict[str, Any] = {"input_names": inputs, "output_names": outputs, "dynamic_shapes": tuple(dynamic)}
+    options |= {"opset_version": OPSET, "external_data": False, "dynamo": True, "verbose": False}
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the exporter's warnings about its own code
         logging.getLogger("torch.onnx").setLevel(logging.ERROR)
-        program = torch.onnx.export(
-            graph.eval(),
-            tuple(arguments),
-            input_names=["ids", "past"][: len(arguments)],
-            output_names=outputs,
-            dynamic_shapes=tuple(dynamic),
-            opset_version=OPSET,
-            external_data=False,
-            dynamo=True,
-            verbose=False,
-        )
+        program = torch.onnx.export(graph.eval(), tuple(arguments), **options)
     assert program is not None
     passes.ClearMetadataAndDocStringPass()(program.model)  # local paths of source files
     program.model.metadata_props.update(metadata(model))
@@ -171,9 +154,7 @@ def write_torch(model: Model, path: Path) -> None:
     """
     net = model.net.float()
     graph = TransformerGraph(net) if isinstance(net, Transformer) else net
-    sizes: dict[int, Any] = {0: Dim("batch")}
-    if net.block_size > 1:
-        sizes[1] = Dim("time", max=net.block_size)
+    sizes: dict[int, Any] = {0: BATCH} | ({1: Dim("time", max=net.block_size)} if net.block_size > 1 else {})
     ids = torch.zeros(2, min(2, net.block_size), dtype=torch.int64)
     with torch.no_grad():
         program = torch.export.export(graph.eval(), (ids,), dynamic_shapes=(sizes,), strict=False)

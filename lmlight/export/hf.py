@@ -31,36 +31,33 @@ def write(model: Model, folder: Path, licence: str) -> None:
         UserError: no architecture matches the network; the tokenizer is lossy; safetensors is not installed.
     """
     (safetensors,) = require_extra("hf", "safetensors.torch")
-    tokenizer_config: dict[str, Any] = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "clean_up_tokenization_spaces": False,
-    }
-    own_way = not isinstance(model.tokenizer, HFTokenizer) or pre_tokenizer_name(model.tokenizer) != "qwen2"
-    if match_architecture(model.net).model_type == "qwen2" and own_way:
+    architecture, tokenizer = match_architecture(model.net), model.tokenizer
+    if architecture.model_type == "qwen2" and pre_tokenizer_name(tokenizer) != "qwen2":
         raise UserError(
             "transformers splits a text in Qwen2's way for any model of that architecture, and this checkpoint's tokenizer "
             "does not: export to gguf or onnx"
         )
-    if isinstance(model.tokenizer, HFTokenizer):
-        if model.tokenizer.eos_id is not None:
-            tokenizer_config["eos_token"] = model.tokenizer.id_to_piece(model.tokenizer.eos_id)
-    else:
+    tokenizer_config: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast"}
+    tokenizer_config["clean_up_tokenization_spaces"] = False
+    if not isinstance(tokenizer, HFTokenizer):
         tokenizer_config["split_special_tokens"] = True  # a text cannot contain them
-    if not match_architecture(model.net).sliding_window:
+    elif tokenizer.eos_id is not None:
+        tokenizer_config["eos_token"] = tokenizer.id_to_piece(tokenizer.eos_id)
+    if not architecture.sliding_window:
         tokenizer_config["model_max_length"] = model.net.block_size
     contents = {
         "config.json": config_json(model),
         "generation_config.json": generation_config_json(model),
-        "tokenizer.json": tokenizer_json(model.tokenizer),
+        "tokenizer.json": tokenizer_json(tokenizer),
         "tokenizer_config.json": tokenizer_config,
     }
-    files = {name: json.dumps(content, indent=2, ensure_ascii=False) + "\n" for name, content in contents.items()}
-    for name, text in (files | {"README.md": model_card(model, licence)}).items():
+    texts = {name: json.dumps(content, indent=2, ensure_ascii=False) + "\n" for name, content in contents.items()}
+    for name, text in (texts | {"README.md": model_card(model, licence)}).items():
         (folder / name).write_text(text, encoding="utf-8", newline="\n")
     # safetensors' own save_file makes a file that only its owner can read
     (folder / "model.safetensors").write_bytes(safetensors.save(tensors(model.net), metadata={"format": "pt"}))
-    if isinstance(model.tokenizer, SentencePieceTokenizer):  # for `lmlight import hf`
-        (folder / "tokenizer.model").write_bytes(model.tokenizer.to_bytes())
+    if isinstance(tokenizer, SentencePieceTokenizer):  # for `lmlight import hf`
+        (folder / "tokenizer.model").write_bytes(tokenizer.to_bytes())
 
 
 def config_json(model: Model) -> dict[str, Any]:
@@ -82,22 +79,15 @@ def config_json(model: Model) -> dict[str, Any]:
         "tie_word_embeddings": options["tie"],
         "bos_token_id": model.bos_id,
         "eos_token_id": model.tokenizer.eos_id,  # null too: the default id would be an ordinary token in our vocabulary
-        "pad_token_id": None,
-        "initializer_range": 0.02,
-        "use_cache": True,
     }
     if architecture.model_type == "gpt2":
         return config | {
+            **{name: options[name] for name in ("n_embd", "n_layer", "n_head")},
+            **dict.fromkeys(("attn_pdrop", "embd_pdrop", "resid_pdrop"), options["dropout"]),
             "n_positions": net.block_size,
-            "n_embd": options["n_embd"],
-            "n_layer": options["n_layer"],
-            "n_head": options["n_head"],
             "n_inner": net.intermediate_size,
             "activation_function": activation,
             "layer_norm_epsilon": options["norm_eps"],
-            "attn_pdrop": options["dropout"],
-            "embd_pdrop": options["dropout"],
-            "resid_pdrop": options["dropout"],
         }
     config |= {
         "attention_dropout": options["dropout"],
@@ -112,14 +102,14 @@ def config_json(model: Model) -> dict[str, Any]:
         "rms_norm_eps": options["norm_eps"],
         "rope_theta": options["rope_theta"],  # the name before transformers 5
         "rope_parameters": {"rope_type": "default", "rope_theta": options["rope_theta"]},
+        "attention_bias": bool(options["bias"]),
+        "mlp_bias": options["bias"] is True,
     }
     if architecture.sliding_window:
         config["sliding_window"] = net.block_size
     if architecture.model_type in ("qwen2", "qwen3"):
-        config |= {"use_sliding_window": True, "max_window_layers": 0, "attention_bias": options["bias"] == "qkv"}
+        config |= {"use_sliding_window": True, "max_window_layers": 0}
         config["layer_types"] = ["sliding_attention"] * options["n_layer"]
-    if architecture.model_type == "llama":
-        config |= {"attention_bias": options["bias"], "mlp_bias": options["bias"]}
     return config
 
 
@@ -146,7 +136,6 @@ def generation_config_json(model: Model) -> dict[str, Any]:
     config = {
         "bos_token_id": model.bos_id,
         "eos_token_id": model.tokenizer.eos_id,
-        "pad_token_id": None,
         "max_new_tokens": sampling.max_new_tokens,
         "repetition_penalty": sampling.repetition_penalty,
         "do_sample": sampling.temperature > 0,
@@ -161,11 +150,11 @@ def generation_config_json(model: Model) -> dict[str, Any]:
 
 def model_card(model: Model, licence: str) -> str:
     """The content of `README.md`."""
-    data = model.settings.get("data", {})
-    corpus = Path(str(data.get("corpus", "an unknown text"))).name  # its folder is private
-    held_out = f"the last {100 * data.get('val_fraction', 0.1):.3g}% of the text, which was not used for training"
-    if data.get("val_corpus"):
-        held_out = f"a separate text, {Path(str(data['val_corpus'])).name}"
+    corpus = model.corpus_name() or "an unknown text"
+    val_fraction = model.settings.get("data", {}).get("val_fraction", 0.1)
+    held_out = f"the last {100 * val_fraction:.3g}% of the text, which was not used for training"
+    if val_corpus := model.corpus_name("val_corpus"):
+        held_out = f"a separate text, {val_corpus}"
     units = {"nats_per_char": "nats per character", "bpc": "bits per character", "perplexity": "perplexity per token"}
     metrics = {unit: model.metrics.get(f"val/{name}") for name, unit in units.items()}
     results = ", ".join(f"{value:.4f} {unit}" for unit, value in metrics.items() if value is not None)

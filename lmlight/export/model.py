@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 from dataclasses import dataclass
 from importlib.metadata import version
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 from types import ModuleType
 from typing import Any
 
@@ -41,13 +41,14 @@ class Model:
 
     def to_checkpoint(self) -> dict[str, Any]:
         """The content of a checkpoint file, for `checkpoint.write`."""
-        metadata = checkpoints.model_metadata(self.net, self.tokenizer, self.sampling, self.settings)
         return {
             "epoch": 0,
             "global_step": self.step,
             "pytorch-lightning_version": version("lightning"),  # Lightning refuses a checkpoint without it
             "state_dict": {f"{checkpoints.NET_PREFIX}{name}": value for name, value in self.net.state_dict().items()},
-            checkpoints.METADATA_KEY: metadata,
+            checkpoints.METADATA_KEY: checkpoints.model_metadata(
+                self.net, self.tokenizer, self.sampling, self.settings
+            ),
         }
 
     @property
@@ -55,6 +56,10 @@ class Model:
         """The id to start from when the prompt is empty; None if there is no single one."""
         ids = self.tokenizer.bos_ids
         return ids[0] if len(ids) == 1 else None
+
+    def corpus_name(self, setting: str = "corpus") -> str:
+        """The file name of a corpus; empty if there was none. Its folder is private, and may be one of Windows."""
+        return PureWindowsPath(self.settings.get("data", {}).get(setting) or "").name
 
 
 def require_extra(extra: str, *modules: str) -> list[ModuleType]:
@@ -67,5 +72,5 @@ def require_extra(extra: str, *modules: str) -> list[ModuleType]:
         return [importlib.import_module(module) for module in modules]
     except ModuleNotFoundError as error:
         raise UserError(
-            f"this needs the package {error.name}, which is not installed: pip install 'lmlight[{extra}]'"
+            f'this needs the package {error.name}, which is not installed: pip install "lmlight[{extra}]"'
         ) from None

@@ -23,7 +23,6 @@ from lmlight.errors import UserError
 # ModelProto.SentencePiece.Type; llama.cpp uses the same numbers
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
 
-
 # How byte-level BPE tokenizers split a text before their merges, and what llama.cpp calls it.
 _QWEN2 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}%s| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -52,6 +51,8 @@ class Piece(NamedTuple):
 class Vocabulary:
     """The pieces of a SentencePiece model, by id.
 
+    In a unigram model, ASCII characters that no piece matches take the place of their byte pieces.
+
     Raises:
         UserError: the tokenizer is lossy.
     """
@@ -62,27 +63,23 @@ class Vocabulary:
                 "this checkpoint's tokenizer is lossy (it drops newlines and repeated spaces), and other engines cannot "
                 "reproduce it: train one with --data.tokenizer.lossless=true"
             )
-        proto = parse_model(tokenizer.to_bytes())  # only the protocol buffer has the types
+        with warnings.catch_warnings():  # protobuf's C extension is deprecated
+            warnings.simplefilter("ignore")
+            from sentencepiece import sentencepiece_model_pb2
+
+        proto: Any = sentencepiece_model_pb2.ModelProto()  # type: ignore[attr-defined]  # made at run time
+        proto.ParseFromString(tokenizer.to_bytes())  # only the protocol buffer has the types
         self.is_unigram = proto.trainer_spec.model_type == 1
         self.pieces = [Piece(piece.piece, piece.score, piece.type) for piece in proto.pieces]
         self.unknown_id = next(index for index, piece in enumerate(self.pieces) if piece.type == UNKNOWN)
         # what a unigram segmentation pays for a character that no piece matches
         self.unknown_score = min(piece.score for piece in self.pieces if piece.type == NORMAL) - UNKNOWN_PENALTY
         texts = {piece.text for piece in self.pieces}
-        bytes_ = {i: chr(int(piece.piece[3:5], 16)) for i, piece in enumerate(self.pieces) if piece.type == BYTE}
-        # the ASCII characters that no piece matches, by the ids of their byte pieces
-        self.unseen_ascii = {i: char for i, char in bytes_.items() if char.isascii() and char not in texts}
-
-
-def parse_model(model: bytes) -> Any:
-    """The protocol buffer in a SentencePiece `.model` file."""
-    with warnings.catch_warnings():  # protobuf's C extension is deprecated
-        warnings.simplefilter("ignore")
-        from sentencepiece import sentencepiece_model_pb2
-
-    proto: Any = sentencepiece_model_pb2.ModelProto()  # type: ignore[attr-defined]  # made at run time
-    proto.ParseFromString(model)
-    return proto
+        for index, piece in enumerate(self.pieces):
+            if self.is_unigram and piece.type == BYTE:
+                character = chr(int(piece.piece[3:5], 16))
+                if character.isascii() and character not in texts:
+                    self.pieces[index] = Piece(character, self.unknown_score, NORMAL)
 
 
 def tokenizer_json(tokenizer: Tokenizer) -> dict[str, Any]:
@@ -93,17 +90,17 @@ def tokenizer_json(tokenizer: Tokenizer) -> dict[str, Any]:
     """
     if isinstance(tokenizer, HFTokenizer):
         return tokenizer.content
-    decoders = [{"type": "ByteFallback"}, {"type": "Fuse"}]
+    decoders = [{"type": "Fuse"}]
     if isinstance(tokenizer, CharTokenizer):  # a text has one segmentation only
         model = {"type": "Unigram", "unk_id": None, "vocab": [[c, 0.0] for c in tokenizer.characters]}
-        decoders = decoders[1:]
-    elif not isinstance(tokenizer, SentencePieceTokenizer):
+    elif isinstance(tokenizer, SentencePieceTokenizer):
+        vocabulary = Vocabulary(tokenizer)
+        model = _unigram(vocabulary) if vocabulary.is_unigram else _bpe(vocabulary)
+        decoders.insert(0, {"type": "ByteFallback"})
+    else:
         raise UserError(
             f"a {type(tokenizer).__name__} cannot be exported: only tokenizers of lmlight and tokenizer.json can"
         )
-    else:
-        vocabulary = Vocabulary(tokenizer)
-        model = _unigram(vocabulary) if vocabulary.is_unigram else _bpe(vocabulary)
     special = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
     eos = [] if tokenizer.eos_id is None else [{"id": tokenizer.eos_id, "content": END_OF_TEXT, **special}]
     decoder = {"type": "Sequence", "decoders": decoders}
@@ -111,8 +108,10 @@ def tokenizer_json(tokenizer: Tokenizer) -> dict[str, Any]:
     return {"version": "1.0", "added_tokens": eos, **unused, "decoder": decoder, "model": model}
 
 
-def pre_tokenizer_name(tokenizer: HFTokenizer) -> str | None:
+def pre_tokenizer_name(tokenizer: Tokenizer) -> str | None:
     """llama.cpp's name for the way in which a byte-level BPE tokenizer splits a text; None for any other tokenizer."""
+    if not isinstance(tokenizer, HFTokenizer):
+        return None
     pre = tokenizer.content.get("pre_tokenizer") or {}
     steps = pre["pretokenizers"] if pre.get("type") == "Sequence" else [pre]
     if tokenizer.content["model"].get("type") != "BPE" or any(step.get("add_prefix_space") for step in steps):
@@ -129,16 +128,13 @@ def _unigram(vocabulary: Vocabulary) -> dict[str, Any]:
     pieces = vocabulary.pieces
     best = max(piece.score for piece in pieces if piece.type == NORMAL)
     never = (max(len(piece.piece) for piece in pieces) + 1) * (vocabulary.unknown_score - UNKNOWN_PENALTY)
-    entries: list[list[Any]] = []
-    for index, piece in enumerate(pieces):
-        if piece.type == NORMAL:
-            entries.append([piece.text, piece.score])
-        elif piece.type == USER_DEFINED:  # SentencePiece's rule: it wins over everything that matches the same text
-            entries.append([piece.text, len(piece.piece.encode()) * best - 0.1])
-        elif index in vocabulary.unseen_ascii:
-            entries.append([vocabulary.unseen_ascii[index], vocabulary.unknown_score])
-        else:
-            entries.append([piece.piece, never])
+
+    def score(piece: Piece) -> float:
+        if piece.type == USER_DEFINED:  # SentencePiece's rule: it wins over everything that matches the same text
+            return len(piece.piece.encode()) * best - 0.1
+        return piece.score if piece.type == NORMAL else never
+
+    entries = [[piece.text, score(piece)] for piece in pieces]
     return {"type": "Unigram", "unk_id": vocabulary.unknown_id, "byte_fallback": True, "vocab": entries}
 
 
