@@ -59,7 +59,7 @@ class Model:
 
     def corpus_name(self, setting: str = "corpus") -> str:
         """The file name of a corpus; empty if there was none. Its folder is private, and may be one of Windows."""
-        return PureWindowsPath(self.settings.get("data", {}).get(setting) or "").name
+        return PureWindowsPath(str(self.settings.get("data", {}).get(setting) or "")).name
 
 
 def require_extra(extra: str, *modules: str) -> list[ModuleType]:
