@@ -2,6 +2,7 @@
 
 import ctypes
 import importlib
+import io
 import os
 import platform
 import sys
@@ -15,10 +16,14 @@ M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's malloc.h
 
 
 def main(args: Sequence[str] | None = None) -> int:
-    """Run the words after `lmlight`, by default the process's; returns the exit status.
+    """Run the words after `lmlight`, by default the process's.
 
-    It is 0, or 2 without a command or after a user's mistake, which is one line on stderr, or 130 after Ctrl-C.
+    Returns:
+        The exit status: 0; 2 without a command, or after a `UserError`, which is printed as one line; 130 after Ctrl-C.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # redirected on Windows, it cannot encode every character
+            stream.reconfigure(errors="backslashreplace")
     command, *rest = list(sys.argv[1:] if args is None else args) or [""]
     if command in ("", "-h", "--help"):
         print(usage())
@@ -28,7 +33,7 @@ def main(args: Sequence[str] | None = None) -> int:
         return 0
     set_up_process(command)
     if "" not in sys.path:
-        sys.path.append("")  # the current folder, where a user's own classes may be
+        sys.path.append("")  # the current folder, for a user's own classes
     try:
         if command not in COMMANDS:
             raise UserError(f"unknown command '{command}': expected one of {', '.join(COMMANDS)}")
@@ -42,7 +47,7 @@ def main(args: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:  # the reader of our output, such as `head`, has closed it
-        # keeps the interpreter from reporting it again as it exits
+        # otherwise the interpreter reports it again at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
 

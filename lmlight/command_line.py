@@ -50,7 +50,7 @@ def program(name: str = "lmlight") -> str:
     """What to type for a program of this environment, which may not be activated."""
     started = Path(sys.argv[0])
     if started.stem != "lmlight":  # python -m lmlight, or a notebook
-        return join([sys.executable, "-m", name] if name == "lmlight" else [Path(sys.executable).with_name(name)])
+        return join([sys.executable, "-m", "tensorboard.main" if name == "tensorboard" else name])
     found = shutil.which("lmlight")
     # without suffixes: Windows finds lmlight.exe, which may have been started as lmlight
     is_on_path = found is not None and Path(found).resolve().with_suffix("") == started.resolve().with_suffix("")

@@ -2,6 +2,7 @@
 
 import csv
 import math
+from pathlib import Path
 from types import SimpleNamespace
 
 import lightning.pytorch as pl
@@ -422,6 +423,21 @@ def test_learning_curve_writes_table_and_figure(logged_run):
     assert float(rows[1]["seconds"]) > float(rows[0]["seconds"]) > 0
     assert {"train/loss", "val/bpc", "train_subset/nats_per_char", "gap/nats_per_char"} < rows[0].keys()
     assert (run / "curve.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_learning_curve_that_cannot_be_written_is_a_warning(corpus_file, tmp_path):
+    """On Windows, a spreadsheet may have it open. Here, a folder is in its place."""
+
+    class Occupy(Callback):
+        def on_train_start(self, trainer, model):
+            for name in ("metrics.csv", "curve.png"):
+                (Path(trainer.log_dir) / name).mkdir()
+
+    with pytest.warns(UserWarning, match="cannot be written") as warned:
+        trainer, *_ = fit(corpus_file, tmp_path / "runs", [Occupy(), LearningCurve()], tiny.net)
+    assert trainer.global_step == STEPS
+    for name in ("metrics.csv", "curve.png"):
+        assert any(f"{name}' cannot be written (" in str(warning.message) for warning in warned)
 
 
 def test_learning_curve_counts_seconds_without_validation_and_continues_them(monkeypatch):

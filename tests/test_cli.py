@@ -62,7 +62,7 @@ def test_fit_summary(finished, sample_prompt):
     python, m, name, *words = shlex.split(command)
     assert (python, m, name) == (sys.executable, "-m", "lmlight")
     assert processes.run_afresh(*words, cwd=folder)[0].startswith(sample_prompt)
-    assert tensorboard.strip() == f"{Path(sys.executable).with_name('tensorboard')} --logdir runs"
+    assert tensorboard.strip() == f"{sys.executable} -m tensorboard.main --logdir runs"
 
 
 def test_suggested_command_can_be_run_from_here(tmp_path, monkeypatch):
@@ -82,6 +82,11 @@ def test_suggested_command_can_be_run_from_here(tmp_path, monkeypatch):
         assert program() == "lmlight"
     monkeypatch.setattr(sys, "argv", [str(tmp_path / "__main__.py")])
     assert program() == f"{sys.executable} -m lmlight"
+    assert program("tensorboard") == f"{sys.executable} -m tensorboard.main"
+    launcher = script.with_name("lmlight.EXE")
+    monkeypatch.setattr("shutil.which", lambda name: str(launcher))
+    monkeypatch.setattr(sys, "argv", [str(script)])
+    assert program() == "lmlight", "on Windows, argv has no suffix"
 
 
 def test_run_folder_has_config_metrics_and_best_checkpoint(finished):
@@ -158,7 +163,7 @@ def test_predict_prints_the_same_texts_as_its_output_file(finished, capsys, tmp_
     assert main([*arguments, "--output=batch.jsonl"]) == 2
     assert "exists already" in capsys.readouterr().err
     assert main([*arguments, "--output=nowhere/batch.jsonl"]) == 2
-    assert "folder that does not exist" in capsys.readouterr().err
+    assert "output 'nowhere/batch.jsonl' does not exist" in capsys.readouterr().err
 
 
 def test_predict_reads_prompts_from_the_standard_input(finished, capsys, monkeypatch):
@@ -170,6 +175,7 @@ def test_predict_reads_prompts_from_the_standard_input(finished, capsys, monkeyp
     assert second.startswith("PIP é")
 
 
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
 def test_predict_with_two_processes_keeps_prompt_order(finished, tmp_path):
     _, _, best = finished
     (tmp_path / "prompts.txt").write_text("\n".join(f"{speaker}:" for speaker in "ABCDE"))
@@ -385,7 +391,7 @@ MISTAKES = {
     "unknown flag": (["fit", "--data.blok_size=3"], "data.blok_size"),
     "unknown net setting": (["fit", "--model.net.n_layers=3"], "n_layers"),
     "unknown key in a config": (["fit", "--config=wrong.yaml"], "blok_size"),
-    "number for a checkpoint": (["fit", "--config=number.yaml"], 'key "ckpt_path"'),
+    "number for a checkpoint": (["fit", "--config=number.yaml"], "--ckpt_path: expected str or null, got 3"),
     "flags for a tokenizer.json": (
         ["fit", "--data.tokenizer=x/tokenizer.json", "--data.tokenizer.vocab_size=400"],
         "x/tokenizer.json is not trained here: leave out --data.tokenizer.vocab_size",
@@ -395,9 +401,14 @@ MISTAKES = {
         "my.Tokens is not trained here: leave out --data.tokenizer.kind",
     ),
     "no such config": (["fit", "--config=nope.yaml"], "nope.yaml"),
-    "not a number": (["fit", "--trainer.max_steps=many"], "max_steps"),
-    "unknown command": (["train"], "train"),
-    "no command": ([], "subcommand"),
+    "not a number": (["fit", "--trainer.max_steps=many"], "--trainer.max_steps: expected int, got many;"),
+    "not a number of a class": (["fit", "--model.net.n_layer=x"], "--model.net.n_layer: expected int, got x;"),
+    "no such kind": (
+        ["fit", "--data.tokenizer.kind=x"],
+        "--data.tokenizer.kind: expected 'unigram', 'bpe', 'char', got x;",
+    ),
+    "no such optimizer": (["fit", "--model.optimizer=AdamX"], "--model.optimizer: there is no class AdamX;"),
+    "missing option": (["fit", "--trainer.callbacks=EarlyStopping"], "--trainer.callbacks needs monitor"),
     "no checkpoint": (["predict"], "--ckpt_path"),
     "missing checkpoint": (["predict", "--ckpt_path=nope.ckpt"], "no checkpoint at 'nope.ckpt'"),
     "not a checkpoint": (["fit", "--ckpt_path=short.txt"], "short.txt"),
@@ -455,6 +466,26 @@ def test_a_reader_that_has_had_enough_is_no_error(tmp_path):
         process.stdout.close()
         assert process.stderr.read() == ""
     assert process.returncode == 1
+
+
+def test_characters_that_the_output_cannot_encode_are_escaped(monkeypatch):
+    """Redirected on Windows, it is in the code page of the locale."""
+    out = io.TextIOWrapper(io.BytesIO(), encoding="cp1252", newline="\n")
+    monkeypatch.setattr(sys, "stdout", out)
+    assert typed(["--version"]) == 0
+    print("é日", flush=True)
+    assert out.buffer.getvalue().endswith(b"\n\xe9\\u65e5\n")
+
+
+def test_config_of_a_run_is_ascii(corpus_text, tmp_path):
+    """jsonargparse reads it in the encoding of the locale."""
+    (tmp_path / "日.txt").write_bytes(corpus_text.encode())
+    assert main(["fit", "--data.corpus=日.txt", *TINY, "--trainer.callbacks=null", "--trainer.max_steps=1"]) == 0
+    (config,) = tmp_path.glob("runs/*/config.yaml")
+    assert config.read_bytes().isascii()
+    assert yaml.safe_load(config.read_text("ascii"))["data"]["corpus"] == "日.txt"
+    with pytest.raises(SystemExit, match="0"):
+        main(["fit", f"--config={config}", "--print_config"])
 
 
 def test_version(capsys):

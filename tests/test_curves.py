@@ -50,6 +50,14 @@ def test_runs_are_named_by_their_paths(tmp_path, capsys):
     assert [line.partition(":")[0] for line in capsys.readouterr().out.splitlines()] == ["a/run", "b/run", "Figure"]
 
 
+def test_patterns_are_expanded(runs, capsys):
+    """The shell of Windows does not."""
+    assert main(["curves", "[ot]*o", "one", "no*thing"]) == 0
+    out, err = capsys.readouterr()
+    assert [line.partition(":")[0] for line in out.splitlines()] == ["two", "one", "Figure"]
+    assert err == "lmlight: skipped: 'no*thing' has no metrics.csv with a finite loss and step\n"
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -1,8 +1,8 @@
 """Networks, objectives, tokenizers and data of users, and the examples in docs/extending.md."""
 
+import os
 import re
 import shlex
-import signal
 import sys
 import time
 from pathlib import Path
@@ -151,7 +151,7 @@ def test_custom_network_resumes_exactly_after_a_kill(folder, capsys):
     with processes.start(*flags, cwd=folder) as process:
         while not (found := list(folder.glob("runs/*/checkpoints/last.ckpt"))) and process.poll() is None:
             time.sleep(0.01)
-        process.send_signal(signal.SIGKILL)
+        process.kill()
         process.wait()
     assert checkpoint.read(found[0])["global_step"] < 8 or process.returncode == 0
     processes.run("fit", "--ckpt_path=last", cwd=folder, status=0)
@@ -165,6 +165,7 @@ def test_custom_network_resumes_exactly_after_a_kill(folder, capsys):
     assert "pass --model.net mynet.Mine" in err and err.count("\n") == 1
 
 
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
 def test_custom_network_trains_the_same_with_two_processes(folder):
     flags = ["fit", "--model.net=mynet.Mine", *SHORT, "--data.tokenizer.vocab_size=400", "--trainer.precision=64"]
     processes.run(*flags, "--trainer.default_root_dir=one", cwd=folder)
@@ -202,6 +203,7 @@ def test_causality_check_can_be_disabled(folder):
     assert main(["fit", "--model.net=mynet.Future", "--model.check_causality=false", *SHORT]) == 0
 
 
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
 def test_network_is_not_run_before_processes_are_forked():
     """torch's threads do not survive a fork: the forked processes would wait for them forever."""
 
@@ -273,7 +275,7 @@ def test_checkpoint_does_not_import_the_module_that_it_names(folder, capsys):
         print(type(LanguageModel.load_from_checkpoint({str(path)!r}, net=mynet.Mine).net).__name__)
         """
     out, _ = processes.run_afresh(
-        code=code, cwd=folder, env=processes.environment(PYTHONPATH=f"{folder}:{':'.join(sys.path)}")
+        code=code, cwd=folder, env=processes.environment(PYTHONPATH=f"{folder}{os.pathsep}{os.pathsep.join(sys.path)}")
     )
     error, *loaded = out.strip().split("\n")
     assert "pass --model.net mynet.Mine, or net=Mine in Python" in error

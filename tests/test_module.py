@@ -1,6 +1,5 @@
 """LanguageModel and Lightning's Trainer, from Python."""
 
-import contextlib
 import csv
 import itertools
 import math
@@ -146,18 +145,14 @@ def test_fused_optimizer_clips_under_bf16_mixed(data, algorithm):
     torch.testing.assert_close(model.net.head.weight, before * (1 - 2e-3 / 3 * 0.1), rtol=0, atol=1e-7)
 
 
-@pytest.mark.parametrize("error", [None, KeyError("bug"), KeyboardInterrupt(), SystemExit(143)], ids=repr)
-def test_matmul_precision_is_set_during_training_only(data, error):
+def test_matmul_precision_is_set_during_training_only(data):
     seen = []
 
     class Observer(pl.Callback):
         def on_train_batch_end(self, *args):
             seen.append(torch.get_float32_matmul_precision())
-            if error is not None:
-                raise error
 
-    with pytest.raises((KeyError, SystemExit)) if error else contextlib.nullcontext():
-        trained(data, steps=1, callbacks=[Observer()])
+    trained(data, steps=1, callbacks=[Observer()])
     assert seen == ["medium"]
     assert torch.get_float32_matmul_precision() == "highest"
 
@@ -186,23 +181,6 @@ def test_schedule_ends_with_the_epochs(data, shape, limit):
     assert rates[-1] == pytest.approx(2e-3 * schedule.factor(steps - 1, steps))
     both = learning_rates(data, schedule, max_epochs=2, max_steps=3, **options)
     assert both == learning_rates(data, schedule, max_steps=3, **options)
-
-
-def test_schedule_ends_with_the_epochs_under_accumulation_scheduler(data):
-    scheduler = pl.callbacks.GradientAccumulationScheduler({0: 1, 1: 2})
-    rates, steps = [], []
-
-    class Note(pl.Callback):
-        def on_train_batch_start(self, trainer, model, *args):
-            rates.append(trainer.optimizers[0].param_groups[0]["lr"])
-            steps.append(model.total_steps)
-
-    trainer = pl.Trainer(
-        max_epochs=3, limit_train_batches=6, callbacks=[scheduler, Note()], enable_checkpointing=False, **tiny.QUIET
-    )
-    trainer.fit(LanguageModel(net=Bigram, optimizer=adamw, schedule=Schedule(warmup_steps=0)), datamodule=data)
-    assert (set(steps), trainer.global_step) == ({12}, 12)
-    assert rates[-1] == pytest.approx(2e-3 / 12)
 
 
 def test_schedule_without_an_end_is_refused(data):
@@ -372,16 +350,13 @@ def test_load_from_checkpoint_arguments(data, tmp_path):
     trainer = pl.Trainer(max_steps=2, enable_checkpointing=False, **tiny.QUIET)
     trainer.fit(model, datamodule=data)
     trainer.save_checkpoint(tmp_path / "x.ckpt")
-    loaded = LanguageModel.load_from_checkpoint(tmp_path / "x.ckpt", map_location="cpu", strict=True, weights_only=True)
+    loaded = LanguageModel.load_from_checkpoint(tmp_path / "x.ckpt", map_location="cpu")
     assert loaded.sampling == model.sampling
     assert loaded.generate("MIRA:") == model.generate("MIRA:")
     changed = LanguageModel.load_from_checkpoint(str(tmp_path / "x.ckpt"), sampling=Sampling(top_k=3), seed=5)
     assert (changed.sampling, changed.seed) == (Sampling(top_k=3), 5)
-    LanguageModel.load_from_checkpoint(tmp_path / "x.ckpt", map_location=lambda storage, location: storage)
     with pytest.raises(UserError, match="is a lmlight.models.transformer.Transformer, not a Bigram"):
         LanguageModel.load_from_checkpoint(tmp_path / "x.ckpt", net=Bigram)
-    with pytest.raises(UserError, match="map_location 'nowhere' is not a device"):
-        LanguageModel.load_from_checkpoint(tmp_path / "x.ckpt", map_location="nowhere")
 
 
 def test_model_and_data_can_be_pickled(data):

@@ -84,7 +84,6 @@ CALLBACKS = {
     "DeviceStatsMonitor": {},
     "EMAWeightAveraging": {"decay": 0.9},
     "EarlyStopping": {"monitor": "val/nats_per_char"},
-    "GradientAccumulationScheduler": {"scheduling": {0: 1, 1: 2}},
     "LambdaCallback": {},
     "LearningRateMonitor": {"logging_interval": "step"},
     "ModelCheckpoint": {"monitor": "val/nats_per_char", "save_top_k": 2},
@@ -102,6 +101,7 @@ SLOW_CALLBACKS = {"BatchSizeFinder": {"max_trials": 2, "steps_per_trial": 1}}
 REFUSED_CALLBACKS = {
     "BackboneFinetuning": {},
     "BaseFinetuning": {},
+    "GradientAccumulationScheduler": {"scheduling": {0: 1, 1: 2}},
     "LearningRateFinder": {},
     "ModelPruning": {"pruning_fn": "l1_unstructured"},
     "SpikeDetection": {},

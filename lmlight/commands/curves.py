@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import math
 from collections.abc import Sequence
+from glob import glob
 from pathlib import Path
 
 from lmlight.command_line import Parser
@@ -14,14 +15,17 @@ from lmlight.errors import UserError, say
 def main(args: Sequence[str]) -> None:
     """Runs `lmlight curves`. Entries that cannot be plotted are skipped, each with a line on stderr."""
     parser = Parser("lmlight curves", description="Plots the validation losses of runs in one figure.")
-    parser.add_argument("runs", nargs="+", type=Path, help="folders of runs, such as runs/*; anything else is skipped")
+    parser.add_argument("runs", nargs="+", help="folders of runs, such as runs/*; anything else is skipped")
     parser.add_argument("--x", choices=("step", "characters", "seconds"), default="step", help="the horizontal axis")
     parser.add_argument("--output", type=Path, default=Path("curves.png"), help="the figure: .png, .svg or .pdf")
     options = parser.parse_args(args)
-    runs = {str(run): rows for run in options.runs if (rows := read(run, options.x))}
-    for run in options.runs:
-        if str(run) not in runs:
-            say(UserError(f"'{run}' has no metrics.csv with a finite loss and {options.x}"), "skipped")
+    runs = {}
+    # the shell of Windows leaves patterns to the program
+    for name in (found for pattern in options.runs for found in sorted(glob(pattern)) or [pattern]):  # noqa: PTH207
+        if rows := read(Path(name), options.x):
+            runs[name] = rows
+        else:
+            say(UserError(f"'{name}' has no metrics.csv with a finite loss and {options.x}"), "skipped")
     if not runs:
         raise UserError("none of these can be plotted: pass the folders of runs, such as runs/*")
     from lmlight import pictures  # Matplotlib takes a third of a second to import
@@ -37,7 +41,7 @@ def main(args: Sequence[str]) -> None:
 
 
 def read(run: Path, x: str) -> list[dict[str, float]]:
-    """The validations in a run's `metrics.csv`, or in that file, whose loss and column `x` are finite; none without one."""
+    """The validations in a run's `metrics.csv` whose loss and column `x` are finite; empty if there is no such file."""
     path = run / "metrics.csv" if run.is_dir() else run
     try:
         with path.open(encoding="utf-8", newline="") as file:

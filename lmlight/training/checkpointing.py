@@ -30,7 +30,6 @@ from torch.distributed.tensor import DTensor
 
 from lmlight import checkpoint as checkpoints
 from lmlight.errors import UserError
-from lmlight.training.private import validation_is_due
 from lmlight.training.run_settings import resume_command
 
 EXTRA_STATE = "_extra_state"  # torch's key for `LanguageModel.get_extra_state` in a state dict
@@ -56,10 +55,10 @@ class AtomicCheckpointIO(CheckpointIO):
 class BestLastCheckpoint(Checkpoint):
     """Keeps `checkpoints/best.ckpt` and `checkpoints/last.ckpt` in the run's folder.
 
-    `best` has the lowest `val/nats_per_char`, or `val/loss` where characters are not counted. `last` is written at each
-    validation and at the end of the run, also on SIGTERM and Ctrl-C, after which the process exits with 128 + the signal's
-    number; a second signal exits immediately.
-    Several processes notice a signal at validations and every `trainer.log_every_n_steps` steps, where they agree to leave.
+    `best` has the lowest `val/nats_per_char`, or `val/loss` if characters are not counted. `last` is written at each
+    validation and at the end of the run, also on SIGTERM and Ctrl-C. The process then exits with 128 + the signal's number;
+    a second signal exits immediately. Several processes check for signals at validations and every
+    `trainer.log_every_n_steps` steps.
 
     Args:
         every_n_steps: Also write `last` every this many steps; 0 disables this.
@@ -96,7 +95,7 @@ class BestLastCheckpoint(Checkpoint):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._stop_asked = False
-        if threading.current_thread() is threading.main_thread():  # Python handles signals there only
+        if threading.current_thread() is threading.main_thread():  # signal.signal works only there
             for number in (signal.SIGINT, signal.SIGTERM):
                 self._handlers[number] = signal.signal(number, self._on_signal)
 
@@ -121,12 +120,14 @@ class BestLastCheckpoint(Checkpoint):
             return
         self._stop_asked, trainer.should_stop = False, trainer.should_stop or self._stop_asked
         over = trainer.should_stop or 0 < getattr(pl_module, "total_steps", 0) <= step
-        if trainer.fit_loop.epoch_loop.batch_progress.is_last_batch and not over:
+        loop = trainer.fit_loop.epoch_loop
+        if loop.batch_progress.is_last_batch and not over:
             return  # Lightning cannot resume exactly from between two epochs; the next step will do
         if over or step % (trainer.log_every_n_steps or 50) == 0 or trainer.world_size == 1:  # type: ignore[attr-defined]
             self._agree_to_leave(trainer)
-        if validation_is_due(trainer):
-            return  # saved at its end
+        # the argument only matters for training steps that take an iterator of batches
+        if trainer.enable_validation and loop._should_check_val_fx(None):  # type: ignore[arg-type]
+            return  # saved at the end of this validation
         if self._agreed or over or (self.every_n_steps and step % self.every_n_steps == 0):
             self._save(trainer, "last")
 
@@ -145,7 +146,7 @@ class BestLastCheckpoint(Checkpoint):
         self._leave_if_agreed(trainer)
 
     def _agree_to_leave(self, trainer: Trainer) -> None:
-        """A signal to any process ends all of them at this step. On a GPU, asking waits for all work in progress."""
+        """End all processes at this step if any of them got a signal. On a GPU, this waits for all work in progress."""
         self._agreed = self._signal
         if trainer.world_size > 1:
             number = torch.tensor(self._signal, device=trainer.strategy.root_device)
@@ -156,8 +157,7 @@ class BestLastCheckpoint(Checkpoint):
         if not self._agreed:
             return
         if trainer.is_global_zero:
-            name = signal.Signals(self._agreed).name
-            resume = resume_command(self.last_model_path)
+            name, resume = signal.Signals(self._agreed).name, resume_command(self.last_model_path)
             print(f"lmlight: {name} at step {trainer.global_step}; to resume: {resume}", file=sys.stderr)
         raise SystemExit(128 + self._agreed)
 

@@ -12,7 +12,6 @@ import traceback
 from argparse import SUPPRESS
 from collections.abc import Sequence
 from enum import Enum
-from functools import partial
 from typing import Any, NoReturn
 
 import torch
@@ -34,11 +33,10 @@ from lmlight.training.checkpointing import AtomicCheckpointIO, BestLastCheckpoin
 from lmlight.training.datamodule import TextDataModule
 from lmlight.training.module import PYTHON_ONLY, LanguageModel
 from lmlight.training.predictions import WritePredictions
-from lmlight.training.run_settings import RUNS, Source, differences, find_source
+from lmlight.training.run_settings import RUNS, differences, find_source
 from lmlight.training.run_trainer import RunTrainer, SaveConfig, TimeLimit, print_summary, quiet
 from lmlight.user_code import full_name, import_class
 
-SUBCOMMANDS = ("fit", "prepare", "validate", "test", "predict")
 TRAINER_DEFAULTS: dict[str, Any] = {
     "max_steps": 1200,
     "val_check_interval": 100,
@@ -54,27 +52,10 @@ TRAINER_DEFAULTS: dict[str, Any] = {
 
 
 class OneLineParser(LightningArgumentParser):
-    """Reports an error in one line, and lists the flags of the default network and optimizer in its help.
-
-    Args:
-        command: The subcommand that it parses; empty for the main parser.
-    """
-
-    def __init__(self, *args: Any, command: str = "", **kwargs: Any) -> None:
-        if command:
-            kwargs["usage"] = f"lmlight {command} [--config FILE] [options]"
-        super().__init__(*args, **kwargs)
-        self.command = command
+    """Reports an error in one line, and lists the flags of the default network and optimizer in its help."""
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        if found := re.search(r'Parser key "(.*?)".*No module named \'(.*?)\'', message, re.DOTALL):
-            message = (
-                f"--{found[1]}: there is no module {found[2]} in the current folder or among the installed packages"
-            )
-        elif found := re.search(r"Parser key \"(.*?)\".*Option '(.*?)' is not accepted", message, re.DOTALL):
-            message = f"--{found[1]} has no option {found[2]}"
-        hint = "" if message.endswith("--help`") else f"; see `{self.prog.replace(' [options]', '')} --help`"
-        raise UserError(f"{message}{hint}")
+        raise UserError(f"{_explain(message)}; see `{self.prog.replace(' [options]', '')} --help`")
 
     def format_help(self, *args: Any) -> str:
         before, trainer, after = super().format_help(*args).partition("\nLightning's Trainer:\n")
@@ -88,16 +69,41 @@ class OneLineParser(LightningArgumentParser):
         return f"{before}\n{shown.strip()}\n{trainer}{after}"
 
 
-class LmlightCLI(LightningCLI):
-    """Lightning's CLI with lmlight's defaults, and with the settings that a checkpoint or its run contributes."""
+def _explain(message: str) -> str:
+    """Shorten an error of jsonargparse, which lists all types and parsers that it tried."""
+    message = re.sub("; see `.*? --help`", "", message)  # of a parser inside another
+    if not (key := re.search('Parser key "(.*?)":', message)):
+        return message
+    flag = f"--{key[1]}"
+    if found := re.search("No module named '(.*?)'", message):
+        return f"{flag}: there is no module {found[1]} in the current folder or among the installed packages"
+    if found := re.search("(?:Option '|unrecognized arguments: --)(.*?)('|=|$)", message):
+        return f"{flag} has no option {found[1]}"
+    if found := re.search("arguments are required: (.*)", message):
+        return f"{flag} needs {found[1]}: pass {', '.join(f'{flag}.{name}' for name in found[1].split(', '))}"
+    if found := re.search("dot import path string: (.*)|has no attribute '(.*?)'", message):
+        return f"{flag}: there is no class {found[1] or found[2]}"
+    if found := re.search(r"--([\w.]+)(: expected .*, got .*)", message):  # explained by an inner parser
+        return f"{flag}.{found[1]}{found[2]}"
+    expected = re.findall(r"Expected an? (?:<class '(?:\w+\.)*(\w+)'>|typing.Literal\[(.*)\])", message)
+    if expected and (got := re.search("(?:Got|Given) value: (.*)", message)):
+        return f"{flag}: expected {' or '.join(a or b for a, b in expected).replace('NoneType', 'null')}, got {got[1]}"
+    return message.replace(key[0], f"{flag}:")
 
-    def __init__(self, args: Sequence[str], **kwargs: Any) -> None:
-        self.source, classes, words = Source({}), dict[str, str](), list(args)
-        self._commands: Sequence[str] = SUBCOMMANDS
-        if args and args[0] in SUBCOMMANDS:
-            self._commands = args[:1]  # a parser takes a tenth of a second to build
-            self.source, classes, words = find_source(args[0], args[1:])
-            words.insert(0, args[0])
+
+class LmlightCLI(LightningCLI):
+    """Lightning's CLI with lmlight's defaults, and with the settings that a checkpoint or its run contributes.
+
+    Args:
+        args: A command, which is a method of `RunTrainer`, and its flags.
+    """
+
+    def __init__(self, args: Sequence[str]) -> None:
+        quiet()
+        # Lightning has enumeration members as defaults, such as those of its Timer
+        yaml.SafeDumper.add_multi_representer(Enum, lambda dumper, member: dumper.represent_data(member.value))
+        self.command, *rest = args
+        self.source, classes, words = find_source(self.command, rest)
         model = import_class("--model", classes["model"], LanguageModel) if "model" in classes else LanguageModel
         data: type[LightningDataModule] = TextDataModule
         if "data" in classes:
@@ -106,12 +112,25 @@ class LmlightCLI(LightningCLI):
         if self.source.run is None and not self.has_text:
             self.source.settings.pop("data", None)  # `TextDataModule`'s
         if self.source.settings:
-            words.insert(1, f"--config={json.dumps(self.source.settings)}")
-        subparsers = {name: {"command": name} for name in self._commands}
-        super().__init__(model, data, args=words, parser_kwargs={"prog": "lmlight", **subparsers}, **kwargs)
+            words.insert(0, f"--config={json.dumps(self.source.settings)}")
+        super().__init__(
+            model,
+            data,
+            args=[self.command, *words],
+            trainer_class=RunTrainer,
+            seed_everything_default=1337,
+            save_config_callback=None,
+            parser_class=OneLineParser,
+            parser_kwargs={
+                "prog": "lmlight",
+                self.command: {"usage": f"lmlight {self.command} [--config FILE] [options]"},
+            },
+            auto_configure_optimizers=False,
+            load_from_checkpoint_support=False,
+        )
 
     def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]
-        return {name: {"model", "datamodule"} for name in self._commands}
+        return {self.command: {"model", "datamodule"}}  # only this one: a parser takes a tenth of a second to build
 
     def add_core_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         assert self.model_class is not None and self.datamodule_class is not None
@@ -124,45 +143,47 @@ class LmlightCLI(LightningCLI):
         parser.add_lightning_class_args(RunTrainer, "trainer")
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        assert isinstance(parser, OneLineParser)
         for target in ("model.seed", "model.sampling.seed", *(["data.seed"] if self.has_text else [])):
             parser.link_arguments("seed_everything", target, compute_fn=int)
         watching = [full_name(kind) for kind in (LearningRateMonitor, *callbacks.DEFAULT)]
         defaults = {**TRAINER_DEFAULTS, "callbacks": [{"class_path": path} for path in watching]}
-        if parser.command != "fit":  # the others leave no run behind: their result is on the terminal or in a file
+        if self.command != "fit":  # the others print their result or write it to a file
             defaults |= {"logger": False, "callbacks": None, "enable_progress_bar": False}
         parser.set_defaults({f"trainer.{name}": value for name, value in defaults.items()})
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Sequence[str]) -> None:  # type: ignore[override]
         self.config = parser.parse_args(args)
-        command, config = self.config.subcommand, self.config[self.config.subcommand]
-        if self.source.path is None and command not in ("fit", "prepare"):
-            raise UserError(f"{command} needs a model: --ckpt_path best, or runs/.../checkpoints/best.ckpt")
+        config = self.config[self.command]
+        if self.source.path is None and self.command not in ("fit", "prepare"):
+            raise UserError(f"{self.command} needs a model: --ckpt_path best, or runs/.../checkpoints/best.ckpt")
         if config.get("init_from") and self.source.run is None:
             config.init_from = str(self.source.path)
-        # Lightning would take settings from the checkpoint, and config.yaml is to start the same run again, not resume it
+        # Lightning would read settings from the checkpoint, and `--config config.yaml` should start a new run
         if "ckpt_path" in config:
             config.ckpt_path = None
 
     def before_instantiate_classes(self) -> None:
-        config = self.config[self.subcommand]
+        config = self.config[self.command]
         config.pop("config", None)
         # `--seed_everything true` has drawn one after the links were made
         config.model.seed = config.model.sampling.seed = int(config.seed_everything)
         if self.has_text:
             config.data.seed = config.model.seed
         dump = self.parser.dump(self.config, skip_unset=False, skip_link_targets=False, format="json")
-        self.settings: dict[str, Any] = json.loads(dump)[self.subcommand]
+        self.settings: dict[str, Any] = json.loads(dump)[self.command]
 
     def instantiate_classes(self) -> None:
         extra = {"init_from": self.source.content, "settings": self.settings}
-        make_model = partial(_make_model, extra)
+
+        def make_model(kind: type[LanguageModel], **flags: Any) -> LanguageModel:
+            return kind(**flags, **extra)
+
         self.config_init = self.parser.instantiate(self.config, instantiators=[(make_model, LanguageModel, True)])
         extra.clear()  # the parser keeps a reference to it
-        self.datamodule, self.model = (self.config_init[self.subcommand][name] for name in ("data", "model"))
+        self.datamodule, self.model = (self.config_init[self.command][name] for name in ("data", "model"))
         self.trainer = self.instantiate_trainer()
         # as Lightning will do, but before a strategy launches processes
-        trainer = self.trainer if self.subcommand == "fit" else None
+        trainer = self.trainer if self.command == "fit" else None
         self.model.check(getattr(self.datamodule, "block_size", None), trainer)
         if self.source.content is not None:
             if self.has_text:
@@ -172,11 +193,9 @@ class LmlightCLI(LightningCLI):
             self.config_init.fit.ckpt_path = str(self.source.path)
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        if self.subcommand == "prepare":  # nothing is trained, whatever machine the settings are for
-            return RunTrainer(
-                accelerator="cpu", devices=1, logger=False, enable_checkpointing=False, enable_progress_bar=False
-            )
-        options = {**self.config_init[self.subcommand].trainer, **kwargs}
+        if self.command == "prepare":  # nothing is trained, whatever machine the settings are for
+            return RunTrainer(accelerator="cpu", devices=1, logger=False, barebones=True)
+        options = {**self.config_init[self.command].trainer, **kwargs}
         options["plugins"] = [*_as_list(options["plugins"]), AtomicCheckpointIO()]
         run = self.source.run
         where = (str(run.parent), run.name, self.source.step) if run else (options["default_root_dir"],)
@@ -186,7 +205,7 @@ class LmlightCLI(LightningCLI):
         given: list[Callback] = _as_list(options["callbacks"])
         if not options["logger"]:  # LearningRateMonitor refuses to have nowhere to log to
             given = [callback for callback in given if not isinstance(callback, LearningRateMonitor)]
-        if self.subcommand == "fit":
+        if self.command == "fit":
             if max_time := options.pop("max_time"):
                 given.append(TimeLimit(max_time))
             if options["enable_progress_bar"] is not False and not any(isinstance(one, ProgressBar) for one in given):
@@ -196,10 +215,10 @@ class LmlightCLI(LightningCLI):
                 given.append(SaveConfig(self.settings))
                 if options["enable_checkpointing"] is not False:
                     given += [] if any(isinstance(one, BestLastCheckpoint) for one in given) else [BestLastCheckpoint()]
-        elif self.subcommand == "predict":
-            given.append(WritePredictions(self.config[self.subcommand].output))
-        # Averaging comes late because it takes the averaged weights away at the end of a validation; the config is saved
-        # once all others have started; and the last checkpoint has the state of any ModelCheckpoint.
+        elif self.command == "predict":
+            given.append(WritePredictions(self.config[self.command].output))
+        # WeightAveraging comes last because it removes the averaged weights at the end of a validation. The config is
+        # saved once the others have started. The last checkpoint contains the state of any ModelCheckpoint.
         order = (BestLastCheckpoint, SaveConfig, WeightAveraging)
         options["callbacks"] = sorted(given, key=lambda callback: [isinstance(callback, kind) for kind in order])
         trainer = RunTrainer(**options)
@@ -207,6 +226,7 @@ class LmlightCLI(LightningCLI):
         return trainer
 
     def before_fit(self) -> None:
+        """Announce a resumed run, and refuse changes that its checkpoint rules out."""
         if self.source.run is None:
             return
         changed = differences(self.source.settings, self.settings)
@@ -223,19 +243,15 @@ class LmlightCLI(LightningCLI):
         print_summary(self.trainer, self.model, self.datamodule, self.source.step)
 
 
-def _make_model(extra: dict[str, Any], kind: type[LanguageModel], **flags: Any) -> LanguageModel:
-    return kind(**flags, **extra)
-
-
 def _as_list(value: Any) -> list[Any]:
     return list(value) if isinstance(value, list) else [] if value is None else [value]
 
 
 def _mistake(error: Exception) -> Exception | None:
-    """The user's mistake behind an error; None if it is not one, as far as we can tell.
+    """The user's mistake behind an error; None if it looks like a bug.
 
     The parser wraps the exception of a class in others, which name the class and list the types that it tried. Lightning
-    refuses settings by a `MisconfigurationException`, and as often by a built-in exception.
+    rejects settings with a `MisconfigurationException` or a built-in exception.
     """
     chain = [error]
     while isinstance(chain[-1].__cause__, Exception):
@@ -246,34 +262,18 @@ def _mistake(error: Exception) -> Exception | None:
     if named := re.findall(r"given class_path '([^']+)'", " ".join(map(str, chain))):
         return UserError(f"{named[-1]} cannot be created: {str(cause) or type(cause).__name__}")
     *_, (last, _) = traceback.walk_tb(cause.__traceback__)
-    raised_by_lightning = str(last.f_globals.get("__name__", "")).startswith("lightning.")
-    return (
-        cause if raised_by_lightning and isinstance(cause, (ValueError, TypeError, RuntimeError, ImportError)) else None
-    )
-
-
-def _run(kind: type[LmlightCLI], args: Sequence[str]) -> None:
-    quiet()
-    # Lightning has enumeration members as defaults, such as those of its Timer
-    yaml.SafeDumper.add_multi_representer(Enum, lambda dumper, member: dumper.represent_data(member.value))
-    kind(
-        args,
-        trainer_class=RunTrainer,
-        seed_everything_default=1337,
-        save_config_callback=None,
-        parser_class=OneLineParser,
-        auto_configure_optimizers=False,
-        load_from_checkpoint_support=False,
-    )
-
-
-class _Checked(Exception):
-    """Carries the settings of a command that would train now."""
+    from_lightning = str(last.f_globals.get("__name__", "")).startswith("lightning.")
+    return cause if from_lightning and isinstance(cause, (ValueError, TypeError, RuntimeError, ImportError)) else None
 
 
 class _Check(LmlightCLI):
-    def before_fit(self) -> None:
-        raise _Checked(self.settings)
+    """Parses and checks a command line of `fit`, and does not run it."""
+
+    def before_fit(self) -> None: ...
+
+    def fit(self, **kwargs: Any) -> None: ...
+
+    def after_fit(self) -> None: ...
 
 
 def check_fit(args: Sequence[str]) -> dict[str, Any]:
@@ -283,20 +283,17 @@ def check_fit(args: Sequence[str]) -> dict[str, Any]:
         UserError: The command would end at once with this error.
     """
     try:
-        _run(_Check, ["fit", *args])
-    except _Checked as checked:
-        return checked.args[0]
+        return _Check(["fit", *args]).settings
     except Exception as error:
         if (mistake := _mistake(error)) is None:
             raise
         raise UserError(str(mistake)) from None
-    raise AssertionError("unreachable")
 
 
 def main(args: Sequence[str] | None = None) -> int:
     """Run the words after `lmlight`, by default the process's; returns the exit status."""
     try:
-        _run(LmlightCLI, sys.argv[1:] if args is None else args)
+        LmlightCLI(sys.argv[1:] if args is None else args)
     except Exception as error:
         if (mistake := _mistake(error)) is None:
             raise

@@ -1,4 +1,4 @@
-"""TextDataModule: the text, its tokens and their windows, put together for Lightning.
+"""TextDataModule: a text, its tokens and their windows, for Lightning.
 
 `prepare_data` (one process) leaves a token store in the cache; `setup` (every process) opens it.
 """
@@ -89,8 +89,7 @@ class TextDataModule(LightningDataModule):
         super().__init__()
         minima = {"block_size": 1, "batch_size": 1, "prompt_batch_size": 1, "num_workers": 0}
         for name, minimum in minima.items():
-            value = locals()[name]
-            if value < minimum:
+            if (value := locals()[name]) < minimum:
                 raise UserError(f"data.{name} must be at least {minimum}, got {value}")
         config = tokenizer if isinstance(tokenizer, TokenizerConfig) else TokenizerConfig()
         if subword_sampling and config.kind != "unigram":
@@ -114,7 +113,7 @@ class TextDataModule(LightningDataModule):
                 f"data.tokenizer must be a TokenizerConfig, a file or a class name, got a {type(tokenizer).__name__}: "
                 "set the attribute tokenizer to use a trained tokenizer"
             )
-        self._error, self._folder = "", ""  # what `prepare_data` tells the other ranks
+        self._error, self._folder = "", ""  # from `prepare_data`, for the other ranks
         self._store: TokenStore | None = None
         self._source: WindowSource
 
@@ -142,7 +141,7 @@ class TextDataModule(LightningDataModule):
             except UserError as error:
                 if self.trainer is None or self.trainer.world_size == 1:
                     raise
-                self._error = str(error)  # the other ranks wait at a barrier: `setup` raises on all of them
+                self._error = str(error)  # the other ranks wait at a barrier, so `setup` raises on all of them
 
     def prepare(self) -> TokenStore:
         """Does what `prepare_data` does and returns the store."""
@@ -168,9 +167,7 @@ class TextDataModule(LightningDataModule):
         self.teardown(stage)
         store = self._store = TokenStore(Path(self._folder))
         if not store.tokenizer.lossless:
-            rank_zero_warn(
-                "this tokenizer is lossy (it folds newlines and spaces): metrics count the original characters"
-            )
+            rank_zero_warn("this tokenizer is lossy (it folds white space): metrics count the original characters")
         train = store.ids["train"]
         order = self.block_size, self.seed, self.windows
         if stage == "fit" and store.streamed:
@@ -187,17 +184,15 @@ class TextDataModule(LightningDataModule):
 
     def train_dataloader(self) -> StatefulTrainLoader:
         store, n_windows = self.store, len(self._source)
-        if self.subword_sampling and self.trainer is not None and self._running(TrainerFn.FITTING):
-            seen = self.trainer.max_steps * self.batch_size
-            if 0 < seen < n_windows:
-                rank_zero_warn(
-                    f"this run sees {seen / n_windows:.0%} of the training text and none of it twice, so subword_sampling "
-                    "only makes the text longer: set it to null"
-                )
+        seen = self.trainer.max_steps * self.batch_size if self.trainer is not None else 0
+        if self.subword_sampling and 0 < seen < n_windows and self._running(TrainerFn.FITTING):
+            rank_zero_warn(
+                f"this run sees {seen / n_windows:.0%} of the training text and none of it twice, so subword_sampling "
+                "only makes the text longer: set it to null"
+            )
         sampler = TrainBatchSampler(n_windows, self.batch_size, *self._ranks())
-        device = None if self.trainer is None else self.trainer.strategy.root_device
-        gpu = device if device is not None and device.type == "cuda" else None
-        return StatefulTrainLoader(store, self._source, sampler, gpu)
+        device = self.trainer.strategy.root_device if self.trainer is not None else None
+        return StatefulTrainLoader(store, self._source, sampler, device if device and device.type == "cuda" else None)
 
     def val_dataloader(self) -> EvalLoader:
         return self._eval_loader("val", self.block_size)
@@ -244,7 +239,7 @@ class TextDataModule(LightningDataModule):
         return self.trainer is not None and self.trainer.state.fn == fn
 
     def _ranks(self) -> tuple[int, int, int]:
-        """(rank, world_size, accumulate): one process without a trainer."""
+        """(rank, world_size, accumulate_grad_batches), for one process without a trainer."""
         trainer = self.trainer
         return (trainer.global_rank, trainer.world_size, trainer.accumulate_grad_batches) if trainer else (0, 1, 1)
 

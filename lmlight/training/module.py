@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -38,7 +39,6 @@ from lmlight.optim import (
 )
 from lmlight.training.checkpointing import EXTRA_STATE, non_finite_error, reseed, total_norm
 from lmlight.training.datamodule import TextDataModule
-from lmlight.training.precision import MatmulPrecision
 from lmlight.training.run_checks import check_run, total_steps
 from lmlight.training.text_model import TextModel
 from lmlight.user_code import full_name
@@ -77,7 +77,6 @@ class LanguageModel(TextModel):
     Attributes:
         tokenizer: Encodes prompts and decodes generated ids; None until known.
         logprobs: Whether `predict_step` records the log-probability of each token.
-        on_text: Called by `predict_step` with each stream and each piece of its text; None calls nothing.
         step_loss: Training loss of the current optimizer step, on this device.
         step_is_logged: Whether the current optimizer step is logged.
     """
@@ -99,6 +98,7 @@ class LanguageModel(TextModel):
     ) -> None:
         super().__init__(sampling)
         self.seed, self.matmul_precision = seed, matmul_precision
+        self._precision_before: str | None = None
         self.compile_net, self.gradient_checkpointing = compile_net, gradient_checkpointing
         self._make_net, self._make_optimizer = net, optimizer
         self._check_causality, self._is_checked = check_causality, False
@@ -114,41 +114,32 @@ class LanguageModel(TextModel):
 
     @classmethod
     def load_from_checkpoint(  # type: ignore[override]
-        cls, checkpoint_path: str | Path, map_location: Any = None, **kwargs: Any
+        cls, checkpoint_path: str | Path, map_location: str | torch.device = "cpu", **kwargs: Any
     ) -> LanguageModel:
         """Load a model from a checkpoint file alone, ready to `generate`.
 
-        Overrides Lightning's method, which instantiates classes that the file names.
+        Overrides Lightning's method, which instantiates classes that the file names. No code in the file is ever run.
 
         Args:
             checkpoint_path: The file.
-            map_location: Device for the weights, such as `"cuda"`; None, a function or a dict mean the CPU.
+            map_location: Device for the weights, such as `"cuda"`.
             kwargs: Constructor arguments that replace the checkpoint's, such as `sampling`. `net` is the class of your own
-                network, needed only if it is not imported under the name that the checkpoint gives. Lightning's
-                `hparams_file`, `strict` and `weights_only` are ignored: weights always match and no code is ever run.
+                network, needed only if it is not imported under the name that the checkpoint gives.
 
         Raises:
-            UserError: See `checkpoint.read` and `checkpoint.net_class`; the device is not available.
+            UserError: See `checkpoint.read` and `checkpoint.net_class`.
         """
         content = checkpoints.read(checkpoint_path)
         metadata = content[checkpoints.METADATA_KEY]
         net = checkpoints.net_class(content, kwargs.pop("net", None))
-        arguments = {
+        stored = {
             "net": partial(net, **architecture_kwargs(metadata["net"]["config"])),
             "sampling": Sampling(**metadata["sampling"]),
             "settings": metadata["settings"],
-            **{name: value for name, value in kwargs.items() if name not in ("hparams_file", "strict", "weights_only")},
         }
-        model = cls(**arguments, init_from=content)
+        model = cls(**{**stored, **kwargs}, init_from=content)
         model.configure_model()
-        if isinstance(map_location, (str, int, torch.device)):
-            try:
-                model.to(map_location)
-            except (RuntimeError, AssertionError, TypeError, AttributeError) as error:  # torch raises any of these
-                raise UserError(
-                    f"map_location {map_location!r} is not a device that can be used here ({str(error).splitlines()[0]})"
-                ) from None
-        return model.eval()
+        return model.to(map_location).eval()
 
     def check(self, block_size: int | None, trainer: Trainer | None = None) -> None:
         """Check the network, and what a training run needs besides data.
@@ -160,13 +151,13 @@ class LanguageModel(TextModel):
         Raises:
             UserError: See `models.check.check_net`, `optim.dummy_optimizer` and `run_checks.check_run`.
         """
+        runs = False
         if trainer is not None:
             dummy_optimizer(self._make_optimizer)
             check_run(trainer, None if self._make_scheduler else self.schedule)
-        # torch's threads do not survive a fork, so `setup` runs the network instead, in the forked processes
-        launcher = trainer.strategy.launcher if trainer is not None else None
-        runs_here = trainer is not None and not (launcher is not None and launcher.is_interactive_compatible)
-        self._check_net(block_size or MAX_TOKENS, runs_here)
+            # torch's threads do not survive a fork, so `setup` runs the network instead, in the forked processes
+            runs = not getattr(trainer.strategy.launcher, "is_interactive_compatible", False)
+        self._check_net(block_size or MAX_TOKENS, runs)
 
     def _check_net(self, block_size: int, run: bool) -> None:
         if self.net is None and not self._is_checked:
@@ -179,25 +170,21 @@ class LanguageModel(TextModel):
         if self.trainer.state.fn == TrainerFn.FITTING:
             data = getattr(self.trainer, "datamodule", None)
             self.check(getattr(data, "block_size", self.block_size), self.trainer)
-        return [MatmulPrecision(self.matmul_precision)]
+        return []
 
     def setup(self, stage: str) -> None:
         _, block_size = self._sizes()
         if stage == "predict":
             # processes generate from different prompts, so they would wait for each other's shards forever
             if isinstance(self.trainer.strategy, (FSDPStrategy, ModelParallelStrategy)):
-                raise UserError(
-                    "predict needs the whole model on each device: leave out the sharded strategy (fsdp.yaml)"
-                )
+                raise UserError("predict needs the whole model on each device: drop the sharded strategy (fsdp.yaml)")
             return
         if stage == "fit":
             self._check_net(block_size, run=True)
             try_step(dummy_optimizer(self._make_optimizer))
         data = getattr(self.trainer, "datamodule", None)
         if (longer := getattr(data, "block_size", 0)) > block_size:
-            raise UserError(
-                f"data.block_size {longer} is longer than the {block_size} tokens that this model takes: lower it"
-            )
+            raise UserError(f"data.block_size {longer} is longer than the {block_size} tokens of this model: lower it")
         if not isinstance(data, TextDataModule):
             if stage == "fit":
                 rank_zero_warn(
@@ -225,7 +212,7 @@ class LanguageModel(TextModel):
                     f"model.gradient_checkpointing is for a Transformer, and model.net is a {type(self.net).__name__}"
                 )
             self.net.recomputes_blocks = True
-        # ModelParallelStrategy: shard the weights, block by block (FSDP2); Lightning calls this again for `validate`
+        # FSDP2 with ModelParallelStrategy: shard the weights block by block. Lightning calls this again for `validate`.
         if self.device_mesh is not None and not isinstance(self.net, FSDPModule):
             for part in (*getattr(self.net, "blocks", ()), self.net):
                 fully_shard(part, mesh=self.device_mesh["data_parallel"])
@@ -236,21 +223,29 @@ class LanguageModel(TextModel):
             self.net.loss = torch.compile(self.net.loss)  # type: ignore[method-assign]
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
+        def factor(step: int) -> float:
+            # the first call, for step 0, comes before the data; the factor of that step does not depend on the end
+            return self.schedule.factor(step, self.total_steps or step + 1)
+
         optimizer = make_optimizer(self._make_optimizer, parameter_groups(self._net()))
         self._hyperparameters = hyperparameters(optimizer)
-        # the first call, for step 0, comes before the data; the factor of that step does not depend on the end
-        make = self._make_scheduler or (
-            lambda optimizer: LambdaLR(optimizer, lambda step: self.schedule.factor(step, self.total_steps or step + 1))
-        )
-        scheduler = make(optimizer)
+        scheduler = self._make_scheduler(optimizer) if self._make_scheduler else LambdaLR(optimizer, factor)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def on_train_start(self) -> None:
+        with suppress(RuntimeError):  # the user has set torch's newer switches, one per backend
+            self._precision_before = self._precision_before or torch.get_float32_matmul_precision()
+            torch.set_float32_matmul_precision(self.matmul_precision)
         if self._make_scheduler is None:
             self.schedule.check_end(self.total_steps)
         if self._resumed_hyperparameters:
             scheduler = self.trainer.lr_scheduler_configs[0].scheduler
             apply_changes(scheduler, self._hyperparameters, self._resumed_hyperparameters)
+
+    def on_train_end(self) -> None:
+        if self._precision_before is not None:
+            torch.set_float32_matmul_precision(self._precision_before)
+            self._precision_before = None
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> int | None:
         micro_batch = batch_idx % self.trainer.accumulate_grad_batches
@@ -283,10 +278,7 @@ class LanguageModel(TextModel):
         return loss
 
     def configure_gradient_clipping(
-        self,
-        optimizer: Optimizer,
-        gradient_clip_val: float | None = None,
-        gradient_clip_algorithm: str | None = None,
+        self, optimizer: Optimizer, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
     ) -> None:
         """Clip gradients as Lightning does, and use their norm for logging and to detect non-finite values.
 
@@ -300,7 +292,7 @@ class LanguageModel(TextModel):
                 "16-mixed scales the gradients, and a fused optimizer undoes that after they are clipped: "
                 "use --trainer.precision bf16-mixed, or fused: false"
             )
-        # reading a number from a GPU waits for it, so there only on steps that are logged anyway
+        # on a GPU, reading a number waits for all work, so only on steps that are logged anyway
         is_checked = scaler is None and (self.step_is_logged or self.device.type == "cpu")
         if not (gradient_clip_val or self.step_is_logged or is_checked):
             return
@@ -318,7 +310,7 @@ class LanguageModel(TextModel):
             self.log("train/loss", self.step_loss, prog_bar=True, sync_dist=True)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        if self.device_mesh is None:  # sharded strategies have done it
+        if self.device_mesh is None:  # sharded strategies do it themselves
             for state, optimizer in zip(checkpoint.get("optimizer_states", []), self.trainer.optimizers):
                 label_in_order(state, optimizer, self.parameters())
         trained_by = None

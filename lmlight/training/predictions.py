@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +20,9 @@ SEPARATOR = "-" * 40 + "\n"
 
 
 class WritePredictions(Callback):
-    """Prints the texts of `predict` as they are generated, with a line between them; or writes them to a JSON Lines file.
+    """Prints the texts of `predict`, batch by batch and with a line between them; or writes them to a JSON Lines file.
 
-    Texts are in the order of their prompts, whichever process generated them. The file appears when it is complete.
+    Texts are in the order of their prompts, also with several processes, which print or write them at the end.
 
     Args:
         output: JSON Lines file, with `prompt`, `completion`, `tokens`, `logprobs`, `seed` and `finish_reason` of each text;
@@ -37,22 +37,18 @@ class WritePredictions(Callback):
         if self._output is not None and self._output.exists():
             raise UserError(f"output '{output}' exists already: pass another name, or remove it")
         if self._output is not None and not self._output.parent.is_dir():
-            raise UserError(
-                f"output '{output}' is in a folder that does not exist: create '{self._output.parent}' first"
-            )
+            raise UserError(f"the folder of output '{output}' does not exist: create '{self._output.parent}' first")
         self._batches: list[tuple[int, list[TextStream]]] = []  # with their place in the order of the prompts
-        self._separator = ""  # printed before each text: none before the first
-        self._live: TextStream | None = None  # the text that is being printed as it is generated
+        self._separator = ""  # printed before each text but the first
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert isinstance(pl_module, LanguageModel)
-        self._prints_live = self._output is None and trainer.world_size == 1
+        self._prints_batches = self._output is None and trainer.world_size == 1
         pl_module.logprobs = self._output is not None
-        if self._prints_live:
-            pl_module.on_text = self._print_piece
-        batches = sum(map(int, trainer.num_predict_batches))
-        hidden = True if self._prints_live or not trainer.is_global_zero else None  # None: unless stderr is a terminal
-        self._bar = tqdm(total=batches, unit="batch", disable=hidden)
+        hidden = (
+            True if self._prints_batches or not trainer.is_global_zero else None
+        )  # None: unless stderr is a terminal
+        self._bar = tqdm(total=sum(map(int, trainer.num_predict_batches)), unit="batch", disable=hidden)
 
     def on_predict_batch_end(
         self,
@@ -63,12 +59,8 @@ class WritePredictions(Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        if self._prints_live:
-            if self._live is not None:
-                print(flush=True)
-                self._separator = SEPARATOR
-            self._print(stream for stream in outputs if stream is not self._live)
-            self._live = None
+        if self._prints_batches:
+            self._print(outputs)
         else:
             self._batches.append((batch_idx * trainer.world_size + trainer.global_rank, outputs))
             self._bar.update()
@@ -79,7 +71,7 @@ class WritePredictions(Callback):
         if trainer.world_size > 1:
             gathered = [[] for _ in range(trainer.world_size)]
             torch.distributed.all_gather_object(gathered, self._batches)
-        if trainer.is_global_zero and not self._prints_live:
+        if trainer.is_global_zero:
             batches = sorted((batch for rank in gathered for batch in rank), key=lambda batch: batch[0])
             streams = [stream for _, batch in batches for stream in batch]
             if self._output is None:
@@ -87,16 +79,7 @@ class WritePredictions(Callback):
             else:
                 self._write(streams, self._output)
 
-    def _print_piece(self, stream: TextStream, piece: str) -> None:
-        """Prints the first text of a batch as it is generated; the others follow when the batch is complete."""
-        if self._live is None:
-            self._live, self._before = stream, stream.prompt
-            print(self._separator + escape_control_characters(stream.prompt), end="")
-        if stream is self._live:
-            print(escape_control_characters(piece, after=self._before), end="", flush=True)
-            self._before = piece
-
-    def _print(self, streams: Iterable[TextStream]) -> None:
+    def _print(self, streams: Sequence[TextStream]) -> None:
         for stream in streams:
             print(self._separator + escape_control_characters(stream.prompt + stream.text), flush=True)
             self._separator = SEPARATOR

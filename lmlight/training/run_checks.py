@@ -1,4 +1,4 @@
-"""What must fit before a run prepares data or writes anything, and how long the run is."""
+"""Checks before a run prepares data or writes anything, and the length of the run."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from lmlight.optim import Schedule
 
 UNSUPPORTED: dict[type[Callback], str] = {
     BaseFinetuning: "it freezes modules before the network is built; override LanguageModel.configure_model instead",
+    GradientAccumulationScheduler: "data.batch_size fixes the windows of a step; use --trainer.accumulate_grad_batches",
     LearningRateFinder: "the learning rate is the optimizer's: compare values of --model.optimizer.lr",
     ModelPruning: "it looks for parameters before the network is built",
     StochasticWeightAveraging: "it replaces the schedule, so the run could not be resumed; use EMAWeightAveraging",
@@ -27,11 +28,10 @@ UNSUPPORTED: dict[type[Callback], str] = {
 
 
 def check_run(trainer: Trainer, schedule: Schedule | None) -> None:
-    """Check the trainer's callbacks, intervals and limits.
+    """Check the trainer's callbacks and intervals, and that the schedule's end is known.
 
     Raises:
-        UserError: A callback cannot work with `LanguageModel`, an interval is out of range, or the schedule needs the run's
-            last step, which is not known.
+        UserError: One of them does not fit.
     """
     for callback in trainer.callbacks:  # type: ignore[attr-defined]  # set late
         for kind, reason in UNSUPPORTED.items():
@@ -52,9 +52,5 @@ def total_steps(trainer: Trainer) -> int:
     ends = [trainer.max_steps] if trainer.max_steps >= 0 else []
     batches = trainer.num_training_batches  # infinite if the loader has no length
     if (epochs := trainer.max_epochs or -1) > 0 and math.isfinite(batches):
-        accumulation = [trainer.accumulate_grad_batches] * epochs
-        for callback in trainer.callbacks:  # type: ignore[attr-defined]  # set late
-            if isinstance(callback, GradientAccumulationScheduler):
-                accumulation = [callback.get_accumulate_grad_batches(epoch) for epoch in range(epochs)]
-        ends.append(sum(math.ceil(batches / count) for count in accumulation))
+        ends.append(epochs * math.ceil(batches / trainer.accumulate_grad_batches))
     return min(ends, default=0)

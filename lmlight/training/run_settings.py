@@ -1,4 +1,4 @@
-"""Where a command's settings come from: which run or checkpoint it names, and what that contributes.
+"""Where a command's settings come from: the run or checkpoint that it names.
 
 - `fit --ckpt_path` resumes a run with the settings in the `config.yaml` of its folder.
 - Other commands take network, sampling defaults and data settings from the checkpoint itself, which holds plain values only.
@@ -8,7 +8,6 @@ Either stands for the first `--config` file, so later files and flags override i
 
 from __future__ import annotations
 
-import itertools
 import json
 from collections.abc import Sequence
 from contextlib import suppress
@@ -33,24 +32,24 @@ CLASSES = ("model", "data", "model.net", "data.tokenizer")  # flags that may nam
 class Source(NamedTuple):
     """The checkpoint that a command starts from; empty if it names none."""
 
-    settings: dict[str, Any]  # contributed to the command's settings
+    settings: dict[str, Any]  # those that it contributes
     path: Path | None = None
     content: dict[str, Any] | None = None  # from `checkpoint.read`
-    run: Path | None = None  # the run's folder if the run is resumed
-    step: int | None = None  # where it is resumed
+    run: Path | None = None  # the folder of the run to resume
+    step: int | None = None  # where to resume it
 
 
 def find_source(command: str, args: Sequence[str]) -> tuple[Source, dict[str, str], list[str]]:
-    """What a command line starts from, by flags or a `--config` file: a checkpoint, and the classes of model and data.
+    """Find the checkpoint and the classes that flags or `--config` files name.
 
     Returns:
         The checkpoint; the classes by `CLASSES`; and the words for the parser, in which files come first and a class comes
         before the flags for its arguments, which it would reset.
 
     Raises:
-        UserError: There is no such checkpoint or network, or it cannot be used for this command.
+        UserError: There is no such checkpoint or class, or it cannot be used for this command.
     """
-    parser = Parser("lmlight", add_help=False, allow_abbrev=False)
+    parser = Parser(f"lmlight {command}", add_help=False, allow_abbrev=False)
     parser.add_argument("--config", "-c", action="append", default=[])
     for name in (*LOCATING, *CLASSES):
         parser.add_argument(f"--{name}", dest=name)
@@ -61,7 +60,15 @@ def find_source(command: str, args: Sequence[str]) -> tuple[Source, dict[str, st
     for config in configs:
         with suppress(OSError, TypeError, ValueError, yaml.YAMLError):  # reported when the whole command line is parsed
             given |= yaml.safe_load(Path(config).expanduser().read_text("utf-8"))
-    _check_tokenizer_flags(flags.get("data.tokenizer", _section(given, "data").get("tokenizer")), rest)
+    tokenizer_flags = [word.partition("=")[0] for word in rest if word.startswith("--data.tokenizer.")]
+    trained = flags.get("data.tokenizer", _section(given, "data").get("tokenizer"))
+    if (
+        tokenizer_flags
+        and isinstance(trained, str)
+        and (is_class_name(trained) or trained.endswith((".json", ".model")))
+    ):
+        # they would replace it
+        raise UserError(f"--data.tokenizer {trained} is not trained here: leave out {tokenizer_flags[0]}")
     sections = [f"--{name}={flags.pop(name)}" for name in CLASSES if name in flags and not is_class_name(flags[name])]
     classes = named_classes(given) | {name: flags[name] for name in CLASSES if name in flags}
     net, tokenizer = checkpoints.import_classes(classes.get("model.net"), classes.get("data.tokenizer"))
@@ -90,31 +97,19 @@ def _section(settings: dict[str, Any], name: str) -> dict[str, Any]:
     return section if isinstance(section, dict) else {}
 
 
-def _check_tokenizer_flags(tokenizer: Any, words: Sequence[str]) -> None:
-    """Refuse flags for the training of a tokenizer that is trained already: they would replace it."""
-    is_trained = isinstance(tokenizer, str) and (
-        is_class_name(tokenizer) or Path(tokenizer).suffix in (".json", ".model")
-    )
-    for word in words if is_trained else ():
-        if word.startswith("--data.tokenizer."):
-            raise UserError(f"--data.tokenizer {tokenizer} is not trained here: leave out {word.partition('=')[0]}")
-
-
 def _source(command: str, given: dict[str, Any], net: type[Net] | None) -> Source:
     root = given.get("trainer.default_root_dir", _section(given, "trainer").get("default_root_dir"))
-    paths = given.get("ckpt_path"), given.get("init_from"), root
-    ckpt_path, init_from, root = (
-        path if isinstance(path, str) else None for path in paths
-    )  # the parser reports others
+    ckpt_path, init_from = given.get("ckpt_path"), given.get("init_from")
     if "" in (init_from, ckpt_path):
         raise UserError("--ckpt_path and --init_from need a checkpoint, and got an empty text: pass best, or a file")
     if ckpt_path is not None and init_from is not None:
         raise UserError("--ckpt_path resumes a run and --init_from starts a new one: pass only one")
-    if ckpt_path is None and init_from is None:
+    name = init_from if ckpt_path is None else ckpt_path
+    if not isinstance(name, str):  # the parser reports others than None
         return Source({})
-    runs = Path(root or RUNS).expanduser()
-    resumes = command == "fit" and ckpt_path is not None
-    path = checkpoints.find(ckpt_path or init_from or "", runs, "last" if resumes else "best")
+    runs = Path(str(root or RUNS)).expanduser()
+    resumes = command == "fit" and init_from is None
+    path = checkpoints.find(name, runs, "last" if resumes else "best")
     content = checkpoints.read(path)
     if resumes:
         run = path.absolute().parent.parent
@@ -130,21 +125,16 @@ def _from_checkpoint(content: dict[str, Any], kind: type[Net], only_net: bool) -
     if only_net:
         return {"model": {"net": net}, "data": {"block_size": block_size}}
     sampling = dict(metadata["sampling"])
-    seed = sampling.pop("seed", None)
+    seed = {"seed_everything": sampling.pop("seed")} if "seed" in sampling else {}
     # of another command, machine or flag; the tokenizer is the checkpoint's
     left_out = ("prompts", "prompt_batch_size", "cache", "seed", "tokenizer")
     data = {name: value for name, value in metadata["settings"].get("data", {}).items() if name not in left_out}
     data["block_size"] = min(data.get("block_size", block_size), block_size)
-    settings = {"model": {"net": net, "sampling": sampling}, "data": data}
-    return settings if seed is None else {"seed_everything": seed, **settings}
+    return {**seed, "model": {"net": net, "sampling": sampling}, "data": data}
 
 
 def _from_run(checkpoint: Path, content: dict[str, Any], runs: Path) -> dict[str, Any]:
-    """The settings of the run that a checkpoint belongs to, which may name any class to import.
-
-    Raises:
-        UserError: The run lies outside the folder of runs, or has no optimizer state or no settings.
-    """
+    """The settings of the run that a checkpoint belongs to, which may name any class to import."""
     if "optimizer_states" not in content:
         raise UserError(
             f"checkpoint '{checkpoint}' has no optimizer state, so its run cannot be resumed: pass it as --init_from"
@@ -170,25 +160,22 @@ def _from_run(checkpoint: Path, content: dict[str, Any], runs: Path) -> dict[str
 
 
 def make_run_dir(runs: Path) -> Path:
-    """Create a run's folder, named after the time and unique even if two processes start at once.
-
-    Raises:
-        UserError: It cannot be created.
-    """
+    """Create a run's folder, named after the time and unique even if two processes start at once."""
     name = datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
+    number = 1
     try:
         runs.mkdir(parents=True, exist_ok=True)
-        for number in itertools.count(1):
+        while True:
             folder = runs / (name if number == 1 else f"{name}-{number}")
             with suppress(FileExistsError):
                 folder.mkdir()
                 return folder
+            number += 1
     except OSError as error:
         raise UserError(
             f"the run's folder cannot be made in '{runs}' ({error.strerror}): pass another, "
             "--trainer.default_root_dir FOLDER"
         ) from None
-    raise AssertionError("unreachable")
 
 
 def differences(before: dict[str, Any], after: dict[str, Any], prefix: str = "") -> list[str]:

@@ -30,24 +30,21 @@ from lmlight.user_code import full_name
 
 
 class RunTrainer(Trainer):
-    """Lightning's Trainer.
+    """Lightning's Trainer. Its methods are the subcommands of `lmlight`, and their arguments the subcommands' flags."""
 
-    Its methods are the subcommands of `lmlight`, and their arguments the subcommands' flags.
-    """
-
-    run_folder: str | None = None  # known once `log_dir` has been asked for, by all ranks together
+    run_folder: str | None = None  # set when all ranks first read `log_dir`
 
     @property
     def log_dir(self) -> str:
-        """The run's folder, whichever loggers there are; for its config, checkpoints and learning curve."""
+        """The run's folder, with any logger; for its config, checkpoints and learning curve."""
         if self.run_folder is None:
-            made = str(self.default_root_dir)
-            leaves_nothing = self.fast_dev_run or self.barebones  # type: ignore[attr-defined]  # Lightning sets them late
+            folder = str(self.default_root_dir)
+            writes = not (self.fast_dev_run or self.barebones)  # type: ignore[attr-defined]  # Lightning sets them late
             if ours := next((logger for logger in self.loggers if isinstance(logger, RunLogger)), None):
-                made = ours.log_dir
-            elif self.state.fn == "fit" and not leaves_nothing and self.is_global_zero:
-                made = str(make_run_dir(Path(made)))
-            self.run_folder = str(self.strategy.broadcast(made))
+                folder = ours.log_dir
+            elif self.state.fn == "fit" and writes and self.is_global_zero:
+                folder = str(make_run_dir(Path(folder)))
+            self.run_folder = str(self.strategy.broadcast(folder))
         return self.run_folder
 
     def fit(  # type: ignore[override]
@@ -147,9 +144,8 @@ def print_summary(
     # not `keeper.best_score`: with `ddp_spawn`, training had a keeper of its own
     nats = best["callbacks"][keeper.state_key]["best_score"]
     print(f"\nBest checkpoint: {path} (step {best['global_step']})")
-    name, unit = "val/nats_per_char", "character"
-    if name not in best[checkpoints.METADATA_KEY]["metrics"]:
-        name, unit = "val/loss", "token"
+    counts_characters = "val/nats_per_char" in best[checkpoints.METADATA_KEY]["metrics"]
+    name, unit = ("val/nats_per_char", "character") if counts_characters else ("val/loss", "token")
     print(f"  {nats:.4f} nats per {unit}, {nats / math.log(2):.4f} bits per {unit} on the validation text")
     if (final := trainer.callback_metrics.get(name)) is not None:
         print(f"  {final:.4f} nats per {unit} at the last validation")
@@ -174,7 +170,7 @@ def print_summary(
 
 
 class TimeLimit(Timer):
-    """`trainer.max_time`, counted from the start of this process; Lightning's Timer would count previous processes too."""
+    """`trainer.max_time`, counted from the start of this process; Lightning's Timer would include previous processes."""
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         pass
@@ -191,10 +187,11 @@ class SaveConfig(Callback):
         if trainer.is_global_zero:
             folder.mkdir(parents=True, exist_ok=True)
             with files.whole(folder / CONFIG) as beside:
-                beside.write_text(yaml.safe_dump(self.settings, sort_keys=False, allow_unicode=True), encoding="utf-8")
+                # ASCII, because jsonargparse reads it in the locale's encoding, which is not UTF-8 on Windows
+                beside.write_text(yaml.safe_dump(self.settings, sort_keys=False), encoding="ascii")
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Remove the folders of a run that failed before it began: `rmdir` removes empty ones only."""
+        """Remove the folders of a run that failed before it began; `rmdir` removes only empty ones."""
         assert isinstance(trainer, RunTrainer)
         if trainer.run_folder and trainer.is_global_zero:
             with suppress(OSError):
@@ -203,7 +200,7 @@ class SaveConfig(Callback):
 
 
 def quiet() -> None:
-    """Reduce Lightning's tips and all warnings to what a user can act on, one line each."""
+    """Hide Lightning's tips, and print warnings in one line each."""
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
     logging.getLogger("lightning.pytorch.profilers").setLevel(logging.INFO)  # what `--trainer.profiler simple` prints

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, overload
@@ -33,7 +33,6 @@ class TextModel(LightningModule):
     def __init__(self, sampling: Sampling) -> None:
         super().__init__()
         self.sampling = sampling
-        self.on_text: Callable[[TextStream, str], None] | None = None
         self.logprobs = False
         self.tokenizer: Tokenizer | None = None
         self.vocab_size: int | None = None
@@ -44,11 +43,7 @@ class TextModel(LightningModule):
         self.register_load_state_dict_pre_hook(_allow_missing_extra_state)  # type: ignore[no-untyped-call]  # torch's
 
     def forward(self, idx: Tensor) -> Tensor:
-        """Map (B, T) ids to (B, T, V) logits.
-
-        Raises:
-            UserError: T is larger than `block_size`; the network is not built yet.
-        """
+        """Map ids (B, T), T at most `block_size`, to logits (B, T, V)."""
         net = self._net()
         if idx.size(1) > net.block_size:
             raise UserError(
@@ -91,9 +86,11 @@ class TextModel(LightningModule):
 
         Args and errors: see `generate`.
         """
-        sampling = self._sampling_of_one(changes)
+        if changes.setdefault("num_samples", 1) != 1:
+            raise UserError(f"num_samples={changes['num_samples']} needs a list of prompts: pass the prompt in a list")
+        sampling = replace(self.sampling, **changes)
         streams = start_streams(self._tokenizer(), [prompt], sampling)
-        return (piece for _, piece in self._generate(streams, sampling))
+        return (piece for _, piece in self._generate(streams, sampling, logprobs=False))
 
     @overload
     def generate(self, prompt: str, **changes: Any) -> str: ...
@@ -121,26 +118,18 @@ class TextModel(LightningModule):
         if isinstance(prompt, Tensor):
             with self._evaluating():
                 return generate(self._net(), prompt.to(self.device), sampling)
-        streams = start_streams(self._tokenizer(), prompt, sampling)
-        deque(self._generate(streams, sampling), maxlen=0)
-        return [stream.prompt + stream.text for stream in streams]
+        return [stream.prompt + stream.text for stream in self._complete(prompt, sampling)]
 
     def predict_step(self, batch: Sequence[str], batch_idx: int) -> list[TextStream]:
         """Continue a batch of prompts: `sampling.num_samples` texts per prompt, in the order of the prompts."""
-        streams = start_streams(self._tokenizer(), batch, self.sampling)
-        for stream, piece in self._generate(streams, self.sampling, self.logprobs):
-            if self.on_text is not None:
-                self.on_text(stream, piece)
-        return streams
+        return self._complete(batch, self.sampling, self.logprobs)
 
     def get_extra_state(self) -> dict[str, Any]:
         """What a state dict needs besides weights to be loaded into a model without a network.
 
         `ddp_spawn`, `ddp_fork` and `ddp_notebook` return the trained model to the calling process as a state dict.
         """
-        if self.net is None:
-            return {}
-        return checkpoints.model_metadata(self.net, self.tokenizer)
+        return {} if self.net is None else checkpoints.model_metadata(self.net, self.tokenizer)
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
         """Build the network and tokenizer if there are none; torch loads the weights next."""
@@ -170,13 +159,13 @@ class TextModel(LightningModule):
             )
         return self.vocab_size, self.block_size
 
-    def _sampling_of_one(self, changes: dict[str, Any]) -> Sampling:
-        if changes.get("num_samples", 1) != 1:
-            raise UserError(f"num_samples={changes['num_samples']} needs a list of prompts: pass the prompt in a list")
-        return replace(self.sampling, **{**changes, "num_samples": 1})
+    def _complete(self, prompts: Sequence[str], sampling: Sampling, logprobs: bool = False) -> list[TextStream]:
+        streams = start_streams(self._tokenizer(), prompts, sampling)
+        deque(self._generate(streams, sampling, logprobs), maxlen=0)
+        return streams
 
     def _generate(
-        self, streams: list[TextStream], sampling: Sampling, logprobs: bool = False
+        self, streams: list[TextStream], sampling: Sampling, logprobs: bool
     ) -> Iterator[tuple[TextStream, str]]:
         with self._evaluating():
             yield from generate_text(self._net(), streams, sampling, logprobs)

@@ -5,6 +5,9 @@ from __future__ import annotations
 import csv
 import sys
 import time
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +29,7 @@ class RunLogger(TensorBoardLogger):
     Args:
         save_dir: parent folder of all runs; the command line passes `trainer.default_root_dir`.
         version: name of this run's folder; null makes one from the time.
-        purge_step: hide this and later steps in the folder's existing files, because a resumed run logs them again.
+        purge_step: hide this and later steps in existing files, because a resumed run logs them again.
     """
 
     def __init__(self, save_dir: str = "runs", version: str | None = None, purge_step: int | None = None) -> None:
@@ -47,9 +50,8 @@ class RunProgress(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._began = time.monotonic()
-        weights, trained = (
-            sum(p.numel() for p in pl_module.parameters() if p.requires_grad or not only) for only in (False, True)
-        )
+        weights = sum(p.numel() for p in pl_module.parameters())
+        trained = sum(p.numel() for p in pl_module.parameters() if p.requires_grad)
         count = f"{trained:,} of {weights:,}" if trained < weights else f"{weights:,}"
         where = f" in {folder}" if (folder := run_folder(trainer)) else ""
         self._print(trainer, f"Training {count} weights on {trainer.strategy.root_device}{where}")
@@ -103,9 +105,7 @@ class LearningCurve(Callback):
     def __init__(self) -> None:
         self._rows: list[dict[str, float]] = []
         self._seconds = 0.0
-        self._since: float | None = (
-            None  # when training began or continued; None between a validation and the next step
-        )
+        self._since: float | None = None  # when training began or continued; None after a validation
         self._folder: Path | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -141,7 +141,7 @@ class LearningCurve(Callback):
         if trainer.is_global_zero and self._folder:
             names = dict.fromkeys(name for row in self._rows for name in row)
             with (
-                files.whole(self._folder / "metrics.csv") as beside,
+                _writing(self._folder / "metrics.csv") as beside,
                 beside.open("w", encoding="utf-8", newline="") as file,
             ):
                 table = csv.DictWriter(file, list(names))
@@ -150,7 +150,18 @@ class LearningCurve(Callback):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._rows and trainer.is_global_zero and self._folder:
-            pictures.learning_curves({self._folder.name: self._rows}).savefig(self._folder / "curve.png")
+            with _writing(self._folder / "curve.png") as beside:
+                pictures.learning_curves({self._folder.name: self._rows}).savefig(beside, format="png")
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         self.on_train_end(trainer, pl_module)
+
+
+@contextmanager
+def _writing(path: Path) -> Iterator[Path]:
+    """`files.whole`, but an error is a warning: on Windows, a program such as Excel may have the old file open."""
+    try:
+        with files.whole(path) as beside:
+            yield beside
+    except OSError as error:
+        warnings.warn(f"'{path}' cannot be written ({error.strerror}): training continues", stacklevel=2)
