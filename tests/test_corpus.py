@@ -444,9 +444,6 @@ def test_remote_folders_and_patterns_are_read_with_fsspec(tmp_path):
     assert "cannot be downloaded" in error_of("nosuchthing://a/b.txt")
 
 
-@pytest.mark.parametrize(
-    ("address", "driver"), [("s3://bucket/a.txt", "s3fs"), ("hf://datasets/a/b/c.txt", "huggingface_hub")]
-)
 def test_copies_have_names_that_windows_allows():
     memory = fsspec.filesystem("memory")
     memory.pipe("/lmlight-tests/a:b|c.txt", b"text")
@@ -457,6 +454,9 @@ def test_copies_have_names_that_windows_allows():
     assert path.name == "a_b_c.txt"
 
 
+@pytest.mark.parametrize(
+    ("address", "driver"), [("s3://bucket/a.txt", "s3fs"), ("hf://datasets/a/b/c.txt", "huggingface_hub")]
+)
 def test_url_without_its_driver_says_what_to_install(address, driver, monkeypatch):
     monkeypatch.setitem(sys.modules, driver, None)
     message = error_of(address)

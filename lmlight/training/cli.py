@@ -173,7 +173,7 @@ class LmlightCLI(LightningCLI):
         self.settings: dict[str, Any] = json.loads(dump)[self.command]
 
     def instantiate_classes(self) -> None:
-        extra = {"init_from": self.source.content, "settings": self.settings}
+        extra: dict[str, Any] = {"init_from": self.source.content, "settings": self.settings}
 
         def make_model(kind: type[LanguageModel], **flags: Any) -> LanguageModel:
             return kind(**flags, **extra)
