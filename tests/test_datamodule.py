@@ -142,12 +142,13 @@ def test_loaders_leave_the_global_random_state_unchanged(corpus_file):
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def trainer_of(rank=0, world_size=1, accumulate=1, fn=None):
+def trainer_of(rank=0, world_size=1, accumulate=1, fn=None, max_steps=-1):
     """The part of a Trainer that a data module uses."""
     return SimpleNamespace(
         global_rank=rank,
         world_size=world_size,
         accumulate_grad_batches=accumulate,
+        max_steps=max_steps,
         state=SimpleNamespace(fn=fn),
         strategy=SimpleNamespace(root_device=torch.device("cpu")),
     )
@@ -565,7 +566,7 @@ def test_sharded_batches_depend_on_seed_and_position_only(corpus_file, small_sha
 
 def test_subword_sampling_warns_in_a_run_shorter_than_an_epoch(corpus_file):
     data = ready(corpus_file, subword_sampling=SubwordSampling())
-    data.trainer = SimpleNamespace(**vars(trainer_of(fn=TrainerFn.FITTING)), max_steps=2)
+    data.trainer = trainer_of(fn=TrainerFn.FITTING, max_steps=2)
     with pytest.warns(UserWarning, match=r"sees \d+% of the training text"):
         data.train_dataloader()
 

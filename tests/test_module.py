@@ -152,8 +152,16 @@ def test_matmul_precision_is_set_during_training_only(data):
         def on_train_batch_end(self, *args):
             seen.append(torch.get_float32_matmul_precision())
 
+    class Failing(pl.Callback):
+        def on_train_batch_end(self, *args):
+            raise RuntimeError("failed")
+
     trained(data, steps=1, callbacks=[Observer()])
     assert seen == ["medium"]
+    assert torch.get_float32_matmul_precision() == "highest"
+    with pytest.raises(RuntimeError, match="failed"):
+        trained(data, steps=1, callbacks=[Observer(), Failing()])
+    assert seen == ["medium", "medium"]
     assert torch.get_float32_matmul_precision() == "highest"
 
 

@@ -12,6 +12,7 @@ import traceback
 from argparse import SUPPRESS
 from collections.abc import Sequence
 from enum import Enum
+from functools import partial
 from typing import Any, NoReturn
 
 import torch
@@ -174,10 +175,7 @@ class LmlightCLI(LightningCLI):
 
     def instantiate_classes(self) -> None:
         extra: dict[str, Any] = {"init_from": self.source.content, "settings": self.settings}
-
-        def make_model(kind: type[LanguageModel], **flags: Any) -> LanguageModel:
-            return kind(**flags, **extra)
-
+        make_model = partial(_make_model, extra)  # no closure, which `ddp_spawn` could not pickle
         self.config_init = self.parser.instantiate(self.config, instantiators=[(make_model, LanguageModel, True)])
         extra.clear()  # the parser keeps a reference to it
         self.datamodule, self.model = (self.config_init[self.command][name] for name in ("data", "model"))
@@ -241,6 +239,10 @@ class LmlightCLI(LightningCLI):
     def after_fit(self) -> None:
         assert isinstance(self.trainer, RunTrainer)
         print_summary(self.trainer, self.model, self.datamodule, self.source.step)
+
+
+def _make_model(extra: dict[str, Any], kind: type[LanguageModel], **flags: Any) -> LanguageModel:
+    return kind(**flags, **extra)
 
 
 def _as_list(value: Any) -> list[Any]:

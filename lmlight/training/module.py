@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -39,6 +38,7 @@ from lmlight.optim import (
 )
 from lmlight.training.checkpointing import EXTRA_STATE, non_finite_error, reseed, total_norm
 from lmlight.training.datamodule import TextDataModule
+from lmlight.training.precision import MatmulPrecision
 from lmlight.training.run_checks import check_run, total_steps
 from lmlight.training.text_model import TextModel
 from lmlight.user_code import full_name
@@ -98,7 +98,6 @@ class LanguageModel(TextModel):
     ) -> None:
         super().__init__(sampling)
         self.seed, self.matmul_precision = seed, matmul_precision
-        self._precision_before: str | None = None
         self.compile_net, self.gradient_checkpointing = compile_net, gradient_checkpointing
         self._make_net, self._make_optimizer = net, optimizer
         self._check_causality, self._is_checked = check_causality, False
@@ -170,7 +169,7 @@ class LanguageModel(TextModel):
         if self.trainer.state.fn == TrainerFn.FITTING:
             data = getattr(self.trainer, "datamodule", None)
             self.check(getattr(data, "block_size", self.block_size), self.trainer)
-        return []
+        return [MatmulPrecision(self.matmul_precision)]
 
     def setup(self, stage: str) -> None:
         _, block_size = self._sizes()
@@ -233,19 +232,11 @@ class LanguageModel(TextModel):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def on_train_start(self) -> None:
-        with suppress(RuntimeError):  # the user has set torch's newer switches, one per backend
-            self._precision_before = self._precision_before or torch.get_float32_matmul_precision()
-            torch.set_float32_matmul_precision(self.matmul_precision)
         if self._make_scheduler is None:
             self.schedule.check_end(self.total_steps)
         if self._resumed_hyperparameters:
             scheduler = self.trainer.lr_scheduler_configs[0].scheduler
             apply_changes(scheduler, self._hyperparameters, self._resumed_hyperparameters)
-
-    def on_train_end(self) -> None:
-        if self._precision_before is not None:
-            torch.set_float32_matmul_precision(self._precision_before)
-            self._precision_before = None
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> int | None:
         micro_batch = batch_idx % self.trainer.accumulate_grad_batches

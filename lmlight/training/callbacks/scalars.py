@@ -79,7 +79,8 @@ class Throughput(FitCallback):
             metrics["memory_gib"] = torch.mps.driver_allocated_memory() / 2**30
         if self._flops_per_token and self._peak:  # a bigram table has none
             metrics["mfu"] = tokens_per_second * self._flops_per_token / self._peak
-        model.log_dict({f"throughput/{name}": value for name, value in metrics.items()})
+        # numbers would become tensors on the device
+        model.log_dict({f"throughput/{name}": torch.tensor(value) for name, value in metrics.items()})
         self._restart(trainer)
 
 
@@ -109,7 +110,8 @@ class UpdateRatio(FitCallback):
             before = self._before.pop(part)
             step = [new.detach() - old for new, old in zip(weights, before)]
             ratios[f"update_ratio/{part}"] = total_norm(step) / total_norm(before).clamp(min=1e-12)
-        model.log_dict(ratios)
+        # Lightning launches some ten kernels for each value on a GPU, which has no other work meanwhile
+        model.log_dict({name: ratio.cpu() for name, ratio in ratios.items()})
 
 
 def _parts(model: LanguageModel) -> dict[str, list[Tensor]]:
