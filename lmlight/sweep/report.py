@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import math
-import shlex
 import statistics
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -13,6 +12,7 @@ from optuna.trial import FrozenTrial, TrialState
 from scipy import stats
 
 from lmlight import files, pictures
+from lmlight.command_line import join
 from lmlight.errors import UserError, say
 from lmlight.sweep.study import SEED, Params, Study, flags
 from lmlight.sweep.trial import LOG, METRIC, validations
@@ -77,7 +77,7 @@ def write(study: Study) -> int:
     for what, states in {"Pruned": [TrialState.PRUNED], "Not finished": unfinished}.items():
         if count := len(study.trials(*states)):
             print(f"{what}: {count} of {len(trials)} trials")
-    commands = {trial.number: shlex.join(["lmlight", "fit", *study.fit_args(_params(trial))]) for trial in trials}
+    commands = {trial.number: join(["lmlight", "fit", *study.fit_args(_params(trial))]) for trial in trials}
     if settings[0].done:
         print(f"To repeat a run of the best setting:\n  {commands[settings[0].done[0].number]}")
     try:
