@@ -154,6 +154,7 @@ REFUSED = {
     "strategy=telepathy": "invalid strategy name",
     "devices=-1": "should be an int > 0",
     "devices=0": "not a valid input",
+    "devices=3": "a multiple of 3 processes",
     "precision=7": "trainer.precision",
     "precision=transformer-engine": "transformer_engine",
     "max_steps=-1": "a linear schedule ends at the run's last step",

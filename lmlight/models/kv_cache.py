@@ -87,9 +87,8 @@ class KeyValueCache(Cache):
             new = torch.arange(first, end, device=device)[:, None]  # (T, 1)
             kept = end - 1 - (end - 1 - torch.arange(size, device=device)) % self.max_length  # (S,): token in each slot
             # padding attends to padding, since a softmax over nothing is NaN
-            self.attn_mask = ((kept <= new) & ((kept >= self._padding) | (new < self._padding)))[
-                :, None
-            ]  # (B, 1, T, S)
+            mask = (kept <= new) & ((kept >= self._padding) | (new < self._padding))  # (B, T, S)
+            self.attn_mask = mask[:, None]  # (B, 1, T, S)
             self.input_pos, self.is_causal = (new - self._padding).clamp(min=0)[..., 0], False  # (B, T)
         if self.rope_theta is not None and end > max(self.max_length, 0 if self.rope is None else self.rope.size(1)):
             self.rope = rope_cache(2 * end, self.buffers.size(-1), self.rope_theta).to(self.buffers)

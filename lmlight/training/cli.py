@@ -183,6 +183,8 @@ class LmlightCLI(LightningCLI):
         # as Lightning will do, but before a strategy launches processes
         trainer = self.trainer if self.command == "fit" else None
         self.model.check(getattr(self.datamodule, "block_size", None), trainer)
+        if trainer is not None and self.has_text:
+            self.datamodule.check_batch_size(trainer)
         if self.source.content is not None:
             if self.has_text:
                 self.datamodule.tokenizer = self.model.tokenizer

@@ -8,7 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Literal, cast
 
-from lightning.pytorch import LightningDataModule
+from lightning.pytorch import LightningDataModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 from torch.utils.data import DataLoader, Dataset
@@ -129,6 +129,14 @@ class TextDataModule(LightningDataModule):
     def tokenizer(self, tokenizer: Tokenizer) -> None:
         self._pretrained_tokenizer = tokenizer
 
+    def check_batch_size(self, trainer: Trainer) -> None:
+        """Checks that a step's windows can be split among the trainer's processes and its accumulated batches.
+
+        Raises:
+            UserError: see `TrainBatchSampler`.
+        """
+        TrainBatchSampler(1, self.batch_size, trainer.global_rank, trainer.world_size, trainer.accumulate_grad_batches)
+
     def prepare_data(self) -> None:
         """Downloads the corpus, trains the tokenizer and encodes the text, unless the cache has the result.
 
@@ -145,8 +153,8 @@ class TextDataModule(LightningDataModule):
 
     def prepare(self) -> TokenStore:
         """Does what `prepare_data` does and returns the store."""
-        if self._running(TrainerFn.FITTING):
-            TrainBatchSampler(1, self.batch_size, *self._ranks())  # raises before anything is downloaded
+        if self.trainer is not None and self._running(TrainerFn.FITTING):
+            self.check_batch_size(self.trainer)  # before anything is downloaded
         if self._tokenizer_file and self._pretrained_tokenizer is None:
             self._pretrained_tokenizer = read_pretrained(self._tokenizer_file)
         store = self._spec.prepare_store(self._pretrained_tokenizer)
