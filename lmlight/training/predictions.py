@@ -45,9 +45,8 @@ class WritePredictions(Callback):
         assert isinstance(pl_module, LanguageModel)
         self._prints_batches = self._output is None and trainer.world_size == 1
         pl_module.logprobs = self._output is not None
-        hidden = (
-            True if self._prints_batches or not trainer.is_global_zero else None
-        )  # None: unless stderr is a terminal
+        # None hides the bar unless stderr is a terminal
+        hidden = True if self._prints_batches or not trainer.is_global_zero else None
         self._bar = tqdm(total=sum(map(int, trainer.num_predict_batches)), unit="batch", disable=hidden)
 
     def on_predict_batch_end(
