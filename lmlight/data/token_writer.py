@@ -122,12 +122,11 @@ def _write_shard(tokenizer: Tokenizer, dtype: str, path: Path, chunks: list[Text
         for batch in _batches(chunks, BATCH_CHARS):
             ids = tokenizer.encode_chunks(batch)
             encoded.append(np.array(ids, dtype=dtype))
-            if (
-                tokenizer.lossless
-            ):  # characters are counted in every batch; only the first is decoded, which takes longer
-                wrong = (
-                    "char_counts do not add up to" if tokenizer.char_counts[encoded[-1]].sum() != _chars(batch) else ""
-                )
+            if tokenizer.lossless:
+                wrong = ""
+                if tokenizer.char_counts[encoded[-1]].sum() != _chars(batch):
+                    wrong = "char_counts do not add up to"
+                # only the first batch, because decoding takes longer
                 if len(encoded) == 2 and tokenizer.decode(ids) != "".join(chunk.text for chunk in batch):
                     wrong = "decode does not restore"
                 if wrong:

@@ -79,9 +79,8 @@ class DistilledModel(LanguageModel):
                 raise UserError(f"--model.teachers: {hint}") from None
             self._paths[number] = str(path)
             self._fingerprints.append(checkpoints.fingerprint(path))
-        if (
-            "model" in self.settings
-        ):  # `best` or the folder's best checkpoint may be another file when the run is resumed
+        # `best` or the folder's best checkpoint may be another file when the run is resumed
+        if "model" in self.settings:
             self.settings["model"]["teachers"] = self._paths
 
     def setup(self, stage: str) -> None:

@@ -60,15 +60,11 @@ def find_source(command: str, args: Sequence[str]) -> tuple[Source, dict[str, st
     for config in configs:
         with suppress(OSError, TypeError, ValueError, yaml.YAMLError):  # reported when the whole command line is parsed
             given |= yaml.safe_load(Path(config).expanduser().read_text("utf-8"))
-    tokenizer_flags = [word.partition("=")[0] for word in rest if word.startswith("--data.tokenizer.")]
     trained = flags.get("data.tokenizer", _section(given, "data").get("tokenizer"))
-    if (
-        tokenizer_flags
-        and isinstance(trained, str)
-        and (is_class_name(trained) or trained.endswith((".json", ".model")))
-    ):
-        # they would replace it
-        raise UserError(f"--data.tokenizer {trained} is not trained here: leave out {tokenizer_flags[0]}")
+    if isinstance(trained, str) and (is_class_name(trained) or trained.endswith((".json", ".model"))):
+        # flags of a tokenizer to train would replace it
+        if wrong := [word.partition("=")[0] for word in rest if word.startswith("--data.tokenizer.")]:
+            raise UserError(f"--data.tokenizer {trained} is not trained here: leave out {wrong[0]}")
     sections = [f"--{name}={flags.pop(name)}" for name in CLASSES if name in flags and not is_class_name(flags[name])]
     classes = named_classes(given) | {name: flags[name] for name in CLASSES if name in flags}
     net, tokenizer = checkpoints.import_classes(classes.get("model.net"), classes.get("data.tokenizer"))
