@@ -61,10 +61,10 @@ def find_source(command: str, args: Sequence[str]) -> tuple[Source, dict[str, st
         with suppress(OSError, TypeError, ValueError, yaml.YAMLError):  # reported when the whole command line is parsed
             given |= yaml.safe_load(Path(config).expanduser().read_text("utf-8"))
     trained = flags.get("data.tokenizer", _section(given, "data").get("tokenizer"))
-    if isinstance(trained, str) and (is_class_name(trained) or trained.endswith((".json", ".model"))):
-        # flags of a tokenizer to train would replace it
-        if wrong := [word.partition("=")[0] for word in rest if word.startswith("--data.tokenizer.")]:
-            raise UserError(f"--data.tokenizer {trained} is not trained here: leave out {wrong[0]}")
+    is_pretrained = isinstance(trained, str) and (is_class_name(trained) or trained.endswith((".json", ".model")))
+    if is_pretrained and (wrong := [word for word in rest if word.startswith("--data.tokenizer.")]):
+        flag = wrong[0].partition("=")[0]  # it would replace the tokenizer
+        raise UserError(f"--data.tokenizer {trained} is not trained here: leave out {flag}")
     sections = [f"--{name}={flags.pop(name)}" for name in CLASSES if name in flags and not is_class_name(flags[name])]
     classes = named_classes(given) | {name: flags[name] for name in CLASSES if name in flags}
     net, tokenizer = checkpoints.import_classes(classes.get("model.net"), classes.get("data.tokenizer"))
