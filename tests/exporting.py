@@ -21,7 +21,7 @@ OPTIONS = {  # by model_type
     "qwen3, SwiGLU": {**LLAMA, "qk_norm": True, "tie": True},
     "qwen3, head size": {**LLAMA, "qk_norm": True, "head_size": 12, "n_kv_head": 2},
     "qwen2": {**LLAMA, "bias": "qkv", "n_kv_head": 2},
-    "mistral": {**LLAMA, "n_kv_head": 2},
+    "mistral": {**LLAMA, "n_kv_head": 2, "norm_eps": 1e-3, "rope_theta": 500.0},
     "llama": {**LLAMA, "bias": True, "n_kv_head": 2},
     "gpt2": GPT2,
     "gpt2, no bias": {**GPT2, "bias": False, "tie": False},

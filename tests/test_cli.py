@@ -201,10 +201,11 @@ def test_chat_streams_text_and_takes_settings(finished, capsys, monkeypatch):
         return capsys.readouterr()
 
     settings = '/temperature 0\n/temperature x\n/colour 1\n/stop ["a"]\n'
-    out, err = chat(str(best), f"/max_new_tokens 5\nMIRA:\n/seed 1337\nMIRA:\n{settings}MIRA:\n/quit\n")
-    first, again = (part.split("\n\n")[0] for part in out.split("MIRA:")[1:3])
+    out, err = chat(str(best), f"/max_new_tokens 5\nMIRA:\n/seed 1337\nMIRA:\nMIRA:\n{settings}MIRA:\n/quit\n")
+    first, again, other = (part.split("\n\n")[0] for part in out.split("MIRA:")[1:4])
     text = LanguageModel.load_from_checkpoint(best).generate("MIRA:", max_new_tokens=5, seed=1337)
     assert first == again == escape_control_characters(text.removeprefix("MIRA:"))
+    assert other != first, "the same line again gives another text"
     assert "Expected a <class 'float'>. Got value: x" in out
     assert "/repetition_penalty 1.0" in out, "of an unknown name, all that there are"
     assert err == ""

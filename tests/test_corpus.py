@@ -341,7 +341,7 @@ def first_invalid_byte(data):
 
 @given(st.binary(max_size=60), st.integers(1, 4))
 def test_errors_are_replaced_as_in_python(tmp_path, data, piece):
-    data = b"long enough not to look empty or binary" * 300 + data
+    data = b"long enough not to look empty or binary\n" * 300 + data
     (tmp_path / "broken.txt").write_bytes(data)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(reading, "CHUNK_SIZE", 8192 + piece)

@@ -152,6 +152,17 @@ def test_cached_logits_equal_uncached(options, double, fast, data):
     assert cache.length == 8
 
 
+def test_dropout_acts_while_a_network_in_training_mode_generates():
+    net, logits = net_of(dropout=0.5).train(), []
+    for seed in (1, 2):
+        decoder = Decoder(net, 1)
+        torch.manual_seed(0)
+        decoder.prefill([[1, 2]])
+        torch.manual_seed(seed)
+        logits.append(decoder.step(torch.tensor([[3]])))
+    assert not torch.equal(*logits)
+
+
 @settings(max_examples=40)
 @given(make=st.sampled_from(NETS), fast=st.booleans(), lengths=st.lists(st.integers(1, 6), min_size=1, max_size=4))
 def test_batched_logits_equal_unbatched(make, fast, lengths):
@@ -300,9 +311,8 @@ def test_a_line_break_in_the_last_fifth_ends_the_text(newline, end_at_line):
         decode = staticmethod(lambda ids: "".join(map(chr, ids)))
         encode_prompt = staticmethod(lambda text: list(map(ord, text)))
 
-    before = (
-        "a" * 60 + newline + "b" * 20 + f":{newline}hi"
-    )  # the second line break is in the last fifth, after a colon
+    # the first line break ends the first four fifths; the second is in the last fifth, after a colon
+    before = ("a" * 80)[len(newline) :] + newline + f"b:{newline}hi"
     text = (before + newline + "c" * 100)[:100]
     stream = TextStream(OneLetter(), f"a{newline}", Sampling(max_new_tokens=100, end_at_line=end_at_line), 0)
     pieces = []

@@ -202,6 +202,21 @@ def test_import_takes_little_more_memory_than_the_weights(foreign, tmp_path):
     assert size > 100e6 and ratio < 1.2
 
 
+@pytest.mark.parametrize(("kind", "sizes"), [("gpt2", GPT2), ("llama", LLAMA)])
+def test_options_that_a_config_leaves_out_have_the_defaults_of_transformers(kind, sizes, foreign, tmp_path):
+    foreign(kind)
+    path = tmp_path / "theirs" / "config.json"
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps({name: config[name] for name in ("model_type", "vocab_size", *sizes)}))
+    theirs = transformers.AutoModelForCausalLM.from_pretrained("theirs").eval()
+    assert main(["import", "hf", "theirs", "ours.ckpt"]) == 0
+    idx = torch.randint(VOCAB, (2, BLOCK))
+    with torch.no_grad():
+        expected = theirs(idx).logits
+        difference = (Model.read(tmp_path / "ours.ckpt").net(idx) - expected).abs().max()
+    assert difference < 1e-5 * expected.abs().max()
+
+
 def test_imported_checkpoint_predicts_and_finetunes(foreign, tmp_path, corpus_file, capsys):
     foreign()
     assert main(["import", "hf", "theirs", "ours.ckpt"]) == 0

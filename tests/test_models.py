@@ -12,7 +12,8 @@ from lmlight import Sampling
 from lmlight.errors import UserError
 from lmlight.generation import generate
 from lmlight.models import GPT2, LLAMA, Attention, Bigram, Transformer
-from lmlight.models.attention import attention_weights, repeat_kv
+from lmlight.models.attention import attention_weights, repeat_kv, scaled_dot_product_attention
+from lmlight.models.kv_cache import Cache
 from lmlight.models.rope import apply_rope, rope_cache
 
 SMALL = {"vocab_size": 11, "block_size": 8, "n_layer": 2, "n_head": 4, "n_embd": 32}
@@ -79,6 +80,13 @@ def test_networks_can_overfit_one_batch(make):
         loss.backward()
         optimizer.step()
     assert loss < 0.05
+
+
+def test_blocks_of_a_new_network_are_the_identity():
+    for options in ({}, GPT2, LLAMA):
+        net, idx = Transformer(**SMALL, **options), torch.randint(11, (2, 8))
+        x = net.embedding(idx) + (0 if net.positions is None else net.positions.weight)
+        assert torch.equal(net(idx), net.head(net.norm(x)))
 
 
 def test_initial_loss_is_near_uniform():
@@ -270,6 +278,17 @@ def test_dropout_acts_in_training_only():
     assert torch.equal(net(idx), net(idx))
     net.train()
     assert not torch.equal(net(idx), net(idx))
+
+
+@pytest.mark.parametrize("length", [6, 257])
+def test_dropout_acts_on_attention_weights(length):
+    torch.manual_seed(0)
+    q, k = torch.randn(2, 2, 4, length, 8)
+    values = torch.eye(length).expand(2, 4, -1, -1)  # of which the weighted sums are the weights
+    dropped = scaled_dot_product_attention(q, k, values, Cache(), dropout=0.5)
+    kept, weights = dropped != 0, attention_weights(q, k, causal=True)
+    torch.testing.assert_close(dropped, kept * 2 * weights)
+    assert 0.4 < kept.sum() / (weights != 0).sum() < 0.6
 
 
 def test_flops_match_torch_flop_counter():

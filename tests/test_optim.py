@@ -7,7 +7,16 @@ import torch
 
 from lmlight.errors import UserError
 from lmlight.models import GPT2, Bigram, Transformer
-from lmlight.optim import POLAR_EXPRESS, Muon, Schedule, label_in_order, orthogonalise, parameter_groups
+from lmlight.optim import (
+    POLAR_EXPRESS,
+    Muon,
+    Schedule,
+    apply_changes,
+    hyperparameters,
+    label_in_order,
+    orthogonalise,
+    parameter_groups,
+)
 
 
 def test_parameter_groups():
@@ -157,3 +166,17 @@ def test_falling_schedule_needs_an_end():
 def test_values_out_of_range_are_refused(setting):
     with pytest.raises(UserError, match=next(iter(setting))):
         Schedule(**setting)
+
+
+def test_changed_learning_rate_keeps_the_factor_of_any_scheduler():
+    def after_three_steps(lr):
+        optimizer = torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr)
+        at_the_start, scheduler = hyperparameters(optimizer), torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)
+        for _ in range(3):
+            optimizer.step()
+            scheduler.step()
+        return scheduler, at_the_start
+
+    (scheduler, before), (expected, now) = after_three_steps(0.1), after_three_steps(0.4)
+    apply_changes(scheduler, now, before)
+    assert scheduler.optimizer.param_groups[0] | {"params": []} == expected.optimizer.param_groups[0] | {"params": []}

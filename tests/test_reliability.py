@@ -505,19 +505,17 @@ def test_optimizer_arguments_can_change_on_resume(trained, tmp_path, capsys, mon
     assert main(["fit", *flags]) == 0
     monkeypatch.setattr(
         LanguageModel,
-        "on_train_batch_end",
-        lambda self, *_: seen.append(
-            {k: v for k, v in self.trainer.optimizers[0].param_groups[0].items() if k != "params"}
-        ),
+        "on_before_optimizer_step",
+        lambda self, optimizer: seen.append({k: v for k, v in optimizer.param_groups[0].items() if k != "params"}),
     )
     changed = ["--model.optimizer.lr=2e-3", "--model.optimizer.amsgrad=false", "--model.optimizer.betas=[0.8,0.9]"]
     assert main(["fit", "--ckpt_path=last", *changed, "--trainer.max_steps=8"]) == 0
     assert "model.optimizer.lr: 0.001 -> 0.002" in capsys.readouterr().out
-    assert [group["lr"] for group in seen] == pytest.approx([2e-3 * left for left in (3 / 8, 2 / 8, 1 / 8, 0)])
+    assert [group["lr"] for group in seen] == pytest.approx([2e-3 * left / 8 for left in (4, 3, 2, 1)])
     assert {tuple(group["betas"]) for group in seen} == {(0.8, 0.9)}
     seen.clear()
     assert main(["fit", "--ckpt_path=last", "--trainer.max_steps=16"]) == 0
-    assert seen[0]["lr"] == pytest.approx(2e-3 * 7 / 16), "config.yaml has the new value"
+    assert seen[0]["lr"] == pytest.approx(2e-3 * 8 / 16), "config.yaml has the new value"
 
 
 def test_a_run_is_resumed_where_it_lies(trained, tmp_path, capsys, monkeypatch):
@@ -629,7 +627,9 @@ def test_best_and_last_checkpoints(corpus_file, monkeypatch):
 
     monkeypatch.setattr(checkpoint, "write", note)
     monkeypatch.setattr(
-        LanguageModel, "on_validation_epoch_end", lambda self: self.log("val/nats_per_char", next(scores))
+        LanguageModel,
+        "on_validation_epoch_end",
+        lambda self: self.log_dict({"val/nats_per_char": (score := next(scores)), "val/loss": -score}),
     )
     trainer = pl.Trainer(
         max_steps=9,

@@ -7,6 +7,7 @@ import signal
 import time
 from contextlib import suppress
 from pathlib import Path
+from types import SimpleNamespace
 
 import processes
 import pytest
@@ -273,6 +274,17 @@ def test_trial_that_another_process_took_over_is_stopped(monkeypatch):
 )
 def test_reason_of_a_failure(output, status, reason):
     assert trials._reason(status, output) == reason
+
+
+def test_value_of_a_trial_is_that_of_its_last_validation(tmp_path, monkeypatch):
+    def train(*_, **__):
+        (tmp_path / "run").mkdir()
+        (tmp_path / "run/metrics.csv").write_text(f"step,seconds,{METRIC}\n1,1,3.0\n2,2,1.0\n3,3,2.0\n")
+        return SimpleNamespace(pid=1, returncode=0, poll=lambda: 0)
+
+    monkeypatch.setattr(trials.subprocess, "Popen", train)
+    found = trials.run_fit(tmp_path, [], lambda process, rows: True)
+    assert (found[METRIC], found["seconds"]) == (2.0, 3.0)
 
 
 def test_check_fit_returns_the_settings_and_writes_nothing(tmp_path):

@@ -192,8 +192,13 @@ def test_invalid_tokenizer_bytes_are_refused(unigram):
 
 @pytest.mark.parametrize("kind", ["unigram", "bpe", "char"])
 def test_training_is_deterministic(kind, corpus_text):
-    config = TokenizerConfig(kind, 400)
-    assert config.train(corpus_text).to_bytes() == config.train(corpus_text).to_bytes()
+    def trained(sample_chars):
+        config = TokenizerConfig(kind, 360, sample_chars=sample_chars)
+        return config.train(corpus_text, len(corpus_text)).to_bytes()
+
+    for sample_chars in (4000, len(corpus_text)):
+        assert trained(sample_chars) == trained(sample_chars)
+    assert (trained(4000) == trained(len(corpus_text))) == (kind == "char")
 
 
 TRAIN_AND_SAMPLE = """

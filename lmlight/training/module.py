@@ -237,6 +237,9 @@ class LanguageModel(TextModel):
         if self._resumed_hyperparameters:
             scheduler = self.trainer.lr_scheduler_configs[0].scheduler
             apply_changes(scheduler, self._hyperparameters, self._resumed_hyperparameters)
+            if self._make_scheduler is None:  # the run may have another end than when the checkpoint was written
+                for group, rate in zip(scheduler.optimizer.param_groups, scheduler.base_lrs):
+                    group["lr"] = rate * self.schedule.factor(self.global_step, self.total_steps)
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> int | None:
         micro_batch = batch_idx % self.trainer.accumulate_grad_batches
