@@ -19,6 +19,7 @@ from lmlight.errors import UserError
 from lmlight.export.model import Model
 from lmlight.optim import Schedule
 from lmlight.training.checkpointing import AtomicCheckpointIO, BestLastCheckpoint
+from lmlight.training.cli import main
 
 
 def small_net(vocab_size, block_size):
@@ -256,6 +257,16 @@ def test_checkpoint_is_self_contained(data, tmp_path):
     out, _ = processes.run(code=code, cwd=tmp_path / "elsewhere")
     expected = repr(model.generate("MIRA:", max_new_tokens=10)), model.tokenizer.encode("MIRA:")
     assert out.strip() == f"{expected[0]} {expected[1]} {model.tokenizer.decode([70])}"
+
+
+def test_command_line_validates_a_checkpoint_from_python(data, corpus_file, capsys):
+    trainer, model = trained(data)
+    trainer.save_checkpoint("x.ckpt")
+    expected = trainer.validate(model, datamodule=data, verbose=False)[0]["val/nats_per_char"]
+    capsys.readouterr()
+    assert main(["validate", "--ckpt_path=x.ckpt", f"--data.corpus={corpus_file}", "--trainer.accelerator=cpu"]) == 0
+    metrics = dict(line.split() for line in capsys.readouterr().out.strip().split("\n"))
+    assert float(metrics["val/nats_per_char"]) == pytest.approx(expected, abs=1e-4)
 
 
 def test_checkpoint_of_another_net_is_refused(data, tmp_path):

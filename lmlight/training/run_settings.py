@@ -125,7 +125,7 @@ def _from_checkpoint(content: dict[str, Any], kind: type[Net], only_net: bool) -
     # of another command, machine or flag; the tokenizer is the checkpoint's
     left_out = ("prompts", "prompt_batch_size", "cache", "seed", "tokenizer")
     data = {name: value for name, value in metadata["settings"].get("data", {}).items() if name not in left_out}
-    data["block_size"] = min(data.get("block_size", block_size), block_size)
+    data.setdefault("block_size", block_size)  # trained from Python, the checkpoint has no settings
     return {**seed, "model": {"net": net, "sampling": sampling}, "data": data}
 
 
