@@ -155,19 +155,21 @@ def test_play_serves_on_this_machine_only_until_ctrl_c(libraries, checkpoint, tm
         web._library = lambda package, hashes: []
         sys.exit(main(["play", {checkpoint!r}, "--port=0", "--no-browser"]))"""
     with processes.start(code=code) as process:
-        assert process.stdout.readline() == "Preparing the page\n"
-        address = process.stdout.readline().split()[0]
-        with urllib.request.urlopen(address + "index.html") as answer:
-            assert answer.headers["Cross-Origin-Opener-Policy"] == "same-origin"
-            assert b"Content-Security-Policy" in answer.read()
-        port = int(address.rstrip("/").rpartition(":")[2])
-        request = urllib.request.Request(address + "model.json", headers={"Host": f"evil.example:{port}"})
-        with pytest.raises(urllib.error.HTTPError, match="403"):
-            urllib.request.urlopen(request)
-        if sys.platform == "linux":  # which routes all of 127/8 to this machine
-            with pytest.raises(OSError, match="refused"):
-                socket.create_connection(("127.0.0.2", port), timeout=2)
-        process.send_signal(signal.SIGINT)
+        try:
+            assert process.stdout.readline() == "Preparing the page\n"
+            address = process.stdout.readline().split()[0]
+            with urllib.request.urlopen(address + "index.html") as answer:
+                assert answer.headers["Cross-Origin-Opener-Policy"] == "same-origin"
+                assert b"Content-Security-Policy" in answer.read()
+            port = int(address.rstrip("/").rpartition(":")[2])
+            request = urllib.request.Request(address + "model.json", headers={"Host": f"evil.example:{port}"})
+            with pytest.raises(urllib.error.HTTPError, match="403"):
+                urllib.request.urlopen(request)
+            if sys.platform == "linux":  # which routes all of 127/8 to this machine
+                with pytest.raises(OSError, match="refused"):
+                    socket.create_connection(("127.0.0.2", port), timeout=2)
+        finally:  # `with` waits for its end
+            process.send_signal(signal.SIGINT)
         _, err = process.communicate(timeout=20)
     assert process.returncode == 0
     assert "Traceback" not in err
