@@ -6,6 +6,7 @@ import importlib.util
 import mmap
 import os
 import platform
+import re
 from pathlib import Path
 
 import processes
@@ -47,6 +48,12 @@ def test_light_modules_do_not_import_heavy_packages(absent, modules):
             assert not found, (module, found)
         """
     processes.run_afresh(absent, *modules, code=code)
+
+
+def test_design_page_lists_every_module():
+    tree = (ROOT / "docs" / "design.md").read_text("utf-8").split("```")[1]
+    paths = [path for path in (ROOT / "lmlight").rglob("*.py") if path.parent.name != "callbacks"]
+    assert set(re.findall(r"\w+\.py", tree)) == {path.name for path in paths} - {"__init__.py"}
 
 
 def test_benchmarks_import_existing_names():
