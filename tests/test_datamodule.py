@@ -17,7 +17,7 @@ from lmlight.data import reading, token_writer
 from lmlight.data.cache import cache_dir
 from lmlight.data.loader import IGNORE_INDEX
 from lmlight.data.prompts import first_line
-from lmlight.data.subword_regularization import SubwordSampler, SubwordSampling
+from lmlight.data.subword_regularization import SubwordSampler, SubwordSampling, _segment
 from lmlight.data.tokenizer import CharTokenizer, TokenizerConfig
 from lmlight.errors import UserError
 from lmlight.training.datamodule import TextDataModule
@@ -540,6 +540,15 @@ def test_shards_are_resegmented_each_epoch(corpus_text, corpus_file, small_shard
         assert len(seen) > 0.7 * len(parts(corpus_text)[0])
         assert not set(windows) <= {tuple(plain[start : start + 16]) for start in range(len(plain))}
     assert epochs[0] != epochs[1]
+
+
+def test_shards_with_the_same_text_are_segmented_apart(corpus_text, small_shards):
+    data = ready_on((corpus_text[:999] + "\n") * 6, tokenizer=TokenizerConfig("unigram", 380))
+    ids, tokenizer = data.store.ids["train"], data.tokenizer
+    assert tokenizer.decode(ids.shard(0).tolist()) == tokenizer.decode(ids.shard(1).tolist())
+    one, two = (_segment(ids, tokenizer.to_bytes(), SubwordSampling(0.1), 3, 0, shard).tolist() for shard in (0, 1))
+    assert tokenizer.decode(one) == tokenizer.decode(two)
+    assert one != two
 
 
 def test_sharded_batches_depend_on_seed_and_position_only(corpus_file, small_shards):

@@ -244,6 +244,9 @@ def test_generate_keeps_training_mode_and_random_state(data):
     assert torch.equal(torch.rand(3), expected)
     assert model.training
     assert text == model.generate("a", max_new_tokens=5), "dropout is off"
+    model.eval()
+    model.generate("a", max_new_tokens=5)
+    assert not model.training
 
 
 def test_checkpoint_is_self_contained(data, tmp_path):
