@@ -188,6 +188,7 @@ def test_custom_network_trains_the_same_with_two_processes(folder):
         ("mynet.Order", "must take vocab_size and block_size as its first two arguments"),
         ("mynet.Missing", "Missing is not in mynet; it has Abstract or Future or Idle or Mine or Order or Shape"),
         ("nowhere.Mine", "there is no module nowhere"),
+        ("nowhere.net.Mine", "there is no module nowhere"),
         ("Mein", "expected Bigram or"),
         ("broken.Mine", "cannot be imported: ZeroDivisionError"),
     ],
