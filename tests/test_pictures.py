@@ -1,5 +1,8 @@
 """Contents of figures."""
 
+import warnings
+
+import matplotlib as mpl
 import numpy as np
 import pytest
 from matplotlib.colors import to_hex
@@ -66,4 +69,18 @@ def test_learning_curves_share_an_axis(x):
 def test_labels_make_control_characters_visible(piece, shown):
     assert pictures.visible(piece) == shown
     figure = pictures.token_matrix(np.ones((1, 1)), [pictures.visible(piece)], "")
-    figure.canvas.draw()  # an unfinished formula would raise
+    figure.draw_without_rendering()  # an unfinished formula would raise
+
+
+@pytest.mark.parametrize(
+    "draw",
+    [
+        lambda: pictures.token_matrix(np.eye(2), ["a", "b"], ""),
+        lambda: pictures.surprise(["a"], np.ones(1)),
+        lambda: pictures.loss_by_position(np.ones(2)),
+    ],
+)
+def test_figures_do_not_depend_on_the_layout_of_a_notebook(draw):
+    with mpl.rc_context({"figure.constrained_layout.use": True}), warnings.catch_warnings():
+        warnings.simplefilter("error")
+        draw().draw_without_rendering()
