@@ -62,6 +62,11 @@ def join(words: Iterable[str | Path]) -> str:
     return (subprocess.list2cmdline if os.name == "nt" else shlex.join)(list(map(str, words)))
 
 
+def counted(number: int, noun: str) -> str:
+    """A number with its noun, to print: 1 text, 2,000 texts."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
 class Parser(argparse.ArgumentParser):
     """Reports errors in one line, without usage."""
 

@@ -33,7 +33,7 @@ def runs(tmp_path):
 def test_unusable_entries_are_skipped(runs, tmp_path, capsys):
     assert main(["curves", *runs, "--output=all.png"]) == 0
     out, err = capsys.readouterr()
-    assert "one: best 2.0000 nats per character, 2 validations" in out
+    assert "one: best 2.0000 nats per character, 2 validations\n" in out
     assert [line.partition(":")[0] for line in out.splitlines()] == ["one", "two", "Figure"]
     assert (tmp_path / "all.png").read_bytes().startswith(b"\x89PNG")
     lines = {line.split("'")[1].split("/")[0]: line for line in err.splitlines()}

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from glob import glob
 from pathlib import Path
 
-from lmlight.command_line import Parser
+from lmlight.command_line import Parser, counted
 from lmlight.errors import UserError, say
 
 
@@ -36,7 +36,7 @@ def main(args: Sequence[str]) -> None:
         raise UserError(f"'{options.output}' cannot be written ({error}): pass another --output") from None
     for name, rows in runs.items():
         best = min(row["val/nats_per_char"] for row in rows)
-        print(f"{name}: best {best:.4f} nats per character, {len(rows)} validations")
+        print(f"{name}: best {best:.4f} nats per character, {counted(len(rows), 'validation')}")
     print(f"Figure: {options.output}")
 
 

@@ -12,6 +12,7 @@ from optuna.distributions import BaseDistribution
 from optuna.exceptions import UpdateFinishedTrialError
 from optuna.trial import Trial, TrialState
 
+from lmlight.command_line import counted
 from lmlight.errors import UserError
 from lmlight.sweep.report import brief, settings_of
 from lmlight.sweep.study import Params, Study
@@ -33,7 +34,7 @@ def work(study: Study, plan: Plan) -> bool:
     Raises:
         UserError: The settings have changed, or the sweep's folder cannot be written.
     """
-    print(f"Sweep in {study.folder}: {_count(study, plan)} trials", flush=True)
+    print(f"Sweep in {study.folder}: {counted(_count(study, plan), 'trial')}", flush=True)
     is_waiting = False
     try:
         while (trial := study.claim(plan.space, plan.n_trials, plan.seed)) or study.trials(TrialState.RUNNING):

@@ -12,6 +12,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from tqdm import tqdm
 
 from lmlight import files
+from lmlight.command_line import counted
 from lmlight.errors import UserError
 from lmlight.generation import TextStream, escape_control_characters
 from lmlight.training.module import LanguageModel
@@ -92,4 +93,4 @@ class WritePredictions(Callback):
                     file.write(json.dumps(record, ensure_ascii=False) + "\n")
         except OSError as error:
             raise UserError(f"output '{output}' cannot be written ({error.strerror}): pass another path") from None
-        print(f"{len(streams):,} texts in {output}")
+        print(f"{counted(len(streams), 'text')} in {output}")
