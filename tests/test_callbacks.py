@@ -2,6 +2,7 @@
 
 import csv
 import math
+import re
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -25,6 +26,7 @@ from lmlight.training.callbacks import (
     LearningCurve,
     Pictures,
     RunLogger,
+    RunProgress,
     SampleText,
     Throughput,
     TrainSubsetEval,
@@ -480,3 +482,10 @@ def test_attention_maps_applied_to_values_give_the_output_of_attention():
     gathered = (maps[0] @ v.repeat_interleave(2, dim=1)).transpose(1, 2).flatten(2)
     torch.testing.assert_close(block.attention.output(gathered), block.attention(h, rope=rope), rtol=0, atol=1e-12)
     assert math.isclose(maps.sum().item(), 2 * 3 * 4 * 8)
+
+
+def test_training_without_a_logger_names_no_folder(corpus_file, tmp_path, capsys):
+    trainer, model, _ = fit(corpus_file, tmp_path, [RunProgress()], tiny.net, max_steps=1, logger=False)
+    assert f"Training {model.net.num_parameters:,} weights on cpu\n" in capsys.readouterr().out
+    fit(corpus_file, tmp_path / "runs", [RunProgress()], tiny.net, max_steps=1, default_root_dir=tmp_path)
+    assert re.search(r" weights on cpu in \S*runs\S+\n", capsys.readouterr().out)

@@ -141,7 +141,9 @@ def test_predict_prints_the_same_texts_as_its_output_file(finished, capsys, tmp_
     printed = capsys.readouterr().out
     for name, more in (("batch.jsonl", []), ("alone.jsonl", ["--data.prompt_batch_size=1"])):
         assert main([*arguments, f"--output={name}", *more]) == 0
-        assert "6 texts in" in capsys.readouterr().out
+        out, err = capsys.readouterr()
+        assert out == f"6 texts in {name}\n"
+        assert err == ""
     texts = [json.loads(line) for line in Path("batch.jsonl").read_text("utf-8").split("\n")[:-1]]
     alone = [json.loads(line) for line in Path("alone.jsonl").read_text("utf-8").split("\n")[:-1]]
     assert [text["prompt"] for text in texts] == ["MIRA:"] * 2 + [""] * 2 + ["OLD"] * 2
@@ -192,6 +194,18 @@ def test_predict_with_two_processes_keeps_prompt_order(finished, tmp_path):
     assert [prompt for prompt, _, _ in texts("two.jsonl")] == ["A:", "B:", "C:", "D:", "E:"]
 
 
+@pytest.mark.parametrize("command", ["validate", "predict", "fit"])
+def test_command_prints_which_file_best_is(finished, command, capsys, monkeypatch):
+    folder, _, best = finished
+    monkeypatch.chdir(folder)
+    flag = "init_from" if command == "fit" else "ckpt_path"
+    few = ["--trainer.max_steps=1", "--trainer.fast_dev_run=true"] if command == "fit" else []
+    more = ["--data.prompts=[A]"] if command == "predict" else ["--data.corpus=corpus.txt"]
+    for name, printed in (("best", f"Checkpoint: {best.relative_to(folder)}\n"), (str(best), "")):
+        assert main([command, f"--{flag}={name}", *more, *few]) == 0
+        assert capsys.readouterr().err == printed
+
+
 def test_chat_streams_text_and_takes_settings(finished, capsys, monkeypatch):
     folder, _, best = finished
 
@@ -213,7 +227,8 @@ def test_chat_streams_text_and_takes_settings(finished, capsys, monkeypatch):
     assert err.startswith("lmlight: error: no checkpoint at 'nope.ckpt'")
     assert err.count("\n") == 1
     monkeypatch.chdir(folder)
-    chat("best", "")  # end of input
+    out, _ = chat("best", "")  # end of input
+    assert out.startswith(f"{best.relative_to(folder)}: "), "which file it is"
 
 
 @pytest.fixture
@@ -599,7 +614,7 @@ def test_checkpoint_keeps_the_sampling_settings_of_the_run(corpus_file, tmp_path
     (best,) = tmp_path.glob("runs/*/checkpoints/best.ckpt")
     model = LanguageModel.load_from_checkpoint(best)
     assert (model.sampling.temperature, model.sampling.repetition_penalty) == (0, 1.3)
-    sample = out.split("at the last validation\n\n")[1].split("\n\nNext:\n")[0]
+    sample = out.split("Best checkpoint: ")[1].split("\n\n", 1)[1].split("\n\nNext:\n")[0]
     (prompt,) = json.loads(shlex.split(out.split("Next:\n")[1].split("\n")[0])[-1])
     assert sample == escape_control_characters(model.generate(prompt, max_new_tokens=150))
     plain = LanguageModel.load_from_checkpoint(best, sampling=Sampling(temperature=0))
@@ -617,7 +632,23 @@ def test_checkpoint_keeps_the_sampling_settings_of_the_run(corpus_file, tmp_path
 def test_run_without_validation_prints_where_its_weights_are(corpus_file, tmp_path, capsys):
     assert main(["fit", f"--data.corpus={corpus_file}", *TINY, "--trainer.val_check_interval=100"]) == 0
     (last,) = tmp_path.glob("runs/*/checkpoints/last.ckpt")
-    assert f"No validation was run; the weights are in {last.relative_to(tmp_path)}\n" in capsys.readouterr().out
+    where = f"No validation was run; the weights are in {last.relative_to(tmp_path)}\n"
+    hint = "  To validate during a short run, lower --trainer.val_check_interval\n"
+    assert capsys.readouterr().out.endswith(where + hint)
+    assert main(["fit", f"--data.corpus={corpus_file}", *TINY, "--trainer.limit_val_batches=0"]) == 0
+    assert "No validation was run" in (out := capsys.readouterr().out) and hint not in out
+
+
+@pytest.mark.parametrize("falls", [True, False])
+def test_last_validation_is_printed_unless_it_is_the_best(corpus_file, capsys, falls):
+    flags = ["--trainer.callbacks=null"]
+    if not falls:
+        flags += ["--model.optimizer.lr=10", "--model.schedule.warmup_steps=6", "--model.schedule.shape=constant"]
+    assert main(["fit", f"--data.corpus={corpus_file}", *TINY, *flags]) == 0
+    out = capsys.readouterr().out
+    first, last = re.findall(r"val/nats_per_char (\S+)", out)
+    assert (float(last) < float(first)) == falls
+    assert (f"  {last} nats per character at the last validation\n" in out) != falls
 
 
 def test_checkpoint_interval_can_be_set(corpus_file, tmp_path, monkeypatch):

@@ -117,7 +117,7 @@ def matches_in_onnxruntime(net, tokenizer, tmp_path, capfd):
     onnxruntime = pytest.importorskip("onnxruntime", reason="needs the extra `engines`")
     path = save(tmp_path / "x.ckpt", net, tokenizer)
     assert main(["export", "onnx", path, "x.onnx"]) == 0
-    assert capfd.readouterr() == ("Wrote x.onnx\n", "")
+    assert capfd.readouterr() == ("Wrote x.onnx from x.ckpt\n", "")
     assert {entry.name for entry in tmp_path.iterdir()} == {"x.ckpt", "x.onnx"}, "weights included"
     assert has_no_source_paths(tmp_path / "x.onnx")
     session = onnxruntime.InferenceSession("x.onnx", providers=["CPUExecutionProvider"])

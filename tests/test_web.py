@@ -58,7 +58,7 @@ def checkpoint(tmp_path):
 
 def test_export_writes_a_whole_page(libraries, checkpoint, capsys):
     assert main(["export", "web", checkpoint, "site"]) == 0
-    assert capsys.readouterr() == ("Wrote site\n", "")
+    assert capsys.readouterr() == ("Wrote site from x.ckpt\n", "")
     assert {path.name for path in Path("site").iterdir()} == set(web.FILES)
     engine = {path.name: path.read_bytes() for path in Path("site/engine").iterdir()}
     assert set(engine) == {
@@ -156,7 +156,7 @@ def test_play_serves_on_this_machine_only_until_ctrl_c(libraries, checkpoint, tm
         sys.exit(main(["play", {checkpoint!r}, "--port=0", "--no-browser"]))"""
     with processes.start(code=code) as process:
         try:
-            assert process.stdout.readline() == "Preparing the page\n"
+            assert process.stdout.readline() == "Preparing the page of x.ckpt\n"
             address = process.stdout.readline().split()[0]
             with urllib.request.urlopen(address + "index.html") as answer:
                 assert answer.headers["Cross-Origin-Opener-Policy"] == "same-origin"

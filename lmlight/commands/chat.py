@@ -10,6 +10,7 @@ import torch
 from jsonargparse import ArgumentParser
 
 from lmlight import checkpoint as checkpoints
+from lmlight import files
 from lmlight.command_line import Parser
 from lmlight.errors import UserError
 from lmlight.generation import Sampling, escape_control_characters, generate_text, start_streams
@@ -28,7 +29,8 @@ def main(args: Sequence[str]) -> None:
     checkpoints.add_arguments(parser)
     parser.add_argument("--device", help="such as cuda or mps; a GPU is used where there is one")
     options = parser.parse_args(args)
-    content = checkpoints.read(checkpoints.find(options.checkpoint, options.runs, "best"))
+    path = checkpoints.find(options.checkpoint, options.runs, "best")
+    content = checkpoints.read(path)
     device = options.device or (torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu")
     trusted, _ = checkpoints.import_classes(options.net, options.tokenizer)
     net, tokenizer = checkpoints.text_model_of(content, trusted)
@@ -37,7 +39,7 @@ def main(args: Sequence[str]) -> None:
     except (RuntimeError, AssertionError) as error:  # torch raises either for a device that is not there
         raise UserError(f"device '{device}' cannot be used ({str(error).splitlines()[0]}): pass another") from None
     sampling = Sampling(**{**content[checkpoints.METADATA_KEY]["sampling"], "num_samples": 1})
-    print(f"{net.num_parameters:,} weights on {device}. /help lists what can be typed.")
+    print(f"{files.shown(path)}: {net.num_parameters:,} weights on {device}. /help lists the commands.")
     while True:
         try:
             line = input("> ")

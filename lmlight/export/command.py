@@ -59,7 +59,7 @@ def export(args: Sequence[str]) -> None:
         trusted, _ = checkpoints.import_classes(options.net, options.tokenizer)
         own = {name: value for name, value in vars(options).items() if name in ("precision", "licence")}
         chosen.write(Model.read(source, trusted), path, **own)
-    print(f"Wrote {options.target}")
+    print(f"Wrote {options.target} from {files.shown(source)}")
 
 
 def import_(args: Sequence[str]) -> None:

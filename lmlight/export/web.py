@@ -165,9 +165,10 @@ def play(args: Sequence[str]) -> None:
         except (OSError, OverflowError) as error:
             raise UserError(f"port {options.port} cannot be used ({error}): pass another --port") from None
         with server:
-            print("Preparing the page", flush=True)
+            source = checkpoints.find(options.checkpoint, options.runs, "best")
+            print(f"Preparing the page of {files.shown(source)}", flush=True)
             trusted, _ = checkpoints.import_classes(options.net, options.tokenizer)
-            write(Model.read(checkpoints.find(options.checkpoint, options.runs, "best"), trusted), Path(folder))
+            write(Model.read(source, trusted), Path(folder))
             address = f"http://127.0.0.1:{server.server_port}/"
             print(f"{address} (Ctrl-C ends it)", flush=True)
             if not options.no_browser:

@@ -228,6 +228,7 @@ class LmlightCLI(LightningCLI):
     def before_fit(self) -> None:
         """Announce a resumed run, and refuse changes that its checkpoint rules out."""
         if self.source.run is None:
+            self._name_checkpoint()
             return
         changed = differences(self.source.settings, self.settings)
         for name in ("data.tokenizer", "model.lr_scheduler"):  # the checkpoint has its state
@@ -236,6 +237,13 @@ class LmlightCLI(LightningCLI):
         if self.trainer.is_global_zero:
             changes = f", with {', '.join(changed)}" if changed else ""
             print(f"Resuming {files.shown(self.source.run)} at step {self.source.step}{changes}")
+
+    def _name_checkpoint(self) -> None:
+        """Print which file `best`, `last` or a folder stands for; on stderr, because stdout has the results."""
+        if self.source.path is not None and self.source.is_found and self.trainer.is_global_zero:
+            print(f"Checkpoint: {files.shown(self.source.path)}", file=sys.stderr)
+
+    before_validate = before_test = before_predict = _name_checkpoint
 
     @rank_zero_only
     def after_fit(self) -> None:

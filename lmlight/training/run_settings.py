@@ -34,6 +34,7 @@ class Source(NamedTuple):
 
     settings: dict[str, Any]  # those that it contributes
     path: Path | None = None
+    is_found: bool = False  # `path` is what `best`, `last` or a folder stands for
     content: dict[str, Any] | None = None  # from `checkpoint.read`
     run: Path | None = None  # the folder of the run to resume
     step: int | None = None  # where to resume it
@@ -106,11 +107,13 @@ def _source(command: str, given: dict[str, Any], net: type[Net] | None) -> Sourc
     runs = Path(str(root or RUNS)).expanduser()
     resumes = command == "fit" and init_from is None
     path = checkpoints.find(name, runs, "last" if resumes else "best")
+    is_found = path != Path(name).expanduser()
     content = checkpoints.read(path)
     if resumes:
         run = path.absolute().parent.parent
-        return Source(_from_run(path, content, runs), path, content, run, content["global_step"])
-    return Source(_from_checkpoint(content, checkpoints.net_class(content, net), init_from is not None), path, content)
+        return Source(_from_run(path, content, runs), path, is_found, content, run, content["global_step"])
+    settings = _from_checkpoint(content, checkpoints.net_class(content, net), init_from is not None)
+    return Source(settings, path, is_found, content)
 
 
 def _from_checkpoint(content: dict[str, Any], kind: type[Net], only_net: bool) -> dict[str, Any]:

@@ -141,6 +141,8 @@ def print_summary(
     if not keeper.best_model_path:
         where = f"; the weights are in {files.shown(keeper.last_model_path)}" if keeper.last_model_path else ""
         print(f"No validation was run{where}")
+        if trainer.limit_val_batches:  # 0 if none is wanted
+            print("  To validate during a short run, lower --trainer.val_check_interval")
         return
     path = files.shown(keeper.best_model_path)
     best = checkpoints.read(path)
@@ -150,7 +152,8 @@ def print_summary(
     counts_characters = "val/nats_per_char" in best[checkpoints.METADATA_KEY]["metrics"]
     name, unit = ("val/nats_per_char", "character") if counts_characters else ("val/loss", "token")
     print(f"  {nats:.4f} nats per {unit}, {nats / math.log(2):.4f} bits per {unit} on the validation text")
-    if (final := trainer.callback_metrics.get(name)) is not None:
+    final = trainer.callback_metrics.get(name)
+    if final is not None and f"{final:.4f}" != f"{nats:.4f}":  # the best was an earlier one
         print(f"  {final:.4f} nats per {unit} at the last validation")
     if not isinstance(datamodule, TextDataModule):
         return

@@ -53,7 +53,10 @@ class RunProgress(Callback):
         weights = sum(p.numel() for p in pl_module.parameters())
         trained = sum(p.numel() for p in pl_module.parameters() if p.requires_grad)
         count = f"{trained:,} of {weights:,}" if trained < weights else f"{weights:,}"
-        where = f" in {folder}" if (folder := run_folder(trainer)) else ""
+        folder = run_folder(trainer)
+        # without a logger, Lightning's Trainer has no folder for a run
+        has_own = folder is not None and folder != Path(trainer.default_root_dir)
+        where = f" in {files.shown(folder)}" if folder and has_own else ""
         self._print(trainer, f"Training {count} weights on {trainer.strategy.root_device}{where}")
         steps = pl_module.total_steps if isinstance(pl_module, LanguageModel) else max(0, trainer.max_steps)
         hidden = None if trainer.is_global_zero else True  # None: unless stderr is a terminal
