@@ -34,8 +34,8 @@ class Sampling:
         repetition_penalty: divides positive and multiplies negative logits of tokens that occur already (Keskar et al. 2019,
             https://arxiv.org/abs/1909.05858). 1 disables it; above 1 repeats less.
         stop: stop strings. Generation ends before the first one. A line break in one matches `\\n` and `\\r\\n`.
-        end_at_line: end at a line break in the last fifth of `max_new_tokens`, if there is one, unless it follows a colon, a
-            space or another line break.
+        end_at_line: once 80% of `max_new_tokens` have been generated, end at the next line break that does not follow a
+            colon, a space or another line break.
         num_samples: samples per prompt. The first uses `seed`, the next `seed` + 1, and so on.
         seed: random seed.
 
