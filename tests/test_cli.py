@@ -306,6 +306,32 @@ def test_validate_and_test_need_only_the_checkpoint(finished, capsys, monkeypatc
     assert len(list(folder.glob("runs/*"))) == 1
 
 
+@pytest.mark.parametrize(
+    ("words", "warns"),
+    [
+        (("validate", "--data.validate_on=tune"), True),
+        (("validate", "--data.val_fraction=0.2"), True),
+        (("validate", "--data.val_fraction=0.05"), False),
+        (("test", "--data.validate_on=tune"), False),  # which scores the validation text
+        (("test", "--data.val_corpus=corpus.txt"), True),
+    ],
+)
+def test_scoring_text_that_the_model_has_read_warns(finished, capsys, monkeypatch, recwarn, words, warns):
+    folder, _, best = finished
+    monkeypatch.chdir(folder)
+    command, *flags = words
+    assert main([command, f"--ckpt_path={best}", *flags]) == 0
+    assert any("was trained on text that is scored now" in str(warning.message) for warning in recwarn) == warns
+
+
+def test_finetuning_on_another_split_warns(finished, monkeypatch, tmp_path):
+    folder, _, best = finished
+    monkeypatch.chdir(folder)
+    words = ["--data.corpus=corpus.txt", "--data.validate_on=tune", f"--trainer.default_root_dir={tmp_path}"]
+    with pytest.warns(UserWarning, match="was trained on text that is scored now"):
+        assert main(["fit", f"--init_from={best}", *words, "--trainer.fast_dev_run=true"]) == 0
+
+
 def test_flags_override_the_checkpoint(finished, capsys, monkeypatch):
     folder, _, best = finished
     monkeypatch.chdir(folder)

@@ -154,6 +154,24 @@ def test_unusable_teachers_are_one_line(corpus_file, teachers, tmp_path, monkeyp
         assert not list(Path("runs").glob("*/checkpoints/*"))
 
 
+def test_teacher_that_has_read_the_scored_text_is_refused(corpus_file, tmp_path, monkeypatch, capsys):
+    """The characters of both texts are the same, so both tokenizers are."""
+    monkeypatch.chdir(tmp_path)
+    short = [
+        *(flag for flag in SHORT if "tokenizer" not in flag),
+        "--data.tokenizer.kind=char",
+        f"--data.corpus={corpus_file}",
+    ]
+    for root, *words in ("all",), ("tune", "--data.validate_on=tune"):
+        assert main(["fit", *short, *words, f"--trainer.default_root_dir={root}"]) == 0
+    (whole,), (part,) = (list(Path(root).glob("*/checkpoints/best.ckpt")) for root in ("all", "tune"))
+    capsys.readouterr()
+    assert main(["fit", *short, STUDENT, f"--model.teachers={whole}", "--data.validate_on=tune"]) == 2
+    assert "was trained on text that this run scores: train both with the same" in capsys.readouterr().err
+    assert main(["fit", *short, STUDENT, f"--model.teachers={part}", "--data.validate_on=tune"]) == 0
+    assert main(["fit", *short, STUDENT, f"--model.teachers={part}"]) == 0  # it has read less
+
+
 def test_python_gets_an_error_without_teachers(corpus_file):
     trainer = pl.Trainer(**tiny.QUIET, max_steps=1, callbacks=[BestLastCheckpoint()])
     with pytest.raises(UserError, match="needs trained models"):

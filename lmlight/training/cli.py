@@ -21,8 +21,9 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningDataModule, Trainer
 from lightning.pytorch.callbacks import LearningRateMonitor, ProgressBar, WeightAveraging
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
-from lightning.pytorch.utilities import rank_zero_only
+from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 
+from lmlight import checkpoint as checkpoints
 from lmlight import files
 from lmlight.data.tokenizer import TokenizerConfig
 from lmlight.errors import UserError, say
@@ -34,7 +35,7 @@ from lmlight.training.checkpointing import AtomicCheckpointIO, BestLastCheckpoin
 from lmlight.training.datamodule import TextDataModule
 from lmlight.training.module import PYTHON_ONLY, LanguageModel
 from lmlight.training.predictions import WritePredictions
-from lmlight.training.run_settings import RUNS, differences, find_source
+from lmlight.training.run_settings import RUNS, differences, find_source, scores_text_read_by
 from lmlight.training.run_trainer import RunTrainer, SaveConfig, TimeLimit, print_summary, quiet
 from lmlight.user_code import full_name, import_class
 
@@ -186,11 +187,23 @@ class LmlightCLI(LightningCLI):
         if trainer is not None and self.has_text:
             self.datamodule.check_batch_size(trainer)
         if self.source.content is not None:
+            self._check_split(self.source.content)
             if self.has_text:
                 self.datamodule.tokenizer = self.model.tokenizer
             self.source.content.clear()  # the memory of its optimizer's state
         if self.source.run is not None:
             self.config_init.fit.ckpt_path = str(self.source.path)
+
+    def _check_split(self, content: dict[str, Any]) -> None:
+        """Warn that a model has been trained on text that is scored now, unless the data refuse another text later."""
+        before = content[checkpoints.METADATA_KEY]["settings"].get("data", {})
+        now = self.settings["data"] | ({"validate_on": "val"} if self.command == "test" else {})
+        scores = self.command in ("validate", "test") or (self.command == "fit" and self.source.run is None)
+        if scores and scores_text_read_by(before, now):
+            rank_zero_warn(
+                "the checkpoint was trained on text that is scored now, so its losses are too low: leave data.val_fraction, "
+                "data.val_corpus and data.validate_on as they were"
+            )
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         if self.command == "prepare":  # nothing is trained, whatever machine the settings are for

@@ -17,6 +17,7 @@ from lmlight.data.tokenizer import Tokenizer
 from lmlight.errors import UserError
 from lmlight.models import Net
 from lmlight.training.module import LanguageModel
+from lmlight.training.run_settings import scores_text_read_by
 
 
 class DistilledModel(LanguageModel):
@@ -29,7 +30,7 @@ class DistilledModel(LanguageModel):
 
     Args:
         teachers: Checkpoints of the teachers, or folders of their runs. They must have been trained with the same tokenizer
-            and at least the block size; their networks may differ.
+            and at least the block size, and not on text that this run scores; their networks may differ.
         teacher_net: Class of the teachers' networks, if it is your own.
         teacher_weight: Share of the teachers' mean probabilities in the target; the rest is the token in the text.
         kwargs: Arguments of `LanguageModel`.
@@ -72,6 +73,13 @@ class DistilledModel(LanguageModel):
                 if block_size is not None and block_size > net.block_size:
                     raise UserError(
                         f"'{name}' takes {net.block_size} tokens, fewer than data.block_size {block_size}: lower it"
+                    )
+                before = content[checkpoints.METADATA_KEY]["settings"].get("data", {})
+                # a character tokenizer, or a pretrained one, may be the same for both
+                if scores_text_read_by(before, self.settings.get("data", {})):
+                    raise UserError(
+                        f"'{name}' was trained on text that this run scores: train both with the same data.val_fraction, "
+                        "data.val_corpus and data.validate_on"
                     )
                 self._teachers.append((net, checkpoints.tokenizer_of(content)))
             except UserError as error:

@@ -158,6 +158,19 @@ def _from_run(checkpoint: Path, content: dict[str, Any], runs: Path) -> dict[str
     return settings
 
 
+def scores_text_read_by(before: dict[str, Any], now: dict[str, Any]) -> bool:
+    """Whether data settings score a part of the corpus that a model with the settings `before` was trained on."""
+    corpus = before.get("corpus")
+    longer = corpus == now.get("corpus") and _end(before) > _end(now)
+    return corpus is not None and (longer or corpus == now.get("val_corpus"))
+
+
+def _end(data: dict[str, Any]) -> float:
+    """Where the training part of the corpus ends, as a share of its characters."""
+    kept = 1 - float(data.get("val_fraction", 0.1))
+    return (1.0 if data.get("val_corpus") else kept) * (kept if data.get("validate_on") == "tune" else 1.0)
+
+
 def make_run_dir(runs: Path) -> Path:
     """Create a run's folder, named after the time and unique even if two processes start at once."""
     name = datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
