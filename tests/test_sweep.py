@@ -26,7 +26,7 @@ from lmlight.sweep.study import SEED, STALE_SECONDS, Study
 from lmlight.sweep.trial import METRIC, TrialFailed
 from lmlight.training.cli import check_fit
 
-RATES = {"model.optimizer.lr": CategoricalDistribution(["0.1", "0.2", "9"])}
+RATES = {"model.optimizer.lr": CategoricalDistribution(["0.1", "0.2", "5", "9"])}
 SPACE = {**RATES, SEED: IntDistribution(0, 9)}
 SETTINGS = {
     "fit": ["--config=a b.yaml"],
@@ -44,8 +44,8 @@ def params(rate, seed):
     return {"model.optimizer.lr": str(rate), SEED: seed}
 
 
-def finished(rate, seed, value, **options):
-    attrs = {"seconds": 2.0, "parameters": 1000}
+def finished(rate, seed, value, characters=500, **options):
+    attrs = {"seconds": 2.0, "parameters": 1000, "characters": characters}
     return create_trial(params=params(rate, seed), distributions=SPACE, value=value, user_attrs=attrs, **options)
 
 
@@ -105,6 +105,20 @@ def test_report_says_that_no_difference_is_shown_and_how_many_pairs_there_are(co
     compared.optuna.add_trial(finished(0.1, 4, 1.40))  # its partner is missing
     report.write(compared)
     assert ", 4 pairs: no difference shown" in capsys.readouterr().out
+
+
+def test_losses_of_different_texts_are_not_compared(compared, capsys):
+    report.write(compared)
+    assert "different texts" not in capsys.readouterr().out
+    for seed in range(2):
+        compared.optuna.add_trial(finished(5, seed, 1.2, characters=900))
+    report.write(compared)
+    out = capsys.readouterr().out
+    assert "settings are scored on different texts (see the characters in trials.csv)" in out
+    (row,) = (line for line in out.splitlines() if line.startswith("| 5 "))
+    assert row.split("|")[-2].strip() == "scored on another text"
+    with Path("study/trials.csv").open(newline="", encoding="utf-8") as file:
+        assert {trial["characters"] for trial in csv.DictReader(file)} == {"500", "900", ""}
 
 
 def test_report_is_printed_where_nothing_can_be_written(compared, capsys, monkeypatch):
@@ -212,7 +226,7 @@ def test_pruning_stops_a_trial_above_the_median(value, pruned, monkeypatch):
 
     def run_fit(folder, args, watch):
         row = {"step": 10.0, METRIC: value}
-        return {METRIC: value, "seconds": 1.0, "parameters": 1} if watch(1, [row]) else None
+        return {METRIC: value, "seconds": 1.0, "parameters": 1, "characters": 9.0} if watch(1, [row]) else None
 
     monkeypatch.setattr(worker, "run_fit", run_fit)
     trial = study.claim(SPACE, None, 0)

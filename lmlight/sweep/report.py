@@ -43,6 +43,7 @@ class Setting:
         self.trials, self.params = trials, _without_seed(_params(trials[0]))
         self.done = [trial for trial in trials if trial.state == TrialState.COMPLETE]
         self.values = {trial.params.get(SEED): trial.values[0] for trial in self.done}
+        self.characters = self.done[0].user_attrs.get("characters") if self.done else None
         self.mean = statistics.fmean(self.values.values()) if self.done else math.inf
 
     @property
@@ -70,6 +71,10 @@ def write(study: Study) -> int:
         raise UserError(f"the sweep in '{study.folder}' has no trials yet")
     rows = comparison(study, settings)
     print(f"\n{METRIC} at the last validation, on {TEXTS[study.settings['on']]}:\n\n{markdown(rows)}\n")
+    if len({setting.characters for setting in settings if setting.done}) > 1:
+        print(
+            "The settings are scored on different texts (see the characters in trials.csv): their losses do not compare"
+        )
     for trial in study.trials(TrialState.FAIL):
         log = study.trial_folder(trial) / LOG
         print(f"Failed: {' '.join(flags(_params(trial)))}: {trial.user_attrs.get('reason', 'stopped')} ({log})")
@@ -92,7 +97,7 @@ def _write_files(study: Study, settings: list[Setting], rows: list[list[str]], c
     first = [commands[setting.trials[0].number] for setting in settings]
     table = [[*row, command] for row, command in zip(rows, ["command", *first])]
     names = list(dict.fromkeys(name for trial in study.trials() for name in _params(trial)))
-    metrics = ("seconds", "parameters", "reason")
+    metrics = ("characters", "seconds", "parameters", "reason")
     runs: list[list[Any]] = [["trial", *names, "state", METRIC, *metrics, "folder", "command"]]
     for trial in study.trials():
         values = [trial.number, *(_params(trial).get(name) for name in names), trial.state.name, trial.value]
@@ -139,13 +144,15 @@ def _difference(setting: Setting, baseline: Setting | None) -> str:
     if setting is baseline:
         return "baseline"
     found = setting.minus(baseline) if baseline else None
-    if found is None:
+    if found is None or baseline is None:
         return "–"
+    if setting.characters != baseline.characters:
+        return "scored on another text"
     if math.isinf(found.high):
         return f"{found.mean:+.4f}, one seed: no interval"
-    pairs = len(setting.values.keys() & baseline.values.keys()) if baseline else 0
+    pairs = len(setting.values.keys() & baseline.values.keys())
     text = f"{found.mean:+.4f} ({found.low:+.4f} to {found.high:+.4f})"
-    if pairs < max(len(setting.values), len(baseline.values) if baseline else 0):
+    if pairs < max(len(setting.values), len(baseline.values)):
         text += f", {pairs} pairs"
     return f"{text}: no difference shown" if found.low <= 0 <= found.high else text
 

@@ -44,8 +44,8 @@ def run_fit(folder: Path, args: Sequence[str], watch: Callable[[int, Validations
         watch: Called twice a second with the process's id and the validations so far. The run stops if it returns False.
 
     Returns:
-        The loss at the last validation as `METRIC`, `seconds` of training, and the number of `parameters` if the run has a
-        checkpoint; None if it was stopped.
+        The loss at the last validation as `METRIC`, the number of `characters` scored, `seconds` of training, and the number
+        of `parameters` if the run has a checkpoint; None if it was stopped.
 
     Raises:
         TrialFailed: The run ended with an error or without a validation.
@@ -93,7 +93,8 @@ def run_fit(folder: Path, args: Sequence[str], watch: Callable[[int, Validations
     watch(process.pid, rows)
     tensors = checkpoint.read(run / LAST)["state_dict"].values() if (run / LAST).is_file() else []
     parameters = sum({tensor.data_ptr(): tensor.numel() for tensor in tensors}.values()) or None
-    return {METRIC: rows[-1][METRIC], "seconds": rows[-1]["seconds"], "parameters": parameters}
+    scored = {name: rows[-1][name] for name in (METRIC, "seconds")}
+    return {**scored, "characters": rows[-1].get("val/characters"), "parameters": parameters}
 
 
 def run_folder(folder: Path) -> Path | None:

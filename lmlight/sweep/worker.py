@@ -84,7 +84,7 @@ def run_trial(study: Study, trial: Trial, plan: Plan) -> str:
             state, result = TrialState.PRUNED, f"pruned at step {max(reported, default=0)}"
         else:
             value, result = metrics[METRIC], f"{METRIC} {metrics[METRIC]:.4f}"
-            for name in ("seconds", "parameters"):
+            for name in ("seconds", "parameters", "characters"):
                 trial.set_user_attr(name, metrics[name])
     except TrialFailed as failed:
         state, result = TrialState.FAIL, f"failed: {failed}"
