@@ -227,11 +227,11 @@ class Schedule:
     """Learning-rate schedule, as a factor of the optimizer's `lr`.
 
     Args:
-        shape: After the warmup, `linear` and `cosine` decay until the last step; `decay` stays at 1 and decays linearly over
+        shape: After the warmup, `linear` and `cosine` decay until the end; `decay` stays at 1 and decays linearly over
             the last `decay_fraction` of the run; `constant` stays at 1.
         warmup_steps: Steps of linear warmup.
         decay_fraction: Fraction of the steps over which `decay` decays.
-        final_factor: Factor at the last step.
+        final_factor: Factor at the end, which would be the next step after the last. The last step's is a little higher.
 
     Raises:
         UserError: `warmup_steps` is negative, or a fraction or factor is outside [0, 1].

@@ -4,7 +4,7 @@ import pytest
 
 from lmlight.__main__ import main
 
-TABLE = "step,val/nats_per_char,gap/nats_per_char\n1,2.5,\n2,2.0,0.5\n"
+TABLE = "step,val/nats_per_char,gap/nats_per_char\n1,2.5,\n2,2.0,0.5\n3,2.1,\n"
 UNUSABLE = {  # contents of metrics.csv
     "bare": None,
     "words": "step\nx\n",
@@ -33,7 +33,7 @@ def runs(tmp_path):
 def test_unusable_entries_are_skipped(runs, tmp_path, capsys):
     assert main(["curves", *runs, "--output=all.png"]) == 0
     out, err = capsys.readouterr()
-    assert "one: best 2.0000 nats per character, 2 validations\n" in out
+    assert "one: last 2.1000, best 2.0000 nats per character; 3 validations" in out
     assert [line.partition(":")[0] for line in out.splitlines()] == ["one", "two", "Figure"]
     assert (tmp_path / "all.png").read_bytes().startswith(b"\x89PNG")
     lines = {line.split("'")[1].split("/")[0]: line for line in err.splitlines()}
@@ -48,6 +48,15 @@ def test_runs_are_named_by_their_paths(tmp_path, capsys):
         add_run(tmp_path / folder / "run")
     assert main(["curves", "a/run", "b/run"]) == 0
     assert [line.partition(":")[0] for line in capsys.readouterr().out.splitlines()] == ["a/run", "b/run", "Figure"]
+
+
+@pytest.mark.parametrize(("characters", "warns"), [(700, False), (800, True)])
+def test_runs_scored_on_different_texts_warn(tmp_path, capsys, characters, warns):
+    for name, count in (("one", 700), ("two", characters)):
+        add_run(tmp_path / name, f"step,val/nats_per_char,val/characters\n1,2.5,{count}\n2,2.4,{count}\n")
+    assert main(["curves", "one", "two"]) == 0
+    err = capsys.readouterr().err
+    assert err.startswith("lmlight: warning: these runs are scored on different texts") if warns else not err
 
 
 def test_patterns_are_expanded(runs, capsys):
