@@ -65,6 +65,11 @@ def test_fit_summary(finished, sample_prompt):
     assert tensorboard.strip() == f"{sys.executable} -m tensorboard.main --logdir runs"
 
 
+def test_summary_names_the_tuning_text(corpus_file, capsys):
+    assert main(["fit", f"--data.corpus={corpus_file}", *TINY, "--data.validate_on=tune"]) == 0
+    assert "bits per character on the tuning text\n" in capsys.readouterr().out
+
+
 def test_suggested_command_can_be_run_from_here(tmp_path, monkeypatch):
     script = tmp_path / "environment" / "bin" / "lmlight"
     script.parent.mkdir(parents=True)

@@ -151,7 +151,8 @@ def print_summary(
     print(f"\nBest checkpoint: {path} (step {best['global_step']})")
     counts_characters = "val/nats_per_char" in best[checkpoints.METADATA_KEY]["metrics"]
     name, unit = ("val/nats_per_char", "character") if counts_characters else ("val/loss", "token")
-    print(f"  {nats:.4f} nats per {unit}, {nats / math.log(2):.4f} bits per {unit} on the validation text")
+    text = "tuning" if model.settings.get("data", {}).get("validate_on") == "tune" else "validation"
+    print(f"  {nats:.4f} nats per {unit}, {nats / math.log(2):.4f} bits per {unit} on the {text} text")
     final = trainer.callback_metrics.get(name)
     if final is not None and f"{final:.4f}" != f"{nats:.4f}":  # the best was an earlier one
         print(f"  {final:.4f} nats per {unit} at the last validation")
