@@ -120,7 +120,7 @@ def lmlight(arguments, monkeypatch):
         print(f"{command} needs an extra: see test_hf.py, test_hf_import.py and test_web.py")
         return 0
     if command == "sweep":
-        result = {METRIC: 1.5, "seconds": 1.0, "parameters": 1}
+        result = {METRIC: 1.5, "seconds": 1.0, "parameters": 1, "characters": 9.0}
         monkeypatch.setattr("lmlight.sweep.worker.run_fit", lambda *_: result)
         return main(arguments)
     if command == "curves":

@@ -85,7 +85,7 @@ def test_report_of_a_study_with_failed_trials(compared, capsys):
     assert [row[:6] for row in rows[1:]] == [
         ["0.2", "1.4133", "0.0153", "3", "2.0 s", "1,000"],
         ["0.1", "1.5000", "0.0200", "3", "2.0 s", "1,000"],
-        ["9", "failed", "–", "0", "–", "–"],
+        ["9", "failed", "–", "0 of 3", "–", "–"],
     ]
     assert [row[-1] for row in rows[2:]] == ["baseline", "–"]
     assert rows[1][-1].startswith("-0.0867 (-0.1246 to -0.0487)") and "no difference" not in rows[1][-1]
@@ -105,6 +105,15 @@ def test_report_says_that_no_difference_is_shown_and_how_many_pairs_there_are(co
     compared.optuna.add_trial(finished(0.1, 4, 1.40))  # its partner is missing
     report.write(compared)
     assert ", 4 pairs: no difference shown" in capsys.readouterr().out
+
+
+def test_setting_that_often_fails_is_not_the_best(compared, capsys):
+    compared.optuna.add_trial(finished(9, 3, 1.1))
+    report.write(compared)
+    out = capsys.readouterr().out
+    (row,) = (line for line in out.splitlines() if line.startswith("| 9 "))
+    assert row.split("|")[4].strip() == "1 of 4"
+    assert "best setting:\n  lmlight fit '--config=a b.yaml' --model.optimizer.lr=0.2" in out
 
 
 def test_losses_of_different_texts_are_not_compared(compared, capsys):

@@ -64,6 +64,12 @@ def settings_of(study: Study) -> list[Setting]:
     return sorted(map(Setting, groups.values()), key=lambda setting: setting.mean)
 
 
+def best_of(settings: Sequence[Setting]) -> Setting:
+    """The best of those with the most finished runs: means of fewer seeds vary more, and some seeds may have diverged."""
+    most = max(len(setting.values) for setting in settings)
+    return next(setting for setting in settings if len(setting.values) == most)
+
+
 def write(study: Study) -> int:
     """Print the report and write its files to the study's folder; returns 1 if no trial has succeeded, else 0."""
     settings, trials = settings_of(study), study.trials()
@@ -83,14 +89,14 @@ def write(study: Study) -> int:
         if count := len(study.trials(*states)):
             print(f"{what}: {count} of {len(trials)} trials")
     commands = {trial.number: join(["lmlight", "fit", *study.fit_args(_params(trial))]) for trial in trials}
-    if settings[0].done:
-        print(f"To repeat a run of the best setting:\n  {commands[settings[0].done[0].number]}")
+    if done := best_of(settings).done:
+        print(f"To repeat a run of the best setting:\n  {commands[done[0].number]}")
     try:
         with study.locked():
             _write_files(study, settings, rows, commands)
     except OSError as error:
         say(UserError(f"the files of the report cannot be written in '{study.folder}' ({error})"), "warning")
-    return 0 if settings[0].done else 1
+    return 0 if done else 1
 
 
 def _write_files(study: Study, settings: list[Setting], rows: list[list[str]], commands: dict[int, str]) -> None:
@@ -130,7 +136,8 @@ def comparison(study: Study, settings: Sequence[Setting]) -> list[list[str]]:
     rows = [[*header, "difference from the baseline, 95% interval"] if baseline and len(settings) > 1 else header]
     for setting in settings:
         values, done = list(setting.values.values()), setting.done
-        spread = [f"{statistics.stdev(values):.4f}" if len(values) > 1 else "–", str(len(values))] if several else []
+        count = str(len(values)) if len(values) == len(setting.trials) else f"{len(values)} of {len(setting.trials)}"
+        spread = [f"{statistics.stdev(values):.4f}" if len(values) > 1 else "–", count] if several else []
         state = setting.trials[0].state.name.lower().replace("fail", "failed")
         seconds = statistics.fmean(trial.user_attrs["seconds"] for trial in done) if done else math.nan
         parameters = done[0].user_attrs["parameters"] if done else None

@@ -14,7 +14,7 @@ from optuna.trial import Trial, TrialState
 
 from lmlight.command_line import counted
 from lmlight.errors import UserError
-from lmlight.sweep.report import brief, settings_of
+from lmlight.sweep.report import best_of, brief, settings_of
 from lmlight.sweep.study import Params, Study
 from lmlight.sweep.trial import METRIC, TrialFailed, Validations, run_fit
 
@@ -108,9 +108,8 @@ def _progress(study: Study, plan: Plan, trial: Trial, result: str, seconds: floa
     names = " ".join(f"{name}={brief(value)}" for name, value in trial.params.items())
     line = f"[{len(ended)}/{_count(study, plan)}] {names}: {duration(seconds)}, {result}"
     settings = settings_of(study)
-    most = max(len(setting.values) for setting in settings)
-    best = next(setting for setting in settings if len(setting.values) == most)  # means of fewer seeds vary more
-    if most and len(settings) > 1:
+    best = best_of(settings)
+    if best.done and len(settings) > 1:
         line += f"; best {best.mean:.4f} with {best.name}"
     if left := _count(study, plan) - len(ended):
         usual = statistics.fmean((one.duration or timedelta()).total_seconds() for one in ended)
