@@ -197,7 +197,7 @@ class LmlightCLI(LightningCLI):
     def _check_split(self, content: dict[str, Any]) -> None:
         """Warn that a model has been trained on text that is scored now, unless the data refuse another text later."""
         before = content[checkpoints.METADATA_KEY]["settings"].get("data", {})
-        now = self.settings["data"] | ({"validate_on": "val"} if self.command == "test" else {})
+        now = (self.settings.get("data") or {}) | ({"validate_on": "val"} if self.command == "test" else {})
         scores = self.command in ("validate", "test") or (self.command == "fit" and self.source.run is None)
         if scores and scores_text_read_by(before, now):
             rank_zero_warn(
