@@ -336,6 +336,8 @@ def test_check_fit_returns_the_settings_and_writes_nothing(tmp_path):
         (["--trials=2"], "belong to --search"),
         (["--seeds=0"], "--seeds must be at least 1, got 0"),
         (["--ckpt_path=best"], "--ckpt_path cannot be used in a sweep"),
+        (["--init_from=best"], "no run in 'sweeps' has a checkpoint 'best' yet"),
+        (["--model=lmlight.DistilledModel", "--model.teachers=best"], "no run in 'sweeps' has a checkpoint 'best' yet"),
         (["--trainer.callbacks=null"], "needs LearningCurve"),
         (["--report=nowhere"], "there is no sweep in 'nowhere'"),
     ],

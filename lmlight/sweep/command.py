@@ -120,7 +120,8 @@ def check(fit: Sequence[str], params: Params) -> dict[str, Any]:
         if any(re.split("[ =]", word)[0] == f"--{flag}" for word in fit):
             raise UserError(f"--{flag} cannot be used in a sweep, which has a folder for each of its runs")
     try:
-        checked = cli.check_fit([*fit, *flags(params)])
+        # not the folder of other runs, or `best` would be found here, and not in the folder of a trial
+        checked = cli.check_fit([*fit, *flags(params), "--trainer.default_root_dir=sweeps"])
     except UserError as error:
         where = f" (with {' '.join(flags(params))})" if params else ""
         raise UserError(f"{str(error).partition('; see `')[0]}{where}") from None
