@@ -186,6 +186,21 @@ def test_metadata(tokenizer):
     assert [json.loads(about[name]) for name in names] == [*tokenizer.encode("\n"), None, False]
 
 
+class Loop(Bigram):
+    def forward(self, idx):
+        logits = super().forward(idx).unbind(1)
+        return torch.stack([sum(logits[: t + 1]) for t in range(idx.size(1))], 1)
+
+
+@pytest.mark.parametrize(("format", "file"), [("onnx", "x.onnx"), ("torch", "x.pt2")])
+def test_network_that_loops_over_tokens_is_refused(format, file, tokenizer, tmp_path, capsys):
+    path = save(tmp_path / "x.ckpt", Loop(tokenizer.vocab_size, BLOCK), tokenizer)
+    assert main(["export", format, path, file]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "Loop cannot be exported" in line and "must not loop over the batch or the tokens" in line
+    assert not (tmp_path / file).exists(), "the exporter would write a file for one number of tokens"
+
+
 def test_failed_export_leaves_no_files(tokenizer, tmp_path, monkeypatch, capsys):
     path = save(tmp_path / "x.ckpt", build("bigram", tokenizer), tokenizer)
     monkeypatch.setitem(sys.modules, "onnxscript", None)

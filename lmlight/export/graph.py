@@ -11,6 +11,7 @@ import io
 import json
 import logging
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +19,10 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim
 
-from lmlight.errors import UserError
+from lmlight.errors import UserError, first_line
 from lmlight.export.model import Model, require_extra
 from lmlight.export.tokenizer import tokenizer_json
-from lmlight.models import Transformer
+from lmlight.models import Net, Transformer
 from lmlight.models.kv_cache import Cache
 from lmlight.models.rope import apply_rope
 
@@ -119,7 +120,7 @@ def write_onnx(model: Model, path: Path, attention: bool = False) -> None:
     A network that is not a `Transformer` has `ids` and `logits` only.
 
     Raises:
-        UserError: onnx or onnxscript is not installed.
+        UserError: onnx or onnxscript is not installed; the network cannot be traced.
     """
     *_, passes = require_extra("onnx", "onnx", "onnxscript", "onnx_ir.passes.common")
     net, size = model.net.float(), model.net.block_size
@@ -137,11 +138,15 @@ def write_onnx(model: Model, path: Path, attention: bool = False) -> None:
         dynamic.append({2: BATCH, 4: Dim("past", max=size)})
     options: dict[str, Any] = {"input_names": inputs, "output_names": outputs, "dynamic_shapes": tuple(dynamic)}
     options |= {"opset_version": OPSET, "external_data": False, "dynamo": True, "verbose": False}
-    with torch.no_grad(), warnings.catch_warnings():
+    with _tracing(net), torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the exporter's warnings about its own code
         logging.getLogger("torch.onnx").setLevel(logging.ERROR)
         program = torch.onnx.export(graph.eval(), tuple(arguments), **options)
-    assert program is not None
+        assert program is not None
+        # where torch.export refuses to fix a size, the exporter tries other ways, which do fix it
+        shapes = [value.shape for value in program.model.graph.inputs]
+        if any(shape is None or shape.is_static(axis) for shape, axes in zip(shapes, dynamic) for axis in axes):
+            raise ValueError("a size that should be dynamic is a constant")
     passes.ClearMetadataAndDocStringPass()(program.model)  # local paths of source files
     program.model.metadata_props.update(metadata(model))
     path.write_bytes(program.model_proto.SerializeToString())
@@ -151,15 +156,32 @@ def write_torch(model: Model, path: Path) -> None:
     """Writes a `torch.export` archive (`.pt2`): (B, T) int64 ids to (B, T, V) logits, with T up to `block_size`.
 
     Its extra files are `metadata`.
+
+    Raises:
+        UserError: the network cannot be traced.
     """
     net = model.net.float()
     graph = TransformerGraph(net) if isinstance(net, Transformer) else net
     sizes: dict[int, Any] = {0: BATCH} | ({1: Dim("time", max=net.block_size)} if net.block_size > 1 else {})
     ids = torch.zeros(2, min(2, net.block_size), dtype=torch.int64)
-    with torch.no_grad():
+    with _tracing(net), torch.no_grad():
         program = torch.export.export(graph.eval(), (ids,), dynamic_shapes=(sizes,), strict=False)
     for node in program.graph.nodes:
         node.meta.pop("stack_trace", None)  # local paths of source files
     archive = io.BytesIO()  # torch.export.save aborts the process when the disk is full
     torch.export.save(program, archive, extra_files=metadata(model))
     path.write_bytes(archive.getvalue())
+
+
+@contextlib.contextmanager
+def _tracing(net: Net) -> Iterator[None]:
+    """Raise any exception as a `UserError` that says what a network of the user's own must not do."""
+    try:
+        yield
+    except Exception as error:
+        if isinstance(net, Transformer):
+            raise
+        raise UserError(
+            f"{type(net).__name__} cannot be exported, because torch.export cannot trace its forward ({first_line(error)}): "
+            "it must not loop over the batch or the tokens in Python, or branch on their numbers or values"
+        ) from error
