@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import pickle
+import re
 import zipfile
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
@@ -278,20 +279,47 @@ def net_class(checkpoint: dict[str, Any], trusted: type[Net] | None = None) -> t
             f"trust it, pass --model.net {name}, or net={name.rpartition('.')[2]} in Python"
         )
     if not f".{name}".endswith(f".{trusted.__qualname__}"):
-        raise UserError(f"the checkpoint's network is a {name}, not a {trusted.__qualname__}: pass --model.net {name}")
+        raise UserError(
+            f"the checkpoint's network is a {name}, not a {trusted.__qualname__}: pass --model.net {name}; a class that has "
+            "been renamed needs its old name"
+        )
     return trusted
 
 
 def net_of(checkpoint: dict[str, Any], trusted: type[Net] | None = None) -> Net:
     """The network of a checkpoint, with its weights; see `net_class`."""
     net = untrained_net_of(checkpoint, trusted)
-    net.load_state_dict(weights_of(checkpoint))
+    load_weights(net, checkpoint)
     return net
 
 
 def untrained_net_of(checkpoint: dict[str, Any], trusted: type[Net] | None = None) -> Net:
     """A network of the checkpoint's class and size, with initial weights; see `net_class`."""
-    return net_class(checkpoint, trusted)(**checkpoint[METADATA_KEY]["net"]["config"])
+    kind = net_class(checkpoint, trusted)
+    try:
+        return kind(**checkpoint[METADATA_KEY]["net"]["config"])
+    except TypeError as error:  # an argument has been removed, renamed or added
+        raise changed(kind, error) from error
+
+
+def load_weights(net: Net, checkpoint: dict[str, Any]) -> None:
+    """Load a checkpoint's weights into a network.
+
+    Raises:
+        UserError: the network has other weights.
+    """
+    try:
+        net.load_state_dict(weights_of(checkpoint))
+    except RuntimeError as error:
+        raise changed(type(net), error) from error
+
+
+def changed(kind: type[Net], error: Exception) -> UserError:
+    """The error for a checkpoint that the code of the network's class no longer fits."""
+    problem = re.sub("^Error.* for .*?: ", "", " ".join(str(error).split()))  # torch's
+    return UserError(
+        f"the class {kind.__name__} has changed since this checkpoint was written ({problem}): restore the class as it was"
+    )
 
 
 def check_compatible(checkpoint: dict[str, Any], net: Net) -> None:

@@ -1,18 +1,26 @@
-"""Classes that a user names: `--model.net my.module.MyNet`. Nothing else imports code from outside lmlight."""
+"""Classes that a user names, `--model.net my.module.MyNet`, and exceptions in their code.
+
+Nothing else imports code from outside lmlight.
+"""
 
 from __future__ import annotations
 
 import importlib
 import inspect
 import re
+import sysconfig
 import traceback
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar
 
+from lmlight import files
 from lmlight.errors import UserError
 
 T = TypeVar("T")
+# folders of code that is not the user's, besides installed packages
+LIBRARIES = Path(__file__).parent, sysconfig.get_path("stdlib")
 
 
 def subclasses(base: type[T]) -> dict[str, type[T]]:
@@ -53,13 +61,11 @@ def import_class(flag: str, name: str, base: type[T]) -> type[T]:
         raise UserError(f"{flag} {name}: expected {_one_of(known)}, or a class's full name, such as my.module.{name}")
     try:
         module = importlib.import_module(module_name)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         if isinstance(error, ModuleNotFoundError) and f"{module_name}.".startswith(f"{error.name}."):
             places = "in the current folder or among the installed packages"
             raise UserError(f"{flag} {name}: there is no module {error.name} {places}") from None
-        place = error if isinstance(error, SyntaxError) else traceback.extract_tb(error.__traceback__)[-1]
-        where = f"{place.filename}, line {place.lineno}"
-        raise UserError(f"{flag} {name} cannot be imported: {type(error).__name__}: {error} ({where})") from error
+        raise UserError(f"{flag} {name} cannot be imported: {describe(error)}") from error
     found = getattr(module, class_name, None)
     if not (isinstance(found, type) and issubclass(found, base)):
         there = [kind.__name__ for kind in subclasses(base).values() if kind.__module__ == module.__name__]
@@ -70,6 +76,38 @@ def import_class(flag: str, name: str, base: type[T]) -> type[T]:
         methods = ", ".join(sorted(getattr(found, "__abstractmethods__", ())))
         raise UserError(f"{flag} {name}: {class_name} does not implement {methods}")
     return found
+
+
+@contextmanager
+def explained(what: str) -> Iterator[None]:
+    """Raise any exception in the block, which runs code of the user's, as a `UserError` that begins with `what`."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(f"{what}: {describe(error)}") from error
+
+
+def describe(error: BaseException) -> str:
+    """An exception in one line: its class, its message or the line that raised it, and where that is in the user's code."""
+    frame = user_frame(error)
+    place = error if isinstance(error, SyntaxError) else frame
+    message = error.msg if isinstance(error, SyntaxError) else str(error) or (frame.line if frame else "")
+    where = f" ({files.shown(place.filename or '')}, line {place.lineno})" if place else ""
+    return f"{type(error).__name__}: {message}{where}"
+
+
+def user_frame(error: BaseException) -> traceback.FrameSummary | None:
+    """The last line of the user's code on the way to an exception; None if there is none."""
+    for frame in reversed(traceback.extract_tb(error.__traceback__)):
+        path = Path(frame.filename)
+        is_installed = not {"site-packages", "dist-packages"}.isdisjoint(path.parts)
+        if not (
+            is_installed or any(path.is_relative_to(folder) for folder in LIBRARIES) or frame.filename.startswith("<")
+        ):
+            return frame
+    return None
 
 
 def _one_of(names: Iterable[str]) -> str:

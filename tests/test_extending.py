@@ -32,6 +32,7 @@ from abc import ABC, abstractmethod
 import torch
 from torch import nn
 from lmlight.models import Net
+from lmlight.models.kv_cache import Cache
 
 class Mine(Net):
     def __init__(self, vocab_size: int, block_size: int, width: int = 16, p: float = 0.0) -> None:
@@ -74,9 +75,103 @@ class Abstract(Mine, ABC):
 class Plain(nn.Module):
     def __init__(self, vocab_size: int, block_size: int) -> None:
         super().__init__()
+
+class Uninitialized(Mine):
+    def __init__(self, vocab_size: int, block_size: int) -> None:
+        pass
+
+class Divided(Mine):
+    def __init__(self, vocab_size: int, block_size: int, width: int = 16, heads: int = 3) -> None:
+        super().__init__(vocab_size, block_size, width)
+        assert width % heads == 0
+
+class Configured(Mine):
+    def __init__(self, vocab_size: int, block_size: int) -> None:
+        super().__init__(vocab_size, block_size)
+        self.config = {"width": 16}
+
+class Broken(Mine):
+    def forward(self, idx):
+        return self.nothing(idx)
+
+class Stateful(Mine):
+    calls = 0
+
+    def forward(self, idx):
+        self.calls += 1
+        return super().forward(idx) + self.calls
+
+class Listed(Mine):
+    def __init__(self, vocab_size: int, block_size: int) -> None:
+        super().__init__(vocab_size, block_size)
+        self.last = [nn.Linear(vocab_size, vocab_size)]
+
+    def forward(self, idx):
+        return self.last[0](super().forward(idx))
+
+class Vector(Mine):
+    def loss(self, idx, targets):
+        return nn.functional.cross_entropy(self(idx).flatten(0, 1), targets.flatten(), reduction="none")
+
+class Detached(Mine):
+    def forward(self, idx):
+        return super().forward(idx).detach()
+
+class Flops(Mine):
+    def flops_per_token(self):
+        return None
+
+class Cacheless(Mine):
+    def make_cache(self, batch_size):
+        return Cache()
+
+class Recurrent(Net):
+    def __init__(self, vocab_size: int, block_size: int) -> None:
+        super().__init__()
+        self.embedding, self.head = nn.Embedding(vocab_size, 16), nn.Linear(16, vocab_size)
+
+    def make_cache(self, batch_size):
+        cache = Cache()
+        cache.state = torch.zeros(batch_size, 1, 16)
+        return cache
+
+    def forward(self, idx, cache=None):
+        x = self.embedding(idx)
+        x = x.cumsum(1) if cache is None else self.states(x, idx, cache)
+        return self.head(x)
+
+class Forgetful(Recurrent):
+    def states(self, x, idx, cache):
+        return x.cumsum(1)
+
+class Unpadded(Recurrent):
+    def states(self, x, idx, cache):
+        states = cache.state + x.cumsum(1)
+        cache.state = states[:, -1:]
+        return states
+
+class Padded(Unpadded):
+    def states(self, x, idx, cache):
+        if idx.size(1) > 1:
+            x = x * (torch.arange(idx.size(1)) >= torch.tensor(cache.padding)[:, None])[..., None]
+        return super().states(x, idx, cache)
 """
 exec(NETWORK, namespace := {"__name__": __name__})
 Mine, Future, Shape = namespace["Mine"], namespace["Future"], namespace["Shape"]
+CONTRACT = [
+    ("Uninitialized", r"call super\(\).__init__\(\) in its constructor"),
+    ("Divided", "model.net cannot be created: AssertionError"),
+    ("Configured", "model.net cannot be created: AttributeError: .*config"),
+    ("Broken", r"Broken.forward failed for ids of shape \(2, 8\): AttributeError: .*nothing"),
+    ("Stateful", "other logits when it is called again with the same ids"),
+    ("Listed", "weights that are not among its parameters"),
+    ("Vector", r"Vector.loss must return a scalar tensor.*got shape \(16,\)"),
+    ("Detached", "Detached.loss must return a scalar tensor.*detached"),
+    ("Flops", "Flops.flops_per_token failed: TypeError"),
+    ("Cacheless", r"Cacheless.forward\(idx, cache=cache\) failed: TypeError"),
+    ("Forgetful", "other logits with its cache than without it"),
+    ("Unpadded", "other logits for a row whose prompt is shorter"),
+]
 
 
 @pytest.fixture
@@ -186,7 +281,7 @@ def test_custom_network_trains_the_same_with_two_processes(folder):
         ("mynet.Idle", "has no parameters to train"),
         ("mynet.Abstract", "does not implement more"),
         ("mynet.Order", "must take vocab_size and block_size as its first two arguments"),
-        ("mynet.Missing", "Missing is not in mynet; it has Abstract or Future or Idle or Mine or Order or Shape"),
+        ("mynet.Missing", "Missing is not in mynet; it has Abstract or Broken or"),
         ("nowhere.Mine", "there is no module nowhere"),
         ("nowhere.net.Mine", "there is no module nowhere"),
         ("Mein", "expected Bigram or"),
@@ -198,6 +293,22 @@ def test_unusable_network_is_refused_before_the_corpus_is_read(folder, net, says
     assert says in error_of(capsys, "fit", f"--model.net={net}", *SHORT)
     assert not (folder / "cache" / "tokens").exists()
     assert not (folder / "runs").exists()
+
+
+@pytest.mark.parametrize(("net", "says"), CONTRACT)
+def test_network_that_breaks_its_contract_is_refused(net, says):
+    with pytest.raises(UserError, match=says):
+        check_net(namespace[net], 16)
+
+
+@pytest.mark.parametrize("block_size", [1, 2, 3, 16])
+def test_check_accepts_a_state_as_the_cache(block_size):
+    check_net(namespace["Padded"], block_size)
+
+
+def test_exception_in_a_network_names_the_line(folder, capsys):
+    error = error_of(capsys, "fit", "--model.net=mynet.Divided", *SHORT)
+    assert re.search(r"AssertionError: assert width % heads == 0 \(.*mynet.py, line \d+\)", error)
 
 
 def test_causality_check_can_be_disabled(folder):
@@ -214,7 +325,7 @@ def test_network_is_not_run_before_processes_are_forked():
 
     forked = pl.Trainer(**tiny.QUIET, max_steps=1, strategy="ddp_fork", devices=2)
     LanguageModel(net=Loud).check(16, forked)
-    with pytest.raises(RuntimeError, match="ran"):
+    with pytest.raises(UserError, match="ran"):
         LanguageModel(net=Loud).check(16, pl.Trainer(**tiny.QUIET, max_steps=1))
 
 
@@ -256,6 +367,21 @@ def test_config_keeps_the_arguments_as_they_were_given():
             super().__init__(vocab_size, block_size, widths.pop())
 
     assert Emptying(3, 4, [8, 16]).config["widths"] == [8, 16]
+
+
+def test_class_may_move_to_another_module_but_not_change(folder, capsys):
+    assert main(["fit", "--model.net=mynet.Mine", *SHORT]) == 0
+    (folder / "mynet.py").unlink()
+    del sys.modules["mynet"]
+    (folder / "moved.py").write_text(NETWORK)
+    (folder / "changed.py").write_text(NETWORK.replace("self.mix", "self.blend"))
+    (folder / "fewer.py").write_text(NETWORK.replace(", p: float = 0.0", "").replace("(p)", "(0.0)"))
+    assert main(["fit", "--ckpt_path=last", "--model.net=moved.Mine", "--trainer.max_steps=3"]) == 0
+    capsys.readouterr()
+    assert "blend.weight" in error_of(capsys, "predict", "--ckpt_path=best", "--model.net=changed.Mine")
+    assert "argument 'p'" in error_of(capsys, "chat", "best", "--model.net=fewer.Mine")
+    resume = error_of(capsys, "fit", "--ckpt_path=last", "--model.net=changed.Mine", "--trainer.max_steps=4")
+    assert "Mine has changed since this checkpoint was written" in resume
 
 
 def test_checkpoint_does_not_import_the_module_that_it_names(folder, capsys):
@@ -404,6 +530,11 @@ def test_tokenizer_that_is_not_lossless_is_refused(kind, says, corpus_file):
 def test_tokenizer_object_as_an_argument_is_refused():
     with pytest.raises(UserError, match="got a Bytes: set the attribute tokenizer"):
         TextDataModule(tokenizer=Bytes())
+
+
+def test_tokenizer_may_move_to_another_module():
+    data = serialize(Bytes()).replace(__name__.encode(), b"elsewhere")
+    assert type(deserialize(data)) is Bytes
 
 
 def test_serialized_tokenizer_does_not_import_the_module_that_it_names():

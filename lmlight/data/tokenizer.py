@@ -191,7 +191,12 @@ def deserialize(data: bytes) -> Tokenizer:
     name, _, content = data.partition(b"\n")
     if name == b"lmlight.data.hf_tokenizer.HFTokenizer":  # the only one of lmlight's outside this module
         importlib.import_module("lmlight.data.hf_tokenizer")
-    kind = subclasses(Tokenizer).get(name.decode("ascii", "replace"))
+    known = subclasses(Tokenizer)
+    kind = known.get(name.decode("ascii", "replace"))
+    if kind is None:  # its module may have been moved
+        last = f".{name.decode('ascii', 'replace').rpartition('.')[2]}"
+        moved = [other for full, other in known.items() if full.endswith(last) and not full.startswith("lmlight.")]
+        kind = moved[0] if len(moved) == 1 else None
     if kind is None:
         if not re.fullmatch(rb"[\w.<>]+", name) or name.startswith(b"lmlight."):
             raise ValueError("not a tokenizer")

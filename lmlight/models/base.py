@@ -25,12 +25,13 @@ class Net(nn.Module, ABC):
 
     Attributes:
         config: The constructor's arguments, recorded automatically: `type(net)(**net.config)` builds the same network.
+            Cannot be set.
         class_name: Full name of the class, under which checkpoints store it.
         vocab_size: V.
         block_size: The longest context, in tokens.
     """
 
-    config: dict[str, Any]
+    _config: dict[str, Any]
     class_name: str
     vocab_size: int
     block_size: int
@@ -38,10 +39,14 @@ class Net(nn.Module, ABC):
     def __new__(cls, *args: Any, **kwargs: Any) -> Net:
         net = super().__new__(cls)
         if args or kwargs:  # neither when it is unpickled or copied
-            net.config = _arguments(cls, args, kwargs)
+            net._config = _arguments(cls, args, kwargs)
             net.class_name = full_name(cls)
             net.vocab_size, net.block_size = net.config["vocab_size"], net.config["block_size"]
         return net
+
+    @property
+    def config(self) -> dict[str, Any]:  # without a setter: checkpoints need it as it is
+        return self._config
 
     @abstractmethod
     def forward(self, idx: Tensor) -> Tensor:

@@ -10,12 +10,13 @@ from torch import Tensor
 
 from lmlight.errors import UserError
 from lmlight.models.base import Net
+from lmlight.user_code import explained
 
 VOCAB_SIZE, MAX_TOKENS = 32, 8  # of the small input
 
 
 def check_net(make_net: Callable[[int, int], Net], block_size: int, check_causality: bool = True) -> None:
-    """Make a network with a small vocabulary and check its output on the CPU.
+    """Make a network with a small vocabulary and check its methods on the CPU.
 
     Args:
         make_net: from (vocab_size, block_size).
@@ -23,22 +24,24 @@ def check_net(make_net: Callable[[int, int], Net], block_size: int, check_causal
         check_causality: run it. False only makes it, without memory for its weights.
 
     Raises:
-        UserError: it is not a `Net`, has no parameters, returns logits of the wrong shape, or looks at later tokens.
+        UserError: it is not a `Net`, has no parameters, or a method raises an exception; its logits have the wrong shape,
+            depend on later tokens, or differ from one call to the next or with its cache; its loss is not a scalar, or
+            depends on weights that are not its parameters.
     """
     with ExitStack() as stack:
         stack.enter_context(torch.random.fork_rng(devices=[]))
         stack.enter_context(torch.device("cpu" if check_causality else "meta"))
         stack.enter_context(torch.no_grad())
-        net = make_net(VOCAB_SIZE, block_size)
-        if not isinstance(net, Net):
+        with explained("model.net cannot be created"):
+            net = make_net(VOCAB_SIZE, block_size)
+        if not isinstance(net, Net) or "_parameters" not in vars(net):
             raise UserError(
                 f"model.net must make a lmlight.models.Net, got {type(net).__name__}: derive the class from Net, and call "
                 "super().__init__() in its constructor"
             )
+        name = type(net).__name__
         if not any(parameter.requires_grad for parameter in net.parameters()):
-            raise UserError(
-                f"{type(net).__name__} has no parameters to train: assign its layers to attributes in __init__"
-            )
+            raise UserError(f"{name} has no parameters to train: assign its layers to attributes in __init__")
         if not check_causality:
             return
         for parameter in net.parameters():  # layers that start as zero would hide what they will depend on
@@ -46,19 +49,73 @@ def check_net(make_net: Callable[[int, int], Net], block_size: int, check_causal
         T = min(MAX_TOKENS, block_size)
         idx, other = torch.randint(VOCAB_SIZE, (2, 2, T))
         logits = _run(net, idx)
+        if not _equal(logits, _run(net, idx)):
+            raise UserError(
+                f"{name} returns other logits when it is called again with the same ids: it must not keep a state between "
+                "calls, and must take random numbers from torch; correct it, or pass --model.check_causality false"
+            )
         _run(net, idx[:, :1])  # generation starts with short contexts
         for t in range(1, T):  # all tokens from position t on are others
-            changed = _run(net, torch.cat((idx[:, :t], other[:, t:]), 1))
-            if not torch.allclose(logits[:, :t], changed[:, :t], rtol=1e-3, atol=1e-4):
+            if not _equal(logits[:, :t], _run(net, torch.cat((idx[:, :t], other[:, t:]), 1))[:, :t]):
                 raise UserError(
-                    f"{type(net).__name__} looks at the future: logits at positions before {t} changed with the tokens from "
-                    f"position {t} on; mask later positions, or pass --model.check_causality false"
+                    f"{name} looks at the future: logits at positions before {t} changed with the tokens from position {t} "
+                    "on; mask later positions, or pass --model.check_causality false"
                 )
+        with explained(f"{name}.flops_per_token failed"):
+            int(net.flops_per_token())
+        with torch.enable_grad(), explained(f"{name}.loss failed"):
+            loss = net.loss(idx, other)
+        check_loss(loss, f"{name}.loss")
+        if not _leaves(loss) <= set(net.parameters()):
+            raise UserError(
+                f"{name} computes with weights that are not among its parameters, so they would be neither trained nor "
+                "saved: assign layers to attributes, and use nn.ModuleList or nn.ParameterList in place of a list"
+            )
+        _check_cache(net.eval(), idx)  # without dropout, which would draw other numbers
+
+
+def check_loss(loss: object, method: str) -> None:
+    """Check the loss that a method returned.
+
+    Raises:
+        UserError: it is not a scalar tensor, or has no gradient.
+    """
+    if not isinstance(loss, Tensor) or loss.dim() or not loss.requires_grad:
+        found = f"a {type(loss).__name__}"
+        if isinstance(loss, Tensor):
+            found = f"shape {tuple(loss.shape)}" if loss.dim() else "one that is detached from the network"
+        raise UserError(f"{method} must return a scalar tensor to call backward on, got {found}")
+
+
+def _check_cache(net: Net, idx: Tensor) -> None:
+    """Compare the logits with a cache and without one, in two rows, of which the second one is padded."""
+    name, T = type(net).__name__, idx.size(1)
+    pad = min(2, T - 1)
+    with explained(f"{name}.make_cache failed"):
+        cache = net.make_cache(2)
+        if cache is None:
+            return
+        cache.set_padding([0, pad])
+    starts = [0, *range(pad + 1, T)]  # the prompt, then single tokens
+    with explained(f"{name}.forward(idx, cache=cache) failed"):
+        steps = [net(idx[:, t:end], cache=cache)[:, -1:] for t, end in zip(starts, [*starts[1:], T])]
+    logits = torch.cat(steps, 1)  # (2, T - pad, V)
+    if not _equal(logits[0], _run(net, idx[:1])[0, pad:]):
+        raise UserError(
+            f"{name} returns other logits with its cache than without it, so it would generate other text: keep all that "
+            "forward needs of earlier tokens in the cache"
+        )
+    if not _equal(logits[1], _run(net, idx[1:, pad:])[0]):
+        raise UserError(
+            f"{name} returns other logits for a row whose prompt is shorter than that of another: ignore the first "
+            "cache.padding[row] tokens of each row"
+        )
 
 
 def _run(net: Net, idx: Tensor) -> Tensor:
     torch.manual_seed(0)  # the same dropout in each call
-    logits = net(idx)
+    with explained(f"{type(net).__name__}.forward failed for ids of shape {tuple(idx.shape)}"):
+        logits = net(idx)
     expected = (*idx.shape, VOCAB_SIZE)
     if not isinstance(logits, Tensor) or logits.shape != expected:
         found = f"shape {tuple(logits.shape)}" if isinstance(logits, Tensor) else f"a {type(logits).__name__}"
@@ -67,3 +124,22 @@ def _run(net: Net, idx: Tensor) -> Tensor:
             f"of shape {tuple(idx.shape)}, got {found}"
         )
     return logits
+
+
+def _equal(a: Tensor, b: Tensor) -> bool:
+    return torch.allclose(a, b, rtol=1e-3, atol=1e-4, equal_nan=True)  # training reports NaN
+
+
+def _leaves(loss: Tensor) -> set[Tensor]:
+    """The tensors that a loss depends on and that collect gradients."""
+    nodes, found = {loss.grad_fn}, set[Tensor]()
+    waiting = list(nodes)
+    while waiting:
+        if (node := waiting.pop()) is None:
+            continue
+        if hasattr(node, "variable"):
+            found.add(node.variable)
+        new = {function for function, _ in node.next_functions} - nodes
+        nodes |= new
+        waiting += new
+    return found

@@ -37,7 +37,7 @@ from lmlight.training.module import PYTHON_ONLY, LanguageModel
 from lmlight.training.predictions import WritePredictions
 from lmlight.training.run_settings import RUNS, differences, find_source, scores_text_read_by
 from lmlight.training.run_trainer import RunTrainer, SaveConfig, TimeLimit, print_summary, quiet
-from lmlight.user_code import full_name, import_class
+from lmlight.user_code import describe, full_name, import_class, user_frame
 
 TRAINER_DEFAULTS: dict[str, Any] = {
     "max_steps": 1200,
@@ -284,6 +284,8 @@ def _mistake(error: Exception) -> Exception | None:
     for cause in chain:
         if isinstance(cause, (UserError, MisconfigurationException)):
             return cause
+    if user_frame(cause):
+        return UserError(f"an exception in your code: {describe(cause)}")
     if named := re.findall(r"given class_path '([^']+)'", " ".join(map(str, chain))):
         return UserError(f"{named[-1]} cannot be created: {str(cause) or type(cause).__name__}")
     *_, (last, _) = traceback.walk_tb(cause.__traceback__)

@@ -24,7 +24,7 @@ from lmlight.data.loader import Batch, as_batch
 from lmlight.errors import UserError
 from lmlight.generation import Sampling
 from lmlight.models import Net, Transformer, architecture_kwargs
-from lmlight.models.check import MAX_TOKENS, check_net
+from lmlight.models.check import MAX_TOKENS, check_loss, check_net
 from lmlight.optim import (
     Muon,
     Schedule,
@@ -203,7 +203,7 @@ class LanguageModel(TextModel):
                 self.net = self._make_net(*self._sizes())
             if self._init_from is not None:
                 checkpoints.check_compatible(self._init_from, self.net)
-                self.net.load_state_dict(checkpoints.weights_of(self._init_from))
+                checkpoints.load_weights(self.net, self._init_from)
                 self._init_from = None
         if self.gradient_checkpointing:
             if not isinstance(self.net, Transformer):
@@ -268,6 +268,7 @@ class LanguageModel(TextModel):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         loss = self.training_loss(as_batch(batch))
+        check_loss(loss, f"{type(self).__name__}.training_loss")
         self.step_loss += loss.detach() / self.trainer.accumulate_grad_batches
         return loss
 

@@ -70,6 +70,9 @@ def find_source(command: str, args: Sequence[str]) -> tuple[Source, dict[str, st
     classes = named_classes(given) | {name: flags[name] for name in CLASSES if name in flags}
     net, tokenizer = checkpoints.import_classes(classes.get("model.net"), classes.get("data.tokenizer"))
     source = _source(command, given | flags, net)
+    stored = _section(_section(source.settings, "model"), "net")
+    if net is not None and str(stored.get("class_path")).rpartition(".")[2] == net.__name__:
+        stored["class_path"] = full_name(net)  # its module may have been moved since the run began
     words = [f"--config={config}" for config in configs]
     words += [f"--model.net={full_name(net)}"] if net is not None else []
     words += [f"--data.tokenizer={full_name(tokenizer)}"] if tokenizer is not None else []

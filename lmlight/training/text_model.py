@@ -138,6 +138,12 @@ class TextModel(LightningModule):
             self.net, self.tokenizer = checkpoints.untrained_net_of(content), checkpoints.tokenizer_of(content)
             self.vocab_size, self.block_size = self.net.vocab_size, self.net.block_size
 
+    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return super().load_state_dict(*args, **kwargs)
+        except RuntimeError as error:
+            raise checkpoints.changed(type(self._net()), error) from error
+
     def _sizes(self) -> tuple[int, int]:
         """(vocab_size, block_size), from the data unless they are known."""
         if self.tokenizer is not None:
