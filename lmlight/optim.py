@@ -19,6 +19,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from lmlight.errors import UserError
 from lmlight.models.base import Net
+from lmlight.user_code import describe
 
 HIDDEN = "hidden"
 # Each iteration is the polynomial of degree 5 that moves singular values fastest towards 1. After three, those above 1/50 of
@@ -55,8 +56,8 @@ def make_optimizer(factory: Callable[[Any], Optimizer], groups: list[dict[str, A
     """
     try:
         return factory(groups)
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise _unusable(error) from None
+    except Exception as error:  # of a class of the user's own, too
+        raise _unusable(error) from error
 
 
 def dummy_optimizer(factory: Callable[[Any], Optimizer]) -> Optimizer:
@@ -75,21 +76,31 @@ def try_step(optimizer: Optimizer) -> None:
     """Take a step with gradients of one. torch's optimizers initialize the GPU, so not before processes are launched.
 
     Raises:
-        UserError: The optimizer cannot take a step with dense gradients.
+        UserError: The optimizer cannot take a step with dense gradients, or does not call the closure that it is given.
     """
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            parameter.grad = torch.ones_like(parameter)
+    losses: list[Tensor] = []
+
+    def closure() -> Tensor:
+        losses.append(torch.zeros(()))
+        return losses[-1]
+
     try:
-        optimizer.step()
-    except (TypeError, RuntimeError, AssertionError) as error:
-        raise _unusable(error) from None
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                parameter.grad = torch.ones_like(parameter)
+        optimizer.step(closure)  # type: ignore[arg-type]  # typed as returning a float, but documented to return a tensor
+    except Exception as error:  # of a class of the user's own, too
+        raise _unusable(error) from error
+    if not losses:
+        raise UserError(
+            f"{type(optimizer).__name__}.step must call its argument `closure`, which computes the loss and the gradients, "
+            "inside torch.enable_grad()"
+        )
 
 
 def _unusable(error: Exception) -> UserError:
     return UserError(
-        f"model.optimizer cannot train this model ({str(error).strip().splitlines()[0]}): choose another, such as "
-        "torch.optim.AdamW"
+        f"model.optimizer cannot train this model ({describe(error)}): choose another, such as torch.optim.AdamW"
     )
 
 

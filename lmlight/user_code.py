@@ -95,7 +95,7 @@ def describe(error: BaseException) -> str:
     place = error if isinstance(error, SyntaxError) else frame
     message = error.msg if isinstance(error, SyntaxError) else str(error) or (frame.line if frame else "")
     where = f" ({files.shown(place.filename or '')}, line {place.lineno})" if place else ""
-    return f"{type(error).__name__}: {message}{where}"
+    return f"{type(error).__name__}{message and ': '}{message}{where}"
 
 
 def user_frame(error: BaseException) -> traceback.FrameSummary | None:

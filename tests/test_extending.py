@@ -13,6 +13,7 @@ import processes
 import pytest
 import tiny
 import torch
+import yaml
 from torch import nn
 
 from lmlight import LanguageModel, TextDataModule, Transformer, checkpoint
@@ -455,6 +456,68 @@ def test_torch_scheduler_sets_the_learning_rate(corpus_file):
         model, datamodule=tiny.data(corpus_file)
     )
     assert rates == pytest.approx([1.0, 0.1, 0.1, 0.01])
+
+
+def test_class_that_is_named_has_its_own_defaults(folder, capsys):
+    """Not those of arguments with the same names of `Transformer` and `Muon`."""
+    (folder / "layers.py").write_text(
+        NETWORK.replace("width: int = 16", "n_layer: int = 3, n_embd: int = 16").replace("width", "n_embd")
+    )
+    (folder / "named.yaml").write_text("model: {net: {class_path: layers.Mine}, optimizer: torch.optim.SGD}")
+    for words in (["--model.net=layers.Mine", "--model.optimizer=torch.optim.SGD"], ["--config=named.yaml"]):
+        with pytest.raises(SystemExit):
+            main(["fit", *words, "--print_config"])
+        model = yaml.safe_load(capsys.readouterr().out)["model"]
+        assert model["net"]["init_args"] == {"n_layer": 3, "n_embd": 16, "p": 0.0}
+        made_with = model["optimizer"]["init_args"]
+        assert {name: made_with[name] for name in ("lr", "momentum", "weight_decay")} == {
+            "lr": 1e-3,
+            "momentum": 0.0,
+            "weight_decay": 0.0,
+        }
+
+
+class Careless(torch.optim.SGD):
+    def step(self, closure=None):
+        return super().step()
+
+
+def test_optimizer_must_call_its_closure(corpus_file):
+    model = LanguageModel(net=tiny.net, optimizer=lambda groups: Careless(groups, lr=1.0))
+    with pytest.raises(UserError, match="Careless.step must call its argument `closure`"):
+        pl.Trainer(**tiny.QUIET, max_steps=1, enable_checkpointing=False).fit(model, datamodule=tiny.data(corpus_file))
+
+
+OBJECTIVES = """
+from lmlight import LanguageModel
+
+class Closed(LanguageModel):
+    def __init__(self, gamma: float = 2.0) -> None:
+        super().__init__()
+
+class Raising(LanguageModel):
+    def training_loss(self, batch):
+        return self(batch.nothing).mean()
+
+class Nothing(LanguageModel):
+    def training_loss(self, batch):
+        super().training_loss(batch)
+"""
+
+
+@pytest.mark.parametrize(
+    ("model", "says"),
+    [
+        ("Closed", r"Closed.__init__ must take \*\*kwargs"),
+        ("Raising", r"an exception in your code: AttributeError: .*nothing.* \(.*objectives.py, line 10\)"),
+        ("Nothing", "Nothing.training_loss must return a scalar tensor.*got a NoneType"),
+    ],
+)
+def test_mistakes_in_an_objective_are_one_line(folder, model, says, capsys):
+    (folder / "objectives.py").write_text(OBJECTIVES)
+    assert main(["fit", f"--model=objectives.{model}", *SHORT]) == 2
+    *_, line = capsys.readouterr().err.strip().splitlines()
+    assert re.search(f"lmlight: error: {says}", line)
 
 
 def test_scheduler_cannot_change_on_resume(folder, capsys):

@@ -11,6 +11,7 @@ import sys
 import traceback
 from argparse import SUPPRESS
 from collections.abc import Sequence
+from contextlib import suppress
 from enum import Enum
 from functools import partial
 from typing import Any, NoReturn
@@ -105,11 +106,13 @@ class LmlightCLI(LightningCLI):
         # Lightning has enumeration members as defaults, such as those of its Timer
         yaml.SafeDumper.add_multi_representer(Enum, lambda dumper, member: dumper.represent_data(member.value))
         self.command, *rest = args
-        self.source, classes, words = find_source(self.command, rest)
-        model = import_class("--model", classes["model"], LanguageModel) if "model" in classes else LanguageModel
+        self.source, self.named, words = find_source(self.command, rest)
+        model: type[LanguageModel] = LanguageModel
         data: type[LightningDataModule] = TextDataModule
-        if "data" in classes:
-            data = import_class("--data", classes["data"], LightningDataModule)
+        if "model" in self.named:
+            model = import_class("--model", self.named["model"], LanguageModel)
+        if "data" in self.named:
+            data = import_class("--data", self.named["data"], LightningDataModule)
         self.has_text = issubclass(data, TextDataModule)
         if self.source.run is None and not self.has_text:
             self.source.settings.pop("data", None)  # `TextDataModule`'s
@@ -146,12 +149,23 @@ class LmlightCLI(LightningCLI):
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         for target in ("model.seed", "model.sampling.seed", *(["data.seed"] if self.has_text else [])):
-            parser.link_arguments("seed_everything", target, compute_fn=int)
+            try:
+                parser.link_arguments("seed_everything", target, compute_fn=int)
+            except ValueError:  # there is no such argument
+                kind = self.datamodule_class if target == "data.seed" else self.model_class
+                name = getattr(kind, "__name__", "")
+                raise UserError(
+                    f"{name}.__init__ must take **kwargs and pass them on: super().__init__(**kwargs)"
+                ) from None
         watching = [full_name(kind) for kind in (LearningRateMonitor, *callbacks.DEFAULT)]
         defaults = {**TRAINER_DEFAULTS, "callbacks": [{"class_path": path} for path in watching]}
         if self.command != "fit":  # the others print their result or write it to a file
             defaults |= {"logger": False, "callbacks": None, "enable_progress_bar": False}
         parser.set_defaults({f"trainer.{name}": value for name, value in defaults.items()})
+        for name in self.named.keys() & {"model.net", "model.optimizer"}:
+            with suppress(Exception):  # reported when the command line is parsed
+                # otherwise arguments that it shares with the default class would have that one's defaults
+                parser.set_defaults({name: {"class_path": self.named[name]}})
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Sequence[str]) -> None:  # type: ignore[override]
         self.config = parser.parse_args(args)

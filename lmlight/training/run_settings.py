@@ -26,7 +26,8 @@ from lmlight.user_code import full_name, is_class_name
 CONFIG = "config.yaml"  # in a run's folder
 RUNS = "runs"  # the default folder of all runs
 LOCATING = ("ckpt_path", "init_from", "trainer.default_root_dir")  # flags that decide which settings others start from
-CLASSES = ("model", "data", "model.net", "data.tokenizer")  # flags that may name a class of the user's own
+# flags that may name a class of the user's own
+CLASSES = ("model", "data", "model.net", "model.optimizer", "data.tokenizer")
 
 
 class Source(NamedTuple):
@@ -58,24 +59,29 @@ def find_source(command: str, args: Sequence[str]) -> tuple[Source, dict[str, st
     flags = {name: value for name, value in vars(known).items() if value is not None}
     configs = flags.pop("config")
     given: dict[str, Any] = {}
+    classes: dict[str, str] = {}
     for config in configs:
         with suppress(OSError, TypeError, ValueError, yaml.YAMLError):  # reported when the whole command line is parsed
-            given |= yaml.safe_load(Path(config).expanduser().read_text("utf-8"))
+            given |= (loaded := yaml.safe_load(Path(config).expanduser().read_text("utf-8")))
+            classes |= named_classes(loaded)
     trained = flags.get("data.tokenizer", _section(given, "data").get("tokenizer"))
     is_pretrained = isinstance(trained, str) and (is_class_name(trained) or trained.endswith((".json", ".model")))
     if is_pretrained and (wrong := [word for word in rest if word.startswith("--data.tokenizer.")]):
         flag = wrong[0].partition("=")[0]  # it would replace the tokenizer
         raise UserError(f"--data.tokenizer {trained} is not trained here: leave out {flag}")
     sections = [f"--{name}={flags.pop(name)}" for name in CLASSES if name in flags and not is_class_name(flags[name])]
-    classes = named_classes(given) | {name: flags[name] for name in CLASSES if name in flags}
+    classes |= {name: flags[name] for name in CLASSES if name in flags}
     net, tokenizer = checkpoints.import_classes(classes.get("model.net"), classes.get("data.tokenizer"))
     source = _source(command, given | flags, net)
     stored = _section(_section(source.settings, "model"), "net")
     if net is not None and str(stored.get("class_path")).rpartition(".")[2] == net.__name__:
         stored["class_path"] = full_name(net)  # its module may have been moved since the run began
     words = [f"--config={config}" for config in configs]
-    words += [f"--model.net={full_name(net)}"] if net is not None else []
+    if net is not None:
+        classes["model.net"] = full_name(net)
+        words.append(f"--model.net={full_name(net)}")
     words += [f"--data.tokenizer={full_name(tokenizer)}"] if tokenizer is not None else []
+    words += [f"--model.optimizer={flags['model.optimizer']}"] if "model.optimizer" in flags else []
     classes = named_classes(source.settings) | classes
     words += [f"--{name}_class={classes[name]}" for name in ("model", "data") if name in classes]
     words += [*sections, *rest, *(f"--{name}={flags[name]}" for name in LOCATING if name in flags)]
@@ -84,9 +90,10 @@ def find_source(command: str, args: Sequence[str]) -> tuple[Source, dict[str, st
 
 def named_classes(settings: dict[str, Any]) -> dict[str, str]:
     """The classes that settings name, by `CLASSES`."""
-    net = _section(settings, "model").get("net")
     named = {"model": settings.get("model_class"), "data": settings.get("data_class")}
-    named["model.net"] = net.get("class_path") if isinstance(net, dict) else net
+    for name in ("net", "optimizer"):
+        value = _section(settings, "model").get(name)
+        named[f"model.{name}"] = value.get("class_path") if isinstance(value, dict) else value
     named["data.tokenizer"] = _section(settings, "data").get("tokenizer")
     return {name: value for name, value in named.items() if isinstance(value, str) and is_class_name(value)}
 
