@@ -590,14 +590,82 @@ def test_tokenizer_that_is_not_lossless_is_refused(kind, says, corpus_file):
         data.prepare_data()
 
 
+class Uncounted(Bytes):
+    def __init__(self):
+        self.char_counts = [1] * 256
+
+
+class Endless(Bytes):
+    eos_id = 256
+
+
+class Unrestored(Bytes):
+    @classmethod
+    def from_bytes(cls, data):
+        raise KeyError("merges")
+
+
+class Beyond(Bytes):
+    def encode(self, text):
+        return [300] * len(text)
+
+
+class Strings(Bytes):
+    def encode(self, text):
+        return list(text)
+
+
+@pytest.mark.parametrize(
+    ("kind", "says"),
+    [
+        (Uncounted, "Uncounted.char_counts must be a NumPy array of integers"),
+        (Endless, "Endless.eos_id must be None or an id below 256, got 256"),
+        (Unrestored, "Unrestored cannot be stored: .*KeyError: 'merges'"),
+        (Beyond, "Beyond.encode must return integers below the length of char_counts, 256"),
+        (Strings, "Strings.encode must return integers"),
+    ],
+)
+def test_tokenizer_that_breaks_its_contract_is_refused(kind, says, corpus_file):
+    data = tiny.data(corpus_file)
+    data.tokenizer = kind()
+    with pytest.raises(UserError, match=says):
+        data.prepare_data()
+
+
+def test_encode_may_return_an_array(corpus_file):
+    class Arrays(Bytes):
+        def encode(self, text):
+            return np.frombuffer(text.encode(), dtype=np.uint8)
+
+    data = tiny.data(corpus_file)
+    data.tokenizer = Arrays()
+    assert data.prepare().tokens["train"] > 0
+
+
+def test_tokenizer_whose_constructor_needs_arguments_is_refused(folder, capsys):
+    (folder / "needy.py").write_text(
+        (folder / "my_tokenizer.py").read_text().replace("__init__(self)", "__init__(self, n)")
+    )
+    assert "needy.Bytes cannot be created: TypeError" in error_of(capsys, "fit", "--data.tokenizer=needy.Bytes", *SHORT)
+
+
+@pytest.mark.parametrize("flag", ["--model", "--model.net", "--data", "--data.tokenizer"])
+def test_file_in_place_of_a_class_is_refused(flag, folder, capsys):
+    assert "mynet.py: expected a class in the file, such as mynet.MyClass" in error_of(
+        capsys, "fit", f"{flag}=mynet.py", *SHORT
+    )
+
+
 def test_tokenizer_object_as_an_argument_is_refused():
     with pytest.raises(UserError, match="got a Bytes: set the attribute tokenizer"):
         TextDataModule(tokenizer=Bytes())
 
 
 def test_tokenizer_may_move_to_another_module():
-    data = serialize(Bytes()).replace(__name__.encode(), b"elsewhere")
-    assert type(deserialize(data)) is Bytes
+    class Moved(Bytes):
+        pass
+
+    assert type(deserialize(b"elsewhere.Moved\n" + Moved().to_bytes())) is Moved
 
 
 def test_serialized_tokenizer_does_not_import_the_module_that_it_names():
@@ -706,13 +774,26 @@ def test_custom_data_trains_with_losses_per_token(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "ids", [torch.zeros(8, 9, 2, dtype=torch.long), torch.zeros(8, dtype=torch.long)[:, None].repeat(1, 1)]
+    "ids",
+    [
+        torch.zeros(8, 9, 2, dtype=torch.long),
+        torch.zeros(8, 1, dtype=torch.long),
+        (torch.zeros(8, 9), torch.zeros(8, 9)),
+    ],
 )
 def test_batches_of_another_shape_are_refused(ids):
     data = Counting()
     data.train_dataloader = lambda: [ids]
     with pytest.raises(UserError, match="a batch must be a pair"):
         pl.Trainer(**tiny.QUIET, max_steps=1, enable_checkpointing=False).fit(LanguageModel(net=tiny.net), data)
+
+
+def test_data_module_whose_constructor_is_not_called_is_refused(folder, capsys):
+    text = (folder / "my_data.py").read_text().replace("super().__init__()", "pass")
+    (folder / "uninitialized.py").write_text(text)
+    words = ["--data=uninitialized.Counting", *(word for word in SHORT if not word.startswith("--data"))]
+    assert "Counting.__init__ must call super().__init__()" in error_of(capsys, "fit", *words)
+    assert "Counting is not a TextDataModule" in error_of(capsys, "prepare", "--data=my_data.Counting")
 
 
 def test_data_without_sizes_is_refused():

@@ -61,18 +61,23 @@ def as_batch(batch: Any) -> Batch:
     try:
         inputs, targets = batch
         assert inputs.ndim == 2 and inputs.shape == targets.shape
+        assert not (inputs.is_floating_point() or targets.is_floating_point())
     except (TypeError, ValueError, AttributeError, AssertionError):
         raise UserError(
             "a batch must be a pair (inputs, targets) of (B, T) tensors of token ids, where targets are the ids that "
             f"follow; got {_describe(batch)}"
         ) from None
-    return Batch(inputs, targets, torch.zeros_like(targets))
+    return Batch(inputs, targets.long(), torch.zeros_like(targets))
 
 
 def _describe(batch: Any) -> str:
     if isinstance(batch, (list, tuple)):
         return f"a {type(batch).__name__} of {len(batch)}: {', '.join(map(_describe, batch[:3]))}"
-    return f"a tensor of shape {tuple(batch.shape)}" if isinstance(batch, Tensor) else f"a {type(batch).__name__}"
+    return (
+        f"a tensor of shape {tuple(batch.shape)} and type {batch.dtype}"
+        if isinstance(batch, Tensor)
+        else f"a {type(batch).__name__}"
+    )
 
 
 class EvalLoader:

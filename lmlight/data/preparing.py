@@ -24,8 +24,9 @@ from lmlight.data.download import find_files, store_folder
 from lmlight.data.reading import TextChunk, TextFormat
 from lmlight.data.token_store import FORMAT_VERSION, TokenStore
 from lmlight.data.token_writer import read_tokenizer, write_store
-from lmlight.data.tokenizer import Tokenizer, TokenizerConfig
+from lmlight.data.tokenizer import Tokenizer, TokenizerConfig, check_tokenizer
 from lmlight.errors import UserError
+from lmlight.user_code import full_name
 
 # Training a tokenizer on this many characters takes a second or more.
 NOTICEABLE_CHARS = 1_000_000
@@ -79,6 +80,8 @@ class CorpusSpec:
             UserError: a text is missing, unreadable or too short; the tokenizer does not fit it; the cache is not writable;
                 `corpus` is a store that was made with other settings.
         """
+        if pretrained_tokenizer and not full_name(type(pretrained_tokenizer)).startswith("lmlight."):
+            check_tokenizer(pretrained_tokenizer)
         found = find_files(self.corpus, self.cache)
         if prepared := store_folder(found):
             store = TokenStore(prepared)

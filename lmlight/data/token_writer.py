@@ -121,7 +121,11 @@ def _write_shard(tokenizer: Tokenizer, dtype: str, path: Path, chunks: list[Text
         encoded = [np.empty(0, dtype)]
         for batch in _batches(chunks, BATCH_CHARS):
             ids = tokenizer.encode_chunks(batch)
-            encoded.append(np.array(ids, dtype=dtype))
+            array = np.array(ids, dtype=None if ids else dtype)
+            if ids and (array.dtype.kind not in "iu" or array.min() < 0 or array.max() >= tokenizer.vocab_size):
+                limit = f"below the length of char_counts, {tokenizer.vocab_size}"
+                raise UserError(f"{type(tokenizer).__name__}.encode must return integers {limit}")
+            encoded.append(array.astype(dtype))
             if tokenizer.lossless:
                 wrong = ""
                 if tokenizer.char_counts[encoded[-1]].sum() != _chars(batch):

@@ -30,7 +30,7 @@ import sentencepiece as spm
 from lmlight.data.reading import MAX_LINE, TextChunk, split_long_line
 from lmlight.data.sentencepiece_training import END_OF_TEXT, SPACE, train_sentencepiece
 from lmlight.errors import UserError
-from lmlight.user_code import full_name, subclasses
+from lmlight.user_code import explained, full_name, subclasses
 
 # Could move a terminal's cursor or reorder text: control characters except tab and line feed, line and paragraph
 # separators, bidirectional embeddings, overrides and isolates.
@@ -90,7 +90,7 @@ class Tokenizer(ABC):
         """The ids of a text, with `eos_id`, if there is one, after each document; see `encode`."""
         ids: list[int] = []
         for text, ends_document in chunks:
-            ids += self.encode(text)
+            ids.extend(self.encode(text))
             if ends_document and self.eos_id is not None:
                 ids.append(self.eos_id)
         return ids
@@ -205,6 +205,21 @@ def deserialize(data: bytes) -> Tokenizer:
             f"trust it, pass --data.tokenizer {name.decode()}, or import it first in Python"
         )
     return kind.from_bytes(content)
+
+
+def check_tokenizer(tokenizer: Tokenizer) -> None:
+    """Check the attributes of a tokenizer, which may be of a class of the user's own, and that its bytes restore it.
+
+    Raises:
+        UserError: something is missing or wrong.
+    """
+    name, counts = type(tokenizer).__name__, getattr(tokenizer, "char_counts", None)
+    if not isinstance(counts, np.ndarray) or counts.ndim != 1 or counts.dtype.kind not in "iu":
+        raise UserError(f"{name}.char_counts must be a NumPy array of integers, one for each id")
+    if tokenizer.eos_id is not None and not 0 <= tokenizer.eos_id < len(counts):
+        raise UserError(f"{name}.eos_id must be None or an id below {len(counts)}, got {tokenizer.eos_id}")
+    with explained(f"{name} cannot be stored: from_bytes must restore it from the bytes that to_bytes returns"):
+        deserialize(serialize(tokenizer))
 
 
 class CharTokenizer(Tokenizer):

@@ -194,6 +194,8 @@ class LmlightCLI(LightningCLI):
         self.config_init = self.parser.instantiate(self.config, instantiators=[(make_model, LanguageModel, True)])
         extra.clear()  # the parser keeps a reference to it
         self.datamodule, self.model = (self.config_init[self.command][name] for name in ("data", "model"))
+        if not hasattr(self.datamodule, "trainer"):
+            raise UserError(f"{type(self.datamodule).__name__}.__init__ must call super().__init__()")
         self.trainer = self.instantiate_trainer()
         # as Lightning will do, but before a strategy launches processes
         trainer = self.trainer if self.command == "fit" else None

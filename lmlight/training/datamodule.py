@@ -25,7 +25,7 @@ from lmlight.data.token_store import TokenArray, TokenStore
 from lmlight.data.tokenizer import Tokenizer, TokenizerConfig
 from lmlight.data.windows import TrainBatchSampler, WindowSource, eval_windows, stored_windows, subset_windows
 from lmlight.errors import UserError
-from lmlight.user_code import import_class, is_class_name
+from lmlight.user_code import explained, import_class, is_class_name
 
 
 class TextDataModule(LightningDataModule):
@@ -105,7 +105,9 @@ class TextDataModule(LightningDataModule):
         self._pretrained_tokenizer: Tokenizer | None = None
         self._tokenizer_file: Path | None = None
         if isinstance(tokenizer, str) and is_class_name(tokenizer):
-            self._pretrained_tokenizer = import_class("data.tokenizer", tokenizer, Tokenizer)()
+            kind = import_class("data.tokenizer", tokenizer, Tokenizer)
+            with explained(f"data.tokenizer {tokenizer} cannot be created"):
+                self._pretrained_tokenizer = kind()
         elif isinstance(tokenizer, (str, Path)):
             self._tokenizer_file = Path(tokenizer)
         elif not isinstance(tokenizer, TokenizerConfig):

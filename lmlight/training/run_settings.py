@@ -58,6 +58,9 @@ def find_source(command: str, args: Sequence[str]) -> tuple[Source, dict[str, st
     known, rest = parser.parse_known_args(args)
     flags = {name: value for name, value in vars(known).items() if value is not None}
     configs = flags.pop("config")
+    for name in CLASSES:
+        if (file := Path(str(flags.get(name)))).suffix == ".py":
+            raise UserError(f"--{name} {file}: expected a class in the file, such as {file.stem}.MyClass")
     given: dict[str, Any] = {}
     classes: dict[str, str] = {}
     for config in configs:

@@ -81,6 +81,8 @@ class RunTrainer(Trainer):
             to: Folder for a copy of the result, to pass as `--data.corpus`; null leaves it in the cache.
             format: Format of the copy: `store` to read from a disk, `litdata` to stream while training.
         """
+        if not isinstance(datamodule, TextDataModule):
+            raise UserError(f"prepare is for texts: {type(datamodule).__name__} is not a TextDataModule")
         if format == "litdata" and to is None:
             raise UserError("--format litdata writes a folder of its own: pass --to FOLDER")
         store = datamodule.prepare()
