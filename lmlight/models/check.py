@@ -34,7 +34,7 @@ def check_net(make_net: Callable[[int, int], Net], block_size: int, check_causal
         stack.enter_context(torch.no_grad())
         with explained("model.net cannot be created"):
             net = make_net(VOCAB_SIZE, block_size)
-        if not isinstance(net, Net) or "_parameters" not in vars(net):
+        if not isinstance(net, Net) or not hasattr(net, "training"):  # which nn.Module's constructor sets
             raise UserError(
                 f"model.net must make a lmlight.models.Net, got {type(net).__name__}: derive the class from Net, and call "
                 "super().__init__() in its constructor"
