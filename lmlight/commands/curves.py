@@ -36,7 +36,9 @@ def main(args: Sequence[str]) -> None:
         raise UserError(f"'{options.output}' cannot be written ({error}): pass another --output") from None
     for name, rows in runs.items():
         losses = [row["val/nats_per_char"] for row in rows]
-        print(f"{name}: last {losses[-1]:.4f}, best {min(losses):.4f} nats per character; {counted(len(rows), 'validation')}")
+        print(
+            f"{name}: last {losses[-1]:.4f}, best {min(losses):.4f} nats per character; {counted(len(rows), 'validation')}"
+        )
     if len({row["val/characters"] for rows in runs.values() for row in rows if "val/characters" in row}) > 1:
         say(UserError("these runs are scored on different texts, so their losses do not compare"), "warning")
     print(f"Figure: {options.output}")
