@@ -379,7 +379,8 @@ def test_class_may_move_to_another_module_but_not_change(folder, capsys):
     (folder / "fewer.py").write_text(NETWORK.replace(", p: float = 0.0", "").replace("(p)", "(0.0)"))
     assert main(["fit", "--ckpt_path=last", "--model.net=moved.Mine", "--trainer.max_steps=3"]) == 0
     capsys.readouterr()
-    assert "blend.weight" in error_of(capsys, "predict", "--ckpt_path=best", "--model.net=changed.Mine")
+    (path,) = folder.glob("runs/*/checkpoints/best.ckpt")
+    assert "blend.weight" in error_of(capsys, "predict", f"--ckpt_path={path}", "--model.net=changed.Mine")
     assert "argument 'p'" in error_of(capsys, "chat", "best", "--model.net=fewer.Mine")
     resume = error_of(capsys, "fit", "--ckpt_path=last", "--model.net=changed.Mine", "--trainer.max_steps=4")
     assert "Mine has changed since this checkpoint was written" in resume
