@@ -11,7 +11,6 @@ Does not import Lightning.
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import pickle
 import re
@@ -217,19 +216,8 @@ def find(name: str | Path, runs: str | Path, prefer: Literal["best", "last"]) ->
     return found[0]
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the flags of a command that opens a checkpoint: where to find it, and classes of the user's own in it."""
-    parser.add_argument("--runs", default="runs", help="folder in which to look for `best` and `last`")
-    parser.add_argument("--model.net", dest="net", metavar="CLASS", help="the class of your own network")
-    parser.add_argument("--data.tokenizer", dest="tokenizer", metavar="CLASS", help="the class of your own tokenizer")
-
-
 def import_classes(net: str | None, tokenizer: str | None) -> tuple[type[Net] | None, type[Tokenizer] | None]:
-    """Import the classes that the user names, of which a checkpoint may then hold instances.
-
-    Raises:
-        UserError: See `user_code.import_class`.
-    """
+    """Import the classes that the user names, of which a checkpoint may then hold instances; see `import_class`."""
     return (
         import_class("--model.net", net, Net) if net else None,
         import_class("--data.tokenizer", tokenizer, Tokenizer) if tokenizer else None,
@@ -250,9 +238,7 @@ def text_model_of(checkpoint: dict[str, Any], trusted: type[Net] | None = None) 
     """
     net, tokenizer = net_of(checkpoint, trusted), tokenizer_of(checkpoint)
     if tokenizer is None:
-        raise UserError(
-            "this checkpoint has no tokenizer, because its run's data had none: it can generate token ids only"
-        )
+        raise UserError("this checkpoint has no tokenizer, as its run's data had none: it can generate token ids only")
     return net.eval(), tokenizer
 
 

@@ -72,3 +72,9 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message}; see `{self.prog} --help`")
+
+    def add_checkpoint_flags(self) -> None:
+        """Add the flags of a command that opens a checkpoint: where to find it, and classes of the user's own in it."""
+        self.add_argument("--runs", default="runs", help="folder in which to look for `best` and `last`")
+        self.add_argument("--model.net", dest="net", metavar="CLASS", help="the class of your own network")
+        self.add_argument("--data.tokenizer", dest="tokenizer", metavar="CLASS", help="the class of your own tokenizer")

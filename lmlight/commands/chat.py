@@ -26,7 +26,7 @@ def main(args: Sequence[str]) -> None:
     """Runs `lmlight chat`."""
     parser = Parser("lmlight chat", description="The model continues what you type.")
     parser.add_argument("checkpoint", nargs="?", default="best", help="a .ckpt file, a run's folder, `best` or `last`")
-    checkpoints.add_arguments(parser)
+    parser.add_checkpoint_flags()
     parser.add_argument("--device", help="such as cuda or mps; a GPU is used where there is one")
     options = parser.parse_args(args)
     path = checkpoints.find(options.checkpoint, options.runs, "best")

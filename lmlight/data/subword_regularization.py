@@ -19,9 +19,9 @@ import numpy as np
 import numpy.typing as npt
 
 from lmlight.data.reading import TextChunk
-from lmlight.data.sentencepiece_training import SPACE, UNKNOWN_PENALTY
+from lmlight.data.sentencepiece_training import SPACE, UNKNOWN_PENALTY, split_chunks
 from lmlight.data.token_store import TokenArray, Tokens
-from lmlight.data.tokenizer import SentencePieceTokenizer, Tokenizer, split_chunks
+from lmlight.data.tokenizer import SentencePieceTokenizer, Tokenizer
 from lmlight.data.windows import WindowSource
 from lmlight.data.workers import process_pool
 from lmlight.errors import UserError

@@ -27,8 +27,8 @@ import numpy as np
 import numpy.typing as npt
 import sentencepiece as spm
 
-from lmlight.data.reading import MAX_LINE, TextChunk, split_long_line
-from lmlight.data.sentencepiece_training import END_OF_TEXT, SPACE, train_sentencepiece
+from lmlight.data.reading import TextChunk
+from lmlight.data.sentencepiece_training import END_OF_TEXT, SPACE, split_chunks, train_sentencepiece
 from lmlight.errors import UserError
 from lmlight.user_code import explained, full_name, subclasses
 
@@ -341,25 +341,3 @@ class SentencePieceTokenizer(Tokenizer):
     def byte_ids(self, text: str) -> list[int]:
         """The byte pieces of a text."""
         return [self._processor.piece_to_id(f"<0x{byte:02X}>") for byte in text.encode()]
-
-
-def split_chunks(chunks: Iterable[TextChunk], lossless: bool) -> tuple[list[str], list[str]]:
-    """Splits text into what SentencePiece encodes and what follows each part: "\\n", "", "▁" or `END_OF_TEXT`.
-
-    A literal "▁" would decode to a space, so a lossless tokenizer encodes it as bytes.
-    """
-    parts, separators = list[str](), list[str]()
-    for text, ends_document in chunks:
-        lines = text.split("\n")
-        if SPACE not in text and max(map(len, lines)) <= MAX_LINE:  # the usual case, three times as fast
-            parts += lines
-            separators += ["\n"] * len(lines)
-        else:
-            for line in lines:
-                for short in split_long_line(line):
-                    between_marks = short.split(SPACE) if lossless else [short]
-                    parts += between_marks
-                    separators += [SPACE] * (len(between_marks) - 1) + [""]
-                separators[-1] = "\n"
-        separators[-1] = END_OF_TEXT if ends_document else ""
-    return parts, separators

@@ -46,7 +46,7 @@ def export(args: Sequence[str]) -> None:
         subparser.add_argument("checkpoint", help="a .ckpt file, a run's folder, or `best` or `last`")
         subparser.add_argument("target", metavar=target, type=Path, help="the path to write")
         subparser.add_argument("--force", action="store_true", help="replace an existing target")
-        checkpoints.add_arguments(subparser)
+        subparser.add_checkpoint_flags()
         if name == "gguf":
             help_ = "precision of the matrices"
             subparser.add_argument("--precision", choices=("f32", "f16", "q8_0"), default="f32", help=help_)

@@ -157,7 +157,7 @@ def play(args: Sequence[str]) -> None:
     parser.add_argument("checkpoint", nargs="?", default="best", help="a .ckpt file, a run's folder, `best` or `last`")
     parser.add_argument("--port", type=int, default=8420, help="port of the page (default: 8420); 0 takes a free one")
     parser.add_argument("--no-browser", action="store_true", help="only print the address")
-    checkpoints.add_arguments(parser)
+    parser.add_checkpoint_flags()
     options = parser.parse_args(args)
     with contextlib.suppress(KeyboardInterrupt), tempfile.TemporaryDirectory() as folder:
         try:

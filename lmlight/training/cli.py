@@ -118,6 +118,7 @@ class LmlightCLI(LightningCLI):
             self.source.settings.pop("data", None)  # `TextDataModule`'s
         if self.source.settings:
             words.insert(0, f"--config={json.dumps(self.source.settings)}")
+        usage = f"lmlight {self.command} [--config FILE] [options]"
         super().__init__(
             model,
             data,
@@ -126,10 +127,7 @@ class LmlightCLI(LightningCLI):
             seed_everything_default=1337,
             save_config_callback=None,
             parser_class=OneLineParser,
-            parser_kwargs={
-                "prog": "lmlight",
-                self.command: {"usage": f"lmlight {self.command} [--config FILE] [options]"},
-            },
+            parser_kwargs={"prog": "lmlight", self.command: {"usage": usage}},
             auto_configure_optimizers=False,
             load_from_checkpoint_support=False,
         )
@@ -285,7 +283,7 @@ def _make_model(extra: dict[str, Any], kind: type[LanguageModel], **flags: Any) 
 
 
 def _as_list(value: Any) -> list[Any]:
-    return list(value) if isinstance(value, list) else [] if value is None else [value]
+    return value.copy() if isinstance(value, list) else [] if value is None else [value]
 
 
 def _mistake(error: Exception) -> Exception | None:
