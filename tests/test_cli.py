@@ -182,7 +182,7 @@ def test_predict_reads_prompts_from_the_standard_input(finished, capsys, monkeyp
     assert second.startswith("PIP é")
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="forks its processes, which Windows cannot")
 def test_predict_with_two_processes_keeps_prompt_order(finished, tmp_path):
     _, _, best = finished
     (tmp_path / "prompts.txt").write_text("\n".join(f"{speaker}:" for speaker in "ABCDE"))

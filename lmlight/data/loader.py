@@ -73,11 +73,9 @@ def as_batch(batch: Any) -> Batch:
 def _describe(batch: Any) -> str:
     if isinstance(batch, (list, tuple)):
         return f"a {type(batch).__name__} of {len(batch)}: {', '.join(map(_describe, batch[:3]))}"
-    return (
-        f"a tensor of shape {tuple(batch.shape)} and type {batch.dtype}"
-        if isinstance(batch, Tensor)
-        else f"a {type(batch).__name__}"
-    )
+    if isinstance(batch, Tensor):
+        return f"a tensor of shape {tuple(batch.shape)} and type {batch.dtype}"
+    return f"a {type(batch).__name__}"
 
 
 class EvalLoader:

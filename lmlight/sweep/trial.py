@@ -93,8 +93,9 @@ def run_fit(folder: Path, args: Sequence[str], watch: Callable[[int, Validations
     watch(process.pid, rows)
     tensors = checkpoint.read(run / LAST)["state_dict"].values() if (run / LAST).is_file() else []
     parameters = sum({tensor.data_ptr(): tensor.numel() for tensor in tensors}.values()) or None
-    scored = {name: rows[-1][name] for name in (METRIC, "seconds")}
-    return {**scored, "characters": rows[-1].get("val/characters"), "parameters": parameters}
+    last = rows[-1]
+    values = {METRIC: last[METRIC], "characters": last.get("val/characters"), "seconds": last["seconds"]}
+    return {**values, "parameters": parameters}
 
 
 def run_folder(folder: Path) -> Path | None:

@@ -137,7 +137,7 @@ class TextDataModule(LightningDataModule):
         Raises:
             UserError: see `TrainBatchSampler`.
         """
-        TrainBatchSampler(1, self.batch_size, trainer.global_rank, trainer.world_size, trainer.accumulate_grad_batches)
+        TrainBatchSampler(1, self.batch_size, *_ranks(trainer))
 
     def prepare_data(self) -> None:
         """Downloads the corpus, trains the tokenizer and encodes the text, unless the cache has the result.
@@ -200,7 +200,7 @@ class TextDataModule(LightningDataModule):
                 f"this run sees {seen / n_windows:.0%} of the training text and none of it twice, so subword_sampling "
                 "only makes the text longer: set it to null"
             )
-        sampler = TrainBatchSampler(n_windows, self.batch_size, *self._ranks())
+        sampler = TrainBatchSampler(n_windows, self.batch_size, *_ranks(self.trainer))
         device = self.trainer.strategy.root_device if self.trainer is not None else None
         return StatefulTrainLoader(store, self._source, sampler, device if device and device.type == "cuda" else None)
 
@@ -215,11 +215,11 @@ class TextDataModule(LightningDataModule):
         """Up to `windows` windows, evenly spaced in the training text, scored like the validation text."""
         ids = self.store.ids["train"]
         chosen = subset_windows(len(ids), self.block_size, windows)
-        return EvalLoader(ids, chosen, self.store.char_counts["train"], self.batch_size, *self._ranks()[:2])
+        return EvalLoader(ids, chosen, self.store.char_counts["train"], self.batch_size, *_ranks(self.trainer)[:2])
 
     def predict_dataloader(self) -> DataLoader[list[str]]:
         """Batches of prompts, dealt out to the ranks; the last one may be empty on some ranks."""
-        batches = prompt_batches(self.prompts, self.prompt_batch_size, *self._ranks()[:2])
+        batches = prompt_batches(self.prompts, self.prompt_batch_size, *_ranks(self.trainer)[:2])
         return DataLoader(cast("Dataset[list[str]]", batches), batch_size=None)
 
     @property
@@ -248,13 +248,13 @@ class TextDataModule(LightningDataModule):
     def _running(self, fn: TrainerFn) -> bool:
         return self.trainer is not None and self.trainer.state.fn == fn
 
-    def _ranks(self) -> tuple[int, int, int]:
-        """(rank, world_size, accumulate_grad_batches), for one process without a trainer."""
-        trainer = self.trainer
-        return (trainer.global_rank, trainer.world_size, trainer.accumulate_grad_batches) if trainer else (0, 1, 1)
-
     def _eval_loader(self, split: str, stride: int) -> EvalLoader:
         split = split if split in self.store.ids else "val"
         ids = self.store.eval_ids[split]
         windows = eval_windows(len(ids), self.block_size, stride)
-        return EvalLoader(ids, windows, self.store.char_counts[split], self.batch_size, *self._ranks()[:2])
+        return EvalLoader(ids, windows, self.store.char_counts[split], self.batch_size, *_ranks(self.trainer)[:2])
+
+
+def _ranks(trainer: Trainer | None) -> tuple[int, int, int]:
+    """(rank, world_size, accumulate_grad_batches), for one process without a trainer."""
+    return (trainer.global_rank, trainer.world_size, trainer.accumulate_grad_batches) if trainer else (0, 1, 1)
