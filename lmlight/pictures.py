@@ -54,7 +54,7 @@ def token_matrix(
 
 
 def surprise(pieces: Sequence[str], nats: Floats, width: int = 42) -> Figure:
-    """Text with the loss of each token, (N,) nats, as background colour."""
+    """Text with the loss of each token, (N,) nats, as background color."""
     lines: list[list[tuple[str, float]]] = [[]]
     for piece, value in zip(pieces, nats):
         for character in piece.replace("▁", " "):

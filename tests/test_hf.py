@@ -170,7 +170,7 @@ def test_model_card_and_files(tokenizers, tmp_path):
     content = checkpoint.read(path)
     content[checkpoint.METADATA_KEY]["metrics"] = {"val/nats_per_char": 1.5, "val/bpc": 2.164}
     checkpoint.write(content, path)
-    assert main(["export", "hf", path, "out", "--licence", "cc0-1.0"]) == 0
+    assert main(["export", "hf", path, "out", "--license", "cc0-1.0"]) == 0
     card = (tmp_path / "out" / "README.md").read_text()
     for part in (
         "license: cc0-1.0",

@@ -113,7 +113,7 @@ def test_runs(path, shared_cache, tmp_path, monkeypatch):
     notebook = nbformat.read(path, as_version=4)
     nbformat.validate(notebook)
     here = {"metadata": {"path": str(tmp_path)}}
-    nbclient.NotebookClient(notebook, timeout=300, kernel_name="python3", resources=here).execute()
+    nbclient.NotebookClient(notebook, timeout=None, kernel_name="python3", resources=here).execute()
     outputs = [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
     if folder := os.environ.get("LMLIGHT_NOTEBOOKS_EXECUTED"):
         notebook.metadata["shortened"] = not full

@@ -27,7 +27,8 @@ def scan(a: Tensor, b: Tensor, h: Tensor) -> Tensor:
     """Compute h_t = a_t h_{t-1} + b_t from a, b (B, T, C) and the state before them (B, C), in about 2 sqrt(T) steps.
 
     First, all chunks of about sqrt(T) positions advance together from a state of zero; then the states at their ends
-    follow from one another. Without inverses or logarithms of decays, decays of 0 and long products are safe.
+    follow from one another. Nothing is divided by a decay, and no logarithm of one is taken, so decays of 0 and long
+    products are safe.
     """
     T = a.size(1)
     size = math.isqrt(T - 1) + 1  # ceil(sqrt(T))
@@ -45,7 +46,7 @@ def scan(a: Tensor, b: Tensor, h: Tensor) -> Tensor:
 
 
 class State(Cache):
-    """What the layers know of earlier tokens: the state, and the last inputs of the convolution."""
+    """The recurrent state of each layer, and the last inputs of its convolution."""
 
     def __init__(self, batch_size: int, n_layer: int, n_embd: int, conv_width: int, like: Tensor) -> None:
         super().__init__()

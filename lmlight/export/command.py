@@ -51,13 +51,13 @@ def export(args: Sequence[str]) -> None:
             help_ = "precision of the matrices"
             subparser.add_argument("--precision", choices=("f32", "f16", "q8_0"), default="f32", help=help_)
         if name == "hf":
-            help_ = "licence of the weights, such as mit or cc0-1.0"
-            subparser.add_argument("--licence", default="unknown", help=help_)
+            help_ = "license of the weights, such as mit or cc0-1.0"
+            subparser.add_argument("--license", default="unknown", help=help_)
     options = parser.parse_args(args)
     source, chosen = checkpoints.find(options.checkpoint, options.runs, "best"), FORMATS[options.format]
     with _new(options.target, options.force, chosen.files) as path:
         trusted, _ = checkpoints.import_classes(options.net, options.tokenizer)
-        own = {name: value for name, value in vars(options).items() if name in ("precision", "licence")}
+        own = {name: value for name, value in vars(options).items() if name in ("precision", "license")}
         chosen.write(Model.read(source, trusted), path, **own)
     print(f"Wrote {options.target} from {files.shown(source)}")
 

@@ -24,8 +24,8 @@ FILES = {"README.md", "model.safetensors", "tokenizer.model", "config.json", "ge
 FILES |= {"tokenizer.json", "tokenizer_config.json"}
 
 
-def write(model: Model, folder: Path, licence: str) -> None:
-    """Writes an export into an empty folder, with `licence` in the model card.
+def write(model: Model, folder: Path, license: str) -> None:
+    """Writes an export into an empty folder, with `license` in the model card.
 
     Raises:
         UserError: no architecture matches the network; the tokenizer is lossy; safetensors is not installed.
@@ -52,7 +52,7 @@ def write(model: Model, folder: Path, licence: str) -> None:
         "tokenizer_config.json": tokenizer_config,
     }
     texts = {name: json.dumps(content, indent=2, ensure_ascii=False) + "\n" for name, content in contents.items()}
-    for name, text in (texts | {"README.md": model_card(model, licence)}).items():
+    for name, text in (texts | {"README.md": model_card(model, license)}).items():
         (folder / name).write_text(text, encoding="utf-8", newline="\n")
     # safetensors' own save_file makes a file that only its owner can read
     (folder / "model.safetensors").write_bytes(safetensors.save(tensors(model.net), metadata={"format": "pt"}))
@@ -148,7 +148,7 @@ def generation_config_json(model: Model) -> dict[str, Any]:
     return config
 
 
-def model_card(model: Model, licence: str) -> str:
+def model_card(model: Model, license: str) -> str:
     """The content of `README.md`."""
     corpus = model.corpus_name() or "an unknown text"
     val_fraction = model.settings.get("data", {}).get("val_fraction", 0.1)
@@ -161,7 +161,7 @@ def model_card(model: Model, licence: str) -> str:
     return f"""---
 library_name: transformers
 pipeline_tag: text-generation
-license: {licence}
+license: {license}
 tags:
 - lmlight
 ---
@@ -170,7 +170,7 @@ tags:
 
 {model.net.num_parameters:,} parameters (`{match_architecture(model.net).model_type}`), trained with lmlight \
 {__version__} for {model.step:,} steps on {corpus}, with a context of {model.net.block_size} tokens. \
-{f"On {held_out}: {results}." if results else "Not evaluated."} The licence of the weights is {licence}.
+{f"On {held_out}: {results}." if results else "Not evaluated."} The license of the weights is {license}.
 
 ```python
 from transformers import pipeline

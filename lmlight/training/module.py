@@ -69,7 +69,8 @@ class LanguageModel(TextModel):
             (CPU) or Triton (GPU). Pays off in long runs on GPUs.
         gradient_checkpointing: Compute each block of a `Transformer` again in the backward pass instead of keeping its
             activations: less memory, a third more time.
-        check_causality: Before training, check on a small input that the network's logits do not depend on later tokens.
+        check_causality: Before training, run the network on a small input and check that its logits have the right shape and
+            do not depend on later tokens.
         seed: Seed of dropout. Random numbers depend only on the seed and the step, so a resumed run draws the same ones.
         init_from: A checkpoint from `checkpoint.read`: start from its weights and tokenizer.
         settings: Plain values to log as hyperparameters; `data` is also stored in checkpoints.

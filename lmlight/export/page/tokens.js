@@ -1,7 +1,7 @@
-/** Shows tokens: those of a text, coloured by surprise, and lists of those that were likely. */
+/** Shows tokens: those of a text, colored by loss, and lists of those that were likely. */
 import { largest, probabilities } from "./model.js";
 
-const RED = 8; // nats of the strongest colour
+const RED = 8; // nats of the strongest color
 
 /** Shows a text as tokens. `chips` has one more child before them: the lines of attention. */
 export function showTokens(chips, tokens) {

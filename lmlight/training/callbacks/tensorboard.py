@@ -66,7 +66,7 @@ class Pictures(FitCallback):
     - `attention`: attention weights over a line of text, one figure per head, with the tokens on both axes;
     - `bigram`: the probabilities in a bigram table, for the most frequent tokens;
     - `loss by position`: the validation loss at each position of the block;
-    - `surprise`: the beginning of the validation text, each token coloured by its loss.
+    - `surprise`: the beginning of the validation text, each token colored by its loss.
 
     Skipped if the net is sharded over devices (FSDP).
 
