@@ -16,10 +16,14 @@ M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's malloc.h
 
 
 def main(args: Sequence[str] | None = None) -> int:
-    """Run the words after `lmlight`, by default the process's.
+    """Run a command.
+
+    Args:
+        args: The command and its arguments; by default those of the process.
 
     Returns:
-        The exit status: 0; 2 without a command, or after a `UserError`, which is printed as one line; 130 after Ctrl-C.
+        The exit status: 0; 1 if stdout was closed, or no trial of a sweep succeeded; 2 without a command, or after a
+        `UserError`, which is printed as one line; 130 after Ctrl-C.
     """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # redirected on Windows, it cannot encode every character
@@ -53,7 +57,7 @@ def main(args: Sequence[str] | None = None) -> int:
 
 
 def set_up_process(command: str) -> None:
-    """Choose how threads wait and memory is reused, for a command; call it before torch is imported."""
+    """Set OpenMP and malloc options for a command; call it before torch is imported."""
     bound_spinning(command)
     if command == "fit":
         keep_freed_memory()

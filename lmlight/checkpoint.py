@@ -32,7 +32,7 @@ from lmlight.user_code import import_class, subclasses
 from lmlight.version import __version__
 
 METADATA_KEY = "lmlight"
-FORMAT_VERSION = 4  # raised when older files can no longer be read
+FORMAT_VERSION = 4  # incremented when older files can no longer be read
 FOLDER = "checkpoints"  # inside a run's folder
 NET_PREFIX = "net."  # of the network's weights in the LightningModule's state dict
 ADAPTER = "lora_"  # in the names of adapters' weights, as peft has them
@@ -135,7 +135,7 @@ def read_base(content: dict[str, Any], name: str) -> dict[str, Any]:
 
 
 def fingerprint(path: str | Path) -> str:
-    """The SHA-256 of the checksums that a checkpoint file holds of its parts; empty if it is damaged."""
+    """The SHA-256 of the names and CRC-32s in a checkpoint's zip directory; empty if the file is damaged."""
     try:
         with zipfile.ZipFile(path) as archive:
             parts = sorted((member.filename.partition("/")[2], member.CRC) for member in archive.infolist())
@@ -180,7 +180,7 @@ def check(content: dict[str, Any], path: str | Path) -> dict[str, Any]:
         UserError: It is not an lmlight checkpoint, or of another format version.
     """
     if METADATA_KEY not in content:
-        raise UserError(f"'{path}' is not a checkpoint of lmlight's: pass one that `lmlight fit` wrote")
+        raise UserError(f"'{path}' is not an lmlight checkpoint: pass one that `lmlight fit` wrote")
     metadata = content[METADATA_KEY]
     if metadata.get("format_version") != FORMAT_VERSION:
         raise UserError(
@@ -293,7 +293,7 @@ def load_weights(net: Net, checkpoint: dict[str, Any]) -> None:
     """Load a checkpoint's weights into a network.
 
     Raises:
-        UserError: the network has other weights.
+        UserError: the network has different weights.
     """
     try:
         net.load_state_dict(weights_of(checkpoint))
@@ -342,9 +342,9 @@ def _damaged(path: Path) -> UserError:
         with suppress(OSError), other.open("rb") as file:
             if other != path and _is_intact(file):
                 return UserError(
-                    f"'{path}' is not a checkpoint, or truncated or damaged: the newest good one is '{other}'"
+                    f"'{path}' is not a checkpoint, or is truncated or damaged: the newest intact one is '{other}'"
                 )
-    return UserError(f"'{path}' is not a checkpoint, or truncated or damaged: no good one lies near it")
+    return UserError(f"'{path}' is not a checkpoint, or is truncated or damaged: there is no intact one nearby")
 
 
 def _newest_first(paths: Iterable[Path]) -> list[Path]:

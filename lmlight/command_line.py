@@ -47,7 +47,7 @@ commands:
 
 
 def program(name: str = "lmlight") -> str:
-    """What to type for a program of this environment, which may not be activated."""
+    """The shell command for a program of this environment, activated or not."""
     started = Path(sys.argv[0])
     if started.stem != "lmlight":  # python -m lmlight, or a notebook
         return join([sys.executable, "-m", "tensorboard.main" if name == "tensorboard" else name])
@@ -74,7 +74,7 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message}; see `{self.prog} --help`")
 
     def add_checkpoint_flags(self) -> None:
-        """Add the flags of a command that opens a checkpoint: where to find it, and classes of the user's own in it."""
+        """Add the flags of a command that opens a checkpoint: where to find it, and its user-defined classes."""
         self.add_argument("--runs", default="runs", help="folder in which to look for `best` and `last`")
         self.add_argument("--model.net", dest="net", metavar="CLASS", help="the class of your own network")
         self.add_argument("--data.tokenizer", dest="tokenizer", metavar="CLASS", help="the class of your own tokenizer")

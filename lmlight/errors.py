@@ -1,17 +1,17 @@
-"""`UserError`, the one exception for mistakes of the user, and how it is printed."""
+"""`UserError`, the one exception for user errors, and how it is printed."""
 
 import sys
 
 
 class UserError(ValueError):
-    """A mistake of the user. The message has one line: what was expected, what was found, and what to do.
+    """A user error. The message has one line: what was expected, what was found, and what to do.
 
     The command line prints it and exits with status 2. Our own invariants are `assert`s.
     """
 
 
 def missing_extra(needs: str, extra: str) -> UserError:
-    """The error for a package that is not installed; `needs` says what needs which package."""
+    """The error for a package that is not installed; `needs` begins the message: "reading x needs the package y"."""
     return UserError(f'{needs}, which is not installed: pip install "lmlight[{extra}]"')  # quotes for any shell
 
 

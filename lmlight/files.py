@@ -1,6 +1,6 @@
 """Files and folders that appear complete, or not at all.
 
-They are written beside their place under a hidden name, flushed to the disk, and renamed, so a kill or a full disk at any
+They are written under a hidden name in the same folder, flushed to the disk, and renamed, so a kill or a full disk at any
 moment leaves what was there before. (Replacing a folder has an exception, see `whole_folder`.)
 """
 
@@ -20,7 +20,7 @@ if sys.platform == "darwin":
 
 
 def shown(path: str | os.PathLike[str]) -> str:
-    """A path to print: relative to the current folder, or absolute if it is on another drive of Windows."""
+    """A path to print: relative to the current folder, or absolute if it is on another Windows drive."""
     try:
         return os.path.relpath(path)
     except ValueError:
@@ -29,12 +29,12 @@ def shown(path: str | os.PathLike[str]) -> str:
 
 @contextmanager
 def whole(path: Path, shared: bool = False) -> Iterator[Path]:
-    """Where to write what becomes the file `path` when the block ends without an exception.
+    """A temporary path, whose file replaces `path` when the block ends without an exception.
 
     Args:
         path: a file in an existing folder; replaced unless it is shared.
-        shared: several processes may write it at a time, and the first wins. Each writes a file of its own, which a kill
-            leaves behind; otherwise there is one name, and the next call replaces what a kill has left.
+        shared: several processes may write it at a time, and the first one wins. Temporary names are then unique, and a
+            killed process leaves its file behind; otherwise the next call replaces it.
 
     Raises:
         OSError: it cannot be written; nothing is left beside it.

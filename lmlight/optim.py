@@ -36,7 +36,8 @@ def parameter_groups(net: Net) -> list[dict[str, Any]]:
         `vectors` (norms and biases, without weight decay).
     """
     tables = {id(m.weight) for m in net.modules() if isinstance(m, nn.Embedding)}
-    tables |= {id(m.weight) for m in net.modules() if isinstance(m, nn.Linear) and m.out_features == net.vocab_size}
+    heads = [m.weight for m in net.modules() if isinstance(m, nn.Linear) and m.out_features == net.vocab_size]
+    tables |= {id(weight) for weight in heads[-1:]}  # a hidden layer may have as many outputs
     groups: dict[str, list[Tensor]] = {HIDDEN: [], "embeddings": [], "tensors": [], "vectors": []}
     for parameter in net.parameters():
         if parameter.requires_grad:
@@ -56,7 +57,7 @@ def make_optimizer(factory: Callable[[Any], Optimizer], groups: list[dict[str, A
     """
     try:
         return factory(groups)
-    except Exception as error:  # of a class of the user's own, too
+    except Exception as error:  # user-defined ones, too
         raise _unusable(error) from error
 
 
@@ -73,7 +74,8 @@ def dummy_optimizer(factory: Callable[[Any], Optimizer]) -> Optimizer:
 
 
 def try_step(optimizer: Optimizer) -> None:
-    """Take a step with gradients of one. torch's optimizers initialize the GPU, so not before processes are launched.
+    """Take a step with gradients of one. Call it after processes are launched, because torch's
+    optimizers initialize the GPU.
 
     Raises:
         UserError: The optimizer cannot take a step with dense gradients, or does not call the closure that it is given.
@@ -89,7 +91,7 @@ def try_step(optimizer: Optimizer) -> None:
             for parameter in group["params"]:
                 parameter.grad = torch.ones_like(parameter)
         optimizer.step(closure)  # type: ignore[arg-type]  # typed as returning a float, but documented to return a tensor
-    except Exception as error:  # of a class of the user's own, too
+    except Exception as error:  # user-defined ones, too
         raise _unusable(error) from error
     if not losses:
         raise UserError(
@@ -107,7 +109,7 @@ def _unusable(error: Exception) -> UserError:
 class Muon(Optimizer):
     """Muon for the hidden matrices, AdamW for all other parameters.
 
-    Muon replaces the momentum of a matrix by the nearest matrix with equal singular values, so that rare directions of the
+    Muon replaces the momentum of a matrix by the nearest semi-orthogonal matrix, so that rare directions of the
     gradient move as far as frequent ones. Its step is scaled to the size of AdamW's, so both share one learning rate.
 
     Args:
@@ -242,7 +244,7 @@ class Schedule:
             the last `decay_fraction` of the run; `constant` stays at 1.
         warmup_steps: Steps of linear warmup.
         decay_fraction: Fraction of the steps over which `decay` decays.
-        final_factor: Factor at the end, which would be the next step after the last. The last step's is a little higher.
+        final_factor: Factor at step `total_steps`, one past the last step.
 
     Raises:
         UserError: `warmup_steps` is negative, or a fraction or factor is outside [0, 1].

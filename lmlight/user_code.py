@@ -80,7 +80,7 @@ def import_class(flag: str, name: str, base: type[T]) -> type[T]:
 
 @contextmanager
 def explained(what: str) -> Iterator[None]:
-    """Raise any exception in the block, which runs code of the user's, as a `UserError` that begins with `what`."""
+    """Raise any exception in the block, which runs user code, as a `UserError` that begins with `what`."""
     try:
         yield
     except UserError:
@@ -99,7 +99,7 @@ def describe(error: BaseException) -> str:
 
 
 def user_frame(error: BaseException) -> traceback.FrameSummary | None:
-    """The last line of the user's code on the way to an exception; None if there is none."""
+    """The innermost traceback frame in user code; None if there is none."""
     for frame in reversed(traceback.extract_tb(error.__traceback__)):
         path = Path(frame.filename)
         is_installed = not {"site-packages", "dist-packages"}.isdisjoint(path.parts)

@@ -486,6 +486,6 @@ def test_attention_maps_applied_to_values_give_the_output_of_attention():
 
 def test_training_without_a_logger_names_no_folder(corpus_file, tmp_path, capsys):
     trainer, model, _ = fit(corpus_file, tmp_path, [RunProgress()], tiny.net, max_steps=1, logger=False)
-    assert f"Training {model.net.num_parameters:,} weights on cpu\n" in capsys.readouterr().out
+    assert f"Training {model.net.num_parameters:,} parameters on cpu\n" in capsys.readouterr().out
     fit(corpus_file, tmp_path / "runs", [RunProgress()], tiny.net, max_steps=1, default_root_dir=tmp_path)
-    assert re.search(r" weights on cpu in \S*runs\S+\n", capsys.readouterr().out)
+    assert re.search(r" parameters on cpu in \S*runs\S+\n", capsys.readouterr().out)

@@ -67,7 +67,7 @@ def test_foreign_files_are_refused(tmp_path):
     with pytest.raises(UserError, match="cannot be read"):
         checkpoint.read(tmp_path)
     torch.save({"state_dict": {}}, tmp_path / "foreign.ckpt")
-    with pytest.raises(UserError, match="not a checkpoint of lmlight's"):
+    with pytest.raises(UserError, match="not an lmlight checkpoint"):
         checkpoint.read(tmp_path / "foreign.ckpt")
     (tmp_path / "text.ckpt").write_text("First Citizen")
     with pytest.raises(UserError, match="text.ckpt"):

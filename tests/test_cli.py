@@ -319,6 +319,7 @@ def test_validate_and_test_need_only_the_checkpoint(finished, capsys, monkeypatc
         (("validate", "--data.val_fraction=0.05"), False),
         (("test", "--data.validate_on=tune"), False),  # which scores the validation text
         (("test", "--data.val_corpus=corpus.txt"), True),
+        (("test", "--data.test_corpus=corpus.txt"), True),
     ],
 )
 def test_scoring_text_that_the_model_has_read_warns(finished, capsys, monkeypatch, recwarn, words, warns):
@@ -459,7 +460,7 @@ MISTAKES = {
     "no checkpoint": (["predict"], "--ckpt_path"),
     "missing checkpoint": (["predict", "--ckpt_path=nope.ckpt"], "no checkpoint at 'nope.ckpt'"),
     "not a checkpoint": (["fit", "--ckpt_path=short.txt"], "short.txt"),
-    "foreign checkpoint": (["validate", "--ckpt_path=foreign.ckpt"], "not a checkpoint of lmlight's"),
+    "foreign checkpoint": (["validate", "--ckpt_path=foreign.ckpt"], "not an lmlight checkpoint"),
     "no prompts file": (["predict", "--ckpt_path=good.ckpt", "--data.prompts=nope.txt"], "prompts file 'nope.txt'"),
     "another net": (
         ["validate", "--ckpt_path=good.ckpt", "--model.net.n_embd=64"],

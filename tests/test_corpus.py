@@ -418,13 +418,16 @@ def test_fingerprint_covers_files_and_options(tmp_path):
 
 
 def test_url_is_cached_and_downloaded_again_when_it_changes(tmp_path, served, monkeypatch):
-    served.files["/input.txt"] = CONTENT
+    served.files["/input.txt"], served.modified = CONTENT, "Thu, 26 Nov 2026 08:00:00 GMT"
     assert corpus.load(served.url).text.encode() == CONTENT
     assert corpus.load(served.url).text.encode() == CONTENT
     assert len(files_in_cache()) == 1
+    served.modified = "Fri, 27 Nov 2026 08:00:00 GMT"
+    served.files["/input.txt"] = CONTENT[::-1]  # of the same length
+    assert corpus.load(served.url).text.encode() == CONTENT[::-1]
     served.files["/input.txt"] = CONTENT + b"and a line"
     assert corpus.load(served.url).text.encode() == CONTENT + b"and a line"
-    assert len(files_in_cache()) == 2
+    assert len(files_in_cache()) == 3
     served.files.clear()
     with pytest.warns(UserWarning, match="cannot be reached"):
         assert corpus.load(served.url).text.encode() == CONTENT + b"and a line"
@@ -503,6 +506,8 @@ def served():
         def do_HEAD(self):
             content = server.files.get(self.path)
             self.send_response(404 if content is None else 200)
+            if server.modified:
+                self.send_header("Last-Modified", server.modified)
             self.send_header("Content-Length", str(len(content or b"")))
             self.end_headers()
 
@@ -519,7 +524,7 @@ def served():
             pass
 
     with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-        server.files, server.hits, server.together = {}, [], None
+        server.files, server.hits, server.together, server.modified = {}, [], None, None
         server.url = f"http://127.0.0.1:{server.server_port}/input.txt"
         thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
         thread.start()

@@ -164,14 +164,14 @@ CONTRACT = [
     ("Divided", "model.net cannot be created: AssertionError"),
     ("Configured", "model.net cannot be created: AttributeError: .*config"),
     ("Broken", r"Broken.forward failed for ids of shape \(2, 8\): AttributeError: .*nothing"),
-    ("Stateful", "other logits when it is called again with the same ids"),
+    ("Stateful", "different logits when it is called again with the same ids"),
     ("Listed", "weights that are not among its parameters"),
     ("Vector", r"Vector.loss must return a scalar tensor.*got shape \(16,\)"),
     ("Detached", "Detached.loss must return a scalar tensor.*detached"),
     ("Flops", "Flops.flops_per_token failed: TypeError"),
     ("Cacheless", r"Cacheless.forward\(idx, cache=cache\) failed: TypeError"),
-    ("Forgetful", "other logits with its cache than without it"),
-    ("Unpadded", "other logits for a row whose prompt is shorter"),
+    ("Forgetful", "different logits with its cache than without it"),
+    ("Unpadded", "different logits for a row whose prompt is shorter"),
 ]
 
 
@@ -703,6 +703,16 @@ def test_tokenizer_json_gives_the_same_ids_and_counts_characters(kind, lossless,
     assert (again.eos_id, tokenizer.eos_id) == ((0, 0) if lossless else (None, None))
     if lossless:
         assert 0 not in tokenizer.encode("a<|endoftext|>b"), "special tokens in a text are text"
+
+
+def test_added_tokens_count_their_characters(corpus_text, tmp_path):
+    """Runs of spaces, as in the tokenizers of GPT-NeoX and Phi, are literal text in `added_tokens`."""
+    made = make_hf("byte-level", corpus_text)
+    made.add_tokens(["  ", "   "])
+    made.save(str(tmp_path / "tokenizer.json"))
+    tokenizer = read_pretrained(tmp_path / "tokenizer.json")
+    assert tokenizer.lossless
+    assert tokenizer.char_counts[tokenizer.encode("a   b")].tolist() == [1, 3, 1]
 
 
 def test_sentencepiece_model_file_can_be_used(unigram_file, corpus_file):

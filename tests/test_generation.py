@@ -1,9 +1,11 @@
 """Generation against simpler references: cached and uncached, batched and unbatched, streamed and decoded at once."""
 
+import itertools
 import math
 from contextlib import contextmanager
 from unittest.mock import patch
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -11,7 +13,7 @@ from decoding import assert_batched_equals_alone
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lmlight.data.tokenizer import CharTokenizer, TokenizerConfig
+from lmlight.data.tokenizer import CharTokenizer, Tokenizer, TokenizerConfig
 from lmlight.errors import UserError
 from lmlight.generation import (
     Decoder,
@@ -415,6 +417,34 @@ def test_multibyte_characters_are_streamed_whole(tokenizers):
     pieces = [detokenizer.push(index) for index in ids]
     assert "".join(pieces) == "a☃b"
     assert not any("\ufffd" in piece for piece in pieces)
+
+
+class BytePieces(Tokenizer):
+    """Ids of several bytes that need not end where a character does, as in GPT-2's vocabulary."""
+
+    pieces = (b" \xe2\x80", b"\x9c", b"To", b"\xff")
+    char_counts = np.array([2, 0, 2, 0])
+
+    def encode(self, text):
+        raise NotImplementedError
+
+    def decode(self, ids):
+        return b"".join(self.pieces[index] for index in ids).decode(errors="replace")
+
+    def to_bytes(self):
+        return b""
+
+    @classmethod
+    def from_bytes(cls, data):
+        return cls()
+
+
+def test_text_before_an_incomplete_character_is_held_back_with_it():
+    decoder = StreamingDecoder(BytePieces())
+    assert [decoder.push(index) for index in (0, 1, 2)] == ["", " \u201c", "To"]
+    for ids in itertools.product(range(4), repeat=4):
+        decoder = StreamingDecoder(BytePieces())
+        assert "".join([decoder.push(index) for index in ids]) + decoder.flush() == BytePieces().decode(ids)
 
 
 def test_repetition_penalty_lowers_present_tokens():

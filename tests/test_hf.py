@@ -1,5 +1,6 @@
 """Hugging Face export: transformers gives the same ids, logits and text."""
 
+import dataclasses
 import itertools
 import json
 import re
@@ -187,6 +188,13 @@ def test_model_card_and_files(tokenizers, tmp_path):
     settings = {"data": {"corpus": "train.txt", "val_corpus": r"C:\Users\somebody\val.txt"}}
     model = Model(make(tokenizers["char"], {}), tokenizers["char"], {}, settings, {"val/nats_per_char": 1.5}, 9)
     assert "On a separate text, val.txt:" in hf.model_card(model, "mit")
+    model = dataclasses.replace(model, settings={"data": {"corpus": "tinyshakespeare", "validate_on": "tune"}})
+    assert "On a part of the text that was set aside for tuning:" in (card := hf.model_card(model, "mit"))
+    assert '(".")("ROMEO:")' in card.replace('"text-generation", ', "")
+    imported = hf.model_card(dataclasses.replace(model, settings={}, metrics={}, step=0), "mit")
+    assert "imported and exported with lmlight" in imported
+    assert "steps" not in imported
+    assert "ROMEO" not in imported
 
 
 def test_failed_export_is_a_one_line_error_and_leaves_no_files(tokenizers, tmp_path, capsys, corpus_text):

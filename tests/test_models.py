@@ -131,6 +131,16 @@ def test_chunked_loss_equals_plain_loss(monkeypatch, tie, autocast):
 
 
 @needs_chunked_loss
+def test_chunked_loss_is_the_mean_over_the_targets_that_are_scored(monkeypatch):
+    net = make()
+    idx, targets = torch.randint(11, (2, 2, 8))
+    targets[0, 3:] = -100
+    plain = net.loss(idx, targets)
+    monkeypatch.setattr("lmlight.models.transformer.CHUNKED_LOSS_MIN_LOGITS", 0)
+    torch.testing.assert_close(net.loss(idx, targets), plain)
+
+
+@needs_chunked_loss
 def test_chunked_loss_in_bfloat16_does_not_accumulate_rounding_errors(monkeypatch):
     monkeypatch.setattr("lmlight.models.transformer.CHUNKED_LOSS_MIN_LOGITS", 0)
     net = Transformer(8192, 64, n_layer=1, n_head=2, n_embd=128)

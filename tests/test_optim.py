@@ -37,6 +37,14 @@ def test_parameter_groups():
     assert [group["name"] for group in parameter_groups(Bigram(11, 8))] == ["embeddings"]
 
 
+def test_hidden_layers_as_wide_as_the_vocabulary_stay_hidden():
+    """`mlp.up` has 64 outputs here, and so has the head."""
+    net, other = (Transformer(size, 8, n_layer=1, n_head=2, n_embd=16) for size in (64, 63))
+    for group, expected in zip(parameter_groups(net), parameter_groups(other), strict=True):
+        assert (group["name"], len(group["params"])) == (expected["name"], len(expected["params"]))
+    assert any(net.head.weight is parameter for parameter in parameter_groups(net)[1]["params"])
+
+
 class WithTensors(Bigram):
     """A network with weights of three dimensions."""
 

@@ -154,6 +154,13 @@ def test_progress_compares_settings_with_as_many_seeds_only():
     assert line.startswith("[3/4] model.optimizer.lr=0.2 seed_everything=1: 3 s, lost; best 1.5000 with lr=0.1; about ")
 
 
+def test_progress_when_the_first_trial_is_lost():
+    study = Study(Path("study"), SETTINGS)
+    study.enqueue([params(0.1, 0), params(0.1, 1)])
+    trial = study.claim(SPACE, None, 0)
+    assert worker._progress(study, PLAN, trial, "lost", 3.0).endswith(": 3 s, lost")
+
+
 def test_report_without_a_success_has_status_1(capsys):
     study = Study(Path("study"), SETTINGS)
     study.enqueue([params(0.1, 1)])

@@ -95,7 +95,7 @@ def test_libraries_that_cannot_be_had_are_one_line_and_leave_nothing(fault, libr
     assert main(["export", "web", checkpoint, "site"]) == 2
     err = capsys.readouterr().err
     assert err.startswith("lmlight: error: ") and err.count("\n") == 1
-    assert ("was not used" if fault == "changed" else "(ConnectionError): is there a connection?") in err
+    assert ("was not used" if fault == "changed" else "(ConnectionError): check the network connection") in err
     assert not Path("site").exists()
 
 

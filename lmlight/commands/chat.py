@@ -18,8 +18,8 @@ from lmlight.generation import Sampling, escape_control_characters, generate_tex
 with contextlib.suppress(ImportError):  # not on Windows
     import readline  # noqa: F401  (gives `input` line editing)
 
-HELP = """Type the beginning of a text. An empty line starts without one; \\n in a line is a line break.
-Ctrl-C stops the text, Ctrl-D or /quit ends. Settings, such as /temperature 0.7:"""
+HELP = """Type the beginning of a text. An empty line generates without a prompt; \\n in a line is a line break.
+Ctrl-C stops generating, Ctrl-D or /quit exits. Settings, such as /temperature 0.7:"""
 
 
 def main(args: Sequence[str]) -> None:
@@ -27,7 +27,7 @@ def main(args: Sequence[str]) -> None:
     parser = Parser("lmlight chat", description="The model continues what you type.")
     parser.add_argument("checkpoint", nargs="?", default="best", help="a .ckpt file, a run's folder, `best` or `last`")
     parser.add_checkpoint_flags()
-    parser.add_argument("--device", help="such as cuda or mps; a GPU is used where there is one")
+    parser.add_argument("--device", help="such as cuda or mps; by default, a GPU if there is one")
     options = parser.parse_args(args)
     path = checkpoints.find(options.checkpoint, options.runs, "best")
     content = checkpoints.read(path)
@@ -39,7 +39,7 @@ def main(args: Sequence[str]) -> None:
     except (RuntimeError, AssertionError) as error:  # torch raises either for a device that is not there
         raise UserError(f"device '{device}' cannot be used ({str(error).splitlines()[0]}): pass another") from None
     sampling = Sampling(**{**content[checkpoints.METADATA_KEY]["sampling"], "num_samples": 1})
-    print(f"{files.shown(path)}: {net.num_parameters:,} weights on {device}. /help lists the commands.")
+    print(f"{files.shown(path)}: {net.num_parameters:,} parameters on {device}. /help lists the commands.")
     while True:
         try:
             line = input("> ")

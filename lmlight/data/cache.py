@@ -1,7 +1,7 @@
 """The cache folder, for everything that can be made again.
 
     corpora/    built-in corpora
-    downloads/  texts read from an address, one folder for each version
+    downloads/  texts read from a URL, one folder for each version
     tokens/     token stores, each named after everything that its ids depend on
     web/        libraries of the page of `lmlight export web`
     peers/      what the benchmarks compare with

@@ -1,9 +1,9 @@
-"""A corpus: a built-in one, a file, a folder, a pattern or an address.
+"""A corpus: a built-in one, a file, a folder, a glob pattern or a URL.
 
 - Its files are found, downloaded (`download`), hashed, and read in chunks (`reading`).
 - It is split by characters, before any tokenizer sees it.
 
-Free of torch.
+Does not import torch.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class Corpus:
     """A text that can be read repeatedly without being held in memory.
 
     Attributes:
-        source: the name, path, pattern or address that the user passed, for messages.
+        source: the name, path, glob pattern or URL that the user passed, for messages.
         files: the files with its text, in order.
         text_format: how they are read.
         fingerprint: the SHA-256 of everything that the text depends on; part of the names of caches.
@@ -43,7 +43,7 @@ class Corpus:
     def chunks(self, start: int = 0, stop: int | None = None) -> Iterator[TextChunk]:
         """The characters `[start:stop]`, in chunks of about a megabyte.
 
-        Chunks end where tokenizers split text too, so tokenizing them one by one gives the tokens of the whole.
+        Chunks end where tokenizers split text too, so encoding them one by one gives the same tokens as encoding the whole.
 
         Raises:
             UserError: a file cannot be read, is binary or in another encoding, or lacks the field.
@@ -82,7 +82,7 @@ def load(source: str, text_format: TextFormat = TextFormat(), cache: str | None 
     """Finds, downloads and hashes a corpus. Its text is read later.
 
     Args:
-        source: a key of `BUILTIN_CORPORA`, a file, a folder, a pattern, or an address.
+        source: a key of `BUILTIN_CORPORA`, a file, a folder, a glob pattern, or a URL.
         text_format: how to read its files.
         cache: the cache folder; None is the default one.
 

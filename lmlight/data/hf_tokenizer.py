@@ -1,4 +1,4 @@
-"""Pretrained tokenizers: SentencePiece models, and any `tokenizer.json` of Hugging Face through their library."""
+"""Pretrained tokenizers: SentencePiece models, and any Hugging Face `tokenizer.json`, through `tokenizers`."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import numpy as np
 from lmlight.data.tokenizer import SentencePieceTokenizer, Tokenizer, starts_character
 from lmlight.errors import UserError, missing_extra
 
-# A tokenizer that restores these restores any text, as far as the kinds of tokenizers go that there are.
+# These detect every kind of lossy tokenizer that we know.
 PROBES = (
     " a  b",
     "a\n\n\tb ",
@@ -81,12 +81,14 @@ class HFTokenizer(Tokenizer):
         self._tokenizer.encode_special_tokens = True
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
-        special = {token["id"] for token in self.content.get("added_tokens", []) if token["special"]}
+        added = {token["id"]: token for token in self.content.get("added_tokens", [])}  # literal text
         is_byte_level = '"ByteLevel"' in json.dumps(self.content.get("decoder"))
         self.char_counts = np.zeros(self._tokenizer.get_vocab_size(), dtype=np.int64)
         for index in range(len(self.char_counts)):
             piece = self._tokenizer.id_to_token(index)
-            if piece is not None and index not in special and index != self.eos_id:
+            if index in added:
+                self.char_counts[index] = 0 if added[index]["special"] or index == self.eos_id else len(piece)
+            elif piece is not None and index != self.eos_id:
                 self.char_counts[index] = _characters(piece, is_byte_level)
         self.lossless = all(
             self.decode(ids := self.encode(text)) == text and self.char_counts[ids].sum() == len(text)

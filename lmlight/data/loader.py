@@ -51,7 +51,7 @@ def make_batch(rows: Tokens, char_counts: npt.NDArray[np.number]) -> Batch:
 
 
 def as_batch(batch: Any) -> Batch:
-    """A `Batch` from a pair (inputs, targets), which counts no characters; a `Batch` as it is.
+    """A `Batch` from a pair (inputs, targets), which counts no characters; a `Batch` unchanged.
 
     Raises:
         UserError: it is neither.

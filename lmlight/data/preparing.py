@@ -1,7 +1,7 @@
 """From a corpus to its token store.
 
 A store is named after the text and every setting that the tokens depend on, so a changed setting never meets a stale
-cache. Free of torch.
+cache. Does not import torch.
 """
 
 from __future__ import annotations
@@ -52,8 +52,8 @@ class CorpusSpec:
     def __post_init__(self) -> None:
         for name in ("corpus", "val_corpus", "test_corpus"):
             given = getattr(self, name)
-            if not (isinstance(given, (str, os.PathLike)) or (given is None and name != "corpus")):
-                expected = "a path, a pattern, an address or the name of a corpus"
+            if given == "" or not (isinstance(given, (str, os.PathLike)) or (given is None and name != "corpus")):
+                expected = "a path, a pattern, a URL or the name of a corpus"
                 raise UserError(f"data.{name} must be {expected}, got {given!r}")
             object.__setattr__(self, name, given and os.fspath(given))
         if not 0 < self.val_fraction < 1:
@@ -71,7 +71,7 @@ class CorpusSpec:
         }
 
     def prepare_store(self, pretrained_tokenizer: Tokenizer | None = None) -> TokenStore:
-        """Finds the corpus's token store, or makes it.
+        """The corpus's token store, which is created if needed.
 
         Args:
             pretrained_tokenizer: encodes the text in place of a tokenizer trained on it.

@@ -6,7 +6,7 @@
 - *Documents* are the lines of a `.jsonl` file, the rows of a `.parquet` file, the parts of a text file between two
   separators, or whole text files if there are several. A single text file has no documents.
 
-Free of torch.
+Does not import torch.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ COMPRESSIONS = {".gz": "gzip", ".bz2": "bz2", ".xz": "xz", ".zst": "zstd"}  # fs
 SUPPORTED_FILES = f"{', '.join(TEXT_SUFFIXES + RECORD_SUFFIXES)} (also compressed: {', '.join(COMPRESSIONS)})"
 
 SURROGATE = re.compile("[\ud800-\udfff]")
-HEAD_SIZE = 8192  # bytes at the beginning of a file that are checked for being text
+HEAD_SIZE = 8192  # bytes at the beginning of a file in which binary files are detected
 
 
 class TextChunk(NamedTuple):
@@ -96,7 +96,7 @@ def _end_of_part(line: str, start: int) -> int:
 
 
 def slice_chunks(chunks: Iterable[TextChunk], start: int, stop: int | None) -> Iterator[TextChunk]:
-    """The characters `[start:stop]` of a text in chunks. The end of a document belongs to its last character."""
+    """The characters `[start:stop]` of a text in chunks. `ends_document` goes with the last character."""
     position = 0
     for text, ends_document in chunks:
         first, position = position, position + len(text)
@@ -126,7 +126,7 @@ def split_between_lines(chunks: Iterable[TextChunk]) -> Iterator[TextChunk]:
 
 
 def file_format(name: str) -> tuple[str, str]:
-    """A file's suffix without that of its compression, and that of its compression; empty if it has none."""
+    """A file's suffix before compression, and that of its compression; either may be empty."""
     path = PurePath(name.lower())
     compression = path.suffix if path.suffix in COMPRESSIONS else ""
     return PurePath(path.name.removesuffix(compression)).suffix, compression

@@ -62,12 +62,13 @@ def write(store: TokenStore, target: Path) -> TokenStore:
                 output_dir=str(folder / CHUNKS),
                 chunk_bytes=CHUNK_BYTES,
                 item_loader=package.TokensLoader(),
-                num_workers=1,  # several would cut chunks elsewhere, and reading is all the work there is
+                num_workers=1,  # more would change the chunks, and the work is I/O
                 keep_data_ordered=True,
                 verbose=False,
             )
         for file in store.folder.iterdir():
-            if file.is_file() and file.name != INDEX and file not in train.shards:
+            hidden = file.name.startswith(".")  # left by a kill
+            if file.is_file() and not hidden and file.name != INDEX and file not in train.shards:
                 shutil.copyfile(file, folder / file.name)
         for number, shard in enumerate(train.shards[-KEPT_SHARDS:]):
             assert isinstance(shard, Path)
@@ -87,7 +88,7 @@ def _pages(ids: TokenArray, page_tokens: int) -> Iterator[Tokens]:
 
 
 def streamed_windows(store: TokenStore, place: str, block_size: int, seed: int, order: str) -> WindowSource:
-    """Windows of the streamed store at `place`, a folder or an address; for the other arguments see `WindowSource`.
+    """Windows of the streamed store at `place`, a folder or a URL; for the other arguments see `WindowSource`.
 
     The store's chunks are the shards. The next one is fetched while one is in use.
     """

@@ -1,7 +1,7 @@
 """Subword regularization (Kudo 2018, https://arxiv.org/abs/1804.10959): random segmentations of the training text.
 
 They are sampled here because SentencePiece's own sampling does not repeat from one process to the next. Here the same
-seed and epoch give the same segmentation everywhere. Free of torch.
+seed and epoch give the same segmentation everywhere. Does not import torch.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class SubwordSampling:
     """Subword regularization: a new random segmentation of the training text in each epoch.
 
     Args:
-        alpha: exponent of the segmentations' probabilities: 0 samples all of them alike, large values always the best.
+        alpha: exponent of the segmentations' probabilities: 0 is uniform; large values approach the best segmentation.
 
     Raises:
         UserError: `alpha` is negative or not finite.

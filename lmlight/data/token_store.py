@@ -1,8 +1,8 @@
-"""Token ids on disk: reading. `token_writer` writes them. Free of torch.
+"""Token ids on disk: reading. `token_writer` writes them. Does not import torch.
 
 - A token store is a folder with the tokenizer, the ids of each split in shards (`train-00000.npy`; uint16, or uint32 above
   65,536 ids), and `index.json`, which is written last. A folder without an index is unfinished and never read.
-- A finished store contains no absolute paths, so it can be copied anywhere.
+- Reading a finished store needs no absolute paths, so it can be copied anywhere.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from lmlight import files
 from lmlight.data.tokenizer import deserialize
 from lmlight.errors import UserError
 
-# Part of every fingerprint; raised when the same text and settings would give other files.
+# Part of every fingerprint; incremented when the same text and settings would give other files.
 FORMAT_VERSION = 6
 INDEX, TOKENIZER = "index.json", "tokenizer"
 
@@ -104,7 +104,8 @@ class TokenStore:
         fingerprint: the fingerprint passed to `write_store`; None accepts any store.
 
     Raises:
-        UserError: the store is missing, unfinished, damaged, of another format version or of another text or tokenizer.
+        UserError: the store is missing, unfinished, damaged, of another format version, or made from
+            another text or tokenizer.
     """
 
     def __init__(self, folder: Path, fingerprint: str | None = None) -> None:
@@ -118,7 +119,7 @@ class TokenStore:
             if index["format_version"] != FORMAT_VERSION:
                 raise UserError(f"{tokens} of another version of lmlight: prepare the text again")
             if fingerprint and index["fingerprint"] != fingerprint:
-                raise UserError(f"{tokens} of another text or tokenizer: {remedy}")
+                raise UserError(f"{tokens} from another text or tokenizer: {remedy}")
             self.tokenizer = deserialize((folder / TOKENIZER).read_bytes())
             self.metadata: dict[str, Any] = index["metadata"]
             self.streamed: dict[str, Any] | None = index.get("streamed")

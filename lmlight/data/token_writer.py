@@ -5,7 +5,7 @@
 - Full shards are encoded in worker processes. SentencePiece's own threads do not help, because turning ids into Python
   objects holds the global interpreter lock (benchmarks/data.py).
 
-Free of torch.
+Does not import torch.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def write_store(
         fingerprint: identifies everything that the ids depend on (text, split, tokenizer).
         texts: the text of each split.
         tokenizer: encodes the text, unless the unfinished store already has a tokenizer.
-        metadata: plain values for people and for `CorpusSpec`.
+        metadata: plain values: `corpus`, `vocab_size` and `settings`.
         chars: characters of all texts, for the progress bar; 0 shows none.
         processes: worker processes for texts of more than one shard; None is one per core.
 

@@ -8,7 +8,7 @@
 - Text is encoded line by line: over longer texts SentencePiece adds up scores in fp32 until rounding changes which
   segmentation wins.
 
-Free of torch.
+Does not import torch.
 """
 
 from __future__ import annotations
@@ -36,12 +36,12 @@ from lmlight.user_code import explained, full_name, subclasses
 # separators, bidirectional embeddings, overrides and isolates.
 CONTROL_CHARACTERS = re.compile(r"[\0-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]")
 # Appended to the SentencePiece model of a text whose lines end in CRLF. SentencePiece ignores this protobuf field (200, a
-# string). The vocabulary does not tell: a carriage return in it may come from a few lines.
+# string). The vocabulary does not show this: a carriage return in it may come from a few lines.
 CRLF_FIELD = b"\xc2\x0c\x02\r\n"
 
 
 class Tokenizer(ABC):
-    """The interface of all tokenizers. A subclass has `encode`, `decode`, `to_bytes` and `char_counts`.
+    """The interface of all tokenizers. A subclass implements `encode`, `decode` and `to_bytes`, and sets `char_counts`.
 
     Attributes:
         char_counts: (vocab_size,) the number of characters that each id stands for. A byte piece counts if it is the first
@@ -208,7 +208,7 @@ def deserialize(data: bytes) -> Tokenizer:
 
 
 def check_tokenizer(tokenizer: Tokenizer) -> None:
-    """Check the attributes of a tokenizer, which may be of a class of the user's own, and that its bytes restore it.
+    """Check the attributes of a tokenizer, which may be user-defined, and that its bytes restore it.
 
     Raises:
         UserError: something is missing or wrong.
@@ -329,7 +329,7 @@ class SentencePieceTokenizer(Tokenizer):
         return {self.pieces[index]: (index, model.get_score(index)) for index in matching}
 
     def normalize(self, text: str) -> str:
-        """Text as SentencePiece matches its pieces against it."""
+        """The text after SentencePiece's normalization, in which spaces are ▁."""
         return text.replace(" ", SPACE) if self.lossless else self._processor.normalize(text)
 
     def separator_ids(self, separator: str) -> list[int]:

@@ -1,13 +1,13 @@
 """Which windows of the token stream make up which step: pure functions of (seed, epoch, position).
 
 - A training epoch is a random offset into the stream and a random permutation of the non-overlapping windows from there.
-  Every token is seen once per epoch, and window borders move from epoch to epoch.
-- Training tokens come in shards. Stored tokens are one shard (`stored_windows`). Tokens that are made or fetched shortly
-  before use come in several: `subword_regularization.resegmented_windows`, `streaming.streamed_windows`.
+  No token is a target twice in an epoch; fewer than 2 T at the ends are left out. Window borders move from epoch to epoch.
+- Training tokens come in shards. Stored tokens are one shard (`stored_windows`). Tokens that are resegmented or streamed
+  come in several: `subword_regularization.resegmented_windows`, `streaming.streamed_windows`.
 - Evaluation scores every token exactly once.
 - Every rank takes its slice of one global order, so nothing depends on the number of processes or workers.
 
-Axes: B windows in a batch, W in all, T positions, N tokens. Free of torch.
+Axes: B windows in a batch, W in all, T positions, N tokens. Does not import torch.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def epoch_starts(n_tokens: int, block_size: int, random: np.random.Generator) ->
 
 
 def random_starts(n_tokens: int, block_size: int, random: np.random.Generator) -> npt.NDArray[np.int64]:
-    """As many windows, drawn independently as in nanoGPT: an epoch repeats some tokens and misses others."""
+    """The same number of starts, drawn independently as in nanoGPT: an epoch repeats some tokens and misses others."""
     return random.integers(n_tokens - block_size, size=windows_per_epoch(n_tokens, block_size))
 
 
@@ -54,7 +54,7 @@ ORDERS = {"epoch": epoch_starts, "random": random_starts}
 class WindowSource:
     """Training windows, in an order that is a pure function of (seed, epoch, position).
 
-    All windows of one shard are visited, then all of the next, in an order of the epoch's own.
+    All windows of one shard are visited, then all of the next, in a different order in each epoch.
 
     Args:
         load: returns the ids (N,) of a shard, given the epoch and the shard's number.
@@ -218,8 +218,8 @@ def subset_windows(n_tokens: int, block_size: int, windows: int) -> npt.NDArray[
 def eval_batches(full: int, windows: int, batch_size: int, rank: int = 0, world_size: int = 1) -> list[range]:
     """One rank's batches of evaluation windows, each window once.
 
-    The first `full` windows have the full length; a shorter one is a batch by itself. Number `windows` stands for a window
-    that scores nothing: it fills the last round, because ranks wait for one another.
+    The first `full` windows have the full length; a shorter one is a batch by itself. Index `windows` is a dummy that
+    scores nothing: it fills the last round, so that all ranks have the same number of batches.
     """
     batches = [range(first, min(first + batch_size, full)) for first in range(0, full, batch_size)]
     batches += [range(window, window + 1) for window in range(full, windows)]

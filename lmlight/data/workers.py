@@ -1,4 +1,4 @@
-"""Worker processes for CPU-bound work. Free of torch."""
+"""Worker processes for CPU-bound work. Does not import torch."""
 
 from __future__ import annotations
 

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from lmlight import checkpoint as checkpoints
 from lmlight import files
-from lmlight.command_line import Parser, join
+from lmlight.command_line import Parser, join, program
 from lmlight.errors import UserError
 from lmlight.export import gguf_file, graph, hf, hf_import, web
 from lmlight.export.model import Model
@@ -82,8 +82,10 @@ def import_(args: Sequence[str]) -> None:
     for note in notes:
         print(f"Note: {note}")
     print(f"Wrote {options.checkpoint}: {model.net.num_parameters:,} parameters.")
-    flags = f"--init_from={options.checkpoint}", "--config=configs/finetune.yaml", "--data.corpus=my.txt"
-    print("Finetune:", join(["lmlight", "fit", *flags]))
+    optimizer = "--model.optimizer=torch.optim.AdamW", "--model.optimizer.lr=5e-5"  # as in configs/finetune.yaml
+    sizes = "--trainer.max_steps=60", "--data.block_size=256", "--data.batch_size=8"
+    flags = f"--init_from={options.checkpoint}", "--data.corpus=my.txt", *optimizer, *sizes
+    print(f"Finetune: {program()} {join(['fit', *flags])}")
 
 
 @contextmanager

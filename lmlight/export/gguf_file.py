@@ -59,6 +59,8 @@ def write(model: Model, path: Path, precision: str = "f32") -> None:
     writer.add_file_type(gguf.LlamaFileType[f"{'ALL' if precision == 'f32' else 'MOSTLY'}_{precision.upper()}"])
     _add_tokenizer(writer, model)
     for _, name, value in named_weights(net.float()):
+        if name == "output.weight" and options["tie"]:
+            continue  # llama.cpp takes the embedding
         if architecture.gguf_name == "llama" and (".attn_q." in name or ".attn_k." in name):
             value = interleave_rope(value, net.head_size)
         if options["mlp"] == "relu2" and ".ffn_gate." in name:

@@ -175,7 +175,7 @@ def write_torch(model: Model, path: Path) -> None:
 
 @contextlib.contextmanager
 def _tracing(net: Net) -> Iterator[None]:
-    """Raise any exception as a `UserError` that says what a network of the user's own must not do."""
+    """Raise any exception as a `UserError` that says what a user-defined network must not do."""
     try:
         yield
     except Exception as error:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lmlight.data.download import BUILTIN_CORPORA
 from lmlight.data.hf_tokenizer import HFTokenizer
 from lmlight.data.tokenizer import SentencePieceTokenizer
 from lmlight.errors import UserError
@@ -150,11 +151,16 @@ def generation_config_json(model: Model) -> dict[str, Any]:
 
 def model_card(model: Model, license: str) -> str:
     """The content of `README.md`."""
-    corpus = model.corpus_name() or "an unknown text"
-    val_fraction = model.settings.get("data", {}).get("val_fraction", 0.1)
-    held_out = f"the last {100 * val_fraction:.3g}% of the text, which was not used for training"
+    corpus, data = model.corpus_name(), model.settings.get("data", {})
+    prompt = BUILTIN_CORPORA[corpus].sample_prompt if corpus in BUILTIN_CORPORA else "The "
+    origin = f"trained with lmlight {__version__} for {model.step:,} steps on {corpus or 'an unknown text'}"
+    if not (corpus or model.step):
+        origin = f"imported and exported with lmlight {__version__}"
+    held_out = f"the last {100 * data.get('val_fraction', 0.1):.3g}% of the text, which was not used for training"
     if val_corpus := model.corpus_name("val_corpus"):
         held_out = f"a separate text, {val_corpus}"
+    if data.get("validate_on") == "tune":
+        held_out = "a part of the text that was set aside for tuning"
     units = {"nats_per_char": "nats per character", "bpc": "bits per character", "perplexity": "perplexity per token"}
     metrics = {unit: model.metrics.get(f"val/{name}") for name, unit in units.items()}
     results = ", ".join(f"{value:.4f} {unit}" for unit, value in metrics.items() if value is not None)
@@ -166,15 +172,15 @@ tags:
 - lmlight
 ---
 
-# A small language model of {corpus}
+# A small language model{f" of {corpus}" if corpus else ""}
 
-{model.net.num_parameters:,} parameters (`{match_architecture(model.net).model_type}`), trained with lmlight \
-{__version__} for {model.step:,} steps on {corpus}, with a context of {model.net.block_size} tokens. \
+{model.net.num_parameters:,} parameters (`{match_architecture(model.net).model_type}`), {origin}, \
+with a context of {model.net.block_size} tokens. \
 {f"On {held_out}: {results}." if results else "Not evaluated."} The license of the weights is {license}.
 
 ```python
 from transformers import pipeline
 
-print(pipeline("text-generation", ".")("ROMEO:")[0]["generated_text"])
+print(pipeline("text-generation", ".")("{prompt}")[0]["generated_text"])
 ```
 """

@@ -86,13 +86,15 @@ def _library(package: str, hashes: dict[str, str]) -> list[Path]:
         except OSError as error:  # those of requests, too
             raise UserError(
                 f"{package}, which the page needs, could be downloaded neither with npm nor from a content delivery network "
-                f"({type(error).__name__}): is there a connection?"
+                f"({type(error).__name__}): check the network connection"
             ) from None
         for name, content in zip(missing, contents, strict=True):
             if _sha256(content) != hashes[name]:
-                raise UserError(f"'{name}' of {package} is not the file that it should be, and was not used")
-            with writing_cache(folder), files.whole(folder / name) as beside:
-                beside.write_bytes(content)
+                raise UserError(f"'{name}' of {package} does not have the expected SHA-256, so it was not used")
+            with writing_cache(folder):
+                (folder / name).unlink(missing_ok=True)  # if it is damaged
+                with files.whole(folder / name, shared=True) as beside:
+                    beside.write_bytes(content)
     return [folder / name for name in hashes]
 
 
@@ -105,7 +107,7 @@ def _download(package: str, names: list[str]) -> list[bytes]:
     npm, quiet = shutil.which("npm"), subprocess.DEVNULL
     with (
         tempfile.TemporaryDirectory() as folder,
-        contextlib.suppress(OSError, ValueError, KeyError, subprocess.SubprocessError),
+        contextlib.suppress(OSError, ValueError, KeyError, tarfile.TarError, subprocess.SubprocessError),
     ):
         if npm:
             command = [npm, "pack", "--fetch-retries=0", package]
@@ -156,7 +158,7 @@ def play(args: Sequence[str]) -> None:
     parser = Parser("lmlight play", description="Explore a model in a web page, which only this machine can open.")
     parser.add_argument("checkpoint", nargs="?", default="best", help="a .ckpt file, a run's folder, `best` or `last`")
     parser.add_argument("--port", type=int, default=8420, help="port of the page (default: 8420); 0 takes a free one")
-    parser.add_argument("--no-browser", action="store_true", help="only print the address")
+    parser.add_argument("--no-browser", action="store_true", help="only print the URL")
     parser.add_checkpoint_flags()
     options = parser.parse_args(args)
     with contextlib.suppress(KeyboardInterrupt), tempfile.TemporaryDirectory() as folder:
@@ -169,8 +171,8 @@ def play(args: Sequence[str]) -> None:
             print(f"Preparing the page of {files.shown(source)}", flush=True)
             trusted, _ = checkpoints.import_classes(options.net, options.tokenizer)
             write(Model.read(source, trusted), Path(folder))
-            address = f"http://127.0.0.1:{server.server_port}/"
-            print(f"{address} (Ctrl-C ends it)", flush=True)
+            url = f"http://127.0.0.1:{server.server_port}/"
+            print(f"{url} (Ctrl-C ends it)", flush=True)
             if not options.no_browser:
-                webbrowser.open(address)
+                webbrowser.open(url)
             server.serve_forever()

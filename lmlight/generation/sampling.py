@@ -71,7 +71,7 @@ class Sampling:
 
 
 def apply_repetition_penalty(logits: Tensor, present: Tensor, penalty: float) -> Tensor:
-    """Make tokens less likely that occur already: (B, V) logits, of which `present` (B, V), boolean, are changed."""
+    """Penalize tokens that already occur: (B, V) logits, of which `present` (B, V), boolean, are changed."""
     return torch.where(present, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
 
 

@@ -40,13 +40,12 @@ class StreamingDecoder:
     def push(self, index: int) -> str:
         """The text that is complete with this id."""
         self._pending.append(index)
-        is_partial = self._tokenizer.decode([index]) == "\ufffd" and self._text().endswith("\ufffd")
-        return "" if is_partial else self.flush()
+        return "" if self._text().endswith("\ufffd") else self.flush()
 
     def flush(self) -> str:
         """The text that was held back."""
         text = self._text()
-        # alone, ids that decode to nothing would drop the space of the next one
+        # as the only context, ids without text would make the tokenizer drop the next space
         alone = self._tokenizer.decode(self._pending)
         self._context = self._pending if text and alone else self._context + self._pending
         self._pending = []

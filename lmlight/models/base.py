@@ -72,7 +72,7 @@ class Net(nn.Module, ABC):
 
     @property
     def num_parameters(self) -> int:
-        """The number of trained weights; tied ones count once."""
+        """The number of parameters; tied ones count once."""
         return sum(parameter.numel() for parameter in self.parameters())
 
 

@@ -51,11 +51,11 @@ def check_net(make_net: Callable[[int, int], Net], block_size: int, check_causal
         logits = _run(net, idx)
         if not _equal(logits, _run(net, idx)):
             raise UserError(
-                f"{name} returns other logits when it is called again with the same ids: it must not keep a state between "
-                "calls, and must take random numbers from torch; correct it, or pass --model.check_causality false"
+                f"{name} returns different logits when it is called again with the same ids: it must not keep a state "
+                "between calls, and must take random numbers from torch; correct it, or pass --model.check_causality false"
             )
         _run(net, idx[:, :1])  # generation starts with short contexts
-        for t in range(1, T):  # all tokens from position t on are others
+        for t in range(1, T):  # replace all tokens from position t on
             if not _equal(logits[:, :t], _run(net, torch.cat((idx[:, :t], other[:, t:]), 1))[:, :t]):
                 raise UserError(
                     f"{name} looks at the future: logits at positions before {t} changed with the tokens from position {t} "
@@ -71,7 +71,7 @@ def check_net(make_net: Callable[[int, int], Net], block_size: int, check_causal
                 f"{name} computes with weights that are not among its parameters, so they would be neither trained nor "
                 "saved: assign layers to attributes, and use nn.ModuleList or nn.ParameterList in place of a list"
             )
-        _check_cache(net.eval(), idx)  # without dropout, which would draw other numbers
+        _check_cache(net.eval(), idx)  # without dropout, which would draw different numbers
 
 
 def check_loss(loss: object, method: str) -> None:
@@ -102,12 +102,12 @@ def _check_cache(net: Net, idx: Tensor) -> None:
     logits = torch.cat(steps, 1)  # (2, T - pad, V)
     if not _equal(logits[0], _run(net, idx[:1])[0, pad:]):
         raise UserError(
-            f"{name} returns other logits with its cache than without it, so it would generate other text: keep all that "
-            "forward needs of earlier tokens in the cache"
+            f"{name} returns different logits with its cache than without it, so it would generate different text: keep "
+            "all that forward needs of earlier tokens in the cache"
         )
     if not _equal(logits[1], _run(net, idx[1:, pad:])[0]):
         raise UserError(
-            f"{name} returns other logits for a row whose prompt is shorter than that of another: ignore the first "
+            f"{name} returns different logits for a row whose prompt is shorter than that of another: ignore the first "
             "cache.padding[row] tokens of each row"
         )
 

@@ -18,7 +18,7 @@ class Cache:
     `set_padding` once, then `forward(idx, cache=cache)` with the prompts and with each further token.
 
     Args:
-        is_causal: whether a position attends to none that follows it.
+        is_causal: whether a position attends to no later position.
         attention_maps: a list to which each layer appends its attention weights (B, H, T, S).
 
     Attributes:

@@ -26,7 +26,7 @@ from lmlight.models.base import Net
 from lmlight.models.kv_cache import Cache, KeyValueCache
 from lmlight.models.rope import rope_cache
 
-# From this many logits on (half a gigabyte in float32), the loss is computed in chunks that are not kept, if torch is 2.13.
+# From this many logits on (512 MiB in float32), the loss is computed in chunks, if torch has `linear_cross_entropy`.
 CHUNKED_LOSS_MIN_LOGITS = 2**27
 
 GPT2: dict[str, Any] = dict(norm="layernorm", positions="learned", mlp="gelu", qk_norm=False, bias=True, tie=True)
@@ -207,7 +207,9 @@ class Transformer(Net):
             x, weight = x.to(dtype), weight.to(dtype)
         # its own mean sums the chunks in the type of x, which in bfloat16 is off by up to 0.5 nats
         options = nn.LinearCrossEntropyOptions(batch_chunk_size=max(1, 2**25 // self.vocab_size))  # 128 MiB of logits
-        return F.linear_cross_entropy(x, weight, targets.flatten(), reduction="none", options=options).float().mean()
+        targets = targets.flatten()
+        losses = F.linear_cross_entropy(x, weight, targets, reduction="none", options=options).float()
+        return losses.sum() / (targets != -100).sum()  # of the targets that `F.cross_entropy` does not ignore
 
     def attention_maps(self, idx: Tensor) -> Tensor:
         """Compute the attention weights of all layers: (B, T) ids to (L, B, H, T, T); rows sum to 1."""
@@ -220,7 +222,7 @@ class Transformer(Net):
         return KeyValueCache(shape, self.head.weight, self.rope_theta if self.positions is None else None)
 
     def flops_per_token(self) -> int:
-        # a score for each position, and the sum of the values
+        # the scores and the weighted sum of the values
         return super().flops_per_token() + 4 * len(self.blocks) * self.block_size * self.n_head * self.head_size
 
 

@@ -51,7 +51,7 @@ class Setting:
         return ", ".join(f"{name.rpartition('.')[2]}={brief(value)}" for name, value in self.params.items())
 
     def minus(self, other: Setting) -> Interval | None:
-        """The difference to another setting, from the pairs of runs with the same seed."""
+        """The difference from another setting, from the pairs of runs with the same seed."""
         pairs = [value - other.values[seed] for seed, value in self.values.items() if seed in other.values]
         return interval(pairs) if pairs else None
 

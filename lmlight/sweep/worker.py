@@ -111,7 +111,7 @@ def _progress(study: Study, plan: Plan, trial: Trial, result: str, seconds: floa
     best = best_of(settings)
     if best.done and len(settings) > 1:
         line += f"; best {best.mean:.4f} with {best.name}"
-    if left := _count(study, plan) - len(ended):
+    if ended and (left := _count(study, plan) - len(ended)):
         usual = statistics.fmean((one.duration or timedelta()).total_seconds() for one in ended)
         line += f"; about {duration(usual * left / (len(study.trials(TrialState.RUNNING)) + 1))} left"
     return line

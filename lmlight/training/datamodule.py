@@ -35,7 +35,7 @@ class TextDataModule(LightningDataModule):
     do not overlap and score every token once. `test` has a second loader with a sliding window.
 
     Args:
-        corpus: name of a corpus (`tinyshakespeare`), a file, a folder, a pattern (`books/**/*.txt`), or an address that
+        corpus: name of a corpus (`tinyshakespeare`), a file, a folder, a glob pattern (`books/**/*.txt`), or a URL that
             fsspec opens (`https://`, `s3://`, `hf://`). Files are text, `.jsonl` or `.parquet`, optionally compressed as
             `.gz`, `.bz2`, `.xz` or `.zst`. Also the folder that `lmlight prepare --to` wrote, or a copy of it.
         block_size: tokens per window, the longest context of the net.
@@ -57,7 +57,7 @@ class TextDataModule(LightningDataModule):
         windows: `epoch` visits non-overlapping windows in random order; `random` draws each window independently.
         prompts: for `predict`: a list, or a file with one prompt per line (`-` is the standard input).
         prompt_batch_size: prompts that `predict` continues together.
-        num_workers: DataLoader processes. With `subword_sampling` of a large text, processes that segment ahead instead.
+        num_workers: DataLoader processes. With `subword_sampling`, processes that segment ahead instead.
         seed: determines the order of the windows and the sampled segmentations.
 
     Raises:
@@ -177,7 +177,9 @@ class TextDataModule(LightningDataModule):
         self.teardown(stage)
         store = self._store = TokenStore(Path(self._folder))
         if not store.tokenizer.lossless:
-            rank_zero_warn("this tokenizer is lossy (it folds white space): metrics count the original characters")
+            rank_zero_warn(
+                "this tokenizer is lossy (it does not restore every text): metrics count the original characters"
+            )
         train = store.ids["train"]
         order = self.block_size, self.seed, self.windows
         if stage == "fit" and store.streamed:
@@ -198,7 +200,7 @@ class TextDataModule(LightningDataModule):
         if self.subword_sampling and 0 < seen < n_windows and self._running(TrainerFn.FITTING):
             rank_zero_warn(
                 f"this run sees {seen / n_windows:.0%} of the training text and none of it twice, so subword_sampling "
-                "only makes the text longer: set it to null"
+                "only makes the token sequence longer: set it to null"
             )
         sampler = TrainBatchSampler(n_windows, self.batch_size, *_ranks(self.trainer))
         device = self.trainer.strategy.root_device if self.trainer is not None else None
@@ -212,13 +214,16 @@ class TextDataModule(LightningDataModule):
         return [self._eval_loader("test", stride) for stride in (self.block_size, -(-self.block_size // 2))]
 
     def train_subset_dataloader(self, windows: int) -> EvalLoader:
-        """Up to `windows` windows, evenly spaced in the training text, scored like the validation text."""
+        """Up to `windows` windows, scored like the validation text, evenly spaced in the training text.
+
+        Of a streamed training text, only the end is used.
+        """
         ids = self.store.ids["train"]
         chosen = subset_windows(len(ids), self.block_size, windows)
         return EvalLoader(ids, chosen, self.store.char_counts["train"], self.batch_size, *_ranks(self.trainer)[:2])
 
     def predict_dataloader(self) -> DataLoader[list[str]]:
-        """Batches of prompts, dealt out to the ranks; the last one may be empty on some ranks."""
+        """Batches of prompts, distributed over the ranks; the last one may be empty on some ranks."""
         batches = prompt_batches(self.prompts, self.prompt_batch_size, *_ranks(self.trainer)[:2])
         return DataLoader(cast("Dataset[list[str]]", batches), batch_size=None)
 

@@ -122,7 +122,7 @@ class DistilledModel(LanguageModel):
             )
 
     def training_loss(self, batch: Batch) -> Tensor:
-        """The cross-entropy of the mixed target: at least its entropy, so it does not compare with that of other models."""
+        """The cross-entropy of the mixed target, at least its entropy: not comparable to the loss of other models."""
         idx, targets = batch.inputs, batch.targets.flatten()
         with torch.no_grad():
             target = sum(net(idx).flatten(0, 1).float().softmax(-1) for net, _ in self._teachers)

@@ -15,18 +15,18 @@ from lmlight.training.module import STATES, LanguageModel
 
 
 class LoRAModel(LanguageModel):
-    """Finetunes a model through low-rank adapters; its own weights stay as they are.
+    """Finetunes a model through low-rank adapters; its own weights are frozen.
 
-    Each chosen matrix W is replaced by W + alpha / rank · B A, where only A and B, with `rank` rows and columns, are trained
+    Each chosen matrix W is replaced by W + alpha / rank · B A, where only A (rank, in) and B (out, rank) are trained
     (Hu et al. 2021, https://arxiv.org/abs/2106.09685). Checkpoints hold the adapters and the path of the model that they
     belong to; reading one merges both, so that all commands can use it. Needs the package `peft`.
 
     Args:
-        rank: Size of the adapters.
+        rank: Rank of A and B.
         alpha: Scale of the adapters, relative to the rank.
         adapter_dropout: Dropout probability of the adapters' input.
         targets: Names of the linear layers that get adapters, in every block. The default is all of `Transformer`'s.
-        kwargs: Arguments of `LanguageModel`; `init_from`, on the command line `--init_from`, is needed.
+        kwargs: Arguments of `LanguageModel`; `init_from`, on the command line `--init_from`, is required.
 
     Raises:
         UserError: `peft` is not installed; `init_from` is missing; an argument is out of range.

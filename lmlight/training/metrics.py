@@ -18,7 +18,7 @@ SUM_DTYPE = torch.float32 if torch.backends.mps.is_available() else torch.float6
 
 
 class TextLoss(Metric):
-    """Loss over a text: nats per token and its exponential; nats and bits per character and their number if counted."""
+    """Loss over a text: nats per token and its exponential. If characters are counted, also nats and bits per character."""
 
     full_state_update = False
 
@@ -31,7 +31,7 @@ class TextLoss(Metric):
         self.characters: Tensor
 
     def update(self, losses: Tensor, targets: Tensor, target_chars: Tensor) -> None:
-        """Add (B, T) nats, token ids and their characters; where not scored, the ids are `IGNORE_INDEX`, the others 0."""
+        """Add (B, T) nats, token ids and characters; unscored positions have `IGNORE_INDEX`, 0 nats and 0 characters."""
         self.nats = self.nats + losses.sum(dtype=SUM_DTYPE)
         # in SUM_DTYPE too: precision bf16-true makes the states bfloat16, which does not count beyond 256
         self.tokens = self.tokens + (targets != IGNORE_INDEX).sum(dtype=SUM_DTYPE)

@@ -67,8 +67,8 @@ class LanguageModel(TextModel):
             `medium` allows tensor cores on GPUs and oneDNN on CPUs, up to twice as fast; `highest` is torch's default.
         compile_net: Compile the network with `torch.compile`. The first steps take a minute or more and need a C++ compiler
             (CPU) or Triton (GPU). Pays off in long runs on GPUs.
-        gradient_checkpointing: Compute each block of a `Transformer` again in the backward pass instead of keeping its
-            activations: less memory, a third more time.
+        gradient_checkpointing: Recompute the activations of each block of a `Transformer` in the backward pass instead of
+            keeping them: less memory, a third more time.
         check_causality: Before training, run the network on a small input and check that its logits have the right shape and
             do not depend on later tokens.
         seed: Seed of dropout. Random numbers depend only on the seed and the step, so a resumed run draws the same ones.

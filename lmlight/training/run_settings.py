@@ -26,7 +26,7 @@ from lmlight.user_code import full_name, is_class_name
 CONFIG = "config.yaml"  # in a run's folder
 RUNS = "runs"  # the default folder of all runs
 LOCATING = ("ckpt_path", "init_from", "trainer.default_root_dir")  # flags that decide which settings others start from
-# flags that may name a class of the user's own
+# flags that may name a user-defined class
 CLASSES = ("model", "data", "model.net", "model.optimizer", "data.tokenizer")
 
 
@@ -111,11 +111,11 @@ def _source(command: str, given: dict[str, Any], net: type[Net] | None) -> Sourc
     root = given.get("trainer.default_root_dir", _section(given, "trainer").get("default_root_dir"))
     ckpt_path, init_from = given.get("ckpt_path"), given.get("init_from")
     if "" in (init_from, ckpt_path):
-        raise UserError("--ckpt_path and --init_from need a checkpoint, and got an empty text: pass best, or a file")
+        raise UserError("--ckpt_path and --init_from need a checkpoint, and got an empty string: pass best, or a file")
     if ckpt_path is not None and init_from is not None:
         raise UserError("--ckpt_path resumes a run and --init_from starts a new one: pass only one")
     name = init_from if ckpt_path is None else ckpt_path
-    if not isinstance(name, str):  # the parser reports others than None
+    if not isinstance(name, str):  # the parser reports values of other types
         return Source({})
     runs = Path(str(root or RUNS)).expanduser()
     resumes = command == "fit" and init_from is None
@@ -138,7 +138,7 @@ def _from_checkpoint(content: dict[str, Any], kind: type[Net], only_net: bool) -
         return {"model": {"net": net}, "data": {"block_size": block_size}}
     sampling = dict(metadata["sampling"])
     seed = {"seed_everything": sampling.pop("seed")} if "seed" in sampling else {}
-    # of another command, machine or flag; the tokenizer is the checkpoint's
+    # for other commands, or for one machine; the tokenizer is stored by itself
     left_out = ("prompts", "prompt_batch_size", "cache", "seed", "tokenizer")
     data = {name: value for name, value in metadata["settings"].get("data", {}).items() if name not in left_out}
     data.setdefault("block_size", block_size)  # trained from Python, the checkpoint has no settings
@@ -175,7 +175,7 @@ def scores_text_read_by(before: dict[str, Any], now: dict[str, Any]) -> bool:
     """Whether data settings score a part of the corpus that a model with the settings `before` was trained on."""
     corpus = before.get("corpus")
     longer = corpus == now.get("corpus") and _end(before) > _end(now)
-    return corpus is not None and (longer or corpus == now.get("val_corpus"))
+    return corpus is not None and (longer or corpus in (now.get("val_corpus"), now.get("test_corpus")))
 
 
 def _end(data: dict[str, Any]) -> float:

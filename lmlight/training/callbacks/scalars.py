@@ -85,7 +85,7 @@ class Throughput(FitCallback):
 
 
 def _peak_flops_per_second(device: torch.device, precision: str) -> float:
-    """The data sheet's rate of one device for the precision's data type; 0 if Lightning does not know it."""
+    """Peak FLOP/s of one device, from its data sheet for the precision's data type; 0 if Lightning does not know it."""
     dtypes = {"bf16": torch.bfloat16, "16": torch.float16, "64": torch.float64}
     dtype = next((dtype for name, dtype in dtypes.items() if name in precision), torch.float32)
     with warnings.catch_warnings():
