@@ -134,12 +134,16 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
+    colors = dict[str, str]()  # one for each recipe
     for row in rows:
+        recipe = re.sub(r", seed \d+", "", row["name"])
+        label = None if recipe in colors else recipe
+        color = colors.setdefault(recipe, f"C{len(colors)}")
         seconds, nats = zip(*(point for point in row["curve"] if point[0] > 0))
-        axes.plot(seconds, nats, marker="o", markersize=3, label=row["name"])
+        axes.plot(seconds, nats, marker="o", markersize=3, color=color, label=label)
     axes.set(xlabel="seconds of training", ylabel="nats per character, validation", xscale="log", ylim=(None, 2.6))
     axes.grid(alpha=0.3)
-    axes.legend()
+    figure.legend(loc="outside upper center", ncols=2, fontsize=8)
     figure.savefig(path, dpi=100)
 
 

@@ -56,6 +56,7 @@ def token_matrix(
 def surprise(pieces: Sequence[str], nats: Floats, width: int = 42) -> Figure:
     """Text with the loss of each token, (N,) nats, as background color."""
     lines: list[list[tuple[str, float]]] = [[]]
+    nats = np.nan_to_num(nats, posinf=float(np.max(nats, initial=0, where=np.isfinite(nats))))
     for piece, value in zip(pieces, nats):
         for character in piece.replace("▁", " "):
             lines[-1].append((" " if character == " " else visible(character)[-1], float(value)))

@@ -52,9 +52,13 @@ SPEAKERS = ["MIRA", "TOBIAS", "OLD GARDENER", "PIP"]
 
 @pytest.fixture(autouse=True)
 def _own_folder(tmp_path, monkeypatch):
-    """Runs each test in its own temporary folder, with its own cache."""
+    """Runs each test in its own temporary folder, with its own cache and environment."""
+    before = dict(os.environ)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("LMLIGHT_CACHE", str(tmp_path / "cache"))
+    yield
+    os.environ.clear()  # DDP leaves its address, with which another run would wait for a process that has ended
+    os.environ.update(before)
 
 
 @pytest.fixture(scope="session")

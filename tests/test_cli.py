@@ -104,7 +104,7 @@ def test_run_folder_has_config_metrics_and_best_checkpoint(finished):
     assert config["model"]["net"]["init_args"]["n_embd"] == 32
     assert len((run / "metrics.csv").read_text().splitlines()) == 3
     events = EventAccumulator(str(run)).Reload()
-    assert [event.step for event in events.Tensors("samples/empty prompt/text_summary")] == [3, 6]
+    assert [event.step for event in events.Tensors("samples/empty prompt/text_summary")] == [2, 5]
     validations = events.Scalars("val/nats_per_char")
     assert len(validations) == 2
     # Lightning logs with the number of the last step, counted from 0
@@ -384,7 +384,7 @@ def test_same_seed_gives_the_same_run(corpus_file, capsys):
     assert len(list(Path("runs").iterdir())) == 3
 
 
-@pytest.mark.parametrize(("given", "expected"), [("7", {7}), ("true", range(2, 2**32))], ids=["given", "drawn"])
+@pytest.mark.parametrize(("given", "expected"), [("7", {7}), ("true", {0})], ids=["given", "Lightning's"])
 def test_seed_is_shared_by_model_data_and_sampling(corpus_file, monkeypatch, given, expected):
     seeds = []
 
@@ -407,7 +407,7 @@ MISTAKES = {
     "not UTF-8": (["fit", "--data.corpus=latin.txt"], "not utf-8 (byte 0xe9 at offset 3, line 1)"),
     "no such encoding": (["fit", "--data.encoding=rot13"], "data.encoding must be a text encoding"),
     "short text": (["fit", "--data.corpus=short.txt", "--data.tokenizer.kind=char"], "lower --data.block_size"),
-    "empty path": (["fit", "--ckpt_path="], "need a checkpoint, and got an empty text"),
+    "empty path": (["fit", "--ckpt_path="], "need a checkpoint, and got an empty string"),
     "workers": (["fit", "--data.num_workers=-1"], "num_workers must be at least 0, got -1"),
     "seed": (["fit", "--seed_everything=-1"], "-1 is not in bounds"),
     "large seed": (["fit", "--seed_everything=99999999999"], "99999999999 is not in bounds"),

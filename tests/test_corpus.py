@@ -188,6 +188,8 @@ def test_parquet_rows_are_documents(tmp_path):
         chunks_of("stories.parquet")
     with pytest.raises(UserError, match="has a value of type int as 'n' in row 1"):
         chunks_of("stories.parquet", field="n")
+    (tmp_path / "stories.parquet.gz").write_bytes(gzip.compress((tmp_path / "stories.parquet").read_bytes()))
+    assert "stories.parquet.gz' is a compressed .parquet file" in error_of("stories.parquet.gz")
     (tmp_path / "broken.parquet").write_bytes(b"PAR1 no")
     assert "broken.parquet" in error_of("broken.parquet")
 
@@ -423,14 +425,19 @@ def test_url_is_cached_and_downloaded_again_when_it_changes(tmp_path, served, mo
     assert corpus.load(served.url).text.encode() == CONTENT
     assert len(files_in_cache()) == 1
     served.modified = "Fri, 27 Nov 2026 08:00:00 GMT"
-    served.files["/input.txt"] = CONTENT[::-1]  # of the same length
-    assert corpus.load(served.url).text.encode() == CONTENT[::-1]
+    served.files["/input.txt"] = CONTENT.upper()  # of the same length
+    assert corpus.load(served.url).text.encode() == CONTENT.upper() != CONTENT
     served.files["/input.txt"] = CONTENT + b"and a line"
     assert corpus.load(served.url).text.encode() == CONTENT + b"and a line"
     assert len(files_in_cache()) == 3
     served.files.clear()
     with pytest.warns(UserWarning, match="cannot be reached"):
         assert corpus.load(served.url).text.encode() == CONTENT + b"and a line"
+    served.files["/input.txt?download=true"] = CONTENT
+    assert corpus.load(f"{served.url}?download=true").text.encode() == CONTENT
+    served.files.clear()
+    with pytest.warns(UserWarning, match="cannot be reached"):
+        assert corpus.load(f"{served.url}?download=true").text.encode() == CONTENT
     message = error_of(served.url.replace("input", "absent"))
     assert "cannot be downloaded" in message
 
@@ -463,7 +470,7 @@ def test_copies_have_names_that_windows_allows():
 def test_url_without_its_driver_says_what_to_install(address, driver, monkeypatch):
     monkeypatch.setitem(sys.modules, driver, None)
     message = error_of(address)
-    assert driver in message and "install that" in message
+    assert driver in message and "install the missing package" in message
 
 
 # A built-in corpus, with fakes of its two sources

@@ -1,6 +1,8 @@
 """Networks, objectives, tokenizers and data of users, and the examples in docs/extending.md."""
 
+import json
 import os
+import pickle
 import re
 import shlex
 import sys
@@ -705,6 +707,25 @@ def test_tokenizer_json_gives_the_same_ids_and_counts_characters(kind, lossless,
         assert 0 not in tokenizer.encode("a<|endoftext|>b"), "special tokens in a text are text"
 
 
+def test_hf_tokenizer_is_the_same_in_another_process(corpus_text, tmp_path):
+    """The library does not pickle the setting by which special tokens in a text are text."""
+    make_hf("byte-level", corpus_text).save(str(tmp_path / "tokenizer.json"))
+    tokenizer = read_pretrained(tmp_path / "tokenizer.json")
+    text = "a<|endoftext|>b"
+    assert pickle.loads(pickle.dumps(tokenizer)).encode(text) == tokenizer.encode(text)
+
+
+def test_ids_may_have_gaps(corpus_text, tmp_path):
+    made = make_hf("byte-level", corpus_text)
+    content = json.loads(made.to_str())
+    content["model"]["vocab"]["a"] = made.get_vocab_size() + 5
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    tokenizer = read_pretrained(tmp_path / "tokenizer.json")
+    (index,) = tokenizer.encode("a")
+    assert index == tokenizer.vocab_size - 1 == made.get_vocab_size() + 5
+    assert (tokenizer.decode([index]), tokenizer.char_counts[index]) == ("a", 1)
+
+
 def test_added_tokens_count_their_characters(corpus_text, tmp_path):
     """Runs of spaces, as in the tokenizers of GPT-NeoX and Phi, are literal text in `added_tokens`."""
     made = make_hf("byte-level", corpus_text)
@@ -770,6 +791,10 @@ def test_custom_data_trains_with_losses_per_token(tmp_path):
         trainer.fit(model, datamodule=Counting())
     assert {"val/loss", "val/perplexity"} == {name for name in trainer.callback_metrics if name.startswith("val/")}
     assert keeper.best_score == pytest.approx(float(trainer.callback_metrics["val/loss"]))
+    data = Counting()
+    data.test_dataloader = data.train_dataloader
+    (metrics,) = trainer.test(model, datamodule=data, verbose=False)
+    assert set(metrics) == {"test/loss", "test/perplexity"}
     again = LanguageModel.load_from_checkpoint(keeper.last_model_path)
     assert torch.equal(again.generate(torch.tensor([[1, 2]])), model.generate(torch.tensor([[1, 2]])))
     with pytest.raises(UserError, match="no tokenizer"):

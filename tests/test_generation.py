@@ -515,6 +515,8 @@ def test_line_breaks_in_stop_texts_match_either_line_ending(stop, newline):
         {"stop": [""]},
         {"stop": "ROMEO"},
         {"max_new_tokens": -1},
+        {"seed": 2**64},
+        {"seed": 2**64 - 1, "num_samples": 2},
     ],
     ids=str,
 )

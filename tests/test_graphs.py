@@ -12,6 +12,7 @@ from exporting import documented, make, save, shipped, shrunk
 from lmlight import checkpoint
 from lmlight.__main__ import main
 from lmlight.data.tokenizer import CharTokenizer, TokenizerConfig
+from lmlight.export import graph
 from lmlight.export.graph import metadata
 from lmlight.export.model import Model
 from lmlight.generation import Sampling, generate
@@ -101,6 +102,14 @@ def test_short_blocks_can_be_exported(block_size, tmp_path):
         if "past" in shapes:
             given["past"] = np.zeros([*shapes["past"][:2], 1, *shapes["past"][3:]], np.float32)
         np.testing.assert_allclose(session.run(None, given)[0], net(ids).detach(), atol=1e-5)
+
+
+def test_model_above_the_limit_of_onnx_is_refused(tokenizer, tmp_path, monkeypatch, capsys):
+    pytest.importorskip("onnxscript", reason="needs the extra `engines`")
+    monkeypatch.setattr(graph, "MAX_BYTES", 1000)
+    path = save(tmp_path / "x.ckpt", build("default", tokenizer), tokenizer)
+    assert main(["export", "onnx", str(path), "x.onnx"]) == 2
+    assert "too many for one ONNX file" in capsys.readouterr().err
 
 
 def test_block_of_one_token_is_refused(tmp_path, capsys):

@@ -317,7 +317,7 @@ def test_unsupported_or_damaged_model_is_refused(foreign, tmp_path, capsys):
     refused("has no tokenizer.json")
     (theirs / "tokenizer.json").write_text(tokenizer)
     assert main(["import", "hf", "theirs", "x.ckpt"]) == 0
-    assert "lmlight fit --init_from=x.ckpt --config=configs/finetune.yaml" in capsys.readouterr().out
+    assert "lmlight fit --init_from=x.ckpt --data.corpus=my.txt" in capsys.readouterr().out
 
 
 def test_existing_checkpoint_is_replaced_only_with_force(foreign, tmp_path, capsys):

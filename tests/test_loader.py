@@ -1,5 +1,6 @@
 """Batches equal plain slices of the ids, and depend on seed and epoch only."""
 
+import itertools
 import signal
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -156,6 +157,33 @@ def test_changed_length_of_a_shard_leaves_the_epoch_its_number_of_windows():
     assert source.rows(0, np.arange(len(source))).shape == (len(source), 6)
 
 
+def test_shard_that_becomes_shorter_than_a_block_is_repeated():
+    shards = [np.arange(6)]
+    source, _ = in_memory(shards)
+    shards[:] = [np.arange(4)]
+    assert source.rows(0, np.array([0])).tolist() == [[0, 1, 2, 3, 0, 1]]
+
+
+@pytest.mark.parametrize(("limit", "epochs"), [(1.0, [0, 0]), (2, [0, 1]), (0.4, [0, 1])])
+def test_resume_after_an_epoch_that_was_limited_begins_the_next(limit, epochs):
+    """Five batches in an epoch, of which `limit_train_batches` uses two."""
+    loader = train_loader(1, limit=limit)
+    list(itertools.islice(loader, 2))
+    state = loader.state_dict()
+    again = train_loader(1, limit=limit)
+    again.load_state_dict(state)
+    next(iter(again))
+    assert [state["epoch"], again.state_dict()["epoch"]] == epochs
+
+
+def test_first_epoch_can_be_repeated():
+    """For `overfit_batches`."""
+    once, repeated = train_loader(1), train_loader(1, repeat=True)
+    first, second = lists(once), lists(once)
+    assert first != second
+    assert [lists(repeated), lists(repeated)] == [first, first]
+
+
 def test_block_longer_than_every_shard_is_refused():
     with pytest.raises(loaders.UserError, match="longer than data.block_size 5"):
         in_memory([np.arange(5)])
@@ -171,9 +199,10 @@ def _without_gpu(monkeypatch):
     )
 
 
-def train_loader(batch_size, device=None):
+def train_loader(batch_size, device=None, **options):
     store = SimpleNamespace(char_counts={"train": COUNTS}, train_fingerprint="print")
-    return StatefulTrainLoader(store, stored_windows(ARRAY, 2, 0, "epoch"), TrainBatchSampler(5, batch_size), device)
+    windows, sampler = stored_windows(ARRAY, 2, 0, "epoch"), TrainBatchSampler(5, batch_size)
+    return StatefulTrainLoader(store, windows, sampler, device, **options)
 
 
 def test_gpu_batches_are_pinned(monkeypatch):

@@ -51,7 +51,7 @@ def test_only_adapters_are_trained_and_stored(base, corpus_file, capsys):
     assert len(stored["state_dict"]) == 8  # two for each linear layer
     assert sum(len(group["params"]) for group in stored["optimizer_states"][0]["param_groups"]) == 8
     added = sum(value.numel() for value in stored["state_dict"].values())
-    assert f"Training {added:,} of {weights + added:,} weights" in capsys.readouterr().out
+    assert f"Training {added:,} of {weights + added:,} parameters" in capsys.readouterr().out
     before, after = checkpoint.read(base)["state_dict"], checkpoint.read(best)["state_dict"]
     assert before.keys() == after.keys()
     changed = {name.split(".")[-2] for name in before if not torch.equal(before[name], after[name])}

@@ -140,6 +140,28 @@ def test_chunked_loss_is_the_mean_over_the_targets_that_are_scored(monkeypatch):
     torch.testing.assert_close(net.loss(idx, targets), plain)
 
 
+class Capped(Transformer):
+    def forward(self, idx, cache=None):
+        return torch.tanh(super().forward(idx, cache))
+
+
+class WithBias(Transformer):
+    def __init__(self, vocab_size, block_size):
+        super().__init__(vocab_size, block_size, n_layer=1, n_head=2, n_embd=16)
+        self.head = torch.nn.Linear(16, vocab_size)
+
+
+@needs_chunked_loss
+@pytest.mark.parametrize("kind", [Capped, WithBias])
+def test_large_loss_of_a_subclass_is_that_of_its_logits(kind, monkeypatch):
+    net = kind(11, 8)
+    for parameter in net.parameters():
+        torch.nn.init.normal_(parameter)
+    idx, targets = torch.randint(11, (2, 2, 8))
+    monkeypatch.setattr("lmlight.models.transformer.CHUNKED_LOSS_MIN_LOGITS", 0)
+    torch.testing.assert_close(net.loss(idx, targets), F.cross_entropy(net(idx).flatten(0, 1), targets.flatten()))
+
+
 @needs_chunked_loss
 def test_chunked_loss_in_bfloat16_does_not_accumulate_rounding_errors(monkeypatch):
     monkeypatch.setattr("lmlight.models.transformer.CHUNKED_LOSS_MIN_LOGITS", 0)

@@ -113,6 +113,66 @@ def test_gradient_accumulation_gives_the_same_steps_and_metrics(data, tmp_path):
     assert logged(4) == [pytest.approx(row, rel=1e-4) for row in once]
 
 
+@pytest.mark.parametrize(("before", "after"), [(1, 4), (4, 2)])
+def test_resume_with_other_accumulated_batches_takes_the_same_steps(data, tmp_path, before, after):
+    """Nine steps of an epoch of about 20, then to the next one."""
+
+    def fit(steps, accumulate, ckpt_path=None):
+        pl.seed_everything(1, verbose=False)
+        model = LanguageModel(net=tiny.net, optimizer=adamw, schedule=Schedule("constant", 2))
+        options = {**tiny.QUIET, "plugins": [AtomicCheckpointIO()], "accumulate_grad_batches": accumulate}
+        trainer = pl.Trainer(max_steps=steps, enable_checkpointing=False, limit_val_batches=0, **options)
+        trainer.fit(model, datamodule=data, ckpt_path=ckpt_path, weights_only=True)
+        assert trainer.global_step == steps
+        return trainer, model
+
+    whole = fit(40, 1)[1]
+    fit(9, before)[0].save_checkpoint(tmp_path / "x.ckpt")
+    trainer, model = fit(40, after, tmp_path / "x.ckpt")
+    assert trainer.current_epoch > 0
+    for ours, expected in zip(model.parameters(), whole.parameters()):
+        torch.testing.assert_close(ours, expected, rtol=1e-3, atol=1e-5)
+
+
+def test_epochs_whose_loader_is_made_anew_differ(data):
+    """`reload_dataloaders_every_n_epochs` changes nothing, and `overfit_batches` repeats the first batches."""
+
+    def seen(**options):
+        batches = []
+
+        class Note(pl.Callback):
+            def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+                batches.append(batch.inputs.tolist())
+
+        options = {"max_epochs": 2, "limit_train_batches": 3, **options}
+        model = LanguageModel(net=Bigram, optimizer=adamw, schedule=Schedule("constant"))
+        trainer = pl.Trainer(enable_checkpointing=False, callbacks=[Note()], **tiny.QUIET, **options)
+        trainer.fit(model, datamodule=data)
+        return batches
+
+    plain = seen()
+    assert len(plain) == 6 and plain[:3] != plain[3:]
+    assert seen(reload_dataloaders_every_n_epochs=1) == plain
+    assert seen(limit_train_batches=1.0, overfit_batches=3) == plain[:3] * 2
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"val_check_interval": "00:00:00:05", "check_val_every_n_epoch": None},
+        {"val_check_interval": 3, "check_val_every_n_epoch": None},
+        {"val_check_interval": 0.15, "max_epochs": 1, "max_steps": -1},
+    ],
+)
+def test_validation_between_micro_batches_is_refused(data, options):
+    """Checkpoints are written at validations, and would lose the gradients so far."""
+    trainer = pl.Trainer(
+        **{"max_steps": 4, **tiny.QUIET, **options}, accumulate_grad_batches=2, callbacks=[BestLastCheckpoint()]
+    )
+    with pytest.raises(UserError, match="a multiple of trainer.accumulate_grad_batches 2"):
+        trainer.fit(LanguageModel(net=tiny.net), datamodule=data)
+
+
 def test_random_numbers_depend_on_seed_step_micro_batch_and_rank():
     """Checkpoints need no generator state for exact resume."""
     drawn = {}

@@ -1,5 +1,6 @@
 """Contents of figures."""
 
+import math
 import warnings
 
 import matplotlib as mpl
@@ -32,6 +33,12 @@ def test_surprising_tokens_are_redder_and_lines_are_kept():
     whiteness = ground.sum(-1)
     assert whiteness[0, 0] > whiteness[1, 0] > whiteness[0, 4]
     assert (ground[0, 8:] == 1).all(), "white after the end of the line"
+
+
+def test_values_that_are_not_finite_can_be_drawn():
+    ground = image_of(pictures.surprise(["a", "b", "c"], np.array([math.nan, math.inf, 1.0]), width=3))
+    assert (ground[0, 0] == ground[0, 0]).all() and ground[0, 1].tolist() == ground[0, 2].tolist()
+    pictures.surprise(["a"], np.array([math.nan]))
 
 
 def test_long_line_is_wrapped():

@@ -47,7 +47,8 @@ SHORT = {
     "validate": ["--trainer.limit_val_batches=1", "--trainer.accelerator=cpu"],
 }
 
-OTHERS = ("python3 -m venv .venv", "source .venv/bin/activate", "pytest", "mkdocs serve", "tensorboard --logdir runs")
+PYTEST = "pytest -n 2 --dist loadscope"
+OTHERS = ("python3 -m venv .venv", "source .venv/bin/activate", "mkdocs serve", "tensorboard --logdir runs", PYTEST)
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 

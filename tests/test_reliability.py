@@ -1,5 +1,6 @@
 """Killed, resumed, moved, distributed and concurrent runs, in processes of their own."""
 
+import math
 import os
 import random
 import re
@@ -136,6 +137,20 @@ def test_resume_after_kill_is_exact(place, straight, step, workers):
     expected["lmlight"]["settings"]["data"]["num_workers"] = workers
     assert differences(expected, content) == []
     assert scalars(folder) == scalars(straight), "steps or values differ"
+
+
+def test_resume_keeps_the_samples_of_the_last_validation(trained, tmp_path, monkeypatch):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    shutil.copytree(trained, run := tmp_path / "runs" / "run")
+    monkeypatch.chdir(tmp_path)
+    text = f"--data.corpus={trained.parents[2] / 'corpus.txt'}"
+    tag = "samples/empty prompt/text_summary"
+    before = [event.step for event in EventAccumulator(str(run)).Reload().Tensors(tag)]
+    assert before
+    steps = f"--trainer.max_steps={last(tmp_path)['global_step'] + 2}"
+    assert main(["fit", "--ckpt_path=last", text, steps]) == 0
+    assert [event.step for event in EventAccumulator(str(run)).Reload().Tensors(tag)][: len(before)] == before
 
 
 def epochs(content):
@@ -619,8 +634,16 @@ def test_init_from_takes_net_weights_and_tokenizer_only(trained, tmp_path, capsy
     assert "n_embd 32 in the checkpoint, 64 here" in capsys.readouterr().err
 
 
+def test_folder_of_runs_may_be_in_an_earlier_config(trained, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("a.yaml").write_text(f"trainer:\n  default_root_dir: {trained.parent}\n")
+    Path("b.yaml").write_text("trainer:\n  accelerator: cpu\n")
+    assert main(["validate", "--ckpt_path=best", "--config=a.yaml", "--config=b.yaml"]) == 0
+    assert "best.ckpt" in capsys.readouterr().err
+
+
 def test_best_and_last_checkpoints(corpus_file, monkeypatch):
-    scores, saved = iter([2.0, 1.0, 3.0]), []
+    scores, saved = iter([math.nan, 2.0, 1.0, 3.0]), []
 
     def note(content, path):
         saved.append((path.stem, content["global_step"], content["callbacks"]["BestLastCheckpoint"]["best_score"]))
@@ -632,7 +655,7 @@ def test_best_and_last_checkpoints(corpus_file, monkeypatch):
         lambda self: self.log_dict({"val/nats_per_char": (score := next(scores)), "val/loss": -score}),
     )
     trainer = pl.Trainer(
-        max_steps=9,
+        max_steps=12,
         val_check_interval=3,
         check_val_every_n_epoch=None,
         callbacks=[BestLastCheckpoint(every_n_steps=2)],
@@ -642,13 +665,15 @@ def test_best_and_last_checkpoints(corpus_file, monkeypatch):
     trainer.fit(LanguageModel(net=Bigram), datamodule=tiny.data(corpus_file))
     assert saved == [
         ("last", 2, None),
-        ("best", 3, 2.0),
-        ("last", 3, 2.0),
-        ("last", 4, 2.0),
-        ("best", 6, 1.0),  # saved once, after the validation
-        ("last", 6, 1.0),
-        ("last", 8, 1.0),
+        ("last", 3, None),  # after a loss that is not a number
+        ("last", 4, None),
+        ("best", 6, 2.0),  # saved once, after the validation
+        ("last", 6, 2.0),
+        ("last", 8, 2.0),
+        ("best", 9, 1.0),
         ("last", 9, 1.0),
+        ("last", 10, 1.0),
+        ("last", 12, 1.0),
     ]
 
 

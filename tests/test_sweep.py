@@ -187,6 +187,7 @@ def test_values_and_ranges():
     assert command.parse_range("f", "log:1e-3..3e-2") == FloatDistribution(1e-3, 3e-2, log=True)
     assert command.parse_range("f", "0.0..1") == FloatDistribution(0, 1)
     assert command.parse_range("f", "A,B") == CategoricalDistribution(["A", "B"])
+    assert command.parse_range("f", "a.txt,../b.txt") == CategoricalDistribution(["a.txt", "../b.txt"])
     assert studies.flags({"a": 0.1, "b": 3, "c": "x"}) == ["--a=0.1", "--b=3", "--c=x"]
 
 
@@ -354,6 +355,14 @@ def test_wrong_flags_fail_before_the_first_trial(flags, message, capsys, tmp_pat
     err = capsys.readouterr().err
     assert err.startswith("lmlight: error: ") and message in err and err.count("\n") == 1
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("flags", "scored"), [([], "tune"), (["--on=val"], "val")])
+def test_on_overrides_a_config(flags, scored, corpus_file, monkeypatch):
+    monkeypatch.setattr(worker, "work", lambda study, plan: False)
+    Path("tune.yaml").write_text(f"data:\n  validate_on: tune\n  corpus: {corpus_file}\n")
+    assert main(["sweep", *tiny.FLAGS, "--config=tune.yaml", "--study=study", *flags]) == 130
+    assert Study(Path("study")).settings["on"] == scored
 
 
 def test_equal_configs_are_told(capsys):

@@ -1,19 +1,22 @@
 """Tokenizers are lossless, and sampled segmentations follow their distribution."""
 
 import hashlib
+import io
 import itertools
 import math
 import warnings
+import weakref
 from collections import Counter
 
+import numpy as np
 import processes
 import pytest
 import sentencepiece as spm
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from lmlight.data.subword_regularization import SubwordSampler, SubwordSampling
-from lmlight.data.tokenizer import CharTokenizer, TokenizerConfig, deserialize, serialize
+from lmlight.data.subword_regularization import SubwordSampler, SubwordSampling, _decode_chunks
+from lmlight.data.tokenizer import CharTokenizer, SentencePieceTokenizer, TokenizerConfig, deserialize, serialize
 from lmlight.errors import UserError
 
 SPACE = "\u2581"
@@ -418,6 +421,56 @@ def test_a_lossy_draw_decodes_to_what_its_encode_does(lossy, text):
     sampler = SubwordSampler(lossy, SubwordSampling(0.1))
     for epoch in range(5):
         assert lossy.decode(sampler.sample(text, 0, epoch).tolist()) == lossy.decode(lossy.encode(text))
+
+
+def test_a_lossy_draw_keeps_unknown_characters_unknown(corpus_text):
+    """Stored ids are decoded before they are segmented anew; `decode` writes ⁇ for characters without a piece."""
+    tokenizer = TokenizerConfig("unigram", 200, lossless=False).train(corpus_text)
+    ids = np.array(tokenizer.encode("river漢字stone 漢 morning"))
+    assert tokenizer.unknown_id in ids
+    sampler = SubwordSampler(tokenizer, SubwordSampling(1e3))
+    assert sampler.sample(_decode_chunks(tokenizer, ids), 0, 0).tolist() == ids.tolist()
+
+
+def test_lattices_of_long_words_are_not_kept(unigram):
+    sampler = SubwordSampler(unigram, SubwordSampling(0.1))
+    sampler.sample("river " + "x" * 100, 0, 0)
+    assert sampler._cached_lattice.cache_info().currsize == 1
+
+
+def test_characters_are_collected_one_chunk_at_a_time():
+    class Chunk(str):
+        """A string that can be referred to weakly."""
+
+        __slots__ = ("__weakref__",)
+
+    alive = weakref.WeakSet()
+
+    def chunks():
+        for character in "abcdef":
+            chunk = Chunk(character)
+            alive.add(chunk)
+            yield chunk
+            assert len(alive) <= 2
+
+    assert TokenizerConfig("char").train(chunks()).characters == list("abcdef")
+
+
+def test_model_that_puts_a_space_before_each_line_is_lossy(corpus_text):
+    """As Llama 2's `tokenizer.model`: it restores a text as a whole, but lmlight encodes line by line."""
+    model = io.BytesIO()
+    options = {"add_dummy_prefix": True, "remove_extra_whitespaces": False, "byte_fallback": True}
+    spm.SentencePieceTrainer.train(
+        sentence_iterator=iter(corpus_text.split("\n")),
+        model_writer=model,
+        model_type="bpe",
+        vocab_size=400,
+        normalization_rule_name="identity",
+        minloglevel=2,
+        **options,
+    )
+    tokenizer = SentencePieceTokenizer(model.getvalue())
+    assert not tokenizer.lossless
 
 
 @pytest.mark.parametrize("kind", ["bpe", "char"])

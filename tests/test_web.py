@@ -68,7 +68,9 @@ def test_export_writes_a_whole_page(libraries, checkpoint, capsys):
         "tokenizers.min.mjs",
     }
     assert engine == {name: libraries[name] for name in engine}
-    assert json.loads(Path("site/model.json").read_text("utf-8"))["engine"] == "wasm"
+    content = json.loads(Path("site/model.json").read_text("utf-8"))
+    assert content["engine"] == "wasm"
+    assert content["sampling"]["stop"] == [], "the page needs all options, also those that the checkpoint leaves out"
     assert main(["export", "web", checkpoint, "site", "--force"]) == 0
     Path("site/mine.html").touch()
     assert main(["export", "web", checkpoint, "site", "--force"]) == 2
@@ -165,6 +167,8 @@ def test_play_serves_on_this_machine_only_until_ctrl_c(libraries, checkpoint, tm
             request = urllib.request.Request(address + "model.json", headers={"Host": f"evil.example:{port}"})
             with pytest.raises(urllib.error.HTTPError, match="403"):
                 urllib.request.urlopen(request)
+            request = urllib.request.Request(address + "model.json", headers={"Host": "localhost"})  # as at port 80
+            assert urllib.request.urlopen(request).status == 200
             if sys.platform == "linux":  # which routes all of 127/8 to this machine
                 with pytest.raises(OSError, match="refused"):
                     socket.create_connection(("127.0.0.2", port), timeout=2)

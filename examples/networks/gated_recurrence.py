@@ -27,8 +27,7 @@ def scan(a: Tensor, b: Tensor, h: Tensor) -> Tensor:
     """Compute h_t = a_t h_{t-1} + b_t from a, b (B, T, C) and the state before them (B, C), in about 2 sqrt(T) steps.
 
     First, all chunks of about sqrt(T) positions advance together from a state of zero; then the states at their ends
-    follow from one another. Nothing is divided by a decay, and no logarithm of one is taken, so decays of 0 and long
-    products are safe.
+    follow from one another. Decays of 0 and long products are safe: nothing is divided by them.
     """
     T = a.size(1)
     size = math.isqrt(T - 1) + 1  # ceil(sqrt(T))

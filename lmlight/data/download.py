@@ -169,8 +169,11 @@ def find_files(source: str, cache: str | None = None) -> list[Path]:
                     filesystem.get_file(place, str(inside / name))
             except Exception as error:
                 raise _download_error(source, error) from None
-            if not target.exists():  # another process may have copied them first
+            try:
                 inside.rename(target)
+            except OSError:
+                if not target.exists():  # otherwise another process has copied them first
+                    raise
     return sorted(target.iterdir())
 
 
@@ -182,7 +185,8 @@ def store_folder(files: list[Path]) -> Path | None:
 def _find(source: str) -> tuple[Any, list[str]]:
     """The filesystem of a source, and its files in order."""
     filesystem, path = fsspec.core.url_to_fs(source)
-    if glob.has_magic(path) and not filesystem.exists(path):
+    is_pattern = glob.has_magic(path.partition("?")[0] if path.startswith("http") else path)
+    if is_pattern and not filesystem.exists(path):
         return filesystem, sorted(place for place in filesystem.glob(path) if not filesystem.isdir(place))
     if is_text_file(urlsplit(path).path) or not filesystem.isdir(path):
         return filesystem, [path]

@@ -83,11 +83,11 @@ class HFTokenizer(Tokenizer):
         self._tokenizer.no_padding()
         added = {token["id"]: token for token in self.content.get("added_tokens", [])}  # literal text
         is_byte_level = '"ByteLevel"' in json.dumps(self.content.get("decoder"))
-        self.char_counts = np.zeros(self._tokenizer.get_vocab_size(), dtype=np.int64)
+        self.char_counts = np.zeros(1 + max(self._tokenizer.get_vocab().values()), dtype=np.int64)
         for index in range(len(self.char_counts)):
             piece = self._tokenizer.id_to_token(index)
             if index in added:
-                self.char_counts[index] = 0 if added[index]["special"] or index == self.eos_id else len(piece)
+                self.char_counts[index] = 0 if added[index]["special"] or index == self.eos_id else len(piece or "")
             elif piece is not None and index != self.eos_id:
                 self.char_counts[index] = _characters(piece, is_byte_level)
         self.lossless = all(

@@ -135,15 +135,25 @@ class StatefulTrainLoader:
         store, source: the tokens and their windows.
         sampler: splits an epoch into this process's micro-batches.
         device: the GPU that batches are copied to. They are put in pinned memory, one batch ahead of use.
+        limit: `trainer.limit_train_batches`: the batches of an epoch that are used, or their share.
+        repeat: use the windows of the first epoch in every epoch.
 
     Attributes:
         data_wait_seconds: time that training has waited for batches.
     """
 
     def __init__(
-        self, store: TokenStore, source: WindowSource, sampler: TrainBatchSampler, device: torch.device | None = None
+        self,
+        store: TokenStore,
+        source: WindowSource,
+        sampler: TrainBatchSampler,
+        device: torch.device | None = None,
+        limit: float = 1.0,
+        repeat: bool = False,
     ) -> None:
         self._store, self._source, self._sampler, self._device = store, source, sampler, device
+        self._limit = limit if isinstance(limit, int) else int(limit * len(sampler))
+        self._repeat = repeat
         self._epoch, self._seen = -1, 0  # `_seen` counts the micro-batches of the epoch that have been returned
         self._resuming = False
         self.data_wait_seconds = 0.0
@@ -166,7 +176,7 @@ class StatefulTrainLoader:
             )
         self._epoch = state_dict["epoch"]
         self._seen = state_dict["windows"] // self._sampler.windows_per_micro_batch
-        self._resuming = self._seen < len(self._sampler)
+        self._resuming = self._seen < min(self._limit, len(self._sampler))
 
     def __len__(self) -> int:
         return len(self._sampler)
@@ -175,7 +185,7 @@ class StatefulTrainLoader:
         # A generator, so that it starts at the first batch: Lightning calls `iter` before it restores the state. Epochs are
         # counted here, because Lightning's count falls behind when a run is resumed twice at the end of an epoch.
         if not self._resuming:
-            self._epoch, self._seen = self._epoch + 1, 0
+            self._epoch, self._seen = 0 if self._repeat else self._epoch + 1, 0
         self._resuming = False
         began = time.perf_counter()
         batches: Iterator[Batch] = iter(

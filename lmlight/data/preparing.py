@@ -140,7 +140,7 @@ class CorpusSpec:
 
     def _check_settings(self, store: TokenStore, pretrained_tokenizer: Tokenizer | None) -> None:
         """Refuses settings that a prepared store was not made with."""
-        made_with, defaults = store.metadata["settings"], CorpusSpec("").settings()
+        made_with, defaults = store.metadata["settings"], CorpusSpec("any").settings()
         for name, value in self.settings().items():
             if value not in (defaults[name], made := made_with.get(name, defaults[name])):
                 raise UserError(

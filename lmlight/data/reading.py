@@ -33,7 +33,7 @@ MAX_LINE = 4096
 
 TEXT_SUFFIXES, RECORD_SUFFIXES = (".txt", ".md"), (".jsonl", ".parquet")
 COMPRESSIONS = {".gz": "gzip", ".bz2": "bz2", ".xz": "xz", ".zst": "zstd"}  # fsspec's names
-SUPPORTED_FILES = f"{', '.join(TEXT_SUFFIXES + RECORD_SUFFIXES)} (also compressed: {', '.join(COMPRESSIONS)})"
+SUPPORTED_FILES = f".txt, .md, .jsonl (also compressed: {', '.join(COMPRESSIONS)}), .parquet"
 
 SURROGATE = re.compile("[\ud800-\udfff]")
 HEAD_SIZE = 8192  # bytes at the beginning of a file in which binary files are detected
@@ -134,7 +134,8 @@ def file_format(name: str) -> tuple[str, str]:
 
 def is_text_file(name: str) -> bool:
     """Whether a file in a folder is read. A file that the user names is read whatever its name is."""
-    return file_format(name)[0] in TEXT_SUFFIXES + RECORD_SUFFIXES
+    suffix, compression = file_format(name)
+    return suffix in TEXT_SUFFIXES + RECORD_SUFFIXES and not (suffix == ".parquet" and compression)
 
 
 def read_error(source: object, error: OSError) -> UserError:
@@ -152,6 +153,8 @@ def read_file(path: Path, text_format: TextFormat, has_documents: bool, source: 
     name = source if path == Path(source).expanduser().absolute() else f"{source}: {path.name}"
     suffix, compression = file_format(path.name)
     if suffix == ".parquet":
+        if compression:
+            raise UserError(f"corpus '{name}' is a compressed .parquet file, whose columns already are: decompress it")
         yield from _read_parquet(path, text_format, name)
         return
     text = _decode(_read_blocks(path, compression, name), text_format, name)

@@ -26,8 +26,11 @@ from lmlight.data.windows import WindowSource
 from lmlight.data.workers import process_pool
 from lmlight.errors import UserError
 
-# Words whose lattices are kept, at most about 10 kB each.
-MAX_CACHED_WORDS = 30_000
+# Lattices of short words are kept, at most about 15 kB each. In a text without spaces, a word may be a whole line.
+MAX_CACHED_WORDS, MAX_CACHED_LENGTH = 30_000, 32
+
+# Stands for the characters without a piece in a lossy tokenizer's text. From a private use area, so it has no piece itself.
+UNKNOWN = "\ue000"
 
 # Pieces do not cross spaces, so a text is sampled word by word.
 WORD = re.compile(f"{SPACE}?[^{SPACE}]+|{SPACE}")
@@ -89,7 +92,8 @@ class SubwordSampler:
         uniform = random.Random(f"subword {numbers}").random
         ids: list[int] = []
         for part, separator in zip(*split_chunks(chunks, self.tokenizer.lossless)):
-            for lattice in map(self._cached_lattice, WORD.findall(self.tokenizer.normalize(part))):
+            for word in WORD.findall(self.tokenizer.normalize(part)):
+                lattice = self._cached_lattice(word) if len(word) <= MAX_CACHED_LENGTH else self._lattice(word)
                 end = len(lattice) - 1
                 backwards = []
                 while end > 0:
@@ -163,9 +167,16 @@ def _sampler(tokenizer: bytes, sampling: SubwordSampling) -> SubwordSampler:
     return SubwordSampler(SentencePieceTokenizer(tokenizer), sampling)
 
 
-def _decode_chunks(tokenizer: Tokenizer, ids: Tokens) -> Iterator[TextChunk]:
+def _decode_chunks(tokenizer: SentencePieceTokenizer, ids: Tokens) -> Iterator[TextChunk]:
     """The text of `ids`, one chunk per document."""
     ends = ids == (-1 if tokenizer.eos_id is None else tokenizer.eos_id)
     for document in np.split(ids, np.flatnonzero(ends) + 1):
-        if len(document):
-            yield TextChunk(tokenizer.decode(document.tolist()), document[-1] == tokenizer.eos_id)
+        if not len(document):
+            continue
+        ends_document = document[-1] == tokenizer.eos_id
+        if (document == tokenizer.unknown_id).any():  # which `decode` would write as ⁇
+            known = document[:-1] if ends_document else document
+            pieces = (UNKNOWN if index == tokenizer.unknown_id else tokenizer.pieces[index] for index in known)
+            yield TextChunk("".join(pieces).replace(SPACE, " "), ends_document)
+        else:
+            yield TextChunk(tokenizer.decode(document.tolist()), ends_document)

@@ -147,7 +147,8 @@ class TokenStore:
     @property
     def train_fingerprint(self) -> str:
         """Identifies the training tokens."""
-        return str(self.streamed["fingerprint"]) if self.streamed else self.ids["train"].fingerprint
+        # not that of the same text when it is stored, whose windows have another order
+        return f"streamed {self.streamed['fingerprint']}" if self.streamed else self.ids["train"].fingerprint
 
     @cached_property
     def eval_ids(self) -> dict[str, TokenArray]:

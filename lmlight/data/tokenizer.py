@@ -21,7 +21,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import chain
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -80,6 +80,9 @@ class Tokenizer(ABC):
             ValueError: `data` is not such a tokenizer.
         """
         return cls(data)  # type: ignore[call-arg]  # of a subclass
+
+    def __reduce__(self) -> tuple[Any, ...]:  # for worker processes; what a library pickles may be incomplete
+        return type(self).from_bytes, (self.to_bytes(),)
 
     @property
     def vocab_size(self) -> int:
@@ -164,8 +167,10 @@ class TokenizerConfig:
         chunks = chain([first], chunks)
         is_crlf = 2 * first.count("\r\n") > first.count("\n")
         if self.kind == "char":
-            characters = sorted(set[str]().union(*chunks))
-            return CharTokenizer(characters, add_eos, "\r\n" if is_crlf else "\n")
+            characters = set[str]()
+            for chunk in chunks:
+                characters.update(chunk)
+            return CharTokenizer(sorted(characters), add_eos, "\r\n" if is_crlf else "\n")
         share = min(1.0, self.sample_chars / chars) if chars else 1.0
         model = train_sentencepiece(chunks, self.kind, self.vocab_size, self.lossless, add_eos, share)
         return SentencePieceTokenizer(model + CRLF_FIELD if self.lossless and is_crlf else model)
@@ -185,7 +190,7 @@ def deserialize(data: bytes) -> Tokenizer:
     """The tokenizer that `serialize` wrote. Its class must have been imported: a name in the data never imports code.
 
     Raises:
-        ValueError: `data` are not a tokenizer.
+        ValueError: `data` is not a tokenizer.
         UserError: its class is not lmlight's and has not been imported.
     """
     name, _, content = data.partition(b"\n")
@@ -293,6 +298,9 @@ class SentencePieceTokenizer(Tokenizer):
         for index in filter(self._processor.is_byte, range(len(self.pieces))):
             byte = int(self.pieces[index][3:5], 16)  # "<0xE2>"
             self.char_counts[index] = starts_character(byte)
+        ids = self.encode(probe)  # line by line: some models put a space before each
+        if self.lossless and not (self.decode(ids) == probe and self.char_counts[ids].sum() == len(probe)):
+            self.lossless, self._newline = False, []
         eos = self._processor.eos_id()
         if eos >= 0 and self.pieces[eos] == END_OF_TEXT:  # SentencePiece's own "</s>" does not occur in training
             self.eos_id = eos

@@ -130,6 +130,8 @@ class WindowSource:
                 if visit not in self._requested:
                     self._requested[visit] = self._pool.submit(self._load, *visit)
             self._ids = self._requested.pop(wanted[0]).result()
+        if len(self._ids) <= self._block_size:  # a sampled segmentation can be shorter than the stored one
+            self._ids = np.resize(self._ids[:], self._block_size + 1)
         self._loaded = _, shard = wanted[0]
         numbers = (self._seed, epoch, shard) if len(self._per_shard) > 1 else (self._seed, epoch)
         starts = self._starts_of(len(self._ids), self._block_size, np.random.default_rng(numbers))

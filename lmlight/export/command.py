@@ -83,7 +83,7 @@ def import_(args: Sequence[str]) -> None:
         print(f"Note: {note}")
     print(f"Wrote {options.checkpoint}: {model.net.num_parameters:,} parameters.")
     optimizer = "--model.optimizer=torch.optim.AdamW", "--model.optimizer.lr=5e-5"  # as in configs/finetune.yaml
-    sizes = "--trainer.max_steps=60", "--data.block_size=256", "--data.batch_size=8"
+    sizes = "--trainer.max_steps=60", f"--data.block_size={min(256, model.net.block_size)}", "--data.batch_size=8"
     flags = f"--init_from={options.checkpoint}", "--data.corpus=my.txt", *optimizer, *sizes
     print(f"Finetune: {program()} {join(['fit', *flags])}")
 

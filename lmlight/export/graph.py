@@ -27,6 +27,7 @@ from lmlight.models.kv_cache import Cache
 from lmlight.models.rope import apply_rope
 
 OPSET = 20
+MAX_BYTES = 2**31 - 2**20  # of weights: a file of Protocol Buffers holds less than 2 GiB
 BATCH = Dim("batch")
 
 
@@ -126,6 +127,11 @@ def write_onnx(model: Model, path: Path, attention: bool = False) -> None:
     net, size = model.net.float(), model.net.block_size
     if size < 2:
         raise UserError("a network with block_size 1 cannot be exported to ONNX: set a longer --data.block_size")
+    if 4 * net.num_parameters > MAX_BYTES:
+        raise UserError(
+            f"the model has {net.num_parameters:,} parameters, too many for one ONNX file (2 GiB in float32): export it as "
+            "gguf, hf or torch"
+        )
     graph: nn.Module = net
     inputs, outputs = ["ids"], ["logits"]
     # Sizes of at least 2: the exporter takes a size of 1 for a constant.

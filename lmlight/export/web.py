@@ -18,6 +18,7 @@ import tarfile
 import tempfile
 import webbrowser
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ from lmlight.errors import UserError
 from lmlight.export.graph import write_onnx
 from lmlight.export.model import Model
 from lmlight.export.tokenizer import tokenizer_json
+from lmlight.generation import Sampling
 
 PAGE = Path(__file__).with_name("page")
 SOURCES = ("index.html", "style.css", "page.js", "model.js", "settings.js", "tokens.js", "attention.js")
@@ -70,7 +72,7 @@ def write(model: Model, folder: Path) -> None:
         "name": Path(corpus).stem or "model",
         "facts": ", ".join(facts),
         "prompt": BUILTIN_CORPORA[corpus].sample_prompt if corpus in BUILTIN_CORPORA else "",
-        "sampling": model.sampling,
+        "sampling": asdict(Sampling(**model.sampling)),
         "engine": engine,
     }
     (folder / "model.json").write_text(json.dumps(content, ensure_ascii=False, indent=1), encoding="utf-8")
@@ -126,7 +128,7 @@ class _Handler(http.server.SimpleHTTPRequestHandler):
 
     def send_head(self) -> Any:
         # another site could have its own name resolved to this machine
-        if self.headers.get("Host", "").rpartition(":")[0] not in ("127.0.0.1", "localhost"):
+        if self.headers.get("Host", "").partition(":")[0] not in ("127.0.0.1", "localhost"):
             return self.send_error(403)
         return super().send_head()
 

@@ -65,6 +65,7 @@ class Sampling:
             ("repetition_penalty", 0 < self.repetition_penalty < math.inf, "above 0"),
             ("stop", strings, "a list of non-empty strings"),
             ("num_samples", self.num_samples >= 1, "at least 1"),
+            ("seed", -(2**63) <= self.seed <= 2**64 - self.num_samples, "a number of 64 bits"),
         ):
             if not valid:
                 raise UserError(f"{name} must be {expected}, got {getattr(self, name)!r}")

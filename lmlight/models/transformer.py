@@ -198,7 +198,8 @@ class Transformer(Net):
         return self.norm(x)
 
     def loss(self, idx: Tensor, targets: Tensor) -> Tensor:
-        can_chunk = hasattr(F, "linear_cross_entropy") and type(self.head) is nn.Linear  # not if it has an adapter
+        is_own = type(self).forward is Transformer.forward and type(self.head) is nn.Linear and self.head.bias is None
+        can_chunk = is_own and hasattr(F, "linear_cross_entropy")  # not in a subclass, or if the head has an adapter
         if not can_chunk or idx.numel() * self.vocab_size < CHUNKED_LOSS_MIN_LOGITS:
             return super().loss(idx, targets)
         x, weight = self.hidden_states(idx).flatten(0, 1), self.head.weight

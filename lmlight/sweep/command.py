@@ -48,7 +48,7 @@ def main(args: Sequence[str]) -> int:
     )
     add("--trials", type=int, metavar="N", help="number of trials of a search (default: 30)")
     add("--prune", action="store_true", help="stop trials whose loss is above the median of the others at that step")
-    add("--on", choices=("val", "tune"), default="val", help="score the validation text (default) or the tuning text")
+    add("--on", choices=("val", "tune"), help="score the validation text (default) or the tuning text")
     add("--study", type=Path, metavar="FOLDER", help="folder of the sweep (default: in sweeps/, named by its settings)")
     add("--retry", action="store_true", help="run failed trials again")
     add("--report", type=Path, metavar="FOLDER", help="only print the report of a sweep")
@@ -64,7 +64,7 @@ def main(args: Sequence[str]) -> int:
             raise UserError(f"--{name} must be at least 1, got {value}")
     values = {name: parse_values(name, text) for name, text in _pairs("vary", options.vary)}
     space = {name: parse_range(name, text) for name, text in _pairs("search", options.search)}
-    fit += ["--data.validate_on=tune"] if options.on == "tune" else []
+    fit += [f"--data.validate_on={options.on}"] if options.on else []
     grid = [dict(zip(values, row)) for row in itertools.product(*values.values())]
     settings = list(_corners(space)) if space else grid
     if len(settings) > 1:
@@ -166,7 +166,7 @@ def parse_range(name: str, text: str) -> Distribution:
         UserError: It is no range, and no list of values.
     """
     is_log, limits = text.startswith("log:"), text.removeprefix("log:").split("..")
-    if len(limits) != 2:
+    if len(limits) != 2 or "," in text:
         return CategoricalDistribution(parse_values(name, text, "search"))
     try:
         if all(re.fullmatch(r"-?\d+", limit) for limit in limits):

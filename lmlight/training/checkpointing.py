@@ -85,15 +85,22 @@ class BestLastCheckpoint(Checkpoint):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         log_dir = trainer.log_dir or trainer.default_root_dir
         self._folder = Path(trainer.strategy.broadcast(log_dir)) / checkpoints.FOLDER
-        interval = getattr(trainer, "val_check_interval", None)  # missing for an interval in time
+        if stage == TrainerFn.FITTING:
+            interval = getattr(trainer, "val_check_interval", "in time")  # which has no such attribute
+            self._check_interval(trainer, interval if isinstance(interval, (int, str)) else 0)
+
+    def _check_interval(self, trainer: Trainer, interval: int | str) -> None:
         accumulate = trainer.accumulate_grad_batches
-        if stage == TrainerFn.FITTING and isinstance(interval, int) and interval % accumulate:
+        if accumulate > 1 and (isinstance(interval, str) or interval % accumulate):
             raise UserError(
-                f"trainer.val_check_interval {interval} counts batches: it must be a multiple of "
+                f"trainer.val_check_interval {interval}: a number of batches is needed that is a multiple of "
                 f"trainer.accumulate_grad_batches {accumulate}, so that a validation falls between two steps"
             )
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        batches = trainer.val_check_batch  # None for an interval in time
+        if batches is not None and batches < trainer.num_training_batches:  # a fraction of the epoch
+            self._check_interval(trainer, int(batches))
         self._stop_asked = False
         if threading.current_thread() is threading.main_thread():  # signal.signal works only there
             for number in (signal.SIGINT, signal.SIGTERM):
@@ -136,7 +143,7 @@ class BestLastCheckpoint(Checkpoint):
             return
         metrics = trainer.callback_metrics
         score = metrics.get("val/nats_per_char", metrics.get("val/loss"))
-        if score is not None and (self.best_score is None or score.item() < self.best_score):
+        if score is not None and score.isfinite() and (self.best_score is None or score.item() < self.best_score):
             self.best_score, self.best_model_path = score.item(), str(self._path("best"))
             self._save(trainer, "best")
         self._agree_to_leave(trainer)

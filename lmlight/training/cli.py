@@ -179,7 +179,7 @@ class LmlightCLI(LightningCLI):
     def before_instantiate_classes(self) -> None:
         config = self.config[self.command]
         config.pop("config", None)
-        # `--seed_everything true` has drawn one after the links were made
+        # `--seed_everything true` became a number after the links were made
         config.model.seed = config.model.sampling.seed = int(config.seed_everything)
         if self.has_text:
             config.data.seed = config.model.seed
@@ -226,6 +226,8 @@ class LmlightCLI(LightningCLI):
         options["plugins"] = [*_as_list(options["plugins"]), AtomicCheckpointIO()]
         run = self.source.run
         where = (str(run.parent), run.name, self.source.step) if run else (options["default_root_dir"],)
+        if options["barebones"]:  # which Lightning refuses to combine with our defaults
+            options |= {"logger": False, "callbacks": None, "enable_progress_bar": False, "log_every_n_steps": 0}
         if not isinstance(options["logger"], bool):
             loggers = _as_list(options["logger"])
             options["logger"] = [RunLogger(*where) if isinstance(one, RunLogger) else one for one in loggers]

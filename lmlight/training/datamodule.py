@@ -118,9 +118,10 @@ class TextDataModule(LightningDataModule):
         self._error, self._folder = "", ""  # from `prepare_data`, for the other ranks
         self._store: TokenStore | None = None
         self._source: WindowSource
+        self._train_loader: StatefulTrainLoader | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "trainer": None}  # as a LightningModule is pickled
+        return {**self.__dict__, "trainer": None, "_train_loader": None}  # as a LightningModule is pickled
 
     @property
     def tokenizer(self) -> Tokenizer | None:
@@ -175,6 +176,7 @@ class TextDataModule(LightningDataModule):
         if self._error or not self._folder:
             raise UserError(self._error or "call prepare_data() before setup(); a Trainer does both")
         self.teardown(stage)
+        self._train_loader = None
         store = self._store = TokenStore(Path(self._folder))
         if not store.tokenizer.lossless:
             rank_zero_warn(
@@ -195,6 +197,8 @@ class TextDataModule(LightningDataModule):
             self._source.close()
 
     def train_dataloader(self) -> StatefulTrainLoader:
+        if self._train_loader is not None and self.trainer is not None and self.trainer.training:
+            return self._train_loader  # a new one would repeat the first epoch
         store, n_windows = self.store, len(self._source)
         seen = self.trainer.max_steps * self.batch_size if self.trainer is not None else 0
         if self.subword_sampling and 0 < seen < n_windows and self._running(TrainerFn.FITTING):
@@ -203,8 +207,13 @@ class TextDataModule(LightningDataModule):
                 "only makes the token sequence longer: set it to null"
             )
         sampler = TrainBatchSampler(n_windows, self.batch_size, *_ranks(self.trainer))
-        device = self.trainer.strategy.root_device if self.trainer is not None else None
-        return StatefulTrainLoader(store, self._source, sampler, device if device and device.type == "cuda" else None)
+        if self.trainer is None:
+            return StatefulTrainLoader(store, self._source, sampler)
+        device = self.trainer.strategy.root_device
+        pinned = device if device.type == "cuda" else None
+        limit, repeat = self.trainer.limit_train_batches, self.trainer.overfit_batches > 0  # type: ignore[attr-defined]  # set late
+        self._train_loader = StatefulTrainLoader(store, self._source, sampler, pinned, limit, repeat)
+        return self._train_loader
 
     def val_dataloader(self) -> EvalLoader:
         return self._eval_loader("val", self.block_size)

@@ -76,7 +76,7 @@ class DistilledModel(LanguageModel):
                     )
                 before = content[checkpoints.METADATA_KEY]["settings"].get("data", {})
                 # a character tokenizer, or a pretrained one, may be the same for both
-                if scores_text_read_by(before, self.settings.get("data", {})):
+                if scores_text_read_by(before, self.settings.get("data") or {}):
                     raise UserError(
                         f"'{name}' was trained on text that this run scores: train both with the same data.val_fraction, "
                         "data.val_corpus and data.validate_on"

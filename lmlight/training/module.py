@@ -319,16 +319,24 @@ class LanguageModel(TextModel):
         metadata = checkpoints.model_metadata(self._net(), self.tokenizer, vars(self.sampling), settings, trained_by)
         if self._validation is not None and self._validation[0] == self.global_step:
             metadata["metrics"] = {k: v.item() for k, v in self._validation[1].items()}
+        metadata["accumulate_grad_batches"] = self.trainer.accumulate_grad_batches
         checkpoint[checkpoints.METADATA_KEY] = metadata
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoints.check_compatible(checkpoint, self._net())
-        metadata = checkpoint[checkpoints.METADATA_KEY]["optimizer"]
-        if self.trainer.state.fn == TrainerFn.FITTING and metadata is not None:
-            self._resumed_hyperparameters = metadata["hyperparameters"]
-            if (ours := full_name(type(dummy_optimizer(self._make_optimizer)))) != metadata["class"]:
+        if self.trainer.state.fn != TrainerFn.FITTING:
+            return
+        metadata = checkpoint[checkpoints.METADATA_KEY]
+        before, now = metadata.get("accumulate_grad_batches"), self.trainer.accumulate_grad_batches
+        if before is not None and before != now:  # Lightning counts micro-batches
+            progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
+            for counts in (progress["total"], progress["current"]):
+                counts.update({name: count * now // before for name, count in counts.items()})
+        if (trained_by := metadata["optimizer"]) is not None:
+            self._resumed_hyperparameters = trained_by["hyperparameters"]
+            if (ours := full_name(type(dummy_optimizer(self._make_optimizer)))) != trained_by["class"]:
                 raise UserError(
-                    f"the checkpoint holds the state of {metadata['class']}, which {ours} cannot use: leave out "
+                    f"the checkpoint holds the state of {trained_by['class']}, which {ours} cannot use: leave out "
                     "--model.optimizer, or start a new run from the checkpoint's weights with --init_from"
                 )
 

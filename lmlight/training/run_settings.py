@@ -65,8 +65,9 @@ def find_source(command: str, args: Sequence[str]) -> tuple[Source, dict[str, st
     classes: dict[str, str] = {}
     for config in configs:
         with suppress(OSError, TypeError, ValueError, yaml.YAMLError):  # reported when the whole command line is parsed
-            given |= (loaded := yaml.safe_load(Path(config).expanduser().read_text("utf-8")))
+            loaded = yaml.safe_load(Path(config).expanduser().read_text("utf-8"))
             classes |= named_classes(loaded)
+            given = _merged(given, loaded)
     trained = flags.get("data.tokenizer", _section(given, "data").get("tokenizer"))
     is_pretrained = isinstance(trained, str) and (is_class_name(trained) or trained.endswith((".json", ".model")))
     if is_pretrained and (wrong := [word for word in rest if word.startswith("--data.tokenizer.")]):
@@ -89,6 +90,13 @@ def find_source(command: str, args: Sequence[str]) -> tuple[Source, dict[str, st
     words += [f"--{name}_class={classes[name]}" for name in ("model", "data") if name in classes]
     words += [*sections, *rest, *(f"--{name}={flags[name]}" for name in LOCATING if name in flags)]
     return source, classes, words
+
+
+def _merged(settings: dict[str, Any], later: dict[str, Any]) -> dict[str, Any]:
+    """Settings of a file, and those of a later one that override them."""
+    both = {name for name in settings.keys() & later.keys() if isinstance(settings[name], dict)}
+    sections = {name: _merged(settings[name], later[name]) for name in both if isinstance(later[name], dict)}
+    return settings | later | sections
 
 
 def named_classes(settings: dict[str, Any]) -> dict[str, str]:

@@ -73,7 +73,8 @@ class TextModel(LightningModule):
 
     def on_test_epoch_end(self) -> None:
         self._report("test", self.test_loss)
-        self._report("test_sliding", self.sliding_loss)
+        if self.sliding_loss.update_called:  # not with one loader only
+            self._report("test_sliding", self.sliding_loss)
 
     def _report(self, stage: str, metric: TextLoss) -> dict[str, Tensor]:
         metrics = {f"{stage}/{name}": value.float() for name, value in metric.compute().items()}

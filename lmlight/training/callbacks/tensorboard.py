@@ -56,7 +56,7 @@ class SampleText(FitCallback):
             # indented by four spaces, Markdown keeps line breaks and symbols
             indented = "\n".join("    " + line for line in escape_control_characters(text).split("\n"))
             tag = f"samples/{' '.join(prompt.split()) or 'empty prompt'}"
-            writer.add_text(tag, f"{settings}\n\n{indented}", trainer.global_step)
+            writer.add_text(tag, f"{settings}\n\n{indented}", trainer.global_step - 1)  # as Lightning numbers scalars
 
 
 class Pictures(FitCallback):
@@ -103,8 +103,9 @@ class Pictures(FitCallback):
         self._validations += 1
         last = trainer.should_stop or 0 < model.total_steps <= trainer.global_step
         if last or self._validations.bit_count() == 1:  # a power of two
-            for name, figure in self._figures(model, data, (sums[0] / sums[1].clamp(min=1)).cpu().numpy()):
-                writer.add_figure(name, figure, trainer.global_step)
+            seen = sums[1] > 0  # not all, if the windows are shorter than the network's block size
+            for name, figure in self._figures(model, data, (sums[0, seen] / sums[1, seen]).cpu().numpy()):
+                writer.add_figure(name, figure, trainer.global_step - 1)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert isinstance(pl_module, LanguageModel) and pl_module.net is not None
