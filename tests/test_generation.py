@@ -251,6 +251,11 @@ def test_packed_linear_equals_linear(rows, bias, out, dtype):
     torch.testing.assert_close(pack_linear(linear, rows)(x), linear(x), rtol=0, atol=atol)
 
 
+def test_packed_layer_takes_what_autocast_leaves_in_bfloat16():
+    linear, x = torch.nn.Linear(512, 512), torch.randn(8, 512).bfloat16()
+    torch.testing.assert_close(pack_linear(linear, 8)(x), linear(x.float()), rtol=0, atol=1e-5)
+
+
 @pytest.mark.parametrize("batch_size", [1, 3])
 @pytest.mark.parametrize("precision", ["autocast", "bfloat16"])
 def test_generates_in_bfloat16(batch_size, precision):

@@ -100,5 +100,5 @@ def pack_linear(linear: nn.Linear, batch_size: int) -> Callable[[Tensor], Tensor
     if on_cpu and onednn and batch_size > 1 and large:
         packed = torch.ops.mkldnn._reorder_linear_weight(weight, 64)
         multiply = torch.ops.mkldnn._linear_pointwise.default  # what torch.compile calls
-        return lambda x: multiply(x, packed, bias, "none", [], "")
+        return lambda x: multiply(x.float(), packed, bias, "none", [], "")  # autocast leaves x in bfloat16
     return lambda x: F.linear(x, weight, bias)
