@@ -167,10 +167,8 @@ class TokenizerConfig:
         chunks = chain([first], chunks)
         is_crlf = 2 * first.count("\r\n") > first.count("\n")
         if self.kind == "char":
-            characters = set[str]()
-            for chunk in chunks:
-                characters.update(chunk)
-            return CharTokenizer(sorted(characters), add_eos, "\r\n" if is_crlf else "\n")
+            characters = sorted(set(chain.from_iterable(chunks)))
+            return CharTokenizer(characters, add_eos, "\r\n" if is_crlf else "\n")
         share = min(1.0, self.sample_chars / chars) if chars else 1.0
         model = train_sentencepiece(chunks, self.kind, self.vocab_size, self.lossless, add_eos, share)
         return SentencePieceTokenizer(model + CRLF_FIELD if self.lossless and is_crlf else model)

@@ -312,11 +312,9 @@ def _mistake(error: Exception) -> Exception | None:
 class _Check(LmlightCLI):
     """Parses and checks a command line of `fit`, and does not run it."""
 
-    def before_fit(self) -> None: ...
-
     def fit(self, **kwargs: Any) -> None: ...
 
-    def after_fit(self) -> None: ...
+    before_fit = after_fit = fit
 
 
 def check_fit(args: Sequence[str]) -> dict[str, Any]:
