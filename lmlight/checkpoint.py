@@ -205,7 +205,7 @@ def find(name: str | Path, runs: str | Path, prefer: Literal["best", "last"]) ->
     path = Path(name).expanduser()
     if str(name) in ("best", "last"):
         found = _newest_first(Path(runs).glob(f"*/{FOLDER}/{name}.ckpt"))
-        hint = f"no run in '{runs}' has a checkpoint '{name}' yet: try best or last, start a run with `lmlight fit`"
+        hint = f"no run in '{runs}' has a checkpoint '{name}' yet: start one with `lmlight fit`, try best or last"
     elif path.is_dir():
         found = [file for folder in (path, path / FOLDER) if (file := folder / f"{prefer}.ckpt").is_file()]
         hint = f"folder '{path}' has no checkpoint '{prefer}.ckpt': pass a run's folder"
