@@ -254,6 +254,15 @@ def test_chat_prints_crlf_as_line_breaks(crlf, monkeypatch, capsys):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="CUDA is available")
+def test_chat_reads_bytes_that_are_not_text(finished):
+    folder, _, best = finished
+    with processes.start("chat", best, cwd=folder, stdin=subprocess.PIPE, encoding=None) as process:
+        out, err = process.communicate(b"A \xff B\n/max_new_tokens 2\nMIRA:\n", timeout=60)
+    assert process.returncode == 0, err
+    assert out.count(b"> ") == 4
+    assert b"Traceback" not in err
+
+
 def test_chat_on_missing_device_is_a_one_line_error(crlf, capsys):
     assert typed(["chat", str(crlf), "--device=cuda"]) == 2
     assert "device 'cuda' cannot be used" in capsys.readouterr().err

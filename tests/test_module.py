@@ -12,6 +12,7 @@ import pytest
 import tiny
 import torch
 import torch.nn.functional as F
+from lightning.pytorch.callbacks import BatchSizeFinder
 
 from lmlight import Bigram, LanguageModel, Sampling, TextDataModule, checkpoint
 from lmlight.data.tokenizer import TokenizerConfig
@@ -113,25 +114,36 @@ def test_gradient_accumulation_gives_the_same_steps_and_metrics(data, tmp_path):
     assert logged(4) == [pytest.approx(row, rel=1e-4) for row in once]
 
 
-@pytest.mark.parametrize(("before", "after"), [(1, 4), (4, 2)])
-def test_resume_with_other_accumulated_batches_takes_the_same_steps(data, tmp_path, before, after):
-    """Nine steps of an epoch of about 20, then to the next one."""
+@pytest.mark.parametrize(("before", "after"), [(1, 4), (2, 4), (4, 2)])
+@pytest.mark.parametrize(("steps", "at"), [(9, "last step"), ("epoch", "last step"), (9, "end of fit")])
+def test_resume_with_other_accumulated_batches_takes_the_same_steps(data, tmp_path, before, after, steps, at):
+    """From within an epoch and from its end; Lightning's counts differ between a step and the end of `fit`."""
 
     def fit(steps, accumulate, ckpt_path=None):
-        pl.seed_everything(1, verbose=False)
-        model = LanguageModel(net=tiny.net, optimizer=adamw, schedule=Schedule("constant", 2))
+        seen = []
+
+        class Note(pl.Callback):
+            def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+                seen.extend((trainer.global_step, row) for row in batch.inputs.tolist())
+
+        keeper = BestLastCheckpoint()
         options = {**tiny.QUIET, "plugins": [AtomicCheckpointIO()], "accumulate_grad_batches": accumulate}
-        trainer = pl.Trainer(max_steps=steps, enable_checkpointing=False, limit_val_batches=0, **options)
+        options |= {"callbacks": [Note(), keeper], "default_root_dir": tmp_path, "limit_val_batches": 0}
+        trainer = pl.Trainer(max_steps=steps, **options)
+        model = LanguageModel(net=Bigram, optimizer=adamw, schedule=Schedule("constant", 2))
         trainer.fit(model, datamodule=data, ckpt_path=ckpt_path, weights_only=True)
         assert trainer.global_step == steps
-        return trainer, model
+        return seen, trainer, keeper.last_model_path
 
-    whole = fit(40, 1)[1]
-    fit(9, before)[0].save_checkpoint(tmp_path / "x.ckpt")
-    trainer, model = fit(40, after, tmp_path / "x.ckpt")
-    assert trainer.current_epoch > 0
-    for ours, expected in zip(model.parameters(), whole.parameters()):
-        torch.testing.assert_close(ours, expected, rtol=1e-3, atol=1e-5)
+    whole, trainer, _ = fit(40, 1)
+    per_epoch = trainer.num_training_batches
+    assert 10 < per_epoch < 38
+    steps = per_epoch if steps == "epoch" else steps
+    _, trainer, path = fit(steps, before)
+    if at == "end of fit":
+        trainer.save_checkpoint(path)
+    seen, trainer, _ = fit(40, after, path)
+    assert seen == [(step, row) for step, row in whole if step >= steps]
 
 
 def test_epochs_whose_loader_is_made_anew_differ(data):
@@ -154,6 +166,18 @@ def test_epochs_whose_loader_is_made_anew_differ(data):
     assert len(plain) == 6 and plain[:3] != plain[3:]
     assert seen(reload_dataloaders_every_n_epochs=1) == plain
     assert seen(limit_train_batches=1.0, overfit_batches=3) == plain[:3] * 2
+
+
+def test_loader_follows_a_batch_size_that_a_callback_changes(data):
+    sizes = []
+
+    class Note(pl.Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            sizes.append(len(batch.inputs))
+
+    finder = BatchSizeFinder(init_val=4, max_trials=2, steps_per_trial=1)
+    trained(data, steps=1, net=Bigram, callbacks=[finder, Note()])
+    assert sizes[-1] == data.batch_size != 4
 
 
 @pytest.mark.parametrize(

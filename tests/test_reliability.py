@@ -638,8 +638,13 @@ def test_folder_of_runs_may_be_in_an_earlier_config(trained, tmp_path, capsys, m
     monkeypatch.chdir(tmp_path)
     Path("a.yaml").write_text(f"trainer:\n  default_root_dir: {trained.parent}\n")
     Path("b.yaml").write_text("trainer:\n  accelerator: cpu\n")
-    assert main(["validate", "--ckpt_path=best", "--config=a.yaml", "--config=b.yaml"]) == 0
+    text = f"--data.corpus={trained.parents[2] / 'corpus.txt'}"
+    assert main(["validate", "--ckpt_path=best", "--config=a.yaml", "--config=b.yaml", text]) == 0
     assert "best.ckpt" in capsys.readouterr().err
+    for content in ("", "# nothing", "[]"):
+        Path("b.yaml").write_text(content)
+        assert main(["validate", "--ckpt_path=best", "--config=a.yaml", "--config=b.yaml"]) == 2
+        assert capsys.readouterr().err.startswith("lmlight: error: ")
 
 
 def test_best_and_last_checkpoints(corpus_file, monkeypatch):

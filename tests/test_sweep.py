@@ -347,6 +347,7 @@ def test_check_fit_returns_the_settings_and_writes_nothing(tmp_path):
         (["--init_from=best"], "no run in 'sweeps' has a checkpoint 'best' yet"),
         (["--model=lmlight.DistilledModel", "--model.teachers=best"], "no run in 'sweeps' has a checkpoint 'best' yet"),
         (["--trainer.callbacks=null"], "needs LearningCurve"),
+        (["--trainer.barebones=true"], "needs LearningCurve"),
         (["--report=nowhere"], "there is no sweep in 'nowhere'"),
     ],
 )

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import io
+import sys
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -40,6 +42,8 @@ def main(args: Sequence[str]) -> None:
         raise UserError(f"device '{device}' cannot be used ({str(error).splitlines()[0]}): pass another") from None
     sampling = Sampling(**{**content[checkpoints.METADATA_KEY]["sampling"], "num_samples": 1})
     print(f"{files.shown(path)}: {net.num_parameters:,} parameters on {device}. /help lists the commands.")
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="replace")
     while True:
         try:
             line = input("> ")

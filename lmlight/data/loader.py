@@ -151,7 +151,7 @@ class StatefulTrainLoader:
         limit: float = 1.0,
         repeat: bool = False,
     ) -> None:
-        self._store, self._source, self._sampler, self._device = store, source, sampler, device
+        self._store, self._source, self.sampler, self._device = store, source, sampler, device
         self._limit = limit if isinstance(limit, int) else int(limit * len(sampler))
         self._repeat = repeat
         self._epoch, self._seen = -1, 0  # `_seen` counts the micro-batches of the epoch that have been returned
@@ -160,7 +160,7 @@ class StatefulTrainLoader:
 
     def state_dict(self) -> dict[str, Any]:
         """The epoch, and the position in it in windows over all ranks, so that any number of processes can resume."""
-        seen = self._seen * self._sampler.windows_per_micro_batch
+        seen = self._seen * self.sampler.windows_per_micro_batch
         return {"epoch": self._epoch, "windows": seen, "text": self._store.train_fingerprint}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -175,11 +175,11 @@ class StatefulTrainLoader:
                 "run from the weights with --init_from in place of --ckpt_path"
             )
         self._epoch = state_dict["epoch"]
-        self._seen = state_dict["windows"] // self._sampler.windows_per_micro_batch
-        self._resuming = self._seen < min(self._limit, len(self._sampler))
+        self._seen = state_dict["windows"] // self.sampler.windows_per_micro_batch
+        self._resuming = self._seen < min(self._limit, len(self.sampler))
 
     def __len__(self) -> int:
-        return len(self._sampler)
+        return len(self.sampler)
 
     def __iter__(self) -> Iterator[Batch]:
         # A generator, so that it starts at the first batch: Lightning calls `iter` before it restores the state. Epochs are
@@ -191,7 +191,7 @@ class StatefulTrainLoader:
         batches: Iterator[Batch] = iter(
             DataLoader(
                 WindowDataset(self._source, self._epoch, self._store.char_counts["train"]),
-                sampler=self._sampler.batches(self._seen),
+                sampler=self.sampler.batches(self._seen),
                 batch_size=None,  # an item is a batch
                 num_workers=self._source.num_workers,
                 worker_init_fn=ignore_ctrl_c,

@@ -126,8 +126,11 @@ def check(fit: Sequence[str], params: Params) -> dict[str, Any]:
         where = f" (with {' '.join(flags(params))})" if params else ""
         raise UserError(f"{str(error).partition('; see `')[0]}{where}") from None
     trainer = checked["trainer"]
-    if not trainer["logger"] or "LearningCurve" not in json.dumps(trainer["callbacks"]):
-        raise UserError("a sweep needs LearningCurve and a logger: leave out --trainer.callbacks and --trainer.logger")
+    if trainer["barebones"] or not trainer["logger"] or "LearningCurve" not in json.dumps(trainer["callbacks"]):
+        raise UserError(
+            "a sweep needs LearningCurve and a logger: leave out --trainer.callbacks, --trainer.logger and "
+            "--trainer.barebones"
+        )
     steps, interval = trainer["max_steps"] * trainer["accumulate_grad_batches"], trainer["val_check_interval"]
     if isinstance(interval, int) and steps > 0 and steps % interval:
         raise UserError(

@@ -86,21 +86,24 @@ class BestLastCheckpoint(Checkpoint):
         log_dir = trainer.log_dir or trainer.default_root_dir
         self._folder = Path(trainer.strategy.broadcast(log_dir)) / checkpoints.FOLDER
         if stage == TrainerFn.FITTING:
-            interval = getattr(trainer, "val_check_interval", "in time")  # which has no such attribute
-            self._check_interval(trainer, interval if isinstance(interval, (int, str)) else 0)
+            interval = getattr(trainer, "val_check_interval", None)  # missing for an interval in time
+            if interval is None:
+                self._check_interval(trainer, 1, "is a time")
+            elif isinstance(interval, int):
+                self._check_interval(trainer, interval, f"is {interval} batches")
 
-    def _check_interval(self, trainer: Trainer, interval: int | str) -> None:
+    def _check_interval(self, trainer: Trainer, batches: int, found: str) -> None:
         accumulate = trainer.accumulate_grad_batches
-        if accumulate > 1 and (isinstance(interval, str) or interval % accumulate):
+        if trainer.limit_val_batches and batches % accumulate:
             raise UserError(
-                f"trainer.val_check_interval {interval}: a number of batches is needed that is a multiple of "
+                f"trainer.val_check_interval {found}: it must be a number of batches that is a multiple of "
                 f"trainer.accumulate_grad_batches {accumulate}, so that a validation falls between two steps"
             )
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         batches = trainer.val_check_batch  # None for an interval in time
         if batches is not None and batches < trainer.num_training_batches:  # a fraction of the epoch
-            self._check_interval(trainer, int(batches))
+            self._check_interval(trainer, int(batches), f"{trainer.val_check_interval} is {batches} batches")
         self._stop_asked = False
         if threading.current_thread() is threading.main_thread():  # signal.signal works only there
             for number in (signal.SIGINT, signal.SIGTERM):

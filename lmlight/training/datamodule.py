@@ -36,8 +36,8 @@ class TextDataModule(LightningDataModule):
 
     Args:
         corpus: name of a corpus (`tinyshakespeare`), a file, a folder, a glob pattern (`books/**/*.txt`), or a URL that
-            fsspec opens (`https://`, `s3://`, `hf://`). Files are text, `.jsonl` or `.parquet`, optionally compressed as
-            `.gz`, `.bz2`, `.xz` or `.zst`. Also the folder that `lmlight prepare --to` wrote, or a copy of it.
+            fsspec opens (`https://`, `s3://`, `hf://`). Files are text or `.jsonl`, optionally compressed as `.gz`,
+            `.bz2`, `.xz` or `.zst`, or `.parquet`. Also the folder that `lmlight prepare --to` wrote, or a copy of it.
         block_size: tokens per window, the longest context of the net.
         batch_size: windows per optimizer step, over all devices and accumulated batches together.
         val_fraction: share of the characters, from the end, for validation.
@@ -197,16 +197,17 @@ class TextDataModule(LightningDataModule):
             self._source.close()
 
     def train_dataloader(self) -> StatefulTrainLoader:
-        if self._train_loader is not None and self.trainer is not None and self.trainer.training:
-            return self._train_loader  # a new one would repeat the first epoch
         store, n_windows = self.store, len(self._source)
+        sampler = TrainBatchSampler(n_windows, self.batch_size, *_ranks(self.trainer))
+        is_training = self.trainer is not None and self.trainer.training
+        if self._train_loader is not None and is_training and self._train_loader.sampler == sampler:
+            return self._train_loader  # a new one would repeat the first epoch
         seen = self.trainer.max_steps * self.batch_size if self.trainer is not None else 0
         if self.subword_sampling and 0 < seen < n_windows and self._running(TrainerFn.FITTING):
             rank_zero_warn(
                 f"this run sees {seen / n_windows:.0%} of the training text and none of it twice, so subword_sampling "
                 "only makes the token sequence longer: set it to null"
             )
-        sampler = TrainBatchSampler(n_windows, self.batch_size, *_ranks(self.trainer))
         if self.trainer is None:
             return StatefulTrainLoader(store, self._source, sampler)
         device = self.trainer.strategy.root_device

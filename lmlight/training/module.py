@@ -331,7 +331,11 @@ class LanguageModel(TextModel):
         if before is not None and before != now:  # Lightning counts micro-batches
             progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
             for counts in (progress["total"], progress["current"]):
+                behind = (
+                    counts["processed"] - counts["completed"]
+                )  # 1 at the end of a batch, by which Lightning knows it
                 counts.update({name: count * now // before for name, count in counts.items()})
+                counts["completed"] = counts["processed"] - behind
         if (trained_by := metadata["optimizer"]) is not None:
             self._resumed_hyperparameters = trained_by["hyperparameters"]
             if (ours := full_name(type(dummy_optimizer(self._make_optimizer)))) != trained_by["class"]:

@@ -66,8 +66,9 @@ def find_source(command: str, args: Sequence[str]) -> tuple[Source, dict[str, st
     for config in configs:
         with suppress(OSError, TypeError, ValueError, yaml.YAMLError):  # reported when the whole command line is parsed
             loaded = yaml.safe_load(Path(config).expanduser().read_text("utf-8"))
-            classes |= named_classes(loaded)
-            given = _merged(given, loaded)
+            if isinstance(loaded, dict):
+                classes |= named_classes(loaded)
+                given = _merged(given, loaded)
     trained = flags.get("data.tokenizer", _section(given, "data").get("tokenizer"))
     is_pretrained = isinstance(trained, str) and (is_class_name(trained) or trained.endswith((".json", ".model")))
     if is_pretrained and (wrong := [word for word in rest if word.startswith("--data.tokenizer.")]):
