@@ -149,6 +149,7 @@ def trainer_of(rank=0, world_size=1, accumulate=1, fn=None, max_steps=-1):
         world_size=world_size,
         accumulate_grad_batches=accumulate,
         max_steps=max_steps,
+        training=False,
         limit_train_batches=1.0,
         overfit_batches=0,
         state=SimpleNamespace(fn=fn),
