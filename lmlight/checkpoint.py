@@ -217,7 +217,7 @@ def find(name: str | Path, runs: str | Path, prefer: Literal["best", "last"]) ->
 
 
 def import_classes(net: str | None, tokenizer: str | None) -> tuple[type[Net] | None, type[Tokenizer] | None]:
-    """Import the classes that the user names, of which a checkpoint may then hold instances; see `import_class`."""
+    """Import the classes that the user names, so that checkpoints with them can be loaded; see `import_class`."""
     return (
         import_class("--model.net", net, Net) if net else None,
         import_class("--data.tokenizer", tokenizer, Tokenizer) if tokenizer else None,
@@ -321,7 +321,7 @@ def check_compatible(checkpoint: dict[str, Any], net: Net) -> None:
     differing = {k for k in here.keys() | there.keys() if here.get(k) != there.get(k)} - {"dropout"}
     if differing:
         what = ", ".join(f"{k} {there.get(k)} in the checkpoint, {here.get(k)} here" for k in sorted(differing))
-        raise UserError(f"this checkpoint is of another network ({what}): drop the flags that differ")
+        raise UserError(f"this checkpoint is from a different network ({what}): drop the flags that differ")
 
 
 def _is_intact(file: IO[bytes]) -> bool:

@@ -118,7 +118,7 @@ class Muon(Optimizer):
         weight_decay: Decoupled weight decay of both. The default is for a small text that is read many times (Kim et al.
             2025, https://arxiv.org/abs/2509.14786); one that is read once or twice needs less than 1.
         momentum: Muon's Nesterov momentum.
-        betas: AdamW's running averages.
+        betas: Coefficients of AdamW's running averages.
         eps: AdamW's epsilon.
     """
 

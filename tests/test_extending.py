@@ -787,7 +787,7 @@ def test_custom_data_trains_with_losses_per_token(tmp_path):
     }
     trainer = pl.Trainer(**settings, plugins=[AtomicCheckpointIO()])
     model = LanguageModel(net=tiny.net)
-    with pytest.warns(UserWarning, match="Counting is not a TextDataModule: a resumed run may see other batches"):
+    with pytest.warns(UserWarning, match="Counting is not a TextDataModule: a resumed run may see different batches"):
         trainer.fit(model, datamodule=Counting())
     assert {"val/loss", "val/perplexity"} == {name for name in trainer.callback_metrics if name.startswith("val/")}
     assert keeper.best_score == pytest.approx(float(trainer.callback_metrics["val/loss"]))

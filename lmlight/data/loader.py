@@ -135,7 +135,7 @@ class StatefulTrainLoader:
         store, source: the tokens and their windows.
         sampler: splits an epoch into this process's micro-batches.
         device: the GPU that batches are copied to. They are put in pinned memory, one batch ahead of use.
-        limit: `trainer.limit_train_batches`: the batches of an epoch that are used, or their share.
+        limit: `trainer.limit_train_batches`: the number or fraction of an epoch's batches to use.
         repeat: use the windows of the first epoch in every epoch.
 
     Attributes:

@@ -50,10 +50,10 @@ class TextDataModule(LightningDataModule):
         errors: what to do with invalid bytes: `strict` raises, `replace` inserts U+FFFD.
         encoding: encoding of text files and `.jsonl`, any that Python knows. `utf-8-sig` drops a byte order mark.
         cache: folder for downloads and tokens. `null` uses `$LMLIGHT_CACHE` or the platform's cache folder.
-        tokenizer: the tokenizer to train. Or a trained one: a `tokenizer.json` of Hugging Face, a SentencePiece `.model`
+        tokenizer: the tokenizer to train. Or a trained one: a Hugging Face `tokenizer.json`, a SentencePiece `.model`
             file, or the full name of your own `Tokenizer` class. From Python, you can also set the attribute `tokenizer`.
             Ignored if a checkpoint provides one.
-        subword_sampling: sample a new segmentation of the training text in every epoch. `null` never does.
+        subword_sampling: sample a new segmentation of the training text in every epoch. `null` disables this.
         windows: `epoch` visits non-overlapping windows in random order; `random` draws each window independently.
         prompts: for `predict`: a list, or a file with one prompt per line (`-` is the standard input).
         prompt_batch_size: prompts that `predict` continues together.

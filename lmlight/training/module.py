@@ -43,7 +43,7 @@ from lmlight.training.run_checks import check_run, total_steps
 from lmlight.training.text_model import TextModel
 from lmlight.user_code import full_name
 
-PYTHON_ONLY = {"init_from", "settings"}  # arguments that are no flags
+PYTHON_ONLY = {"init_from", "settings"}  # arguments that are not flags
 STATES = ("state_dict", "current_model_state")  # a checkpoint's weights; the latter is WeightAveraging's
 NetCallable = Callable[[int, int], Net]
 """Makes a network from (vocab_size, block_size), which depend on the data."""
@@ -58,7 +58,7 @@ class LanguageModel(TextModel):
 
     Args:
         net: The network, without its vocabulary and block size. As an attribute, the network itself; None until built.
-        optimizer: The optimizer. Weight decay applies to matrices only.
+        optimizer: The optimizer. Weight decay applies to parameters of two or more dimensions.
         schedule: Learning-rate schedule.
         lr_scheduler: A scheduler of torch, such as `torch.optim.lr_scheduler.StepLR`, called after each optimizer step.
             Replaces `schedule`; null does not.
@@ -188,7 +188,7 @@ class LanguageModel(TextModel):
         if not isinstance(data, TextDataModule):
             if stage == "fit":
                 rank_zero_warn(
-                    f"{type(data).__name__} is not a TextDataModule: a resumed run may see other batches than an "
+                    f"{type(data).__name__} is not a TextDataModule: a resumed run may see different batches from an "
                     "uninterrupted one, and losses are per character only if its batches count characters"
                 )
             return
@@ -238,7 +238,7 @@ class LanguageModel(TextModel):
         if self._resumed_hyperparameters:
             scheduler = self.trainer.lr_scheduler_configs[0].scheduler
             apply_changes(scheduler, self._hyperparameters, self._resumed_hyperparameters)
-            if self._make_scheduler is None:  # the run may have another end than when the checkpoint was written
+            if self._make_scheduler is None:  # the number of steps may have changed since
                 for group, rate in zip(scheduler.optimizer.param_groups, scheduler.base_lrs):
                     group["lr"] = rate * self.schedule.factor(self.global_step, self.total_steps)
 
