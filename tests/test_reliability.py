@@ -454,7 +454,7 @@ def test_resume_with_incompatible_settings_is_refused_and_keeps_the_config(train
     (tmp_path.parent / "corpus.txt").write_bytes((trained.parents[2] / "corpus.txt").read_bytes())
     for flags, says in {
         "--data.block_size=32": "longer than the 16 tokens",
-        "--model.net=Bigram": "another net",
+        "--model.net=Bigram": "a different network",
         "--data.corpus=nope.txt": "no corpus",
         "--data.tokenizer.vocab_size=300": "data.tokenizer of a run cannot change (data.tokenizer.vocab_size: 400 -> 300)",
         "--trainer.accumulate_grad_batches=3": "multiple of",
