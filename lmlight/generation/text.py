@@ -40,11 +40,14 @@ class StreamingDecoder:
     def push(self, index: int) -> str:
         """The text that is complete with this id."""
         self._pending.append(index)
-        return "" if self._text().endswith("\ufffd") else self.flush()
+        text = self._text()
+        return "" if text.endswith("\ufffd") else self._release(text)
 
     def flush(self) -> str:
         """The text that was held back."""
-        text = self._text()
+        return self._release(self._text())
+
+    def _release(self, text: str) -> str:
         # as the only context, ids without text would make the tokenizer drop the next space
         alone = self._tokenizer.decode(self._pending)
         self._context = self._pending if text and alone else self._context + self._pending
