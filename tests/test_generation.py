@@ -27,6 +27,7 @@ from lmlight.generation import (
     generate_text,
     start_streams,
 )
+from lmlight.generation.cuda_graph import StaticCache
 from lmlight.generation.fast_decoder import FastDecoder, pack_linear
 from lmlight.generation.text import StreamingDecoder
 from lmlight.models import GPT2, LLAMA, Bigram, Transformer
@@ -49,13 +50,25 @@ class Uncached(Transformer):
         return None
 
 
+def static_step(decoder, tokens, cache, fast):
+    """The step of a CUDA graph, without the graph."""
+    if decoder._graph is None or decoder._graph.cache is not cache:
+        decoder._graph = StaticCache(cache, fast.net.rope)
+    decoder._graph.follow()
+    return fast(tokens, decoder._graph)
+
+
 @contextmanager
 def decoding(fast):
-    """Decodes with or without `FastDecoder`."""
-    with patch.object(FastDecoder, "supports", FastDecoder.supports if fast else lambda net: False):
+    """Decodes with or without `FastDecoder`; `static`: as in a CUDA graph."""
+    with (
+        patch.object(FastDecoder, "supports", FastDecoder.supports if fast else lambda net: False),
+        patch.object(Decoder, "_fast_step", static_step if fast == "static" else Decoder._fast_step),
+    ):
         yield
 
 
+FAST = [True, False, "static"]
 TRANSFORMERS = [
     {},
     GPT2,
@@ -166,13 +179,15 @@ def test_dropout_acts_while_a_network_in_training_mode_generates():
 
 
 @settings(max_examples=40)
-@given(make=st.sampled_from(NETS), fast=st.booleans(), lengths=st.lists(st.integers(1, 6), min_size=1, max_size=4))
+@given(
+    make=st.sampled_from(NETS), fast=st.sampled_from(FAST), lengths=st.lists(st.integers(1, 6), min_size=1, max_size=4)
+)
 def test_batched_logits_equal_unbatched(make, fast, lengths):
     with decoding(fast):
         assert_batched_equals_alone(make().double(), lengths)
 
 
-@pytest.mark.parametrize("fast", [True, False])
+@pytest.mark.parametrize("fast", FAST)
 @pytest.mark.parametrize("options", [{}, LLAMA, {"n_kv_head": 2}, {"rope_theta": 100.0}], ids=str)
 def test_sliding_window_attends_to_the_last_block_size_tokens(options, fast):
     """Reference: the whole sequence at once; each position attends to the last block_size positions."""
@@ -191,14 +206,30 @@ def test_sliding_window_attends_to_the_last_block_size_tokens(options, fast):
     torch.testing.assert_close(torch.stack(logits, 1), net.head(net.norm(x)), rtol=0, atol=1e-10)
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("prompts", [[[1]], [[1], [2, 3, 4]]], ids=str)
+@pytest.mark.parametrize("options", TRANSFORMERS, ids=str)
+def test_cuda_graphs_generate_what_single_kernels_do(options, prompts, autocast):
+    net, texts = net_of(**options).cuda(), []
+    for step in (Decoder._fast_step, static_step):
+        with patch.object(Decoder, "_fast_step", step), torch.autocast("cuda", torch.bfloat16, enabled=autocast):
+            steps = generate_ids(net, prompts, Sampling(max_new_tokens=25), [0, 1][: len(prompts)])
+            texts.append([step.ids for step in steps])
+    assert texts[0] == texts[1]
+
+
 @pytest.mark.parametrize("block_size", [1, 2, 3, 8])
+@pytest.mark.parametrize("fast", FAST)
 @pytest.mark.parametrize(("kind", "kept"), [(Transformer, "later half"), (Uncached, "all")])
-def test_learned_positions_restart_and_uncached_networks_recompute_beyond_block_size(block_size, kind, kept):
+def test_learned_positions_restart_and_uncached_networks_recompute_beyond_block_size(block_size, kind, kept, fast):
     torch.manual_seed(0)
     net = kind(11, block_size, n_layer=1, n_head=2, n_embd=16, positions="learned").double().eval()
     net.positions.weight.data.mul_(50)
     context = [1]
-    for step in generate_ids(net, [context], Sampling(max_new_tokens=25), [5]):
+    with decoding(fast):
+        steps = list(generate_ids(net, [context], Sampling(max_new_tokens=25), [5]))
+    for step in steps:
         torch.testing.assert_close(step.logits[0], net(torch.tensor([context]))[0, -1], rtol=0, atol=1e-10)
         context = [*context, step.ids[0]]
         if len(context) > block_size:

@@ -17,10 +17,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from lmlight.generation.cuda_graph import CudaGraphDecoder
 from lmlight.generation.fast_decoder import FastDecoder
 from lmlight.generation.sampling import Sampling, apply_repetition_penalty, sample_one_token
 from lmlight.models import Net
-from lmlight.models.kv_cache import Cache
+from lmlight.models.kv_cache import Cache, KeyValueCache
 
 
 class Decoder:
@@ -39,6 +40,7 @@ class Decoder:
         # not a call, which a compiled network would compile for each length
         self._forward: Callable[..., Tensor] = net.forward
         self._fast: FastDecoder | None = None
+        self._graph: CudaGraphDecoder | None = None
 
     @torch.no_grad()
     def prefill(self, prompts: Sequence[Sequence[int]]) -> Tensor:
@@ -58,8 +60,16 @@ class Decoder:
         if self._fast is None and FastDecoder.supports(self.net):
             self._fast = FastDecoder(self.net, self.batch_size)
         if self._fast is not None:
-            return self._fast(tokens, self.cache)
+            return self._fast_step(tokens, self.cache, self._fast)
         return self._forward(tokens, cache=self.cache)[:, -1]
+
+    def _fast_step(self, tokens: Tensor, cache: Cache, fast: FastDecoder) -> Tensor:
+        if self._graph is not None and self._graph.cache is cache:
+            return self._graph(tokens)
+        logits = fast(tokens, cache)
+        if tokens.is_cuda and isinstance(cache, KeyValueCache):
+            self._graph = CudaGraphDecoder(fast, cache)
+        return logits
 
     def _start(self, rows: list[list[int]]) -> Tensor:
         self._lengths = [len(row) for row in rows]

@@ -1,0 +1,96 @@
+"""The decode step as a CUDA graph, which the GPU runs without waiting for Python to launch each kernel.
+
+Launching the kernels of a step takes several times as long as running them: on an H100, a token took 1.26 ms instead of 0.45
+(6 layers of width 384) and 5.4 ms instead of 1.4 (GPT-2). A graph repeats the same kernels on the same addresses, so
+what changes from step to step is copied into tensors that stay in place (`StaticCache`).
+
+Axes: B batch, T positions, D channels of a head, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lmlight.generation.fast_decoder import FastDecoder
+from lmlight.models.kv_cache import Cache, KeyValueCache
+
+
+class StaticCache(Cache):
+    """One token's view of a cache, in tensors that stay in place: all slots, with the empty ones masked.
+
+    Args:
+        cache: its buffers are shared. It holds at least one token of each row.
+        rope: table of the network (2, T, D / 2); None for learned positions.
+    """
+
+    def __init__(self, cache: KeyValueCache, rope: Tensor | None) -> None:
+        super().__init__(is_causal=False)
+        self.cache, self.network_rope = cache, rope
+        batch_size, max_length = cache.buffers.size(1), cache.max_length
+        rows = batch_size if any(cache.padding) else 1  # whose positions and masks differ
+        device = cache.buffers.device
+        self._slot = torch.full((1,), cache.length % max_length, device=device)
+        self.attn_mask: Tensor = torch.zeros(rows, 1, 1, max_length, dtype=torch.bool, device=device)
+        self._positions = torch.zeros(rows, dtype=torch.long, device=device)
+        self.input_pos = self._positions if rope is None else slice(None)
+        # rows of the table for the new token only, (2, 1 or B, D / 2)
+        self.rope = None if rope is None else rope.new_zeros(2, rows, rope.size(-1))
+        self._buffers = cache.buffers.unbind()
+
+    def follow(self) -> None:
+        """Advance the cache by one token per row, and copy what this changes."""
+        cache, slot = self.cache, self.cache.length % self.cache.max_length
+        cache.advance(1)
+        self._slot.fill_(slot)
+        self.attn_mask[..., : min(cache.length, cache.max_length)] = (
+            True if cache.attn_mask is None else cache.attn_mask
+        )
+        if self.rope is not None and self.network_rope is not None:
+            table = self.network_rope if cache.rope is None else cache.rope
+            self.rope.copy_(table[:, cache.input_pos].flatten(1, -2))
+        else:
+            start = cache.input_pos.start if isinstance(cache.input_pos, slice) else cache.input_pos[:, 0]
+            self._positions[:] = start
+
+    def advance(self, count: int) -> None:
+        """Do nothing: `follow` has."""
+
+    def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        keys, values = self._buffers[2 * layer : 2 * layer + 2]
+        return keys.index_copy_(2, self._slot, k.to(keys)), values.index_copy_(2, self._slot, v.to(values))
+
+
+class CudaGraphDecoder:
+    """Records a decode step, and repeats it for each token.
+
+    Args:
+        decoder: the step.
+        cache: holds at least one token of each row. Another cache needs another recording.
+    """
+
+    def __init__(self, decoder: FastDecoder, cache: KeyValueCache) -> None:
+        self.cache = cache
+        self._static = StaticCache(cache, decoder.net.rope)
+        self._tokens = torch.zeros(cache.buffers.size(1), 1, dtype=torch.long, device=cache.buffers.device)
+        self._graph = torch.cuda.CUDAGraph()
+        # weights that autocast has cast once and keeps would be freed at its end
+        enabled, dtype = torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda")
+        with torch.autocast("cuda", dtype, enabled, cache_enabled=False):
+            self._static.attn_mask.fill_(True)  # a softmax over nothing is NaN
+            # libraries set themselves up at their first call, which cannot be recorded
+            side = torch.cuda.Stream()  # type: ignore[no-untyped-call]  # torch's
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):
+                decoder(self._tokens, self._static)
+            torch.cuda.current_stream().wait_stream(side)
+            with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
+                self._logits = decoder(self._tokens, self._static)
+        self._static.attn_mask.fill_(False)
+
+    def __call__(self, tokens: Tensor) -> Tensor:
+        """Append `tokens` (B, 1) to the cache and compute the next-token logits (B, V)."""
+        self._static.follow()
+        self._tokens.copy_(tokens)
+        self._graph.replay()
+        return self._logits.clone()
