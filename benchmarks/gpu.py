@@ -9,7 +9,7 @@ that are not installed are unpacked into a temporary folder; nothing is installe
 
 - correct: training, resume, scoring and generation on the GPU against the CPU; precisions, strategies, compilation.
 - record: recipes of tiny Shakespeare: the final loss, and the seconds until it reaches nanoGPT's.
-- throughput: the smallest GPT-2: tokens/s, the share of the matrix rate, and the overhead of Lightning and callbacks.
+- throughput: the smallest GPT-2: tokens/s, the matmul utilization, and the overhead of Lightning and callbacks.
 - generation: tokens/s against transformers, and the time to read the weights from memory.
 
 Each section is a process with its own time limit. It writes `OUT/SECTION.json` after every measurement, so that a crash
@@ -440,7 +440,7 @@ def throughput(bench: Bench, report: Report) -> None:
         found = {
             "ms per step": 1e3 * seconds,
             "tokens/s": tokens / seconds,
-            "share of matrix rate": flops * tokens / seconds / rate,
+            "matmul utilization": flops * tokens / seconds / rate,
         }
         if first in milliseconds:
             found[f"relative to {first}"] = milliseconds[name] / milliseconds[first]

@@ -292,7 +292,7 @@ def main() -> None:
         first = next(iter(seconds))
         characters = "" if chars == 1 else " characters/s |"
         print(
-            f"| {table} | ms per step | tokens/s |{characters} share of matrix rate | peak memory, MiB | relative time |"
+            f"| {table} | ms per step | tokens/s |{characters} matmul utilization | peak memory, MiB | relative time |"
         )
         print("|---|" + "---|" * (6 if characters else 5))
         for name, value in seconds.items():

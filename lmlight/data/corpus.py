@@ -112,7 +112,7 @@ def train_chars(chars: int, val_fraction: float) -> int:
 
 
 def split(text: str, val_fraction: float) -> tuple[str, str]:
-    """Splits a text into a training part and, at the end, a validation part."""
+    """Splits a text into a training split and, at its end, a validation split."""
     cut = train_chars(len(text), val_fraction)
     return text[:cut], text[cut:]
 

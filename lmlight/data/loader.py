@@ -1,6 +1,6 @@
 """Batches of token windows, and the loaders for training and evaluation.
 
-A batch carries the number of characters of each target, so the loss needs no tokenizer and compares across vocabularies.
+A batch includes the number of characters of each target, so the loss per character needs no tokenizer.
 
 Axes: B windows, T positions, V vocabulary, W evaluation windows, N tokens.
 """
@@ -36,7 +36,7 @@ class Batch(NamedTuple):
     Attributes:
         inputs: (B, T) token ids.
         targets: (B, T) the next token ids; `IGNORE_INDEX` at context-only positions.
-        target_chars: (B, T) the characters of text that each target stands for; 0 at context-only positions.
+        target_chars: (B, T) the number of characters of each target; 0 at context-only positions.
     """
 
     inputs: Tensor
@@ -45,13 +45,13 @@ class Batch(NamedTuple):
 
 
 def make_batch(rows: Tokens, char_counts: npt.NDArray[np.number]) -> Batch:
-    """A batch of (B, T + 1) token ids whose targets are all scored, given the characters (V,) of each id."""
+    """Makes a batch from token ids (B, T + 1), given the number of characters (V,) of each id. All targets are scored."""
     rows = rows.astype(np.int64)
     return Batch(torch.tensor(rows[:, :-1]), torch.tensor(rows[:, 1:]), torch.tensor(char_counts[rows[:, 1:]]))
 
 
 def as_batch(batch: Any) -> Batch:
-    """A `Batch` from a pair (inputs, targets), which counts no characters; a `Batch` unchanged.
+    """Makes a `Batch`, without character counts, from a pair (inputs, targets); returns a `Batch` unchanged.
 
     Raises:
         UserError: it is neither.

@@ -128,7 +128,7 @@ class CorpusSpec:
         if test:
             texts["test"] = test.chunks()
         if not cut:
-            raise UserError(f"the training part of '{self.corpus}' has no text: pass at least 1,000 characters")
+            raise UserError(f"the training split of '{self.corpus}' has no text: pass at least 1,000 characters")
         return {"train": main.chunks(0, cut), **texts}, cut
 
     def _train_tokenizer(self, corpus: Corpus, cut: int) -> Tokenizer:
@@ -159,7 +159,7 @@ def check_lengths(store: TokenStore, corpus: str, block_size: int) -> None:
     tokens, chars = len(store.ids["train"]), store.chars["train"]
     if tokens <= block_size:  # a window reads one token more
         raise UserError(
-            f"the training part of '{corpus}' has {tokens:,} tokens in {chars:,} characters, fewer than a window of "
+            f"the training split of '{corpus}' has {tokens:,} tokens in {chars:,} characters, fewer than a window of "
             f"{block_size} + 1: pass a longer text, or lower --data.block_size"
         )
     for split, ids in store.ids.items():

@@ -1,4 +1,4 @@
-"""Which windows of the token stream make up which step: pure functions of (seed, epoch, position).
+"""The order of training and evaluation windows, as pure functions of (seed, epoch, position).
 
 - A training epoch is a random offset into the stream and a random permutation of the non-overlapping windows from there.
   With `epoch`, no token is a target twice; fewer than 2 T at the ends are left out. Window borders move from epoch to epoch.
@@ -44,7 +44,7 @@ def epoch_starts(n_tokens: int, block_size: int, random: np.random.Generator) ->
 
 
 def random_starts(n_tokens: int, block_size: int, random: np.random.Generator) -> npt.NDArray[np.int64]:
-    """The same number of starts, drawn independently as in nanoGPT: an epoch repeats some tokens and misses others."""
+    """Like `epoch_starts`, but drawn independently, as in nanoGPT: an epoch repeats some tokens and misses others."""
     return random.integers(n_tokens - block_size, size=windows_per_epoch(n_tokens, block_size))
 
 
@@ -94,7 +94,7 @@ class WindowSource:
         return int(self._per_shard.sum())
 
     def rows(self, epoch: int, positions: npt.NDArray[np.int64]) -> Tokens:
-        """(B, T + 1) ids of the windows at `positions` of the epoch."""
+        """The ids (B, T + 1) of the windows at `positions` of the epoch."""
         ends = np.cumsum(self._per_shard[self._order(epoch)])
         slots = np.searchsorted(ends, positions, side="right")
         rows = np.empty((len(positions), self._block_size + 1), np.int64)
@@ -116,7 +116,7 @@ class WindowSource:
         return shards[self._per_shard[shards] > 0]
 
     def _open(self, epoch: int, slot: int) -> None:
-        """Loads the shard in a slot of the epoch's order, and requests those that follow it."""
+        """Loads the shard that an epoch visits at `slot`, and requests those that follow."""
         visits = ((e, int(shard)) for e in count(epoch) for shard in self._order(e)[slot if e == epoch else 0 :])
         wanted = list(islice(visits, 1 + self._ahead))
         if wanted[0] == self._loaded:

@@ -1,8 +1,7 @@
-"""Text streams: from prompts to pieces of text that can be shown as they are generated.
+"""Text streams: text that can be shown while it is generated.
 
-- A stream holds text back until it is certain: until bytes form a character, and until the start of a stop string is known
-  to be one or not. The pieces joined are exactly the text.
-- Streams that are generated together have the same text as each alone.
+- A stream holds back incomplete characters, and text that may be the start of a stop string. Its pieces add up to the text.
+- Streams that are generated together give the same texts as each alone.
 """
 
 from __future__ import annotations
@@ -76,7 +75,7 @@ class TextStream:
         text: the generated text, without the prompt, the stop string and the last line break.
         tokens: the generated ids, up to the one that ended the text.
         logprobs: log-probability of each token, in nats and before any processor; empty unless requested.
-        finish_reason: `length`; `stop`, at a stop string, line break or end of the document; None while generating.
+        finish_reason: `length`, or `stop` at a stop string, a line break or the end of a document; None while generating.
 
     Raises:
         UserError: the prompt has a character that the tokenizer does not know.

@@ -31,7 +31,7 @@ from lmlight.user_code import explained, import_class, is_class_name
 class TextDataModule(LightningDataModule):
     """A text as token windows for training, validation and test, and prompts for prediction.
 
-    The text is split by characters before the tokenizer is trained, which sees the training part only. Validation windows
+    The text is split by characters. The tokenizer is trained on the training split only. Validation windows
     do not overlap and score every token once. `test` has a second loader with a sliding window.
 
     Args:
@@ -43,21 +43,21 @@ class TextDataModule(LightningDataModule):
         val_fraction: share of the characters, from the end, for validation.
         val_corpus: another corpus for validation. All of `corpus` is then for training.
         test_corpus: another corpus for `test`. `null` uses the validation text.
-        validate_on: `tune` validates on the last `val_fraction` of the training part and trains on the rest of it, so that
-            settings can be chosen without a look at the validation text, which `test` scores then.
+        validate_on: `tune` validates on the last `val_fraction` of the training split and trains on the rest of it, so that
+            settings can be chosen without the validation text, which `test` then scores.
         field: the field of `.jsonl` and `.parquet` records that holds the text.
         separator: string between two documents in text files, such as `<|endoftext|>`. `null` reads a file as one text.
         errors: what to do with invalid bytes: `strict` raises, `replace` inserts U+FFFD.
         encoding: encoding of text files and `.jsonl`, any that Python knows. `utf-8-sig` drops a byte order mark.
         cache: folder for downloads and tokens. `null` uses `$LMLIGHT_CACHE` or the platform's cache folder.
-        tokenizer: the tokenizer to train. Or a trained one: a Hugging Face `tokenizer.json`, a SentencePiece `.model`
+        tokenizer: the tokenizer to train, or a trained one: a Hugging Face `tokenizer.json`, a SentencePiece `.model`
             file, or the full name of your own `Tokenizer` class. From Python, you can also set the attribute `tokenizer`.
             Ignored if a checkpoint provides one.
         subword_sampling: sample a new segmentation of the training text in every epoch. `null` disables this.
         windows: `epoch` visits non-overlapping windows in random order; `random` draws each window independently.
         prompts: for `predict`: a list, or a file with one prompt per line (`-` is the standard input).
         prompt_batch_size: prompts that `predict` continues together.
-        num_workers: DataLoader processes. With `subword_sampling`, processes that segment ahead instead.
+        num_workers: number of DataLoader processes. With `subword_sampling`, of processes that segment the next shards.
         seed: determines the order of the windows and the sampled segmentations.
 
     Raises:
@@ -224,7 +224,7 @@ class TextDataModule(LightningDataModule):
         return [self._eval_loader("test", stride) for stride in (self.block_size, -(-self.block_size // 2))]
 
     def train_subset_dataloader(self, windows: int) -> EvalLoader:
-        """Up to `windows` windows, scored like the validation text, evenly spaced in the training text.
+        """Up to `windows` evenly spaced windows of the training text, scored like the validation text.
 
         Of a streamed training text, only the end is used.
         """

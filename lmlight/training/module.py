@@ -71,8 +71,8 @@ class LanguageModel(TextModel):
             keeping them: less memory, a third more time.
         check_causality: Before training, run the network on a small input and check that its logits have the right shape and
             do not depend on later tokens.
-        seed: Seed of dropout. Random numbers depend only on the seed and the step, so a resumed run draws the same ones.
-        init_from: A checkpoint from `checkpoint.read`: start from its weights and tokenizer.
+        seed: Seed of dropout. Dropout depends only on the seed and the step, so a resumed run repeats it.
+        init_from: A checkpoint, from `checkpoint.read`, whose weights and tokenizer to start from.
         settings: Plain values to log as hyperparameters; `data` is also stored in checkpoints.
 
     Attributes:
@@ -257,7 +257,7 @@ class LanguageModel(TextModel):
         return None
 
     def training_loss(self, batch: Batch) -> Tensor:
-        """The loss of a batch, to minimize. Override it to train with another objective; validation does not change.
+        """Compute the loss to minimize. Override this to train with another objective; validation does not change.
 
         Args:
             batch: Token ids, their targets and characters.
@@ -278,8 +278,8 @@ class LanguageModel(TextModel):
     ) -> None:
         """Clip gradients as Lightning does, and use their norm for logging and to detect non-finite values.
 
-        Lightning refuses to clip for fused optimizers under any mixed precision. Only fp16 has a reason: such an optimizer
-        unscales the gradients itself, after the clipping.
+        With mixed precision, Lightning refuses to clip for fused optimizers. This is necessary only in fp16, where such an
+        optimizer unscales the gradients itself, after clipping.
         """
         scaler = getattr(self.trainer.precision_plugin, "scaler", None)
         still_scaled = scaler is not None and getattr(optimizer, "_step_supports_amp_scaling", False)

@@ -188,7 +188,7 @@ def scores_text_read_by(before: dict[str, Any], now: dict[str, Any]) -> bool:
 
 
 def _end(data: dict[str, Any]) -> float:
-    """Where the training part of the corpus ends, as a share of its characters."""
+    """Where the training split of the corpus ends, as a share of its characters."""
     kept = 1 - float(data.get("val_fraction", 0.1))
     return (1.0 if data.get("val_corpus") else kept) * (kept if data.get("validate_on") == "tune" else 1.0)
 
