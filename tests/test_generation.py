@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from decoding import assert_batched_equals_alone
-from hypothesis import example, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lmlight.data.tokenizer import CharTokenizer, Tokenizer, TokenizerConfig
