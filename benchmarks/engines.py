@@ -4,9 +4,9 @@
 
 Exports a checkpoint to each format. Each engine continues a prompt greedily to the end of the block, the limit of
 llama.cpp. The engines take turns, each in its own process, because spinning threads of one engine would slow down
-another. The table has medians, and whether the tokens equal those of lmlight. With `--perplexity`, llama.cpp encodes all
-of tiny Shakespeare, and both score its validation split in non-overlapping windows. They are one token shorter than the
-block, which the server of llama.cpp does not fill. The page of `lmlight export web` is included where Chromium is.
+another. The table shows medians, and whether the tokens equal lmlight's. With `--perplexity`, llama.cpp encodes all
+of tiny Shakespeare, and both score its validation split in non-overlapping windows. Windows are one token shorter than the
+block: llama.cpp's server needs room for one. The `lmlight export web` page is skipped without Chromium.
 Needs `pip install -e '.[engines,browser]'`. Prints Markdown tables.
 """
 

@@ -3,7 +3,7 @@
     python benchmarks/generation.py [--rounds 5] [--json FILE]
 
 The shape is nanoGPT's for one GPU: 6 layers, width 384, context 256, float32, 65 characters. A prompt of 56 tokens and 200
-new tokens fit the context. All engines take turns in one process; the tables have medians.
+new tokens fit the context. All engines take turns in one process; the tables show medians.
 
 The floor of one stream is the time of its matrix-vector products, which read the weights once per token: with torch's
 `linear`, and with lmlight's `pack_linear`.

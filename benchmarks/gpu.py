@@ -3,17 +3,17 @@
     python benchmarks/gpu.py --fetch FILES                                  # on a machine with network access
     python benchmarks/gpu.py --out OUT --files FILES [--sections correct record throughput generation] [--minutes 9]
 
-The GPU machine needs torch 2.11 or later, lightning, sentencepiece, torchmetrics, tensorboard, matplotlib and no
-network. `--fetch` downloads what else is needed into FILES: tiny Shakespeare as `input.txt`, and wheels. Wheels of packages
-that are not installed are unpacked into a temporary folder; nothing is installed.
+The GPU machine needs torch 2.11 or later, lightning, sentencepiece, torchmetrics, tensorboard and matplotlib; no network.
+`--fetch` downloads what else is needed into FILES: tiny Shakespeare as `input.txt`, and wheels. Wheels of packages that are
+not installed are unpacked into a temporary folder; nothing is installed.
 
 - correct: training, resume, scoring and generation on the GPU against the CPU; precisions, strategies, compilation.
 - record: recipes of tiny Shakespeare: the final loss, and the seconds until it reaches nanoGPT's.
 - throughput: the smallest GPT-2: tokens/s, the matmul utilization, and the overhead of Lightning and callbacks.
 - generation: tokens/s against transformers, and the time to read the weights from memory.
 
-Each section is a process with its own time limit. It writes `OUT/SECTION.json` after every measurement, so that a crash
-or the limit loses nothing else, and adds its table to `OUT/report.md` at its end. `--device cpu --tiny` runs the same
+Each section is a process with its own time limit. It writes `OUT/SECTION.json` after every measurement, so a crash or
+timeout loses one at most, and adds its table to `OUT/report.md` at its end. `--device cpu --tiny` runs the same
 code in seconds.
 """
 

@@ -7,8 +7,8 @@ windows of block_size; nanoGPT's final model is scored in the same way. Training
 of the whole process includes everything. Every seed is reported, at the final and at the best step. Prints a Markdown table.
 The picture shows the loss over training time.
 
-`^2` is for configs with `model_class: lmlight.DistilledModel`: the teachers are two runs of the nearest entry before that
-has none, other two for each seed, and their times are added to that of the run.
+`^2` is for configs with `model_class: lmlight.DistilledModel`: the teachers are two runs of the nearest earlier entry
+without `^`, a different pair per seed. The run's time includes theirs.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
     python benchmarks/throughput.py [--rounds 8] [--steps 20] [--json FILE]
 
-Each table compares loops with the same shape, batch and data type, which take turns in one process. It has medians, and
-ratios of medians. The first step of each round is excluded. Peak memory is the memory that ten steps in a separate
+Each table compares loops with the same shape, batch and data type, which take turns in one process. Results are medians and
+their ratios. The first step of each round is excluded. Peak memory is the memory that ten steps in a separate
 process add after the network is built. Prints Markdown tables.
 """
 

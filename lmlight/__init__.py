@@ -29,7 +29,7 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> Any:
-    """Import on first use: the corpus and the tokenizer do not need torch or Lightning, which take seconds."""
+    """Import on first use: corpora and tokenizers do not need torch or Lightning, which load slowly."""
     if name not in _HOMES:
         raise AttributeError(f"module 'lmlight' has no attribute '{name}'")
     return getattr(importlib.import_module(_HOMES[name]), name)

@@ -116,14 +116,14 @@ def read(path: str | Path) -> dict[str, Any]:
 
 
 def read_base(content: dict[str, Any], name: str) -> dict[str, Any]:
-    """Read the checkpoint that the adapters in another one belong to.
+    """Read the base model of a checkpoint that holds adapters.
 
     Args:
         content: The checkpoint with the adapters.
         name: What to call it in messages.
 
     Raises:
-        UserError: See `read`; the checkpoint has changed since.
+        UserError: See `read`; the base model has changed.
     """
     adapter = content[METADATA_KEY]["adapter"]
     base = str(adapter["base"])
@@ -301,7 +301,7 @@ def load_weights(net: Net, checkpoint: dict[str, Any]) -> None:
 
 
 def changed(kind: type[Net], error: Exception) -> UserError:
-    """The error for a checkpoint that the code of the network's class no longer fits."""
+    """The error for a checkpoint that no longer fits the code of its network."""
     problem = re.sub("^Error.* for .*?: ", "", " ".join(str(error).split()))  # torch's
     return UserError(
         f"the class {kind.__name__} has changed since this checkpoint was written ({problem}): restore the class as it was"
@@ -315,7 +315,7 @@ def check_compatible(checkpoint: dict[str, Any], net: Net) -> None:
         UserError: The class or a size differs.
     """
     metadata = checkpoint[METADATA_KEY]["net"]
-    # by its last name: a script's class has another module when it is imported
+    # without the module, which is another one if a script is imported
     here = {"class": net.class_name.rpartition(".")[2], **net.config}
     there = {"class": metadata["class"].rpartition(".")[2], **metadata["config"]}
     differing = {k for k in here.keys() | there.keys() if here.get(k) != there.get(k)} - {"dropout"}
@@ -327,14 +327,14 @@ def check_compatible(checkpoint: dict[str, Any], net: Net) -> None:
 def _is_intact(file: IO[bytes]) -> bool:
     try:
         with zipfile.ZipFile(file) as archive:
-            # torch sets no attributes, and leaves the memory of a member with the directory attribute uninitialized
+            # torch writes no attributes; if a member is marked as a directory, its tensor stays uninitialized
             return not any(member.external_attr for member in archive.infolist()) and archive.testzip() is None
     except Exception:  # damage can surface as almost any exception: BadZipFile, zlib.error, EOFError, OSError, ...
         return False
 
 
 def _damaged(path: Path) -> UserError:
-    """Names the newest intact checkpoint beside `path`, or in the runs beside its run."""
+    """The error for a damaged file. Names the newest intact one in this run or others."""
     run = path.absolute().parent.parent
     others = _newest_first(path.parent.glob("*.ckpt")) + _newest_first(run.parent.glob(f"*/{FOLDER}/*.ckpt"))
     for other in others:

@@ -35,7 +35,7 @@ def test_list_shows_names_sizes_and_sources(filled, capsys):
     first, second, third, last = capsys.readouterr().out.splitlines()
     assert first.split()[:2] == ["2.3", "MB"] and "corpora/play.txt" in first
     assert "tokens/abc" in second and "my.txt, 3 pieces" in second
-    assert "tokens/half" in third and "not finished" in third
+    assert "tokens/half" in third and "unfinished" in third
     assert last.split()[0] == "2.4" and str(filled) in last
 
 

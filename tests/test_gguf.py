@@ -145,7 +145,7 @@ def test_ids_are_the_same(kind, tokenizers, tmp_path, corpus_text):
 def test_unsupported_model_error_names_the_reason(tokenizers, tmp_path, capsys):
     unigram, char = tokenizers["unigram"], tokenizers["char"]
     for message, net, tokenizer in (
-        ("no character vocabularies", make(char, {}), char),
+        ("cannot use a CharTokenizer", make(char, {}), char),
         ("--model.net.mlp=relu2", make(unigram, {"mlp": "gelu"}), unigram),
         ("a Bigram cannot be exported", Bigram(unigram.vocab_size, 8), unigram),
     ):

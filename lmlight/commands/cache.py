@@ -16,7 +16,9 @@ from lmlight.errors import UserError
 
 def main(args: Sequence[str]) -> None:
     """Runs `lmlight cache`."""
-    parser = Parser("lmlight cache", description="Lists downloaded texts and encoded tokens, which can be made again.")
+    parser = Parser(
+        "lmlight cache", description="Lists or clears downloaded texts and tokens, which `fit` can make again."
+    )
     parser.add_argument("--clear", nargs="*", metavar="NAME", help="delete these entries; without names, all of them")
     parser.add_argument("--cache", metavar="FOLDER", help="the cache; default: $LMLIGHT_CACHE or the platform's folder")
     options = parser.parse_args(args)
@@ -57,7 +59,7 @@ def _about(path: Path) -> str:
         about = json.loads((path / "index.json").read_text("utf-8"))["metadata"]
         return f"{about['corpus']}, {about['vocab_size']:,} pieces"
     except (OSError, ValueError, KeyError, TypeError):
-        return "not finished, of an earlier version, or damaged"
+        return "unfinished, damaged, or from an older version"
 
 
 def _megabytes(size: int) -> str:

@@ -1,4 +1,4 @@
-"""`lmlight chat CHECKPOINT`: continues each line that you type, as it is generated. Does not wait for Lightning."""
+"""`lmlight chat CHECKPOINT`: streams a continuation of each line that you type. Does not wait for Lightning."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def main(args: Sequence[str]) -> None:
         except EOFError:
             print()
             return
-        except KeyboardInterrupt:  # of a line half typed
+        except KeyboardInterrupt:  # drops the line
             print()
             continue
         if line.strip() in ("/quit", "/exit"):

@@ -40,7 +40,7 @@ def main(args: Sequence[str]) -> None:
             f"{name}: last {losses[-1]:.4f}, best {min(losses):.4f} nats per character; {counted(len(rows), 'validation')}"
         )
     if len({row["val/characters"] for rows in runs.values() for row in rows if "val/characters" in row}) > 1:
-        say(UserError("these runs are scored on different texts, so their losses do not compare"), "warning")
+        say(UserError("these runs are scored on different texts, so their losses are not comparable"), "warning")
     print(f"Figure: {options.output}")
 
 

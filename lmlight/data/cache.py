@@ -6,7 +6,7 @@
     web/        libraries of the page of `lmlight export web`
     peers/      what the benchmarks compare with
 
-No name depends on the source alone: an edited text gets a new name, and the old entry can be cleared.
+In `downloads` and `tokens`, an edited text gets a new name, and its old entry can be cleared.
 """
 
 from __future__ import annotations

@@ -107,7 +107,7 @@ def open_files(source: str, files: list[Path], text_format: TextFormat = TextFor
 
 
 def train_chars(chars: int, val_fraction: float) -> int:
-    """The number of characters for training, at the beginning of the text; for 0.1 nanoGPT's `int(0.9 * n)`."""
+    """The number of characters for training, at the start of the text; for 0.1, nanoGPT's `int(0.9 * n)`."""
     return int((1 - val_fraction) * chars)
 
 

@@ -151,7 +151,7 @@ def find_files(source: str, cache: str | None = None) -> list[Path]:
         return sorted(copies[-1].iterdir())
     if not places:
         raise UserError(
-            f"no text at '{source}': expected files named {SUPPORTED_FILES}; for others pass a pattern, such as '**/*.py'"
+            f"no text at '{source}': expected files named {SUPPORTED_FILES}; for others, pass a pattern, such as '**/*.py'"
         )
     if "://" not in source:
         return list(map(Path, places))

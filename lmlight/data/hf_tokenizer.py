@@ -23,7 +23,7 @@ PROBES = (
     "'S ,",
 )
 
-# The characters with which byte-level BPE (GPT-2) writes bytes: themselves if they are printable, else one from 256 on.
+# The characters for bytes in byte-level BPE (GPT-2): printable bytes map to themselves, others to U+0100 and up.
 _PRINTABLE = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
 _OTHERS = [byte for byte in range(256) if byte not in _PRINTABLE]
 BYTE_OF = {chr(byte): byte for byte in _PRINTABLE} | {chr(256 + n): byte for n, byte in enumerate(_OTHERS)}
@@ -45,7 +45,7 @@ def read_pretrained(path: Path) -> Tokenizer:
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         reason = getattr(error, "strerror", None) or error
     raise UserError(
-        f"tokenizer '{path}' cannot be read ({reason}): pass a tokenizer.json of Hugging Face, a SentencePiece .model file, "
+        f"tokenizer '{path}' cannot be read ({reason}): pass a Hugging Face tokenizer.json, a SentencePiece .model file, "
         "or the full name of your own class, such as my.module.MyTokenizer"
     )
 

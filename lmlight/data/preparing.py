@@ -149,7 +149,7 @@ class CorpusSpec:
                 )
         if pretrained_tokenizer and pretrained_tokenizer.fingerprint != store.tokenizer.fingerprint:
             raise UserError(
-                f"the tokens in '{self.corpus}' are of another tokenizer than the checkpoint's: pass the text itself, or "
+                f"the tokens in '{self.corpus}' are not from the checkpoint's tokenizer: pass the text itself, or "
                 "prepare it with `lmlight prepare --init_from`"
             )
 

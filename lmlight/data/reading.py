@@ -154,7 +154,7 @@ def read_file(path: Path, text_format: TextFormat, has_documents: bool, source: 
     suffix, compression = file_format(path.name)
     if suffix == ".parquet":
         if compression:
-            raise UserError(f"corpus '{name}' is a compressed .parquet file, whose columns already are: decompress it")
+            raise UserError(f"corpus '{name}' is a compressed .parquet file, which is not supported: decompress it")
         yield from _read_parquet(path, text_format, name)
         return
     text = _decode(_read_blocks(path, compression, name), text_format, name)

@@ -118,7 +118,7 @@ def _remove_rare_characters(lines: list[str], vocab_size: int) -> list[str]:
 
 
 def split_chunks(chunks: Iterable[TextChunk], lossless: bool) -> tuple[list[str], list[str]]:
-    """Splits text into what SentencePiece encodes and what follows each part: "\\n", "", "▁" or `END_OF_TEXT`.
+    """Splits text into parts for SentencePiece and the separator after each: "\\n", "", "▁" or `END_OF_TEXT`.
 
     A literal "▁" would decode to a space, so a lossless tokenizer encodes it as bytes.
     """

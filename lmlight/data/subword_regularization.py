@@ -60,7 +60,7 @@ class SubwordSampling:
 class SubwordSampler:
     """Samples segmentations with a unigram model.
 
-    The lattice of all segmentations of a text splits into those of its words, and frequent words need theirs only once.
+    The lattice of all segmentations of a text is a chain of its words' lattices, and those of frequent words are cached.
     Weights are summed from left to right, and a segmentation is sampled from right to left (forward filtering, backward
     sampling): exactly SentencePiece's distribution.
 

@@ -72,7 +72,7 @@ class TokenArray:
         return np.frombuffer(mapped, self.dtype, offset=header)
 
     def prepend(self, tokens: Tokens) -> TokenArray:
-        """The same ids after `tokens`."""
+        """`tokens`, then these ids."""
         return TokenArray([tokens.astype(self.dtype), *self.shards], [len(tokens), *self.lengths], self.dtype)
 
     def counts(self, vocab_size: int) -> npt.NDArray[np.int64]:
@@ -117,7 +117,7 @@ class TokenStore:
         try:
             index = json.loads((folder / INDEX).read_text("utf-8"))
             if index["format_version"] != FORMAT_VERSION:
-                raise UserError(f"{tokens} of another version of lmlight: prepare the text again")
+                raise UserError(f"{tokens} from another version of lmlight: prepare the text again")
             if fingerprint and index["fingerprint"] != fingerprint:
                 raise UserError(f"{tokens} from another text or tokenizer: {remedy}")
             self.tokenizer = deserialize((folder / TOKENIZER).read_bytes())
@@ -147,12 +147,12 @@ class TokenStore:
     @property
     def train_fingerprint(self) -> str:
         """Identifies the training tokens."""
-        # not that of the same text when it is stored, whose windows have another order
+        # unlike that of a stored copy, whose windows have another order
         return f"streamed {self.streamed['fingerprint']}" if self.streamed else self.ids["train"].fingerprint
 
     @cached_property
     def eval_ids(self) -> dict[str, TokenArray]:
-        """The ids of each evaluation split, after the last training token: the context of the first one."""
+        """The ids of each evaluation split, preceded by the last training token as context."""
         context = self.ids["train"][-1:]
         return {split: ids.prepend(context) for split, ids in self.ids.items() if split != "train"}
 

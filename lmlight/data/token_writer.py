@@ -102,7 +102,7 @@ def _write_shards(
     pool: Executor | None,
     max_pending: int,
 ) -> Iterator[tuple[int, int]]:
-    """Writes full shards in the pool, others at once; yields the characters and tokens of each shard in order."""
+    """Writes full shards in the pool, others in this process; yields the characters and tokens of each shard in order."""
     pending = deque[Future[tuple[int, int]]]()
     for path, chunks in shards:
         if pool and _chars(chunks) >= SHARD_CHARS and not path.exists():
@@ -129,7 +129,7 @@ def _write_shard(tokenizer: Tokenizer, dtype: str, path: Path, chunks: list[Text
             if tokenizer.lossless:
                 wrong = ""
                 if tokenizer.char_counts[encoded[-1]].sum() != _chars(batch):
-                    wrong = "char_counts do not add up to"
+                    wrong = "char_counts do not fit"
                 # only the first batch, because decoding takes longer
                 if len(encoded) == 2 and tokenizer.decode(ids) != "".join(chunk.text for chunk in batch):
                     wrong = "decode does not restore"

@@ -339,7 +339,7 @@ class SentencePieceTokenizer(Tokenizer):
         return text.replace(" ", SPACE) if self.lossless else self._processor.normalize(text)
 
     def separator_ids(self, separator: str) -> list[int]:
-        """The ids of what follows a part, see `split_chunks`."""
+        """The ids of a separator, see `split_chunks`."""
         if separator == END_OF_TEXT:
             return [] if self.eos_id is None else [self.eos_id]
         return self._newline if separator == "\n" else self.byte_ids(separator)

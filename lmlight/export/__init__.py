@@ -1,1 +1,1 @@
-"""Trained models for other engines, and back: Hugging Face, GGUF, ONNX and torch.export. Does not import lightning."""
+"""Export to Hugging Face, GGUF, ONNX and torch.export; import from Hugging Face. Does not import lightning."""

@@ -14,7 +14,7 @@ from torch import Tensor
 from lmlight.errors import UserError
 from lmlight.models import Net, Transformer
 
-# Our module, its name in transformers as Llama's and as GPT-2's, and its name in llama.cpp; `*` is the number of a block.
+# Columns: our module, its name in transformers' Llama and GPT-2, its name in llama.cpp. `*` is the block's index.
 # A module with several rows is split: each row holds some of the rows of its weight.
 MODULES = [
     ("embedding", "model.embed_tokens", "transformer.wte", "token_embd"),

@@ -95,7 +95,7 @@ def _new(path: Path, force: bool, known: Collection[str] | None = None) -> Itera
     Args:
         path: A file, or a folder if `known` is given.
         force: Replace what is there.
-        known: The names in a folder with an earlier export: a folder with others is never replaced.
+        known: File names of an export: a folder with any other file is never replaced.
 
     Raises:
         UserError: `path` may not be replaced, or cannot be written.

@@ -1,7 +1,7 @@
 """Export to a GGUF file for llama.cpp and the programs built on it, such as Ollama and LM Studio.
 
 - llama.cpp's Qwen3 always uses SiLU, from which we build ReLU²: silu(k h) h / k differs from relu(h)² by less than
-  0.54 / k². So the gate is k times the other matrix, and the matrices after it are divided by k.
+  0.54 / k². So the gate is scaled by k, and the up and down matrices by 1/√k each.
 - llama.cpp's Llama rotates neighbouring channels where we rotate the two halves of a head, so the rows of queries and
   keys are interleaved.
 - llama.cpp calls a unigram tokenizer `t5`. It has no byte fallback: ASCII characters that the training text lacks take
@@ -23,8 +23,8 @@ from lmlight.export.model import Model, require_extra
 from lmlight.export.tokenizer import BYTE, CONTROL, NORMAL, UNUSED, USER_DEFINED, Piece, Vocabulary, pre_tokenizer_name
 from lmlight.models import Transformer
 
-# k of the module docstring. A power of two, so scaling is exact; its root is shared by the matrices after the gate, which
-# keeps all of them in float16's range.
+# k of the module docstring. A power of two, so scaling is exact; √k divides both up and down, which keeps all matrices in
+# float16's range.
 SHARPNESS, ROOT = 4096.0, 64.0
 
 
@@ -87,7 +87,7 @@ def _add_tokenizer(writer: Any, model: Model) -> None:
         return
     if not isinstance(model.tokenizer, SentencePieceTokenizer):
         raise UserError(
-            "llama.cpp has no character vocabularies: expected a tokenizer of kind unigram or bpe, and this one's is char; "
+            f"llama.cpp cannot use a {type(model.tokenizer).__name__}: expected a tokenizer of kind unigram or bpe; "
             "train one with --data.tokenizer.kind=bpe"
         )
     vocabulary = Vocabulary(model.tokenizer)

@@ -34,8 +34,8 @@ BATCH = Dim("batch")
 class ConcatCache(Cache):
     """A cache without branches that depend on a size: concatenates new keys and values to a past that the caller holds.
 
-    The past holds keys before RoPE, which are rotated by their index. So a caller gets a sliding window by dropping the
-    oldest past positions, and counts no positions.
+    The past holds keys before RoPE, which are rotated by their index. So a caller slides the window by dropping the oldest
+    past positions, and tracks no index.
 
     Args:
         past: (L, 2, B, H_kv, P, D) keys and values.
@@ -45,7 +45,7 @@ class ConcatCache(Cache):
         present: (2, B, H_kv, S, D) keys and values of each layer so far.
     """
 
-    attention_maps: list[Tensor]  # recorded, because that attention does not branch on the number of keys
+    attention_maps: list[Tensor]  # recorded, to take the attention path that works for any number of keys
 
     def __init__(self, past: Tensor, rope: Tensor | None) -> None:
         super().__init__(is_causal=False, attention_maps=[])
@@ -149,7 +149,7 @@ def write_onnx(model: Model, path: Path, attention: bool = False) -> None:
         logging.getLogger("torch.onnx").setLevel(logging.ERROR)
         program = torch.onnx.export(graph.eval(), tuple(arguments), **options)
         assert program is not None
-        # where torch.export refuses to fix a size, the exporter tries other ways, which do fix it
+        # if torch.export rejects a constant size, the exporter's fallbacks may accept it
         shapes = [value.shape for value in program.model.graph.inputs]
         if any(shape is None or shape.is_static(axis) for shape, axes in zip(shapes, dynamic) for axis in axes):
             raise ValueError("a size that should be dynamic is a constant")

@@ -51,7 +51,7 @@ def read(folder: Path) -> tuple[Model, list[str]]:
         raise UserError("the model has hidden_act relu, which lmlight does not support: pass another model")
     rows = weights.load_into(net)
     if rows > tokenizer.vocab_size:
-        notes.append(f"{rows - tokenizer.vocab_size:,} rows of the embedding without a token were left out")
+        notes.append(f"{rows - tokenizer.vocab_size:,} embedding rows without a token were left out")
     return Model(net, tokenizer, {}, {"data": {"block_size": net.block_size}}, {}, 0), notes
 
 
@@ -138,7 +138,7 @@ def _llama_options(config: dict[str, Any]) -> dict[str, Any]:
     bias = bool(config.get("attention_bias", False))
     _require(
         (rope_type == "default", f"rope_type {rope_type}"),
-        (not any(isinstance(value, dict) for value in rope.values()), "other rope_parameters for some of the layers"),
+        (not any(isinstance(value, dict) for value in rope.values()), "different rope_parameters in some layers"),
         (rotary_factor == 1, f"partial_rotary_factor {rotary_factor}"),
         (kind == "qwen2" or bias == bool(config.get("mlp_bias", False)), "a bias in attention or MLP only"),
         (activation in ("silu", "relu"), f"hidden_act {activation}"),
@@ -178,7 +178,7 @@ class Weights:
         # other names are of copies, such as Mistral's consolidated.safetensors
         if not (paths := sorted(folder.glob("model*.safetensors"))):
             hint = "weights in another format may run code when they are read"
-            raise UserError(f"'{folder}' has no model.safetensors: pass a folder that has ({hint})")
+            raise UserError(f"'{folder}' has no model.safetensors: pass one that does ({hint})")
         for path in paths:
             try:
                 file = safetensors.safe_open(path, framework="pt")

@@ -31,7 +31,7 @@ class Model:
         """Opens a checkpoint file.
 
         Raises:
-            UserError: see `checkpoint.read` and `checkpoint.net_class`, whose argument `trusted` is.
+            UserError: see `checkpoint.read` and, for `trusted`, `checkpoint.net_class`.
         """
         content = checkpoints.read(path)
         net, tokenizer = checkpoints.text_model_of(content, trusted)
@@ -58,7 +58,7 @@ class Model:
         return ids[0] if len(ids) == 1 else None
 
     def corpus_name(self, setting: str = "corpus") -> str:
-        """The file name of a corpus; empty if there was none. Its folder is private, and may be one of Windows."""
+        """The file name of a corpus; empty if there was none. Drops the folder (private; maybe a Windows path)."""
         return PureWindowsPath(str(self.settings.get("data", {}).get(setting) or "")).name
 
 

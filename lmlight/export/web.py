@@ -38,7 +38,7 @@ from lmlight.generation import Sampling
 PAGE = Path(__file__).with_name("page")
 SOURCES = ("index.html", "style.css", "page.js", "model.js", "settings.js", "tokens.js", "attention.js")
 FILES = (*SOURCES, "model.onnx", "model.json", "engine", "notebooks")
-WEBGPU_FROM = 64 * 2**20  # bytes of an .onnx file from which WebGPU is worth its start and its overhead for each token
+WEBGPU_FROM = 64 * 2**20  # size of an .onnx file from which WebGPU is worth its startup and per-token overhead
 TYPES = {".html": "text/html", ".css": "text/css", ".js": "text/javascript", ".mjs": "text/javascript"}
 TYPES |= {".json": "application/json", ".wasm": "application/wasm"}  # whatever this machine thinks of them
 CDN = "https://cdn.jsdelivr.net/npm"

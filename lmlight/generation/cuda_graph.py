@@ -28,7 +28,7 @@ class StaticCache(Cache):
         super().__init__(is_causal=False)
         self.cache, self.network_rope = cache, rope
         batch_size, max_length = cache.buffers.size(1), cache.max_length
-        rows = batch_size if any(cache.padding) else 1  # whose positions and masks differ
+        rows = batch_size if any(cache.padding) else 1  # with padding, positions and masks differ
         device = cache.buffers.device
         self._slot = torch.full((1,), cache.length % max_length, device=device)
         self.attn_mask: Tensor = torch.zeros(rows, 1, 1, max_length, dtype=torch.bool, device=device)
@@ -54,7 +54,7 @@ class StaticCache(Cache):
             self._positions[:] = start
 
     def advance(self, count: int) -> None:
-        """Do nothing: `follow` has."""
+        """Do nothing: `follow` has advanced the cache."""
 
     def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         keys, values = self._buffers[2 * layer : 2 * layer + 2]
@@ -74,7 +74,7 @@ class CudaGraphDecoder:
         self._static = StaticCache(cache, decoder.net.rope)
         self._tokens = torch.zeros(cache.buffers.size(1), 1, dtype=torch.long, device=cache.buffers.device)
         self._graph = torch.cuda.CUDAGraph()
-        # weights that autocast has cast once and keeps would be freed at its end
+        # autocast's cached casts of weights would be freed when it exits
         enabled, dtype = torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda")
         with torch.autocast("cuda", dtype, enabled, cache_enabled=False):
             self._static.attn_mask.fill_(True)  # a softmax over nothing is NaN

@@ -82,7 +82,7 @@ class Decoder:
             return self._recompute()
         self.cache.set_padding(padding)
         self.cache.last_only = True
-        if not max(self._lengths):  # restarts with nothing, in a block of 1 to 3 tokens
+        if not max(self._lengths):  # no token is kept if block_size is at most 3
             return self._window
         return self._forward(self._window, cache=self.cache)[:, -1]
 

@@ -23,7 +23,7 @@ from lmlight.models.transformer import Block
 
 
 class FastDecoder:
-    """Decodes one token per row. Later changes of the network's weights are not seen."""
+    """Decodes one token per row. It may miss later changes to the weights."""
 
     def __init__(self, net: Transformer, batch_size: int) -> None:
         self.net = net
@@ -81,8 +81,8 @@ def _pack_block(block: Block, batch_size: int) -> tuple[Any, ...]:
 def pack_linear(linear: nn.Linear, batch_size: int) -> Callable[[Tensor], Tensor]:
     """Choose the fastest implementation of a linear layer, (B, in) to (B, out), for B = `batch_size` rows.
 
-    On a CPU, reading the weights takes the time. MKL's product of one row with a matrix reads at a quarter of the memory's
-    speed on some processors; two products of half the matrix with a column read at all of it. For several rows, oneDNN is
+    On a CPU, reading the weights takes most of the time. MKL's product of one row with a matrix uses a quarter of the memory
+    bandwidth on some processors; two products of half the matrix with a column use all of it. For several rows, oneDNN is
     faster if it may reorder the weights in advance (6 layers of width 384 on an AMD Zen 5: one row in 0.7 ms instead of 2.4,
     32 in 2.2 instead of 5.0).
     """

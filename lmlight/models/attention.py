@@ -1,7 +1,7 @@
-"""Attention, from small to whole: the weights, the weighted sum, the module.
+"""Attention, bottom up: the weights, the weighted sum, the module.
 
-A cache decides what positions attend to. With `causal=False` or `kv_input`, the module is also an encoder's attention or
-cross-attention.
+A cache decides what each position attends to. With `causal=False` or `kv_input`, the module is also an encoder's attention
+or cross-attention.
 
 Axes: B batch, T positions, S positions attended to, C = n_embd channels, H heads, H_kv key/value heads, D channels of a
 head.

@@ -21,7 +21,7 @@ def check_net(make_net: Callable[[int, int], Net], block_size: int, check_causal
     Args:
         make_net: from (vocab_size, block_size).
         block_size: the longest context.
-        check_causality: run it. False only makes it, without memory for its weights.
+        check_causality: run the network; False only builds it on the meta device.
 
     Raises:
         UserError: it is not a `Net`, has no parameters, or a method raises an exception; its logits have the wrong shape,

@@ -12,9 +12,9 @@ from lmlight.models.rope import rope_cache
 
 
 class Cache:
-    """What a forward pass keeps of earlier tokens. This base class keeps nothing, for whole sequences.
+    """What a forward pass keeps of earlier tokens. This base class keeps nothing.
 
-    A network whose layers are not attention subclasses it to keep a state of its own (`Net.make_cache`). Generation calls
+    A network without attention can subclass it to keep its own state (`Net.make_cache`). Generation calls
     `set_padding` once, then `forward(idx, cache=cache)` with the prompts and with each further token.
 
     Args:

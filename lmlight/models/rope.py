@@ -8,7 +8,7 @@ from torch import Tensor
 
 def rope_cache(length: int, head_size: int, theta: float = 10000.0) -> Tensor:
     """Compute the cosines and sines of the rotations at T = `length` positions: (2, T, D / 2) for heads of D channels."""
-    # in float64, which MPS lacks, whichever device networks are built on
+    # always on the CPU: the angles need float64, which MPS lacks
     channels = torch.arange(0, head_size, 2, dtype=torch.float64, device="cpu")
     positions = torch.arange(length, dtype=torch.float64, device="cpu")
     angles = torch.outer(positions, theta ** (-channels / head_size))  # (T, D / 2)

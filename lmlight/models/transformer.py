@@ -1,8 +1,8 @@
-"""The decoder-only transformer, from small to whole: MLP, block, network. Its attention is in `attention.py`.
+"""The decoder-only transformer, bottom up: MLP, block, network. Its attention is in `attention.py`.
 
 - Pre-norm residual blocks.
 - Options of common architectures, so that a trained network can be exported: `GPT2` and `LLAMA` are presets.
-- One forward pass for training, cached decoding, attention maps and export; the cache makes the difference.
+- One forward pass for training, cached decoding, attention maps and export; only the cache differs.
 
 Axes: B batch, T positions, C = n_embd channels, D channels of a head, V vocabulary.
 

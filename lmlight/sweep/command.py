@@ -94,7 +94,7 @@ def main(args: Sequence[str]) -> int:
     signal.signal(signal.SIGTERM, signal.default_int_handler)
 
     def is_unchanged(params: Params) -> bool:
-        """A file that is edited meanwhile must not change later trials. A search stands for its first settings."""
+        """Whether no config file was edited since the start. For a search, compares its first settings."""
         at = 0 if space else grid.index({name: params[name] for name in values})
         return check(fit, settings[at]) == checked[at]
 
@@ -120,7 +120,7 @@ def check(fit: Sequence[str], params: Params) -> dict[str, Any]:
         if any(re.split("[ =]", word)[0] == f"--{flag}" for word in fit):
             raise UserError(f"--{flag} cannot be used in a sweep, which has a folder for each of its runs")
     try:
-        # not the folder of other runs, or `best` would be found here, and not in the folder of a trial
+        # not the folder of other runs, whose `best` would be found here but not by a trial
         checked = cli.check_fit([*fit, *flags(params), "--trainer.default_root_dir=sweeps"])
     except UserError as error:
         where = f" (with {' '.join(flags(params))})" if params else ""
@@ -166,7 +166,7 @@ def parse_range(name: str, text: str) -> Distribution:
     """The distribution of `--search NAME=TEXT`.
 
     Raises:
-        UserError: It is no range, and no list of values.
+        UserError: It is neither a range nor a list.
     """
     is_log, limits = text.startswith("log:"), text.removeprefix("log:").split("..")
     if len(limits) != 2 or "," in text:

@@ -79,7 +79,7 @@ def write(study: Study) -> int:
     print(f"\n{METRIC} at the last validation, on {TEXTS[study.settings['on']]}:\n\n{markdown(rows)}\n")
     if len({setting.characters for setting in settings if setting.done}) > 1:
         print(
-            "The settings are scored on different texts (see the characters in trials.csv): their losses do not compare"
+            "The settings are scored on different texts (see the characters in trials.csv): their losses are not comparable"
         )
     for trial in study.trials(TrialState.FAIL):
         log = study.trial_folder(trial) / LOG
@@ -123,7 +123,7 @@ def _write_files(study: Study, settings: list[Setting], rows: list[list[str]], c
     for name, figure in figures.items():
         with files.whole(study.folder / name) as beside:
             figure.savefig(beside, format="png")
-    some = f" (the best {len(drawn)} of {len(settings)} settings)" if len(drawn) < len(settings) and drawn else ""
+    some = f" ({len(drawn)} of {len(settings)} settings)" if len(drawn) < len(settings) and drawn else ""
     print(f"In {study.folder}: {', '.join(['comparison.csv', 'trials.csv', *figures])}{some}")
 
 

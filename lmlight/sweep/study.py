@@ -2,7 +2,7 @@
 
 - Trials are claimed under a lock, so that any number of processes, on any machines, run each of them once.
 - A process that runs a trial touches the trial's heartbeat file. The trial of a process that has died is queued again, and
-  its run resumed. (Optuna itself does this with a database only, and shows such a trial as failed and once more.)
+  its run resumed. (Optuna itself needs a database for this, and lists such a trial twice: first as failed.)
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class Study:
 
     Args:
         folder: Its folder.
-        settings: What is compared or searched; None opens a sweep that is there, to read it.
+        settings: What is compared or searched; None opens an existing sweep to read it.
 
     Raises:
         UserError: There is no sweep, or one with other settings; the folder cannot be written, or its journal is damaged.
@@ -110,7 +110,7 @@ class Study:
             return trial
 
     def release(self, trial: Trial) -> None:
-        """Queue a trial again whose run was interrupted."""
+        """Requeue a trial whose run was interrupted."""
         with self.locked():
             for running in self.trials(TrialState.RUNNING):
                 if running.number == trial.number:

@@ -66,7 +66,7 @@ def run_fit(folder: Path, args: Sequence[str], watch: Callable[[int, Validations
             stdout=log,
             stderr=log,
             start_new_session=True,
-            creationflags=getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0),  # what it takes on Windows
+            creationflags=getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0),  # the same on Windows
             env={**os.environ, "PYTHONIOENCODING": "utf-8"},  # of the log
         )
     try:
@@ -115,7 +115,7 @@ def _stop(process: subprocess.Popen[bytes]) -> None:
         process.stdin.close()
         while process.poll() is None:  # it writes a checkpoint; on Windows, Ctrl-C does not interrupt `wait`
             time.sleep(0.1)
-    except BaseException:  # a second Ctrl-C, or whatever else keeps from waiting
+    except BaseException:  # a second Ctrl-C, or any other interruption
         process.kill()
         raise
 

@@ -40,7 +40,7 @@ def work(study: Study, plan: Plan) -> bool:
         while (trial := study.claim(plan.space, plan.n_trials, plan.seed)) or study.trials(TrialState.RUNNING):
             if trial is None:
                 if not is_waiting:
-                    print("Waiting for the trials that other processes run", flush=True)
+                    print("Waiting for the trials of other processes", flush=True)
                 is_waiting = True
                 time.sleep(1)
             else:
@@ -52,9 +52,7 @@ def work(study: Study, plan: Plan) -> bool:
         print(f"Interrupted; trials left: {left}. The same command continues them")
         return False
     except OSError as error:
-        raise UserError(
-            f"the sweep in '{study.folder}' cannot go on ({error}): the same command continues it"
-        ) from None
+        raise UserError(f"the sweep in '{study.folder}' stopped ({error}): the same command continues it") from None
     return True
 
 

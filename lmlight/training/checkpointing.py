@@ -88,7 +88,7 @@ class BestLastCheckpoint(Checkpoint):
         if stage == TrainerFn.FITTING:
             interval = getattr(trainer, "val_check_interval", None)  # missing for an interval in time
             if interval is None:
-                self._check_interval(trainer, 1, "is a time")
+                self._check_interval(trainer, 1, "is a duration")
             elif isinstance(interval, int):
                 self._check_interval(trainer, interval, f"is {interval} batches")
 

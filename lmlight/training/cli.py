@@ -209,7 +209,7 @@ class LmlightCLI(LightningCLI):
             self.config_init.fit.ckpt_path = str(self.source.path)
 
     def _check_split(self, content: dict[str, Any]) -> None:
-        """Warn that a model has been trained on text that is scored now."""
+        """Warn if a model was trained on text that is scored now."""
         before = content[checkpoints.METADATA_KEY]["settings"].get("data", {})
         now = (self.settings.get("data") or {}) | ({"validate_on": "val"} if self.command == "test" else {})
         scores = self.command in ("validate", "test") or (self.command == "fit" and self.source.run is None)

@@ -51,7 +51,7 @@ class DistilledModel(LanguageModel):
             raise UserError(f"model.teacher_weight must lie in [0, 1], got {teacher_weight}")
         self.teacher_net, self.teacher_weight = teacher_net, teacher_weight
         self._paths = [teachers] if isinstance(teachers, str) else list(teachers)
-        self._teachers: list[tuple[Net, Tokenizer | None]] = []  # in a list, so that they are no part of this module
+        self._teachers: list[tuple[Net, Tokenizer | None]] = []  # in a list, so they are not part of this module
         self._fingerprints: list[str] = []
 
     def check(self, block_size: int | None, trainer: Trainer | None = None) -> None:
@@ -122,7 +122,7 @@ class DistilledModel(LanguageModel):
             )
 
     def training_loss(self, batch: Batch) -> Tensor:
-        """The cross-entropy of the mixed target, at least its entropy: not comparable to the loss of other models."""
+        """The cross-entropy with the mixed target. Its entropy is a lower bound, so do not compare models by it."""
         idx, targets = batch.inputs, batch.targets.flatten()
         with torch.no_grad():
             target = sum(net(idx).flatten(0, 1).float().softmax(-1) for net, _ in self._teachers)

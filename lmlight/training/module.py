@@ -61,7 +61,7 @@ class LanguageModel(TextModel):
         optimizer: The optimizer. Weight decay applies to parameters of two or more dimensions.
         schedule: Learning-rate schedule.
         lr_scheduler: A scheduler of torch, such as `torch.optim.lr_scheduler.StepLR`, called after each optimizer step.
-            Replaces `schedule`; null does not.
+            Null means `schedule`.
         sampling: Defaults for `predict` and `generate`.
         matmul_precision: Precision of float32 matrix products during training, see `torch.set_float32_matmul_precision`.
             `medium` allows tensor cores on GPUs and oneDNN on CPUs, up to twice as fast; `highest` is torch's default.
@@ -331,9 +331,7 @@ class LanguageModel(TextModel):
         if before is not None and before != now:  # Lightning counts micro-batches
             progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
             for counts in (progress["total"], progress["current"]):
-                behind = (
-                    counts["processed"] - counts["completed"]
-                )  # 1 at the end of a batch, by which Lightning knows it
+                behind = counts["processed"] - counts["completed"]  # 1 at the end of a batch, as Lightning expects
                 counts.update({name: count * now // before for name, count in counts.items()})
                 counts["completed"] = counts["processed"] - behind
         if (trained_by := metadata["optimizer"]) is not None:

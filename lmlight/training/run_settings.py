@@ -1,9 +1,9 @@
 """Where a command's settings come from: the run or checkpoint that it names.
 
 - `fit --ckpt_path` resumes a run with the settings in the `config.yaml` of its folder.
-- Other commands take network, sampling defaults and data settings from the checkpoint itself, which holds plain values only.
+- Other commands take the network, sampling defaults and data settings from the checkpoint, which holds plain values only.
 
-Either stands for the first `--config` file, so later files and flags override it.
+Either acts as the first `--config` file, so later files and flags override it.
 """
 
 from __future__ import annotations
@@ -147,10 +147,10 @@ def _from_checkpoint(content: dict[str, Any], kind: type[Net], only_net: bool) -
         return {"model": {"net": net}, "data": {"block_size": block_size}}
     sampling = dict(metadata["sampling"])
     seed = {"seed_everything": sampling.pop("seed")} if "seed" in sampling else {}
-    # for other commands, or for one machine; the tokenizer is stored by itself
+    # for other commands, or for one machine; the tokenizer is stored separately
     left_out = ("prompts", "prompt_batch_size", "cache", "seed", "tokenizer")
     data = {name: value for name, value in metadata["settings"].get("data", {}).items() if name not in left_out}
-    data.setdefault("block_size", block_size)  # trained from Python, the checkpoint has no settings
+    data.setdefault("block_size", block_size)  # a checkpoint trained from Python has no settings
     return {**seed, "model": {"net": net, "sampling": sampling}, "data": data}
 
 

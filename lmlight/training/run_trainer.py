@@ -148,7 +148,7 @@ def print_summary(
         return
     path = files.shown(keeper.best_model_path)
     best = checkpoints.read(path)
-    # not `keeper.best_score`: with `ddp_spawn`, training had a keeper of its own
+    # not `keeper.best_score`: with `ddp_spawn`, training used a copy of it
     nats = best["callbacks"][keeper.state_key]["best_score"]
     print(f"\nBest checkpoint: {path} (step {best['global_step']})")
     counts_characters = "val/nats_per_char" in best[checkpoints.METADATA_KEY]["metrics"]

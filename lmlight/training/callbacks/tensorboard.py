@@ -31,7 +31,7 @@ class SampleText(FitCallback):
     """Generates text for TensorBoard's Text page at each validation, with the same prompts and seed each time.
 
     Args:
-        prompts: the prompts; null takes an empty one and a line of the validation text.
+        prompts: the prompts; null takes an empty one and the data's `sample_prompt`.
         max_new_tokens: tokens to generate for each prompt.
         temperature: see `Sampling`; null takes the model's own.
     """
@@ -155,7 +155,7 @@ def ids_by_frequency(data: TextDataModule, vocab_size: int) -> list[int]:
 
 
 class HParamsLogger(Callback):
-    """Lists the run in TensorBoard's HParams: a table of runs to sort, their settings beside their last metrics."""
+    """Lists the run in TensorBoard's HParams: a sortable table of runs, with settings and last metrics."""
 
     METRICS = ("val/nats_per_char", "val/bpc", "gap/nats_per_char")
 
@@ -176,7 +176,7 @@ class HParamsLogger(Callback):
 
 
 def _flatten(settings: dict[str, Any], prefix: str = "") -> dict[str, bool | int | float | str]:
-    """Nested settings by the names of their flags; other values than these types as text."""
+    """Nested settings by the names of their flags; values of other types as text."""
     flat: dict[str, bool | int | float | str] = {}
     for name, value in settings.items():
         if isinstance(value, dict):
