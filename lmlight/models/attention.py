@@ -70,11 +70,13 @@ def scaled_dot_product_attention(q: Tensor, k: Tensor, v: Tensor, cache: Cache, 
         folded = q.reshape(q.size(0), k.size(1), group, -1)
         return scaled_dot_product_attention(folded, k, v, cache, dropout).reshape(q.shape)
     k, v = repeat_kv(k, group), repeat_kv(v, group)
-    if q.device.type == "cpu":  # one query of one row is faster with the fused kernel
+    if maps is not None:  # first: an exported graph must not depend on the number of keys
+        explicit = True
+    elif q.device.type == "cpu":  # one query of one row is faster with the fused kernel
         explicit = k.size(-2) <= EXPLICIT_ATTENTION_MAX_KEYS and (q.size(0) > 1 or q.size(2) > 1)
     else:  # for few queries with a mask, the fused CUDA kernel uses few of the processors
         explicit = q.size(2) < 16 and cache.attn_mask is not None
-    if maps is None and not explicit:
+    if not explicit:
         return F.scaled_dot_product_attention(q, k, v, cache.attn_mask, dropout, cache.is_causal)
     weights = attention_weights(q, k, cache.is_causal, cache.attn_mask)
     if maps is not None:
