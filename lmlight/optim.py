@@ -135,6 +135,10 @@ class Muon(Optimizer):
         self._adamw = torch.optim.AdamW([torch.empty(0)], lr, betas, eps, weight_decay, fused=True)
         super().__init__(params, {**self._adamw.defaults, "momentum": momentum, "name": ""})
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._adamw = torch.optim.AdamW([torch.empty(0)], fused=True)  # copies and pickles leave it out
+
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]  # torch's is overloaded
         """Update every group; see `torch.optim.Optimizer.step`."""

@@ -2,7 +2,9 @@
 
 import csv
 import math
+import os
 import re
+import signal
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -201,6 +203,43 @@ def test_accumulated_batches_are_logged_once_per_step(corpus_file, tmp_path):
     expected.append(float((recorder.weights[5] - recorder.weights[4]).norm() / recorder.weights[4].norm()))
     assert values(events, "update_ratio/embedding") == pytest.approx(expected, rel=1e-4)
     assert len(values(events, "throughput/tokens_per_second")) == 3
+
+
+@pytest.mark.parametrize(
+    ("every", "expected"),
+    [(2, [2, 4, 6, 8, 11, 12]), (4, [4, 8, 12]), (5, [6, 11, 12]), (10, [11, 12])],
+)
+def test_checkpoints_due_at_the_end_of_an_epoch_are_written_after_the_next_step(
+    corpus_file, tmp_path, monkeypatch, every, expected
+):
+    """Epochs of five steps, without validation."""
+    written, write = [], AtomicCheckpointIO.save_checkpoint
+
+    def spy(self, checkpoint, path, storage_options=None):
+        written.append(checkpoint["global_step"])
+        write(self, checkpoint, path)
+
+    monkeypatch.setattr(AtomicCheckpointIO, "save_checkpoint", spy)
+    callbacks = [BestLastCheckpoint(every_n_steps=every)]
+    options = {"limit_train_batches": 5, "limit_val_batches": 0, "max_steps": 12, "enable_checkpointing": True}
+    options |= {"plugins": [AtomicCheckpointIO()]}
+    fit(corpus_file, tmp_path, callbacks, tiny.net, **options)
+    assert written == expected
+
+
+@pytest.mark.skipif(os.name != "posix", reason="sends a signal")
+def test_training_can_go_on_in_the_process_that_a_signal_stopped(corpus_file, tmp_path):
+    class Interrupt(Callback):
+        def on_train_batch_start(self, trainer, *_):
+            if trainer.global_step == 1:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+    keeper, options = BestLastCheckpoint(), {"enable_checkpointing": True, "max_steps": 4, "val_check_interval": 4}
+    options["plugins"] = [AtomicCheckpointIO()]
+    with pytest.raises(SystemExit):
+        fit(corpus_file, tmp_path, [keeper, Interrupt()], tiny.net, **options)
+    trainer, *_ = fit(corpus_file, tmp_path, [keeper], tiny.net, **options)
+    assert trainer.global_step == 4
 
 
 def test_train_subset_is_scored_like_the_validation_text(logged_run):

@@ -1,6 +1,8 @@
 """Parameter groups, Muon and learning-rate schedules."""
 
+import copy
 import math
+import pickle
 
 import pytest
 import torch
@@ -121,6 +123,20 @@ def test_muon_moves_loaded_step_counts_to_the_device():
     resumed.load_state_dict(first.state_dict())
     resumed.step()
     assert resumed.state[after]["step"].device.type == "meta"
+
+
+@pytest.mark.parametrize("copy", [copy.deepcopy, lambda optimizer: pickle.loads(pickle.dumps(optimizer))])
+def test_copies_of_muon_step_alike(copy):
+    parameters = [torch.nn.Parameter(torch.ones(4, 4)), torch.nn.Parameter(torch.ones(4))]
+    optimizer = Muon([{"params": parameters[:1], "name": "hidden"}, {"params": parameters[1:]}], betas=(0.5, 0.6))
+    copied = copy(optimizer)
+    copies = [parameter for group in copied.param_groups for parameter in group["params"]]
+    for parameter in (*parameters, *copies):
+        parameter.grad = torch.arange(1.0, parameter.numel() + 1).view_as(parameter)
+    optimizer.step()
+    copied.step()
+    assert all(torch.equal(a, b) for a, b in zip(parameters, copies, strict=True))
+    assert not torch.equal(parameters[1], torch.ones(4))
 
 
 def test_muon_without_named_groups_is_adamw():

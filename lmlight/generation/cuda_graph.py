@@ -65,18 +65,22 @@ class CudaGraphDecoder:
     """Records a decode step, and repeats it for each token.
 
     Args:
-        decoder: the step.
+        decoder: the step. The weights must stay where they are.
         cache: holds at least one token of each row. Another cache needs another recording.
+
+    Raises:
+        RuntimeError: The step cannot be recorded: no memory, or another thread is recording.
     """
 
     def __init__(self, decoder: FastDecoder, cache: KeyValueCache) -> None:
-        self.cache = cache
+        self.cache, self._device = cache, cache.buffers.device
         self._static = StaticCache(cache, decoder.net.rope)
-        self._tokens = torch.zeros(cache.buffers.size(1), 1, dtype=torch.long, device=cache.buffers.device)
+        self._tokens = torch.zeros(cache.buffers.size(1), 1, dtype=torch.long, device=self._device)
         self._graph = torch.cuda.CUDAGraph()
         # autocast's cached casts of weights would be freed when it exits
         enabled, dtype = torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda")
-        with torch.autocast("cuda", dtype, enabled, cache_enabled=False):
+        # streams belong to the current device, which may be another one
+        with torch.cuda.device(self._device), torch.autocast("cuda", dtype, enabled, cache_enabled=False):
             self._static.attn_mask.fill_(True)  # a softmax over nothing is NaN
             # libraries set themselves up at their first call, which cannot be recorded
             side = torch.cuda.Stream()  # type: ignore[no-untyped-call]  # torch's
@@ -84,13 +88,14 @@ class CudaGraphDecoder:
             with torch.cuda.stream(side):
                 decoder(self._tokens, self._static)
             torch.cuda.current_stream().wait_stream(side)
-            with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
+            with torch.cuda.graph(self._graph, stream=side, capture_error_mode="thread_local"):
                 self._logits = decoder(self._tokens, self._static)
         self._static.attn_mask.fill_(False)
 
     def __call__(self, tokens: Tensor) -> Tensor:
         """Append `tokens` (B, 1) to the cache and compute the next-token logits (B, V)."""
-        self._static.follow()
-        self._tokens.copy_(tokens)
-        self._graph.replay()
-        return self._logits.clone()
+        with torch.cuda.device(self._device):
+            self._static.follow()
+            self._tokens.copy_(tokens)
+            self._graph.replay()
+            return self._logits.clone()

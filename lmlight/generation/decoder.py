@@ -11,6 +11,7 @@ Axes: B rows, T tokens, V vocabulary.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
@@ -22,6 +23,9 @@ from lmlight.generation.fast_decoder import FastDecoder
 from lmlight.generation.sampling import Sampling, apply_repetition_penalty, sample_one_token
 from lmlight.models import Net
 from lmlight.models.kv_cache import Cache, KeyValueCache
+
+# Recording a CUDA graph takes as long as several steps, and a restart needs another one.
+RECORD_AFTER = 8
 
 
 class Decoder:
@@ -41,6 +45,7 @@ class Decoder:
         self._forward: Callable[..., Tensor] = net.forward
         self._fast: FastDecoder | None = None
         self._graph: CudaGraphDecoder | None = None
+        self._plain_steps = 0  # with the present cache
 
     @torch.no_grad()
     def prefill(self, prompts: Sequence[Sequence[int]]) -> Tensor:
@@ -66,9 +71,11 @@ class Decoder:
     def _fast_step(self, tokens: Tensor, cache: Cache, fast: FastDecoder) -> Tensor:
         if self._graph is not None and self._graph.cache is cache:
             return self._graph(tokens)
+        self._plain_steps += 1
         logits = fast(tokens, cache)
-        if tokens.is_cuda and isinstance(cache, KeyValueCache):
-            self._graph = CudaGraphDecoder(fast, cache)
+        if tokens.is_cuda and isinstance(cache, KeyValueCache) and self._plain_steps == RECORD_AFTER:
+            with contextlib.suppress(RuntimeError):  # the plain step goes on
+                self._graph = CudaGraphDecoder(fast, cache)
         return logits
 
     def _start(self, rows: list[list[int]]) -> Tensor:
@@ -77,7 +84,7 @@ class Decoder:
         device = next(self.net.parameters()).device
         padded = [[0] * pad + row for pad, row in zip(padding, rows)]
         self._window = torch.tensor(padded, dtype=torch.long, device=device)  # (B, T)
-        self.cache = self.net.make_cache(self.batch_size)
+        self.cache, self._plain_steps = self.net.make_cache(self.batch_size), 0
         if self.cache is None:
             return self._recompute()
         self.cache.set_padding(padding)

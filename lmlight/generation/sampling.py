@@ -105,7 +105,7 @@ def sample_one_token(logits: Tensor, sampling: Sampling, uniform: Tensor) -> Ten
     Returns:
         (B, 1) ids.
     """
-    if sampling.temperature == 0:
+    if sampling.temperature < 1e-6:  # dividing by it may overflow
         return logits.argmax(-1, keepdim=True)
     if logits.is_cuda and torch.are_deterministic_algorithms_enabled():  # CUDA has no deterministic cumsum
         return sample_one_token(logits.cpu(), sampling, uniform.cpu()).to(logits.device)

@@ -70,7 +70,7 @@ class BestLastCheckpoint(Checkpoint):
         self.best_model_path = ""
         self.last_model_path = ""
         self._signal = self._agreed = 0  # received by this process; by any
-        self._step = 0  # before the batch
+        self._step = self._saved = 0  # before the batch; of the newest checkpoint
         self._stop_asked = False  # between the micro-batches of a step
         self._handlers: dict[int, Any] = {}
 
@@ -104,7 +104,8 @@ class BestLastCheckpoint(Checkpoint):
         batches = trainer.val_check_batch  # None for an interval in time
         if batches is not None and batches < trainer.num_training_batches:  # a fraction of the epoch
             self._check_interval(trainer, int(batches), f"{trainer.val_check_interval} is {batches} batches")
-        self._stop_asked = False
+        self._stop_asked, self._saved = False, trainer.global_step
+        self._signal = self._agreed = 0  # those of an earlier `fit`
         if threading.current_thread() is threading.main_thread():  # signal.signal works only there
             for number in (signal.SIGINT, signal.SIGTERM):
                 self._handlers[number] = signal.signal(number, self._on_signal)
@@ -138,7 +139,12 @@ class BestLastCheckpoint(Checkpoint):
         # the argument only matters for training steps that take an iterator of batches
         if trainer.enable_validation and loop._should_check_val_fx(None):  # type: ignore[arg-type]
             return  # saved at the end of this validation
-        if self._agreed or over or (self.every_n_steps and step % self.every_n_steps == 0):
+        # not `step % every_n_steps == 0`, which may only hold at the ends of epochs
+        if (
+            self._agreed
+            or over
+            or (self.every_n_steps and step // self.every_n_steps > self._saved // self.every_n_steps)
+        ):
             self._save(trainer, "last")
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -167,8 +173,10 @@ class BestLastCheckpoint(Checkpoint):
         if not self._agreed:
             return
         if trainer.is_global_zero:
-            name, resume = signal.Signals(self._agreed).name, resume_command(self.last_model_path)
-            print(f"lmlight: {name} at step {trainer.global_step}; to resume: {resume}", file=sys.stderr)
+            resume = f"; to resume: {resume_command(self.last_model_path)}" if self.last_model_path else ""
+            print(
+                f"lmlight: {signal.Signals(self._agreed).name} at step {trainer.global_step}{resume}", file=sys.stderr
+            )
         raise SystemExit(128 + self._agreed)
 
     def _path(self, name: str) -> Path:
@@ -181,7 +189,7 @@ class BestLastCheckpoint(Checkpoint):
         if not total_norm(trainer.lightning_module.parameters(), math.inf).isfinite():
             raise non_finite_error("a weight", trainer)
         trainer.save_checkpoint(self._path(name))
-        self.last_model_path = str(self._path(name))
+        self.last_model_path, self._saved = str(self._path(name)), trainer.global_step
 
 
 def reseed(device: torch.device, *position: int) -> None:
