@@ -402,7 +402,7 @@ def test_network_that_is_not_a_net_is_refused(data):
         def __init__(self, vocab_size, block_size):
             super().__init__()
 
-    with pytest.raises(UserError, match=r"must make a lmlight.models.Net, got Mine"):
+    with pytest.raises(UserError, match=r"must make an lmlight.models.Net, got Mine"):
         pl.Trainer(max_steps=2, enable_checkpointing=False, **tiny.QUIET).fit(LanguageModel(net=Mine), datamodule=data)
 
 

@@ -74,7 +74,7 @@ class Decoder:
         self._plain_steps += 1
         logits = fast(tokens, cache)
         if tokens.is_cuda and isinstance(cache, KeyValueCache) and self._plain_steps == RECORD_AFTER:
-            with contextlib.suppress(RuntimeError):  # the plain step goes on
+            with contextlib.suppress(RuntimeError):  # keep using the plain step
                 self._graph = CudaGraphDecoder(fast, cache)
         return logits
 
@@ -162,7 +162,7 @@ def generate_ids(
 
 
 def generate(net: Net, idx: Tensor, sampling: Sampling) -> Tensor:
-    """Continue sequences of token ids of one length.
+    """Continue sequences of token ids that all have the same length.
 
     Args:
         net: used in its current mode: call `eval()` first, or dropout is active.

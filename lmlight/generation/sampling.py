@@ -65,14 +65,14 @@ class Sampling:
             ("repetition_penalty", 0 < self.repetition_penalty < math.inf, "above 0"),
             ("stop", strings, "a list of non-empty strings"),
             ("num_samples", self.num_samples >= 1, "at least 1"),
-            ("seed", -(2**63) <= self.seed <= 2**64 - self.num_samples, "a number of 64 bits"),
+            ("seed", -(2**63) <= self.seed <= 2**64 - self.num_samples, "a 64-bit integer"),
         ):
             if not valid:
                 raise UserError(f"{name} must be {expected}, got {getattr(self, name)!r}")
 
 
 def apply_repetition_penalty(logits: Tensor, present: Tensor, penalty: float) -> Tensor:
-    """Penalize tokens that already occur: (B, V) logits, of which `present` (B, V), boolean, are changed."""
+    """Penalize tokens that already occur: change the logits (B, V) where the boolean `present` (B, V) is True."""
     return torch.where(present, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
 
 

@@ -38,7 +38,7 @@ class Net(nn.Module, ABC):
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Net:
         net = super().__new__(cls)
-        if args or kwargs:  # neither when it is unpickled or copied
+        if args or kwargs:  # both are empty when a network is unpickled or copied
             net._config = _arguments(cls, args, kwargs)
             net.class_name = full_name(cls)
             net.vocab_size, net.block_size = net.config["vocab_size"], net.config["block_size"]

@@ -36,7 +36,7 @@ def check_net(make_net: Callable[[int, int], Net], block_size: int, check_causal
             net = make_net(VOCAB_SIZE, block_size)
         if not isinstance(net, Net) or not hasattr(net, "training"):  # which nn.Module's constructor sets
             raise UserError(
-                f"model.net must make a lmlight.models.Net, got {type(net).__name__}: derive the class from Net, and call "
+                f"model.net must make an lmlight.models.Net, got {type(net).__name__}: derive the class from Net, and call "
                 "super().__init__() in its constructor"
             )
         name = type(net).__name__

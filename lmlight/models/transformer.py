@@ -67,7 +67,7 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention, then an MLP, each behind a norm and added to the residual stream."""
+    """Attention, then an MLP, each applied to the normalized input and added to the residual stream."""
 
     def __init__(self, attention: Attention, mlp: MLP, attention_norm: nn.Module, mlp_norm: nn.Module) -> None:
         super().__init__()
@@ -137,7 +137,9 @@ class Transformer(Net):
         _check(sizes, norm_eps, rope_theta, dropout)
         self.head_size = head_size or n_embd // n_head
         if positions == "rotary" and self.head_size % 2:
-            raise UserError(f"rotary positions need an even head size, got {self.head_size} (n_embd / n_head)")
+            raise UserError(
+                f"rotary positions need an even head size (head_size, or n_embd / n_head), got {self.head_size}"
+            )
         self.rope_theta = rope_theta
         self.n_head, self.n_kv_head, self.dropout = n_head, n_kv_head or n_head, dropout
         self.intermediate_size = intermediate_size or default_intermediate_size(mlp, n_embd)

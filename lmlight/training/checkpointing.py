@@ -57,8 +57,8 @@ class BestLastCheckpoint(Checkpoint):
 
     `best` has the lowest `val/nats_per_char`, or `val/loss` if characters are not counted. `last` is written at each
     validation and at the end of the run, also on SIGTERM and Ctrl-C. The process then exits with 128 + the signal's number;
-    a second signal exits immediately. Several processes check for signals at validations and every
-    `trainer.log_every_n_steps` steps.
+    a second signal exits immediately. With several processes, signals are checked for at validations and every
+    `trainer.log_every_n_steps` steps only.
 
     Args:
         every_n_steps: Also write `last` every this many steps; 0 disables this.
@@ -86,7 +86,7 @@ class BestLastCheckpoint(Checkpoint):
         log_dir = trainer.log_dir or trainer.default_root_dir
         self._folder = Path(trainer.strategy.broadcast(log_dir)) / checkpoints.FOLDER
         if stage == TrainerFn.FITTING:
-            interval = getattr(trainer, "val_check_interval", None)  # missing for an interval in time
+            interval = getattr(trainer, "val_check_interval", None)  # missing if it is a duration
             if interval is None:
                 self._check_interval(trainer, 1, "is a duration")
             elif isinstance(interval, int):
@@ -101,7 +101,7 @@ class BestLastCheckpoint(Checkpoint):
             )
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        batches = trainer.val_check_batch  # None for an interval in time
+        batches = trainer.val_check_batch  # None if the interval is a duration
         if batches is not None and batches < trainer.num_training_batches:  # a fraction of the epoch
             self._check_interval(trainer, int(batches), f"{trainer.val_check_interval} is {batches} batches")
         self._stop_asked, self._saved = False, trainer.global_step

@@ -162,7 +162,7 @@ class LmlightCLI(LightningCLI):
         parser.set_defaults({f"trainer.{name}": value for name, value in defaults.items()})
         for name in self.named.keys() & {"model.net", "model.optimizer"}:
             with suppress(Exception):  # reported when the command line is parsed
-                # otherwise arguments that it shares with the default class would have that one's defaults
+                # otherwise, arguments shared with the default class would keep the default class's values
                 parser.set_defaults({name: {"class_path": self.named[name]}})
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Sequence[str]) -> None:  # type: ignore[override]
@@ -204,7 +204,7 @@ class LmlightCLI(LightningCLI):
             self._check_split(self.source.content)
             if self.has_text:
                 self.datamodule.tokenizer = self.model.tokenizer
-            self.source.content.clear()  # the memory of its optimizer's state
+            self.source.content.clear()  # frees the memory of its optimizer's state
         if self.source.run is not None:
             self.config_init.fit.ckpt_path = str(self.source.path)
 
@@ -232,7 +232,7 @@ class LmlightCLI(LightningCLI):
             loggers = _as_list(options["logger"])
             options["logger"] = [RunLogger(*where) if isinstance(one, RunLogger) else one for one in loggers]
         given: list[Callback] = _as_list(options["callbacks"])
-        if not options["logger"]:  # LearningRateMonitor refuses to have nowhere to log to
+        if not options["logger"]:  # LearningRateMonitor raises an error if there is no logger
             given = [callback for callback in given if not isinstance(callback, LearningRateMonitor)]
         if self.command == "fit":
             if max_time := options.pop("max_time"):

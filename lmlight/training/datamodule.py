@@ -57,7 +57,8 @@ class TextDataModule(LightningDataModule):
         windows: `epoch` visits non-overlapping windows in random order; `random` draws each window independently.
         prompts: for `predict`: a list, or a file with one prompt per line (`-` is the standard input).
         prompt_batch_size: prompts that `predict` continues together.
-        num_workers: number of DataLoader processes. With `subword_sampling`, of processes that segment the next shards.
+        num_workers: number of DataLoader processes. With `subword_sampling`, the number of processes that
+            segment the next shards.
         seed: determines the order of the windows and the sampled segmentations.
 
     Raises:

@@ -30,7 +30,7 @@ class DistilledModel(LanguageModel):
 
     Args:
         teachers: Checkpoints of the teachers, or folders of their runs. They must have been trained with the same tokenizer
-            and at least the block size, and not on text that this run scores; their networks may differ.
+            and at least the same block size, and not on text that this run scores; their networks may differ.
         teacher_net: Class of the teachers' networks, if it is your own.
         teacher_weight: Share of the teachers' mean probabilities in the target; the rest is the token in the text.
         kwargs: Arguments of `LanguageModel`.
@@ -58,7 +58,7 @@ class DistilledModel(LanguageModel):
         """Also load the teachers, if `trainer` is not None.
 
         Raises:
-            UserError: There are no teachers, or one of them cannot be loaded or is too short.
+            UserError: There are no teachers, or one of them cannot be loaded or has too small a block size.
         """
         super().check(block_size, trainer)
         if trainer is None or self._teachers:
@@ -100,8 +100,8 @@ class DistilledModel(LanguageModel):
                 is_same = self.tokenizer.fingerprint == tokenizer.fingerprint
             if not is_same:
                 raise UserError(
-                    f"--model.teachers: '{path}' has another tokenizer than this run: train both with the same data.corpus, "
-                    "data.tokenizer and data.val_fraction"
+                    f"--model.teachers: '{path}' has a different tokenizer from this run: train both with the same "
+                    "data.corpus, data.tokenizer and data.val_fraction"
                 )
 
     def on_fit_start(self) -> None:
@@ -122,7 +122,7 @@ class DistilledModel(LanguageModel):
             )
 
     def training_loss(self, batch: Batch) -> Tensor:
-        """The cross-entropy with the mixed target. Its entropy is a lower bound, so do not compare models by it."""
+        """The cross-entropy with the mixed target. At least the target's entropy, so do not compare models by this loss."""
         idx, targets = batch.inputs, batch.targets.flatten()
         with torch.no_grad():
             target = sum(net(idx).flatten(0, 1).float().softmax(-1) for net, _ in self._teachers)

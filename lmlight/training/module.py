@@ -224,7 +224,7 @@ class LanguageModel(TextModel):
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         def factor(step: int) -> float:
-            # the first call, for step 0, comes before the data; the factor of that step does not depend on the end
+            # the first call, for step 0, comes before the end is known, on which its factor does not depend
             return self.schedule.factor(step, self.total_steps or step + 1)
 
         optimizer = make_optimizer(self._make_optimizer, parameter_groups(self._net()))
@@ -344,5 +344,5 @@ class LanguageModel(TextModel):
 
     @property
     def total_steps(self) -> int:
-        """The optimizer step at which training ends; 0 if unknown, as before training begins."""
+        """The optimizer step at which training ends; 0 while unknown, for example before training begins."""
         return total_steps(self.trainer)

@@ -20,7 +20,7 @@ from lmlight.optim import Schedule
 UNSUPPORTED: dict[type[Callback], str] = {
     BaseFinetuning: "it freezes modules before the network is built; override LanguageModel.configure_model instead",
     GradientAccumulationScheduler: "data.batch_size fixes the windows of a step; use --trainer.accumulate_grad_batches",
-    LearningRateFinder: "the learning rate is the optimizer's: compare values of --model.optimizer.lr",
+    LearningRateFinder: "the learning rate is an argument of the optimizer: compare values of --model.optimizer.lr",
     ModelPruning: "it looks for parameters before the network is built",
     StochasticWeightAveraging: "it replaces the schedule, so the run could not be resumed; use EMAWeightAveraging",
     SpikeDetection: "its state cannot be loaded, so the run could not be resumed; a non-finite loss stops any run",
@@ -37,7 +37,7 @@ def check_run(trainer: Trainer, schedule: Schedule | None) -> None:
         for kind, reason in UNSUPPORTED.items():
             if isinstance(callback, kind):
                 raise UserError(f"{type(callback).__name__} cannot be used: {reason}")
-    # missing for an interval in time
+    # missing if the interval is a duration
     if (interval := getattr(trainer, "val_check_interval", None)) is not None and interval <= 0:
         raise UserError(f"trainer.val_check_interval must be above 0, got {interval}")
     if (epochs := trainer.check_val_every_n_epoch) is not None and epochs < 1:
@@ -47,7 +47,7 @@ def check_run(trainer: Trainer, schedule: Schedule | None) -> None:
 
 
 def total_steps(trainer: Trainer) -> int:
-    """The optimizer step at which training ends; 0 if unknown, as before training begins."""
+    """The optimizer step at which training ends; 0 while unknown, for example before training begins."""
     # not `trainer.estimated_stepping_batches`, which makes Lightning forget a restored position in the data
     ends = [trainer.max_steps] if trainer.max_steps >= 0 else []
     batches = trainer.num_training_batches  # infinite if the loader has no length

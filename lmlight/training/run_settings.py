@@ -45,8 +45,8 @@ def find_source(command: str, args: Sequence[str]) -> tuple[Source, dict[str, st
     """Find the checkpoint and the classes that flags or `--config` files name.
 
     Returns:
-        The checkpoint; the classes by `CLASSES`; and the words for the parser, in which files come first and a class comes
-        before the flags for its arguments, which it would reset.
+        The checkpoint; the classes, keyed by flag (`CLASSES`); and the words for the parser, in which files come first and a
+        class comes before the flags for its arguments, which it would reset.
 
     Raises:
         UserError: There is no such checkpoint or class, or it cannot be used for this command.
@@ -101,7 +101,7 @@ def _merged(settings: dict[str, Any], later: dict[str, Any]) -> dict[str, Any]:
 
 
 def named_classes(settings: dict[str, Any]) -> dict[str, str]:
-    """The classes that settings name, by `CLASSES`."""
+    """The classes that settings name, keyed by flag (`CLASSES`)."""
     named = {"model": settings.get("model_class"), "data": settings.get("data_class")}
     for name in ("net", "optimizer"):
         value = _section(settings, "model").get(name)

@@ -101,8 +101,8 @@ def _metrics(trainer: Trainer) -> dict[str, str]:
 class LearningCurve(Callback):
     """Writes `metrics.csv` and `curve.png` to the run's folder: the metrics of each validation, and the losses as a figure.
 
-    Besides optimizer steps, the table counts characters of training text seen, which compare across tokenizers and batch
-    sizes, and seconds of training without validation. A resumed run continues both.
+    Besides optimizer steps, the table counts characters of training text seen, which are comparable across tokenizers and
+    batch sizes, and seconds of training without validation. A resumed run continues both.
     """
 
     def __init__(self) -> None:

@@ -142,7 +142,7 @@ class Pictures(FitCallback):
             yield "bigram", pictures.token_matrix(table, labels, "columns\nfollow rows", inches=6.5, vmax=vmax)
         yield "loss by position", pictures.loss_by_position(loss_by_position)
         targets, nats = self._first_targets, self._first_nats
-        rows = max(1, 256 // targets.size(1))  # whole windows, 256 tokens or one window
+        rows = max(1, 256 // targets.size(1))  # whole windows: at most 256 tokens, but at least one window
         scored = targets[:rows] != IGNORE_INDEX
         pieces = [tokenizer.id_to_piece(index) for index in targets[:rows][scored].tolist()]
         yield "surprise", pictures.surprise(pieces, nats[:rows][scored].cpu().numpy())
