@@ -1,17 +1,16 @@
-"""Self-contained checkpoints: atomic writes, integrity check, weights-only loading.
+"""Self-contained checkpoints: atomic writes, integrity check, weights-only loading. Does not import Lightning.
 
 - A checkpoint is a Lightning checkpoint with one more entry, `lmlight`: the network's class and arguments, the tokenizer's
   bytes, and plain values. Together with the weights this is a complete model. Reading one never imports code.
 - Writing is atomic: after a kill or on a full disk, the previous file is still there (`files.whole`).
 - Reading verifies the CRC-32 of every member of the zip archive, which `torch.load` does not, and uses `weights_only=True`,
   which refuses pickles that would run code.
-
-Does not import Lightning.
 """
 
 from __future__ import annotations
 
 import hashlib
+import json
 import pickle
 import re
 import zipfile
@@ -318,6 +317,7 @@ def check_compatible(checkpoint: dict[str, Any], net: Net) -> None:
     # without the module, which is another one if a script is imported
     here = {"class": net.class_name.rpartition(".")[2], **net.config}
     there = {"class": metadata["class"].rpartition(".")[2], **metadata["config"]}
+    here, there = json.loads(json.dumps([here, there]))  # the command line makes a list of a tuple
     differing = {k for k in here.keys() | there.keys() if here.get(k) != there.get(k)} - {"dropout"}
     if differing:
         what = ", ".join(f"{k} {there.get(k)} in the checkpoint, {here.get(k)} here" for k in sorted(differing))

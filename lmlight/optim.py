@@ -131,6 +131,8 @@ class Muon(Optimizer):
         betas: tuple[float, float] = (0.9, 0.99),
         eps: float = 1e-8,
     ) -> None:
+        if not 0 <= momentum < 1:
+            raise ValueError(f"momentum must be in [0, 1), got {momentum}")
         # takes its groups and its state from this optimizer at each step, which may have loaded others
         self._adamw = torch.optim.AdamW([torch.empty(0)], lr, betas, eps, weight_decay, fused=True)
         super().__init__(params, {**self._adamw.defaults, "momentum": momentum, "name": ""})

@@ -31,6 +31,18 @@ def test_checkpoint_round_trip(net, tmp_path):
     assert checkpoint.tokenizer_of(content).decode([2, 0]) == "ca"
 
 
+class Wide(Bigram):
+    def __init__(self, vocab_size, block_size, widths=(8, 9)):
+        super().__init__(vocab_size, block_size)
+
+
+def test_list_from_the_command_line_equals_a_tuple_from_python(tmp_path):
+    content = checkpoint.read(save(tmp_path / "x.ckpt", Wide(3, 8)))
+    checkpoint.check_compatible(content, Wide(3, 8, [8, 9]))
+    with pytest.raises(UserError, match=r"widths \[8, 9\] in the checkpoint, \[8\] here"):
+        checkpoint.check_compatible(content, Wide(3, 8, [8]))
+
+
 class Exploit:
     def __init__(self, path):
         self.path = path

@@ -347,3 +347,18 @@ def test_flops_match_torch_flop_counter():
 def test_invalid_options_are_refused(options, says):
     with pytest.raises(UserError, match=says):
         Transformer(**{**SMALL, **options})
+
+
+def test_argument_that_a_checkpoint_cannot_store_by_name_is_refused():
+    class Star(Bigram):
+        def __init__(self, vocab_size, block_size, *widths):
+            super().__init__(vocab_size, block_size)
+
+    class Slash(Bigram):
+        def __init__(self, vocab_size, block_size, width=3, /):
+            super().__init__(vocab_size, block_size)
+
+    with pytest.raises(UserError, match="must take its argument widths by name"):
+        Star(3, 8, 1, 2)
+    with pytest.raises(UserError, match="must take its argument vocab_size by name"):
+        Slash(3, 8)

@@ -139,6 +139,12 @@ def test_copies_of_muon_step_alike(copy):
     assert not torch.equal(parameters[1], torch.ones(4))
 
 
+@pytest.mark.parametrize("momentum", [-0.5, 1.0])
+def test_momentum_that_would_not_train_is_refused(momentum):
+    with pytest.raises(ValueError, match="momentum must be in"):
+        Muon([torch.nn.Parameter(torch.ones(2, 2))], momentum=momentum)
+
+
 def test_muon_without_named_groups_is_adamw():
     torch.manual_seed(0)
     a, b = (torch.nn.Parameter(torch.ones(4, 4)) for _ in range(2))

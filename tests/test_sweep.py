@@ -3,6 +3,7 @@
 import csv
 import itertools
 import math
+import os
 import signal
 import time
 from contextlib import suppress
@@ -276,6 +277,24 @@ def test_settings_that_change_during_the_sweep_end_it():
         worker.work(study, PLAN._replace(is_unchanged=lambda params: False))
     (trial,) = study.trials()
     assert trial.state == TrialState.WAITING
+
+
+def test_heartbeat_is_never_empty(monkeypatch):
+    """Another process may read it at any time, and would take the trial of a process that seems dead."""
+    study, seen, replace = Study(Path("study"), SETTINGS), [], Path.replace
+    study.enqueue([params(0.1, 0)])
+    trial = study.claim(SPACE, None, 0)
+    heartbeat = study.trial_folder(trial) / "heartbeat"
+
+    def spy(source, target):
+        seen.append((Path(target).name, heartbeat.read_text()))
+        return replace(source, target)
+
+    monkeypatch.setattr(Path, "replace", spy)
+    before = heartbeat.read_text()
+    study.beat(trial, os.getppid())
+    assert seen == [("heartbeat", before)] and before
+    assert str(os.getppid()) in heartbeat.read_text()
 
 
 def test_trial_that_another_process_took_over_is_stopped(monkeypatch):

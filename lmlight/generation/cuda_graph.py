@@ -20,7 +20,7 @@ class StaticCache(Cache):
     """One token's view of a cache, in tensors that stay in place: all slots, with the empty ones masked.
 
     Args:
-        cache: its buffers are shared. It holds at least one token of each row.
+        cache: its buffers are shared.
         rope: table of the network (2, T, D / 2); None for learned positions.
     """
 
@@ -66,14 +66,11 @@ class CudaGraphDecoder:
 
     Args:
         decoder: the step. The weights must stay where they are.
-        cache: holds at least one token of each row. Another cache needs another recording.
-
-    Raises:
-        RuntimeError: The step cannot be recorded: no memory, or another thread is recording.
+        cache: the one that the step extends.
     """
 
     def __init__(self, decoder: FastDecoder, cache: KeyValueCache) -> None:
-        self.cache, self._device = cache, cache.buffers.device
+        self._device = cache.buffers.device
         self._static = StaticCache(cache, decoder.net.rope)
         self._tokens = torch.zeros(cache.buffers.size(1), 1, dtype=torch.long, device=self._device)
         self._graph = torch.cuda.CUDAGraph()

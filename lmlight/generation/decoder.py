@@ -11,7 +11,6 @@ Axes: B rows, T tokens, V vocabulary.
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
@@ -69,13 +68,12 @@ class Decoder:
         return self._forward(tokens, cache=self.cache)[:, -1]
 
     def _fast_step(self, tokens: Tensor, cache: Cache, fast: FastDecoder) -> Tensor:
-        if self._graph is not None and self._graph.cache is cache:
+        if self._graph is not None:
             return self._graph(tokens)
         self._plain_steps += 1
         logits = fast(tokens, cache)
         if tokens.is_cuda and isinstance(cache, KeyValueCache) and self._plain_steps == RECORD_AFTER:
-            with contextlib.suppress(RuntimeError):  # keep using the plain step
-                self._graph = CudaGraphDecoder(fast, cache)
+            self._graph = CudaGraphDecoder(fast, cache)
         return logits
 
     def _start(self, rows: list[list[int]]) -> Tensor:
@@ -84,6 +82,7 @@ class Decoder:
         device = next(self.net.parameters()).device
         padded = [[0] * pad + row for pad, row in zip(padding, rows)]
         self._window = torch.tensor(padded, dtype=torch.long, device=device)  # (B, T)
+        self.cache = self._graph = None  # frees the old buffers first
         self.cache, self._plain_steps = self.net.make_cache(self.batch_size), 0
         if self.cache is None:
             return self._recompute()

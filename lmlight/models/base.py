@@ -85,11 +85,16 @@ def _arguments(cls: type[Net], args: tuple[Any, ...], kwargs: dict[str, Any]) ->
     """The arguments of a constructor by name, defaults included.
 
     Raises:
-        UserError: it does not take the two sizes, or a value is not plain.
+        UserError: it does not take the two sizes, takes an argument by position only, or a value is not plain.
     """
     signature = inspect.signature(cls.__init__)  # not of the class, for which some versions of Python look at `__new__`
     if tuple(signature.parameters)[1:3] != SIZES:
         raise UserError(f"{cls.__name__}.__init__ must take vocab_size and block_size as its first two arguments")
+    for name, parameter in list(signature.parameters.items())[1:]:
+        if parameter.kind in (parameter.POSITIONAL_ONLY, parameter.VAR_POSITIONAL):
+            raise UserError(
+                f"{cls.__name__}.__init__ must take its argument {name} by name: a checkpoint stores arguments by name"
+            )
     bound = signature.bind(None, *args, **kwargs)  # raises TypeError as the call would
     bound.apply_defaults()
     config: dict[str, Any] = {}

@@ -23,6 +23,7 @@ from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
 from optuna.trial import FrozenTrial, Trial, TrialState
 
+from lmlight import files
 from lmlight.errors import UserError
 
 Params = Mapping[str, Any]  # the varied flags of a trial, by name, and `SEED`
@@ -137,7 +138,8 @@ class Study:
             path.touch()
         else:
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(beat[1], encoding="utf-8")
+            with files.whole(path) as beside:  # an empty file would look like a dead process
+                beside.write_text(beat[1], encoding="utf-8")
             self._last_beat = beat
 
     def _is_stale(self, trial: FrozenTrial) -> bool:

@@ -178,7 +178,7 @@ class TextDataModule(LightningDataModule):
             raise UserError(self._error or "call prepare_data() before setup(); a Trainer does both")
         self.teardown(stage)
         self._train_loader = None
-        store = self._store = TokenStore(Path(self._folder))
+        store = TokenStore(Path(self._folder))
         if not store.tokenizer.lossless:
             rank_zero_warn(
                 "this tokenizer is lossy (it does not restore every text): metrics count the original characters"
@@ -192,6 +192,7 @@ class TextDataModule(LightningDataModule):
             self._source = resegmented_windows(train, store.tokenizer, sampling, self.num_workers, *order)
         else:
             self._source = stored_windows(train, *order, self.num_workers)
+        self._store = store
 
     def teardown(self, stage: str) -> None:
         if self._store is not None:

@@ -59,6 +59,11 @@ class LoRAModel(LanguageModel):
         if trainer is not None and self._base is None:
             raise UserError("LoRAModel finetunes a model: pass its checkpoint as --init_from")
 
+    def set_extra_state(self, state: dict[str, Any]) -> None:
+        """Build the network with its adapters, as `configure_model` did in the process that trained it."""
+        if self.net is None and state:
+            self.configure_model()
+
     def configure_model(self) -> None:
         is_new = self.net is None
         if self.device_mesh is not None:
