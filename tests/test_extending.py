@@ -755,7 +755,7 @@ def test_invalid_tokenizer_file_is_refused(name, content, tmp_path):
     pytest.importorskip("tokenizers")
     if content is not None:
         (tmp_path / name).write_bytes(content)
-    with pytest.raises(UserError, match=r"cannot be read \(.*\): pass a tokenizer.json"):
+    with pytest.raises(UserError, match=r"cannot be read \(.*\): pass a Hugging Face tokenizer.json"):
         read_pretrained(tmp_path / name)
 
 
