@@ -13,7 +13,7 @@ not installed are unpacked into a temporary folder; nothing is installed.
 - generation: tokens/s against transformers, and the time to read the weights from memory.
 
 Each section is a process with its own time limit. It writes `OUT/SECTION.json` after every measurement, so a crash or
-timeout loses one at most, and adds its table to `OUT/report.md` at its end. `--device cpu --tiny` runs the same
+timeout loses at most one, and adds its table to `OUT/report.md` at its end. `--device cpu --tiny` runs the same
 code in seconds.
 """
 

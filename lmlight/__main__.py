@@ -78,8 +78,8 @@ def bound_spinning(command: str) -> None:
 def keep_freed_memory() -> None:
     """Let glibc keep freed memory for the next allocation of this process, unless the user sets its thresholds.
 
-    Otherwise it returns the memory of each step's large tensors to the system, which zeroes it on reuse: 8,000 to
-    18,000 page faults a step by default, and up to a fifth of its time. The peak memory of a training run stays the same.
+    Otherwise it returns the memory of each step's large tensors to the system, which zeroes it on reuse: 9,000 to
+    14,000 page faults a step by default, and up to a fifth of its time. The peak memory of a training run stays the same.
     """
     variables = {"MALLOC_MMAP_THRESHOLD_", "MALLOC_MMAP_MAX_", "MALLOC_TRIM_THRESHOLD_", "GLIBC_TUNABLES"}
     set_by_user = variables & os.environ.keys()

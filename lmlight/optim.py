@@ -117,9 +117,12 @@ class Muon(Optimizer):
         lr: Learning rate of both.
         weight_decay: Decoupled weight decay of both. The default is for a small text that is read many times (Kim et al.
             2025, https://arxiv.org/abs/2509.14786); one that is read once or twice needs less than 1.
-        momentum: Muon's Nesterov momentum.
+        momentum: Muon's Nesterov momentum, in [0, 1).
         betas: Coefficients of AdamW's running averages.
         eps: AdamW's epsilon.
+
+    Raises:
+        ValueError: An argument is out of range.
     """
 
     def __init__(

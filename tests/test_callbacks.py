@@ -227,7 +227,7 @@ def test_checkpoints_due_at_the_end_of_an_epoch_are_written_after_the_next_step(
     assert written == expected
 
 
-@pytest.mark.skipif(os.name != "posix", reason="sends a signal")
+@pytest.mark.skipif(os.name != "posix", reason="on Windows, os.kill ends the process without a signal")
 def test_training_can_go_on_in_the_process_that_a_signal_stopped(corpus_file, tmp_path):
     class Interrupt(Callback):
         def on_train_batch_start(self, trainer, *_):

@@ -208,7 +208,7 @@ def test_sliding_window_attends_to_the_last_block_size_tokens(options, fast):
     torch.testing.assert_close(torch.stack(logits, 1), net.head(net.norm(x)), rtol=0, atol=1e-10)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
 @pytest.mark.parametrize("autocast", [False, True])
 @pytest.mark.parametrize("prompts", [[[1]], [[1], [2, 3, 4]]], ids=str)
 @pytest.mark.parametrize("options", TRANSFORMERS, ids=str)

@@ -125,11 +125,11 @@ def test_muon_moves_loaded_step_counts_to_the_device():
     assert resumed.state[after]["step"].device.type == "meta"
 
 
-@pytest.mark.parametrize("copy", [copy.deepcopy, lambda optimizer: pickle.loads(pickle.dumps(optimizer))])
-def test_copies_of_muon_step_alike(copy):
+@pytest.mark.parametrize("make_copy", [copy.deepcopy, lambda optimizer: pickle.loads(pickle.dumps(optimizer))])
+def test_copies_of_muon_step_alike(make_copy):
     parameters = [torch.nn.Parameter(torch.ones(4, 4)), torch.nn.Parameter(torch.ones(4))]
     optimizer = Muon([{"params": parameters[:1], "name": "hidden"}, {"params": parameters[1:]}], betas=(0.5, 0.6))
-    copied = copy(optimizer)
+    copied = make_copy(optimizer)
     copies = [parameter for group in copied.param_groups for parameter in group["params"]]
     for parameter in (*parameters, *copies):
         parameter.grad = torch.arange(1.0, parameter.numel() + 1).view_as(parameter)

@@ -58,7 +58,7 @@ class Model:
         return ids[0] if len(ids) == 1 else None
 
     def corpus_name(self, setting: str = "corpus") -> str:
-        """The file name of a corpus; empty if there was none. Drops the folder (private; maybe a Windows path)."""
+        """The file name of a corpus; empty if there was none. Its folder is private, and may be a Windows path."""
         return PureWindowsPath(str(self.settings.get("data", {}).get(setting) or "")).name
 
 

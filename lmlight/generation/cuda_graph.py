@@ -21,37 +21,35 @@ class StaticCache(Cache):
 
     Args:
         cache: its buffers are shared.
-        rope: table of the network (2, T, D / 2); None for learned positions.
+        rope: the network's table (2, T, D / 2); None for learned positions.
     """
 
     def __init__(self, cache: KeyValueCache, rope: Tensor | None) -> None:
         super().__init__(is_causal=False)
-        self.cache, self.network_rope = cache, rope
-        batch_size, max_length = cache.buffers.size(1), cache.max_length
-        rows = batch_size if any(cache.padding) else 1  # with padding, positions and masks differ
-        device = cache.buffers.device
-        self._slot = torch.full((1,), cache.length % max_length, device=device)
-        self.attn_mask: Tensor = torch.zeros(rows, 1, 1, max_length, dtype=torch.bool, device=device)
-        self._positions = torch.zeros(rows, dtype=torch.long, device=device)
-        self.input_pos = self._positions if rope is None else slice(None)
-        # rows of the table for the new token only, (2, 1 or B, D / 2)
-        self.rope = None if rope is None else rope.new_zeros(2, rows, rope.size(-1))
+        self.cache, self.table = cache, rope
         self._buffers = cache.buffers.unbind()
+        batch_size, max_length, device = cache.buffers.size(1), cache.max_length, cache.buffers.device
+        rows = batch_size if any(cache.padding) else 1  # with padding, positions and masks differ
+        # a step that is run before `follow`, to set up libraries, writes to the slot that the next token overwrites
+        self._slot = torch.full((1,), cache.length % max_length, device=device)
+        self.attn_mask: Tensor = (torch.arange(max_length, device=device) < cache.length).repeat(rows, 1, 1, 1)
+        self.input_pos: Tensor = torch.zeros(rows, dtype=torch.long, device=device)
+        self._rope = cache.buffers.new_zeros(2, rows, cache.buffers.size(-1) // 2)
 
     def follow(self) -> None:
         """Advance the cache by one token per row, and copy what this changes."""
         cache, slot = self.cache, self.cache.length % self.cache.max_length
         cache.advance(1)
         self._slot.fill_(slot)
-        self.attn_mask[..., : min(cache.length, cache.max_length)] = (
-            True if cache.attn_mask is None else cache.attn_mask
-        )
-        if self.rope is not None and self.network_rope is not None:
-            table = self.network_rope if cache.rope is None else cache.rope
-            self.rope.copy_(table[:, cache.input_pos].flatten(1, -2))
+        kept = self.attn_mask[..., : min(cache.length, cache.max_length)]
+        kept[:] = True if cache.attn_mask is None else cache.attn_mask
+        if self.table is not None:
+            self._rope.copy_(cache.rope_rows(self.table).flatten(1, -2))
         else:
-            start = cache.input_pos.start if isinstance(cache.input_pos, slice) else cache.input_pos[:, 0]
-            self._positions[:] = start
+            self.input_pos[:] = cache.input_pos.start if isinstance(cache.input_pos, slice) else cache.input_pos[:, 0]
+
+    def rope_rows(self, table: Tensor) -> Tensor:
+        return self._rope
 
     def advance(self, count: int) -> None:
         """Do nothing: `follow` has advanced the cache."""
@@ -78,16 +76,14 @@ class CudaGraphDecoder:
         enabled, dtype = torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda")
         # streams belong to the current device, which may be another one
         with torch.cuda.device(self._device), torch.autocast("cuda", dtype, enabled, cache_enabled=False):
-            self._static.attn_mask.fill_(True)  # a softmax over nothing is NaN
             # libraries set themselves up at their first call, which cannot be recorded
-            side = torch.cuda.Stream()  # type: ignore[no-untyped-call]  # torch's
+            side = torch.cuda.Stream()  # type: ignore[no-untyped-call]  # torch does not annotate it
             side.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(side):
                 decoder(self._tokens, self._static)
             torch.cuda.current_stream().wait_stream(side)
             with torch.cuda.graph(self._graph, stream=side, capture_error_mode="thread_local"):
                 self._logits = decoder(self._tokens, self._static)
-        self._static.attn_mask.fill_(False)
 
     def __call__(self, tokens: Tensor) -> Tensor:
         """Append `tokens` (B, 1) to the cache and compute the next-token logits (B, V)."""

@@ -47,8 +47,7 @@ class FastDecoder:
         if net.positions is not None:
             x = x + net.positions.weight[cache.input_pos].view(-1, x.size(1))
         if net.rope is not None:
-            rope = (net.rope if cache.rope is None else cache.rope)[:, cache.input_pos]
-            cos, sin = rope.flatten(1, -2)[:, :, None]  # (1 or B, 1, D / 2)
+            cos, sin = cache.rope_rows(net.rope).flatten(1, -2)[:, :, None]  # (1 or B, 1, D / 2)
             cos, sin = torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)
         for layer, (attention_norm, qkv, qk_norm_weight, output, mlp_norm, up, activate, down) in enumerate(
             self.blocks

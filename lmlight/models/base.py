@@ -20,8 +20,8 @@ SIZES = ("vocab_size", "block_size")
 class Net(nn.Module, ABC):
     """Base class of networks. A subclass implements `forward`.
 
-    The first two arguments of its constructor are `vocab_size` and `block_size`, which depend on the data. The others are
-    plain values: numbers, strings, booleans, None, and lists or dicts of them.
+    The first two arguments of its constructor are `vocab_size` and `block_size`, which depend on the data. The others
+    can be passed by name and are plain values: numbers, strings, booleans, None, and lists or dicts of them.
 
     Attributes:
         config: The constructor's arguments, recorded automatically: `type(net)(**net.config)` builds the same network.

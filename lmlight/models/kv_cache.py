@@ -48,6 +48,10 @@ class Cache:
         """Set the attributes for the next `count` tokens of each row."""
         self.input_pos = slice(0, count)
 
+    def rope_rows(self, table: Tensor) -> Tensor:
+        """Look up the new tokens in the network's RoPE table: (2, T, D / 2), or (2, B, T, D / 2) if rows differ."""
+        return (table if self.rope is None else self.rope)[:, self.input_pos]
+
     def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Add a layer's keys and values (B, H_kv, T, D); return all of them, (B, H_kv, S, D)."""
         return k, v

@@ -189,7 +189,7 @@ class Transformer(Net):
         x = apply_dropout(x, self.dropout, self.training)
         rope = None
         if self.rope is not None:
-            rope = (self.rope if cache.rope is None else cache.rope)[:, cache.input_pos]  # (2, T, D / 2)
+            rope = cache.rope_rows(self.rope)  # (2, T, D / 2)
             if rope.dim() == 4:  # (2, B, T, D / 2), if rows differ: broadcast over heads
                 rope = rope[:, :, None]
         for layer, block in enumerate(self.blocks):

@@ -80,12 +80,8 @@ def main(args: Sequence[str]) -> int:
             f"the last seed would be {seeds[-1]}: choose --seed_everything at least {len(seeds)} below 2**32"
         )
     steps, interval, accumulate = (trainer[k] for k in ("max_steps", "val_check_interval", "accumulate_grad_batches"))
-    if (
-        options.prune
-        and isinstance(interval, int)
-        and 0 < steps * accumulate <= interval
-        and steps % MIN_VALIDATIONS == 0
-    ):
+    is_single = isinstance(interval, int) and 0 < steps * accumulate <= interval  # validation
+    if options.prune and is_single and steps % MIN_VALIDATIONS == 0:
         fit.append(f"--trainer.val_check_interval={steps // MIN_VALIDATIONS * accumulate}")
         print(f"Pruning needs validations during a run: {fit[-1]}")
         checked = [check(fit, params) for params in settings]

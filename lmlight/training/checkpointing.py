@@ -140,11 +140,8 @@ class BestLastCheckpoint(Checkpoint):
         if trainer.enable_validation and loop._should_check_val_fx(None):  # type: ignore[arg-type]
             return  # saved at the end of this validation
         # not `step % every_n_steps == 0`, which may only hold at the ends of epochs
-        if (
-            self._agreed
-            or over
-            or (self.every_n_steps and step // self.every_n_steps > self._saved // self.every_n_steps)
-        ):
+        is_due = self.every_n_steps and step // self.every_n_steps > self._saved // self.every_n_steps
+        if self._agreed or over or is_due:
             self._save(trainer, "last")
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
