@@ -146,6 +146,31 @@ def test_resume_with_other_accumulated_batches_takes_the_same_steps(data, tmp_pa
     assert seen == [(step, row) for step, row in whole if step >= steps]
 
 
+@pytest.mark.parametrize(
+    "after", [{"val_check_interval": 7}, {"val_check_interval": "00:01:00:00"}, {"limit_val_batches": 0}, {}], ids=str
+)
+def test_resume_at_the_end_of_an_epoch_with_other_validations_skips_no_text(data, tmp_path, after):
+    def fit(steps, ckpt_path=None, **options):
+        seen = []
+
+        class Note(pl.Callback):
+            def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+                seen.append((trainer.global_step, batch.inputs.tolist()))
+
+        keeper = BestLastCheckpoint()
+        options |= {"check_val_every_n_epoch": None, "callbacks": [Note(), keeper], "plugins": [AtomicCheckpointIO()]}
+        trainer = pl.Trainer(max_steps=steps, default_root_dir=tmp_path, **options, **tiny.QUIET)
+        model = LanguageModel(net=Bigram, optimizer=adamw, schedule=Schedule("constant", 2))
+        trainer.fit(model, datamodule=data, ckpt_path=ckpt_path, weights_only=True)
+        return seen, trainer.num_training_batches, keeper.last_model_path
+
+    whole, per_epoch, _ = fit(80, limit_val_batches=0)
+    assert 10 < per_epoch < 38
+    _, _, path = fit(per_epoch, val_check_interval=per_epoch)
+    before = {"val_check_interval": per_epoch}
+    assert fit(80, path, **{**before, **after})[0] == whole[per_epoch:]
+
+
 def test_epochs_whose_loader_is_made_anew_differ(data):
     """`reload_dataloaders_every_n_epochs` changes nothing, and `overfit_batches` repeats the first batches."""
 
