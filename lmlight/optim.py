@@ -49,37 +49,21 @@ def parameter_groups(net: Net) -> list[dict[str, Any]]:
     ]
 
 
-def make_optimizer(factory: Callable[[Any], Optimizer], groups: list[dict[str, Any]]) -> Optimizer:
-    """Call `factory(groups)`.
+def make_optimizer(factory: Callable[[Any], Optimizer], net: Net | None = None, try_step: bool = False) -> Optimizer:
+    """Make an optimizer of a net's parameter groups, or of a few dummy parameters to check it.
+
+    Args:
+        factory: Takes parameter groups.
+        net: The net; None takes dummy parameters.
+        try_step: Take a step with gradients of one. Only after processes are launched, because torch's optimizers
+            initialize the GPU.
 
     Raises:
-        UserError: The optimizer takes no parameter groups, or refuses an argument.
-    """
-    try:
-        return factory(groups)
-    except Exception as error:  # user-defined ones, too
-        raise _unusable(error) from error
-
-
-def dummy_optimizer(factory: Callable[[Any], Optimizer]) -> Optimizer:
-    """An optimizer of a few dummy parameters.
-
-    Raises:
-        UserError: See `make_optimizer`.
+        UserError: The optimizer takes no parameter groups, refuses an argument, cannot take a step with dense gradients, or
+            does not call the closure that it is given.
     """
     shapes = {HIDDEN: (2, 2), "embeddings": (2, 2), "vectors": (2,)}
-    return make_optimizer(
-        factory, [{"name": name, "params": [nn.Parameter(torch.ones(shape))]} for name, shape in shapes.items()]
-    )
-
-
-def try_step(optimizer: Optimizer) -> None:
-    """Take a step with gradients of one. Call it after processes are launched, because torch's
-    optimizers initialize the GPU.
-
-    Raises:
-        UserError: The optimizer cannot take a step with dense gradients, or does not call the closure that it is given.
-    """
+    dummies = [{"name": name, "params": [nn.Parameter(torch.ones(shape))]} for name, shape in shapes.items()]
     losses: list[Tensor] = []
 
     def closure() -> Tensor:
@@ -87,23 +71,22 @@ def try_step(optimizer: Optimizer) -> None:
         return losses[-1]
 
     try:
-        for group in optimizer.param_groups:
-            for parameter in group["params"]:
-                parameter.grad = torch.ones_like(parameter)
-        optimizer.step(closure)  # type: ignore[arg-type]  # typed as returning a float, but documented to return a tensor
+        optimizer = factory(parameter_groups(net) if net else dummies)
+        if try_step:
+            for group in optimizer.param_groups:
+                for parameter in group["params"]:
+                    parameter.grad = torch.ones_like(parameter)
+            optimizer.step(closure)  # type: ignore[arg-type]  # typed as returning a float, documented to return a tensor
     except Exception as error:  # user-defined ones, too
-        raise _unusable(error) from error
-    if not losses:
+        raise UserError(
+            f"model.optimizer cannot train this model ({describe(error)}): choose another, such as torch.optim.AdamW"
+        ) from error
+    if try_step and not losses:
         raise UserError(
             f"{type(optimizer).__name__}.step must call its argument `closure`, which computes the loss and the gradients, "
             "inside torch.enable_grad()"
         )
-
-
-def _unusable(error: Exception) -> UserError:
-    return UserError(
-        f"model.optimizer cannot train this model ({describe(error)}): choose another, such as torch.optim.AdamW"
-    )
+    return optimizer
 
 
 class Muon(Optimizer):

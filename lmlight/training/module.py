@@ -25,17 +25,7 @@ from lmlight.errors import UserError
 from lmlight.generation import Sampling
 from lmlight.models import Net, Transformer, architecture_kwargs
 from lmlight.models.check import MAX_TOKENS, check_loss, check_net
-from lmlight.optim import (
-    Muon,
-    Schedule,
-    apply_changes,
-    dummy_optimizer,
-    hyperparameters,
-    label_in_order,
-    make_optimizer,
-    parameter_groups,
-    try_step,
-)
+from lmlight.optim import Muon, Schedule, apply_changes, hyperparameters, label_in_order, make_optimizer
 from lmlight.training.checkpointing import EXTRA_STATE, non_finite_error, reseed, total_norm
 from lmlight.training.datamodule import TextDataModule
 from lmlight.training.precision import MatmulPrecision
@@ -149,11 +139,11 @@ class LanguageModel(TextModel):
             trainer: Of the training run; None checks the network's arguments only.
 
         Raises:
-            UserError: See `models.check.check_net`, `optim.dummy_optimizer` and `run_checks.check_run`.
+            UserError: See `models.check.check_net`, `optim.make_optimizer` and `run_checks.check_run`.
         """
         runs = False
         if trainer is not None:
-            dummy_optimizer(self._make_optimizer)
+            make_optimizer(self._make_optimizer)
             check_run(trainer, None if self._make_scheduler else self.schedule)
             # torch's threads do not survive a fork, so `setup` runs the network instead, in the forked processes
             runs = not getattr(trainer.strategy.launcher, "is_interactive_compatible", False)
@@ -181,7 +171,7 @@ class LanguageModel(TextModel):
             return
         if stage == "fit":
             self._check_net(block_size, run=True)
-            try_step(dummy_optimizer(self._make_optimizer))
+            make_optimizer(self._make_optimizer, try_step=True)
         data = getattr(self.trainer, "datamodule", None)
         if (longer := getattr(data, "block_size", 0)) > block_size:
             raise UserError(f"data.block_size {longer} is longer than the {block_size} tokens of this model: lower it")
@@ -227,7 +217,7 @@ class LanguageModel(TextModel):
             # the first call, for step 0, comes before the end is known, on which its factor does not depend
             return self.schedule.factor(step, self.total_steps or step + 1)
 
-        optimizer = make_optimizer(self._make_optimizer, parameter_groups(self._net()))
+        optimizer = make_optimizer(self._make_optimizer, self._net())
         self._hyperparameters = hyperparameters(optimizer)
         scheduler = self._make_scheduler(optimizer) if self._make_scheduler else LambdaLR(optimizer, factor)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
@@ -336,7 +326,7 @@ class LanguageModel(TextModel):
                 counts["completed"] = counts["processed"] - behind
         if (trained_by := metadata["optimizer"]) is not None:
             self._resumed_hyperparameters = trained_by["hyperparameters"]
-            if (ours := full_name(type(dummy_optimizer(self._make_optimizer)))) != trained_by["class"]:
+            if (ours := full_name(type(make_optimizer(self._make_optimizer)))) != trained_by["class"]:
                 raise UserError(
                     f"the checkpoint holds the state of {trained_by['class']}, which {ours} cannot use: leave out "
                     "--model.optimizer, or start a new run from the checkpoint's weights with --init_from"
