@@ -22,6 +22,7 @@ from lmlight.training.callbacks.base import FitCallback, summary_writer, text_da
 from lmlight.training.datamodule import TextDataModule
 from lmlight.training.metrics import SUM_DTYPE
 from lmlight.training.module import LanguageModel
+from lmlight.training.run_settings import flatten
 
 AXIS_TOKENS = 20  # on each axis of an attention map
 PROJECTOR_TOKENS = 2048  # the files for the Projector are text, 20 bytes a number
@@ -168,19 +169,11 @@ class HParamsLogger(Callback):
             "weights": pl_module.net.num_parameters,
             "steps": pl_module.total_steps,
             "precision": str(trainer.precision),
-            **_flatten({section: settings.get(section, {}) for section in ("data", "model")}),
+            **flatten({section: settings.get(section, {}) for section in ("data", "model")}),
+        }
+        params = {
+            name: value if isinstance(value, (bool, int, float, str)) else str(value) for name, value in params.items()
         }
         # not logger.log_hyperparams, which also logs a first value of each metric, before there is one
         for summary in hparams(params, dict.fromkeys(self.METRICS, 0.0)):  # type: ignore[no-untyped-call]  # torch's
             writer._get_file_writer().add_summary(summary)  # type: ignore[no-untyped-call]  # torch's
-
-
-def _flatten(settings: dict[str, Any], prefix: str = "") -> dict[str, bool | int | float | str]:
-    """Nested settings by the names of their flags; values of other types as text."""
-    flat: dict[str, bool | int | float | str] = {}
-    for name, value in settings.items():
-        if isinstance(value, dict):
-            flat |= _flatten(value, prefix if name == "init_args" else f"{prefix}{name}.")
-        else:
-            flat[prefix + name] = value if isinstance(value, (bool, int, float, str)) else str(value)
-    return flat
