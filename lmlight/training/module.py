@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -29,7 +30,7 @@ from lmlight.optim import Muon, Schedule, apply_changes, hyperparameters, label_
 from lmlight.training.checkpointing import EXTRA_STATE, non_finite_error, reseed, total_norm
 from lmlight.training.datamodule import TextDataModule
 from lmlight.training.precision import MatmulPrecision
-from lmlight.training.run_checks import check_run, total_steps
+from lmlight.training.run_checks import check_run
 from lmlight.training.text_model import TextModel
 from lmlight.user_code import full_name
 
@@ -335,4 +336,9 @@ class LanguageModel(TextModel):
     @property
     def total_steps(self) -> int:
         """The optimizer step at which training ends; 0 while unknown, for example before training begins."""
-        return total_steps(self.trainer)
+        # not `trainer.estimated_stepping_batches`, which makes Lightning forget a restored position in the data
+        ends = [self.trainer.max_steps] if self.trainer.max_steps >= 0 else []
+        batches = self.trainer.num_training_batches  # infinite if the loader has no length
+        if (epochs := self.trainer.max_epochs or -1) > 0 and math.isfinite(batches):
+            ends.append(epochs * math.ceil(batches / self.trainer.accumulate_grad_batches))
+        return min(ends, default=0)

@@ -1,8 +1,6 @@
-"""Checks before a run prepares data or writes anything, and the length of the run."""
+"""Checks before a run prepares data or writes anything."""
 
 from __future__ import annotations
-
-import math
 
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import (
@@ -44,13 +42,3 @@ def check_run(trainer: Trainer, schedule: Schedule | None) -> None:
         raise UserError(f"trainer.check_val_every_n_epoch must be at least 1, got {epochs}")
     if schedule and trainer.max_steps < 0 and (trainer.max_epochs is None or trainer.max_epochs < 0):
         schedule.check_end(0)
-
-
-def total_steps(trainer: Trainer) -> int:
-    """The optimizer step at which training ends; 0 while unknown, for example before training begins."""
-    # not `trainer.estimated_stepping_batches`, which makes Lightning forget a restored position in the data
-    ends = [trainer.max_steps] if trainer.max_steps >= 0 else []
-    batches = trainer.num_training_batches  # infinite if the loader has no length
-    if (epochs := trainer.max_epochs or -1) > 0 and math.isfinite(batches):
-        ends.append(epochs * math.ceil(batches / trainer.accumulate_grad_batches))
-    return min(ends, default=0)
