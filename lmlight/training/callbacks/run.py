@@ -54,9 +54,7 @@ class RunProgress(Callback):
         trained = sum(p.numel() for p in pl_module.parameters() if p.requires_grad)
         count = f"{trained:,} of {weights:,}" if trained < weights else f"{weights:,}"
         folder = run_folder(trainer)
-        # without a logger, Lightning's Trainer has no folder for a run
-        has_own = folder is not None and folder != Path(trainer.default_root_dir)
-        where = f" in {files.shown(folder)}" if folder and has_own else ""
+        where = f" in {files.shown(folder)}" if folder else ""
         self._print(trainer, f"Training {count} parameters on {trainer.strategy.root_device}{where}")
         steps = pl_module.total_steps if isinstance(pl_module, LanguageModel) else max(0, trainer.max_steps)
         hidden = None if trainer.is_global_zero else True  # None: unless stderr is a terminal

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from typing import Any, cast
 
 import numpy as np
@@ -45,14 +44,13 @@ class SampleText(FitCallback):
     def on_fit_validation_end(self, trainer: Trainer, model: LanguageModel) -> None:
         if (writer := summary_writer(trainer)) is None or model.tokenizer is None:
             return
-        sampling = replace(model.sampling, max_new_tokens=self.max_new_tokens, num_samples=1)
-        if self.temperature is not None:
-            sampling = replace(sampling, temperature=self.temperature)
+        temperature = model.sampling.temperature if self.temperature is None else self.temperature
+        options = {"max_new_tokens": self.max_new_tokens, "num_samples": 1, "temperature": temperature}
         data = text_data(trainer)
         prompts = ["", data.sample_prompt] if data and data.sample_prompt else [""]
         prompts = prompts if self.prompts is None else list(self.prompts)
-        texts = model.generate(prompts, **vars(sampling))  # on every rank, because weights may be sharded
-        settings = f"temperature {sampling.temperature:g}, seed {sampling.seed}, step {trainer.global_step}"
+        texts = model.generate(prompts, **options)  # on every rank, because weights may be sharded
+        settings = f"temperature {temperature:g}, seed {model.sampling.seed}, step {trainer.global_step}"
         for prompt, text in zip(prompts, texts):
             # indented by four spaces, Markdown keeps line breaks and symbols
             indented = "\n".join("    " + line for line in escape_control_characters(text).split("\n"))
