@@ -150,8 +150,7 @@ class LmlightCLI(LightningCLI):
             try:
                 parser.link_arguments("seed_everything", target, compute_fn=int)
             except ValueError:  # there is no such argument
-                kind = self.datamodule_class if target == "data.seed" else self.model_class
-                name = getattr(kind, "__name__", "")
+                name = self.named[target.partition(".")[0]]
                 raise UserError(
                     f"{name}.__init__ must take **kwargs and pass them on: super().__init__(**kwargs)"
                 ) from None
@@ -288,8 +287,8 @@ def _as_list(value: Any) -> list[Any]:
     return value.copy() if isinstance(value, list) else [] if value is None else [value]
 
 
-def _mistake(error: Exception) -> Exception | None:
-    """The user's mistake behind an error; None if it looks like a bug.
+def _mistake(error: Exception) -> Exception:
+    """The user's mistake behind an error, which is raised again if it looks like a bug.
 
     The parser wraps the exception of a class in others, which name the class and list the types that it tried. Lightning
     rejects settings with a `MisconfigurationException` or a built-in exception.
@@ -306,7 +305,9 @@ def _mistake(error: Exception) -> Exception | None:
         return UserError(f"{named[-1]} cannot be created: {str(cause) or type(cause).__name__}")
     *_, (last, _) = traceback.walk_tb(cause.__traceback__)
     from_lightning = str(last.f_globals.get("__name__", "")).startswith("lightning.")
-    return cause if from_lightning and isinstance(cause, (ValueError, TypeError, RuntimeError, ImportError)) else None
+    if from_lightning and isinstance(cause, (ValueError, TypeError, RuntimeError, ImportError)):
+        return cause
+    raise error
 
 
 class _Check(LmlightCLI):
@@ -326,9 +327,7 @@ def check_fit(args: Sequence[str]) -> dict[str, Any]:
     try:
         return _Check(["fit", *args]).settings
     except Exception as error:
-        if (mistake := _mistake(error)) is None:
-            raise
-        raise UserError(str(mistake)) from None
+        raise UserError(str(_mistake(error))) from None
 
 
 def main(args: Sequence[str] | None = None) -> int:
@@ -336,8 +335,7 @@ def main(args: Sequence[str] | None = None) -> int:
     try:
         LmlightCLI(sys.argv[1:] if args is None else args)
     except Exception as error:
-        if (mistake := _mistake(error)) is None:
-            raise
+        mistake = _mistake(error)
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
         if getattr(rank_zero_only, "rank", 0) == 0:
