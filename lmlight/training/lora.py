@@ -10,7 +10,7 @@ import torch
 from lightning.pytorch import Trainer
 
 from lmlight import checkpoint as checkpoints
-from lmlight.errors import UserError
+from lmlight.errors import UserError, missing_extra
 from lmlight.training.module import STATES, LanguageModel
 
 
@@ -42,7 +42,7 @@ class LoRAModel(LanguageModel):
     ) -> None:
         super().__init__(**kwargs)
         if importlib.util.find_spec("peft") is None:
-            raise UserError("LoRAModel needs the package peft, which is not installed: pip install 'lmlight[lora]'")
+            raise missing_extra("LoRAModel needs the package peft", "lora")
         if rank < 1 or alpha <= 0 or not 0 <= adapter_dropout < 1:
             raise UserError(
                 f"expected model.rank of at least 1, model.alpha above 0 and model.adapter_dropout in [0, 1), got {rank}, "

@@ -148,11 +148,10 @@ def print_summary(
         return
     path = files.shown(keeper.best_model_path)
     best = checkpoints.read(path)
-    # not `keeper.best_score`: with `ddp_spawn`, training used a copy of it
-    nats = best["callbacks"][keeper.state_key]["best_score"]
     print(f"\nBest checkpoint: {path} (step {best['global_step']})")
-    counts_characters = "val/nats_per_char" in best[checkpoints.METADATA_KEY]["metrics"]
-    name, unit = ("val/nats_per_char", "character") if counts_characters else ("val/loss", "token")
+    metrics = best[checkpoints.METADATA_KEY]["metrics"]
+    name, unit = ("val/nats_per_char", "character") if "val/nats_per_char" in metrics else ("val/loss", "token")
+    nats = metrics[name]
     text = "tuning" if model.settings.get("data", {}).get("validate_on") == "tune" else "validation"
     print(f"  {nats:.4f} nats per {unit}, {nats / math.log(2):.4f} bits per {unit} on the {text} text")
     final = trainer.callback_metrics.get(name)
