@@ -79,8 +79,8 @@ class BestLastCheckpoint(Checkpoint):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         # a run that continues in another folder leaves its best behind
-        if self._path("best").is_file():
-            self.best_score, self.best_model_path = state_dict["best_score"], str(self._path("best"))
+        if (best := self._folder / "best.ckpt").is_file():
+            self.best_score, self.best_model_path = state_dict["best_score"], str(best)
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         log_dir = trainer.log_dir or trainer.default_root_dir
@@ -150,8 +150,8 @@ class BestLastCheckpoint(Checkpoint):
         metrics = trainer.callback_metrics
         score = metrics.get("val/nats_per_char", metrics.get("val/loss"))
         if score is not None and score.isfinite() and (self.best_score is None or score.item() < self.best_score):
-            self.best_score, self.best_model_path = score.item(), str(self._path("best"))
-            self._save(trainer, "best")
+            self.best_score = score.item()
+            self.best_model_path = self._save(trainer, "best")
         self._agree_to_leave(trainer)
         self._save(trainer, "last")
 
@@ -176,17 +176,16 @@ class BestLastCheckpoint(Checkpoint):
             )
         raise SystemExit(128 + self._agreed)
 
-    def _path(self, name: str) -> Path:
-        return self._folder / f"{name}.ckpt"
-
-    def _save(self, trainer: Trainer, name: str) -> None:
+    def _save(self, trainer: Trainer, name: str) -> str:
         if trainer.fast_dev_run:  # type: ignore[attr-defined]  # set late
-            return
+            return ""
         # the largest absolute value of all weights: one answer to wait for instead of one per parameter
         if not total_norm(trainer.lightning_module.parameters(), math.inf).isfinite():
             raise non_finite_error("a weight", trainer)
-        trainer.save_checkpoint(self._path(name))
-        self.last_model_path, self._saved = str(self._path(name)), trainer.global_step
+        path = str(self._folder / f"{name}.ckpt")
+        trainer.save_checkpoint(path)
+        self.last_model_path, self._saved = path, trainer.global_step
+        return path
 
 
 def reseed(device: torch.device, *position: int) -> None:
