@@ -190,11 +190,6 @@ def label_in_order(state: dict[str, Any], optimizer: Optimizer, parameters: Iter
 
     torch numbers parameters group by group and accepts any numbers on loading; Lightning's sharded strategies number them by
     their position in the model. With the latter, single-process and sharded runs can resume each other's checkpoints.
-
-    Args:
-        state: From `optimizer.state_dict()`.
-        optimizer: The optimizer.
-        parameters: The model's parameters in order.
     """
     position = {id(parameter): index for index, parameter in enumerate(parameters)}
     grouped = [parameter for group in optimizer.param_groups for parameter in group["params"]]
@@ -212,12 +207,8 @@ def hyperparameters(optimizer: Optimizer) -> list[dict[str, Any]]:
 def apply_changes(scheduler: LRScheduler, now: list[dict[str, Any]], before: list[dict[str, Any]]) -> None:
     """Give a resumed run the optimizer arguments that changed since it began.
 
-    Loading the states of the optimizer and the scheduler has restored the old ones.
-
-    Args:
-        scheduler: The scheduler, with its optimizer.
-        now: `hyperparameters` of the new optimizer before its state was loaded.
-        before: The same of the optimizer with which the run began.
+    Loading the states of the optimizer and the scheduler has restored the old ones. `now` has the `hyperparameters` of the
+    new optimizer before that, and `before` those of the optimizer with which the run began.
     """
     for number, (group, new, old) in enumerate(zip(scheduler.optimizer.param_groups, now, before)):
         changed = {name: value for name, value in new.items() if old.get(name) != value}
@@ -255,11 +246,7 @@ class Schedule:
                 raise UserError(f"schedule.{name} must lie in [0, 1], got {value}")
 
     def check_end(self, total_steps: int) -> None:
-        """Check that the run has an end to decay to.
-
-        Raises:
-            UserError: The shape decays and `total_steps` is less than 1.
-        """
+        """Raise a `UserError` if the shape decays and the run has no end, i.e. `total_steps` is less than 1."""
         if self.shape != "constant" and total_steps < 1:
             raise UserError(
                 f"a {self.shape} schedule ends at the run's last step, which is not known: set --trainer.max_steps "
@@ -267,11 +254,7 @@ class Schedule:
             )
 
     def factor(self, step: int, total_steps: int) -> float:
-        """The factor for optimizer step `step` (from 0) of `total_steps`.
-
-        Raises:
-            UserError: See `check_end`.
-        """
+        """The factor for optimizer step `step` (from 0) of `total_steps`; raises like `check_end`."""
         if step < self.warmup_steps:
             return (step + 1) / (self.warmup_steps + 1)
         if self.shape == "constant":

@@ -97,8 +97,7 @@ def _explain(message: str) -> str:
 class LmlightCLI(LightningCLI):
     """Lightning's CLI with lmlight's defaults, and with the settings that a checkpoint or its run contributes.
 
-    Args:
-        args: A command, which is a method of `RunTrainer`, and its flags.
+    Its arguments are a command, which is a method of `RunTrainer`, and the flags of that.
     """
 
     def __init__(self, args: Sequence[str]) -> None:
@@ -319,11 +318,7 @@ class _Check(LmlightCLI):
 
 
 def check_fit(args: Sequence[str]) -> dict[str, Any]:
-    """Check `lmlight fit ARGS` as far as possible without data; returns all of its settings.
-
-    Raises:
-        UserError: The command would end at once with this error.
-    """
+    """Check `lmlight fit ARGS` as far as possible without data, and raise its `UserError`; returns all of its settings."""
     try:
         return _Check(["fit", *args]).settings
     except Exception as error:

@@ -134,11 +134,7 @@ class TextDataModule(LightningDataModule):
         self._pretrained_tokenizer = tokenizer
 
     def check_batch_size(self, trainer: Trainer) -> None:
-        """Checks that a step's windows can be split among the trainer's processes and its accumulated batches.
-
-        Raises:
-            UserError: see `TrainBatchSampler`.
-        """
+        """Checks that a step's windows can be split among processes and accumulated batches, see `TrainBatchSampler`."""
         TrainBatchSampler(1, self.batch_size, *_ranks(trainer))
 
     def prepare_data(self) -> None:

@@ -26,11 +26,7 @@ UNSUPPORTED: dict[type[Callback], str] = {
 
 
 def check_run(trainer: Trainer, schedule: Schedule | None) -> None:
-    """Check the trainer's callbacks and intervals, and that the schedule's end is known.
-
-    Raises:
-        UserError: One of them does not fit.
-    """
+    """Raise a `UserError` if a callback or an interval of the trainer does not fit, or the schedule has no end."""
     for callback in trainer.callbacks:  # type: ignore[attr-defined]  # set late
         for kind, reason in UNSUPPORTED.items():
             if isinstance(callback, kind):
