@@ -41,7 +41,8 @@ def token_matrix(
     matrix: Floats, labels: Sequence[str], caption: str, inches: float = 3.5, vmax: float | None = None
 ) -> Figure:
     """A matrix with the same tokens in rows and columns, such as attention weights: queries in rows, keys in columns."""
-    figure = Figure(figsize=(inches, inches), dpi=100, facecolor="white", layout="none")
+    figure = Figure(figsize=(inches, inches), dpi=100, facecolor="white")
+    figure.set_layout_engine("none")
     margin = 0.35 / inches + 0.09
     axes = figure.add_axes((margin, 0.02, 0.98 - margin, 0.98 - margin))
     axes.imshow(matrix, cmap="viridis", vmin=0.0, vmax=vmax)
@@ -66,7 +67,8 @@ def surprise(pieces: Sequence[str], nats: Floats, width: int = 42) -> Figure:
     fontsize = 8 * 72 / (100 * CHARACTER_WIDTH)  # characters 8 pixels wide, because they start at whole pixels
     text_width, text_height = width * CHARACTER_WIDTH * fontsize / 72, len(lines) * 1.6 * fontsize / 72  # inches
     w, h = text_width + 0.1, text_height + 0.4
-    figure = Figure(figsize=(w, h), dpi=100, facecolor="white", layout="none")
+    figure = Figure(figsize=(w, h), dpi=100, facecolor="white")
+    figure.set_layout_engine("none")
     axes = figure.add_axes((0.05 / w, 0.1 / h, text_width / w, text_height / h))
     background = np.ones((len(lines), width, 3))
     for row, line in enumerate(lines):
