@@ -106,12 +106,8 @@ class LmlightCLI(LightningCLI):
         yaml.SafeDumper.add_multi_representer(Enum, lambda dumper, member: dumper.represent_data(member.value))
         self.command, *rest = args
         self.source, self.named, words = find_source(self.command, rest)
-        model: type[LanguageModel] = LanguageModel
-        data: type[LightningDataModule] = TextDataModule
-        if "model" in self.named:
-            model = import_class("--model", self.named["model"], LanguageModel)
-        if "data" in self.named:
-            data = import_class("--data", self.named["data"], LightningDataModule)
+        model = import_class("--model", self.named.get("model", "LanguageModel"), LanguageModel)
+        data = import_class("--data", self.named.get("data", "TextDataModule"), LightningDataModule)
         self.has_text = issubclass(data, TextDataModule)
         if self.source.run is None and not self.has_text:
             self.source.settings.pop("data", None)  # `TextDataModule`'s

@@ -78,16 +78,15 @@ def find_source(command: str, args: Sequence[str]) -> tuple[Source, dict[str, st
     sections = [f"--{name}={flags.pop(name)}" for name in CLASSES if name in flags and not is_class_name(flags[name])]
     classes |= {name: flags[name] for name in CLASSES if name in flags}
     net, tokenizer = checkpoints.import_classes(classes.get("model.net"), classes.get("data.tokenizer"))
+    classes |= {name: full_name(kind) for name, kind in (("model.net", net), ("data.tokenizer", tokenizer)) if kind}
     source = _source(command, given, net)
     stored = source.settings.get("model", {}).get("net", {})
     if net is not None and str(stored.get("class_path")).rpartition(".")[2] == net.__name__:
         stored["class_path"] = full_name(net)  # its module may have been moved since the run began
     words = [f"--config={config}" for config in configs]
-    if net is not None:
-        classes["model.net"] = full_name(net)
-        words.append(f"--model.net={full_name(net)}")
-    words += [f"--data.tokenizer={full_name(tokenizer)}"] if tokenizer is not None else []
-    words += [f"--model.optimizer={flags['model.optimizer']}"] if "model.optimizer" in flags else []
+    words += [
+        f"--{name}={classes[name]}" for name in ("model.net", "data.tokenizer", "model.optimizer") if name in classes
+    ]
     classes = named_classes(source.settings) | classes
     words += [f"--{name}_class={classes[name]}" for name in ("model", "data") if name in classes]
     words += [*sections, *rest, *(f"--{name}={flags[name]}" for name in LOCATING if name in flags)]
