@@ -95,11 +95,8 @@ class LoRAModel(LanguageModel):
         for name in checkpoint.keys() & STATES:
             state = checkpoint[name]
             checkpoint[name] = {weight: value for weight, value in state.items() if checkpoints.ADAPTER in weight}
-        checkpoint[checkpoints.METADATA_KEY]["adapter"] = {
-            "base": self._base,
-            "fingerprint": self._fingerprint,
-            "scale": self.alpha / self.rank,
-        }
+        adapter = {"base": self._base, "fingerprint": self._fingerprint, "scale": self.alpha / self.rank}
+        checkpoint[checkpoints.METADATA_KEY]["adapter"] = adapter
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add the weights of the base model, which a resumed run needs."""
