@@ -182,10 +182,10 @@ class BestLastCheckpoint(Checkpoint):
         # the largest absolute value of all weights: one answer to wait for instead of one per parameter
         if not total_norm(trainer.lightning_module.parameters(), math.inf).isfinite():
             raise non_finite_error("a weight", trainer)
-        path = str(self._folder / f"{name}.ckpt")
+        path = self._folder / f"{name}.ckpt"
         trainer.save_checkpoint(path)
-        self.last_model_path, self._saved = path, trainer.global_step
-        return path
+        self.last_model_path, self._saved = str(path), trainer.global_step
+        return self.last_model_path
 
 
 def reseed(device: torch.device, *position: int) -> None:
