@@ -146,9 +146,7 @@ class LmlightCLI(LightningCLI):
                 parser.link_arguments("seed_everything", target, compute_fn=int)
             except ValueError:  # there is no such argument
                 name = self.named[target.partition(".")[0]]
-                raise UserError(
-                    f"{name}.__init__ must take **kwargs and pass them on: super().__init__(**kwargs)"
-                ) from None
+                raise UserError(f"{name}.__init__ must take **kwargs and call super().__init__(**kwargs)") from None
         watching = [full_name(kind) for kind in (LearningRateMonitor, *callbacks.DEFAULT)]
         defaults = {**TRAINER_DEFAULTS, "callbacks": [{"class_path": path} for path in watching]}
         if self.command != "fit":  # the others print their result or write it to a file

@@ -102,9 +102,7 @@ class LoRAModel(LanguageModel):
         """Add the weights of the base model, which a resumed run needs."""
         super().on_load_checkpoint(checkpoint)
         if "adapter" not in checkpoint[checkpoints.METADATA_KEY]:
-            raise UserError(
-                "the checkpoint has no adapters, so its run cannot be resumed with LoRAModel: pass --init_from"
-            )
+            raise UserError("the checkpoint has no adapters that LoRAModel could resume: pass it as --init_from")
         adapters = {name: value.shape for name, value in checkpoint["state_dict"].items()}
         if adapters != {name: value.shape for name, value in self.state_dict().items() if checkpoints.ADAPTER in name}:
             raise UserError("model.rank and model.targets of a run cannot change: leave them out, or start a new run")

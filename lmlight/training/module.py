@@ -179,14 +179,12 @@ class LanguageModel(TextModel):
         if not isinstance(data, TextDataModule):
             if stage == "fit":
                 rank_zero_warn(
-                    f"{type(data).__name__} is not a TextDataModule: a resumed run may see different batches from an "
-                    "uninterrupted one, and losses are per character only if its batches count characters"
+                    f"{type(data).__name__} is not a TextDataModule: a resumed run may see different batches from an uninterrupted one"
                 )
             return
         if data.tokenizer is not None and data.tokenizer.fingerprint != self._tokenizer().fingerprint:
             raise UserError(
-                "the datamodule and the model use different tokenizers: set datamodule.tokenizer = model.tokenizer before "
-                "the trainer prepares the data"
+                "the datamodule and the model use different tokenizers: set datamodule.tokenizer = model.tokenizer first"
             )
 
     def configure_model(self) -> None:
@@ -199,9 +197,7 @@ class LanguageModel(TextModel):
                 self._init_from = None
         if self.gradient_checkpointing:
             if not isinstance(self.net, Transformer):
-                raise UserError(
-                    f"model.gradient_checkpointing is for a Transformer, and model.net is a {type(self.net).__name__}"
-                )
+                raise UserError(f"model.gradient_checkpointing needs a Transformer, got a {type(self.net).__name__}")
             self.net.recomputes_blocks = True
         # FSDP2 with ModelParallelStrategy: shard the weights block by block. Lightning calls this again for `validate`.
         if self.device_mesh is not None and not isinstance(self.net, FSDPModule):
@@ -276,8 +272,7 @@ class LanguageModel(TextModel):
         still_scaled = scaler is not None and getattr(optimizer, "_step_supports_amp_scaling", False)
         if gradient_clip_val and still_scaled:
             raise UserError(
-                "16-mixed scales the gradients, and a fused optimizer undoes that after they are clipped: "
-                "use --trainer.precision bf16-mixed, or fused: false"
+                "a fused optimizer cannot clip gradients in 16-mixed: use --trainer.precision bf16-mixed, or fused: false"
             )
         # on a GPU, reading a number waits for all work, so only on steps that are logged anyway
         is_checked = scaler is None and (self.step_is_logged or self.device.type == "cpu")

@@ -151,9 +151,7 @@ def _from_checkpoint(content: dict[str, Any], kind: type[Net], only_net: bool) -
 def _from_run(checkpoint: Path, content: dict[str, Any], runs: Path) -> dict[str, Any]:
     """The settings of the run that a checkpoint belongs to, which may name any class to import."""
     if "optimizer_states" not in content:
-        raise UserError(
-            f"checkpoint '{checkpoint}' has no optimizer state, so its run cannot be resumed: pass it as --init_from"
-        )
+        raise UserError(f"checkpoint '{checkpoint}' has no optimizer state to resume from: pass it as --init_from")
     run = checkpoint.absolute().parent.parent
     settings = None
     if checkpoint.parent.name == checkpoints.FOLDER:
@@ -201,8 +199,7 @@ def make_run_dir(runs: Path) -> Path:
             number += 1
     except OSError as error:
         raise UserError(
-            f"the run's folder cannot be made in '{runs}' ({error.strerror}): pass another, "
-            "--trainer.default_root_dir FOLDER"
+            f"the run's folder cannot be made in '{runs}' ({error.strerror}): pass another --trainer.default_root_dir"
         ) from None
 
 
