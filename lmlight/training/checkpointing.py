@@ -83,8 +83,7 @@ class BestLastCheckpoint(Checkpoint):
             self.best_score, self.best_model_path = state_dict["best_score"], str(best)
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        log_dir = trainer.log_dir or trainer.default_root_dir
-        self._folder = Path(trainer.strategy.broadcast(log_dir)) / checkpoints.FOLDER
+        self._folder = Path(trainer.log_dir or trainer.default_root_dir) / checkpoints.FOLDER
         if stage == TrainerFn.FITTING:
             interval = getattr(trainer, "val_check_interval", None)  # missing if it is a duration
             if interval is None:
@@ -171,9 +170,8 @@ class BestLastCheckpoint(Checkpoint):
             return
         if trainer.is_global_zero:
             resume = f"; to resume: {resume_command(self.last_model_path)}" if self.last_model_path else ""
-            print(
-                f"lmlight: {signal.Signals(self._agreed).name} at step {trainer.global_step}{resume}", file=sys.stderr
-            )
+            name = signal.Signals(self._agreed).name
+            print(f"lmlight: {name} at step {trainer.global_step}{resume}", file=sys.stderr)
         raise SystemExit(128 + self._agreed)
 
     def _save(self, trainer: Trainer, name: str) -> str:

@@ -55,11 +55,7 @@ class DistilledModel(LanguageModel):
         self._fingerprints: list[str] = []
 
     def check(self, block_size: int | None, trainer: Trainer | None = None) -> None:
-        """Also load the teachers, if `trainer` is not None.
-
-        Raises:
-            UserError: There are no teachers, or one of them cannot be loaded or has too small a block size.
-        """
+        """Also load the teachers, if `trainer` is not None; raises a `UserError` if there are none, or one is unsuitable."""
         super().check(block_size, trainer)
         if trainer is None or self._teachers:
             return

@@ -133,11 +133,9 @@ class LanguageModel(TextModel):
         return model.to(map_location).eval()
 
     def check(self, block_size: int | None, trainer: Trainer | None = None) -> None:
-        """Check the network, and what a training run needs besides data.
+        """Check the network's arguments and, if there is a `trainer`, what its training run needs besides data.
 
-        Args:
-            block_size: The longest context; None if it is not known yet.
-            trainer: Of the training run; None checks the network's arguments only.
+        `block_size` is the longest context; None if it is not known yet.
 
         Raises:
             UserError: See `models.check.check_net`, `optim.make_optimizer` and `run_checks.check_run`.
@@ -179,7 +177,7 @@ class LanguageModel(TextModel):
         if not isinstance(data, TextDataModule):
             if stage == "fit":
                 rank_zero_warn(
-                    f"{type(data).__name__} is not a TextDataModule: a resumed run may see different batches from an uninterrupted one"
+                    f"{type(data).__name__} is not a TextDataModule: a resumed run may see different batches"
                 )
             return
         if data.tokenizer is not None and data.tokenizer.fingerprint != self._tokenizer().fingerprint:

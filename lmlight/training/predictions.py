@@ -25,10 +25,7 @@ class WritePredictions(Callback):
 
     Args:
         output: JSON Lines file, with `prompt`, `completion`, `tokens`, `logprobs`, `seed` and `finish_reason` of each text;
-            None prints.
-
-    Raises:
-        UserError: the file exists, or its folder does not.
+            None prints. The file must not exist, but its folder must.
     """
 
     def __init__(self, output: str | None = None) -> None:

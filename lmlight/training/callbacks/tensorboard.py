@@ -149,8 +149,7 @@ class Pictures(FitCallback):
 
 def ids_by_frequency(data: TextDataModule, vocab_size: int) -> list[int]:
     """All ids, the most frequent in the validation text first."""
-    ids: list[int] = np.argsort(-data.val_ids.counts(vocab_size), kind="stable").tolist()
-    return ids
+    return np.argsort(-data.val_ids.counts(vocab_size), kind="stable").tolist()
 
 
 class HParamsLogger(Callback):
