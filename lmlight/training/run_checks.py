@@ -2,26 +2,18 @@
 
 from __future__ import annotations
 
-from lightning.pytorch import Callback, Trainer
-from lightning.pytorch.callbacks import (
-    BaseFinetuning,
-    GradientAccumulationScheduler,
-    LearningRateFinder,
-    ModelPruning,
-    SpikeDetection,
-    StochasticWeightAveraging,
-)
+from lightning.pytorch import Callback, Trainer, callbacks
 
 from lmlight.errors import UserError
 from lmlight.optim import Schedule
 
 UNSUPPORTED: dict[type[Callback], str] = {
-    BaseFinetuning: "it freezes modules before the network is built; override LanguageModel.configure_model instead",
-    GradientAccumulationScheduler: "data.batch_size fixes the windows of a step; use --trainer.accumulate_grad_batches",
-    LearningRateFinder: "the learning rate is an argument of the optimizer: compare values of --model.optimizer.lr",
-    ModelPruning: "it looks for parameters before the network is built",
-    StochasticWeightAveraging: "it replaces the schedule, so the run could not be resumed; use EMAWeightAveraging",
-    SpikeDetection: "its state cannot be loaded, so the run could not be resumed; a non-finite loss stops any run",
+    callbacks.BaseFinetuning: "it freezes modules before the network is built; override LanguageModel.configure_model",
+    callbacks.GradientAccumulationScheduler: "data.batch_size fixes a step's windows; use trainer.accumulate_grad_batches",
+    callbacks.LearningRateFinder: "the learning rate is an argument of the optimizer: compare values of model.optimizer.lr",
+    callbacks.ModelPruning: "it looks for parameters before the network is built",
+    callbacks.StochasticWeightAveraging: "it replaces the schedule, so the run could not be resumed; use EMAWeightAveraging",
+    callbacks.SpikeDetection: "its state cannot be loaded, so the run could not be resumed; a non-finite loss stops any run",
 }
 
 
