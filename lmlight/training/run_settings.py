@@ -62,21 +62,18 @@ def find_source(command: str, args: Sequence[str]) -> tuple[Source, dict[str, st
         if (file := Path(str(flags.get(name)))).suffix == ".py":
             raise UserError(f"--{name} {file}: expected a class in the file, such as {file.stem}.MyClass")
     given: dict[str, Any] = {}
-    classes: dict[str, str] = {}
     for config in configs:
         with suppress(OSError, TypeError, ValueError, yaml.YAMLError):  # reported when the whole command line is parsed
             loaded = yaml.safe_load(Path(config).expanduser().read_text("utf-8"))
-            if isinstance(loaded, dict):
-                classes |= named_classes(loaded)
-                given |= flatten(loaded)
-    given |= flags
-    trained = given.get("data.tokenizer")
+            given |= flatten(loaded) if isinstance(loaded, dict) else {}
+    trained = flags.get("data.tokenizer", given.get("data.tokenizer"))
     is_pretrained = isinstance(trained, str) and (is_class_name(trained) or trained.endswith((".json", ".model")))
     if is_pretrained and (wrong := [word for word in rest if word.startswith("--data.tokenizer.")]):
         flag = wrong[0].partition("=")[0]  # it would replace the tokenizer
         raise UserError(f"--data.tokenizer {trained} is not trained here: leave out {flag}")
     sections = [f"--{name}={flags.pop(name)}" for name in CLASSES if name in flags and not is_class_name(flags[name])]
-    classes |= {name: flags[name] for name in CLASSES if name in flags}
+    given |= flags
+    classes = named_classes(given)
     net, tokenizer = checkpoints.import_classes(classes.get("model.net"), classes.get("data.tokenizer"))
     classes |= {name: full_name(kind) for name, kind in (("model.net", net), ("data.tokenizer", tokenizer)) if kind}
     source = _source(command, given, net)
@@ -87,7 +84,7 @@ def find_source(command: str, args: Sequence[str]) -> tuple[Source, dict[str, st
     words += [
         f"--{name}={classes[name]}" for name in ("model.net", "data.tokenizer", "model.optimizer") if name in classes
     ]
-    classes = named_classes(source.settings) | classes
+    classes = named_classes(flatten(source.settings)) | classes
     words += [f"--{name}_class={classes[name]}" for name in ("model", "data") if name in classes]
     words += [*sections, *rest, *(f"--{name}={flags[name]}" for name in LOCATING if name in flags)]
     return source, classes, words
@@ -105,10 +102,9 @@ def flatten(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def named_classes(settings: dict[str, Any]) -> dict[str, str]:
-    """The classes that settings name, keyed by flag (`CLASSES`)."""
-    named = flatten(settings)
-    named |= {"model": named.get("model_class"), "data": named.get("data_class")}
-    return {name: named[name] for name in CLASSES if isinstance(named.get(name), str) and is_class_name(named[name])}
+    """The classes that flattened settings name, keyed by flag (`CLASSES`)."""
+    named = {name: settings.get(name, settings.get(f"{name}_class")) for name in CLASSES}
+    return {name: value for name, value in named.items() if isinstance(value, str) and is_class_name(value)}
 
 
 def _source(command: str, given: dict[str, Any], net: type[Net] | None) -> Source:
