@@ -84,25 +84,23 @@ class BestLastCheckpoint(Checkpoint):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._folder = Path(trainer.log_dir or trainer.default_root_dir) / checkpoints.FOLDER
-        if stage == TrainerFn.FITTING:
-            interval = getattr(trainer, "val_check_interval", None)  # missing if it is a duration
-            if interval is None:
-                self._check_interval(trainer, 1, "is a duration")
-            elif isinstance(interval, int):
-                self._check_interval(trainer, interval, f"is {interval} batches")
+        interval = getattr(trainer, "val_check_interval", None)  # missing if it is a duration
+        if stage == TrainerFn.FITTING and not isinstance(interval, float):
+            self._check_interval(trainer, interval)
 
-    def _check_interval(self, trainer: Trainer, batches: int, found: str) -> None:
+    def _check_interval(self, trainer: Trainer, batches: int | None) -> None:
+        """Validations must fall between two steps; `batches` is None if the interval is a duration."""
         accumulate = trainer.accumulate_grad_batches
-        if trainer.limit_val_batches and batches % accumulate:
+        if trainer.limit_val_batches and (batches or 1) % accumulate:
+            found = "a duration" if batches is None else f"{batches} batches"
             raise UserError(
-                f"trainer.val_check_interval {found}: it must be a number of batches that is a multiple of "
-                f"trainer.accumulate_grad_batches {accumulate}, so that a validation falls between two steps"
+                f"trainer.val_check_interval must be a multiple of trainer.accumulate_grad_batches {accumulate}, got {found}"
             )
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         batches = trainer.val_check_batch  # None if the interval is a duration
         if batches is not None and batches < trainer.num_training_batches:  # a fraction of the epoch
-            self._check_interval(trainer, int(batches), f"{trainer.val_check_interval} is {batches} batches")
+            self._check_interval(trainer, int(batches))
         self._stop_asked, self._saved = False, trainer.global_step
         self._signal = self._agreed = 0  # those of an earlier `fit`
         if threading.current_thread() is threading.main_thread():  # signal.signal works only there
