@@ -174,16 +174,13 @@ class LanguageModel(TextModel):
         data = getattr(self.trainer, "datamodule", None)
         if (longer := getattr(data, "block_size", 0)) > block_size:
             raise UserError(f"data.block_size {longer} is longer than the {block_size} tokens of this model: lower it")
-        if not isinstance(data, TextDataModule):
-            if stage == "fit":
-                rank_zero_warn(
-                    f"{type(data).__name__} is not a TextDataModule: a resumed run may see different batches"
+        if isinstance(data, TextDataModule):
+            if data.tokenizer is not None and data.tokenizer.fingerprint != self._tokenizer().fingerprint:
+                raise UserError(
+                    "the datamodule and the model use different tokenizers: set datamodule.tokenizer = model.tokenizer"
                 )
-            return
-        if data.tokenizer is not None and data.tokenizer.fingerprint != self._tokenizer().fingerprint:
-            raise UserError(
-                "the datamodule and the model use different tokenizers: set datamodule.tokenizer = model.tokenizer first"
-            )
+        elif stage == "fit":
+            rank_zero_warn(f"{type(data).__name__} is not a TextDataModule: a resumed run may see different batches")
 
     def configure_model(self) -> None:
         if self.net is None:
