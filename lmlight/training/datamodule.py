@@ -110,7 +110,8 @@ class TextDataModule(LightningDataModule):
             self._tokenizer_file = Path(tokenizer)
         elif not isinstance(tokenizer, TokenizerConfig):
             raise UserError(
-                "data.tokenizer must be a TokenizerConfig, a file or a class name: set the attribute for a Tokenizer"
+                f"data.tokenizer must be a TokenizerConfig, a file or a class name, got a {type(tokenizer).__name__}: "
+                "set the attribute tokenizer to use a trained tokenizer"
             )
         self._error, self._folder = "", ""  # from `prepare_data`, for the other ranks
         self._store: TokenStore | None = None
