@@ -57,19 +57,22 @@ def main(args: Sequence[str] | None = None) -> int:
 
 
 def set_up_process(command: str) -> None:
+    """Set OpenMP and malloc options for a command; call it before torch is imported."""
+    bound_spinning(command)
+    if command == "fit":
+        keep_freed_memory()
+
+
+def bound_spinning(command: str) -> None:
     """Bound how long torch's OpenMP threads spin at barriers, in this process and those it starts, unless the user does.
 
-    Call it before torch is imported, when libgomp reads the bound. Without one, a busy process on the same two cores makes
-    a step up to 30 times slower. With 1,000 spins, a default step takes 187 ms alone (171 without a bound) and 333 beside a
-    busy process (2,361 with 100,000 spins).
-
-    For `fit`, also `keep_freed_memory`.
+    Without a bound, a busy process on the same two cores makes a step up to 30 times slower. With 1,000 spins, a default
+    step takes 187 ms alone (171 without a bound) and 333 beside a busy process (2,361 with 100,000 spins). libgomp
+    reads the bound when torch is imported.
     """
     if not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & os.environ.keys():
         # generation has short products between barriers: 3.0 ms a token instead of 3.6 to 6
         os.environ["GOMP_SPINCOUNT"] = "10000" if command in ("chat", "predict") else "1000"
-    if command == "fit":
-        keep_freed_memory()
 
 
 def keep_freed_memory() -> None:
