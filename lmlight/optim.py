@@ -71,7 +71,7 @@ def make_optimizer(factory: Callable[[Any], Optimizer], net: Net | None = None, 
         return losses[-1]
 
     try:
-        optimizer = factory(parameter_groups(net) if net else dummies)
+        optimizer = factory(dummies if net is None else parameter_groups(net))
         if try_step:
             for group in optimizer.param_groups:
                 for parameter in group["params"]:

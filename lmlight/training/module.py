@@ -180,7 +180,10 @@ class LanguageModel(TextModel):
                     "the datamodule and the model use different tokenizers: set datamodule.tokenizer = model.tokenizer"
                 )
         elif stage == "fit":
-            rank_zero_warn(f"{type(data).__name__} is not a TextDataModule: a resumed run may see different batches")
+            rank_zero_warn(
+                f"{type(data).__name__} is not a TextDataModule: a resumed run may see different batches, and losses are per "
+                "character only if its batches count characters"
+            )
 
     def configure_model(self) -> None:
         if self.net is None:
