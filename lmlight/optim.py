@@ -49,37 +49,21 @@ def parameter_groups(net: Net) -> list[dict[str, Any]]:
     ]
 
 
-def make_optimizer(factory: Callable[[Any], Optimizer], groups: list[dict[str, Any]]) -> Optimizer:
-    """Call `factory(groups)`.
+def make_optimizer(factory: Callable[[Any], Optimizer], net: Net | None = None, try_step: bool = False) -> Optimizer:
+    """Make an optimizer of a net's parameter groups, or of a few dummy parameters to check it.
+
+    Args:
+        factory: Takes parameter groups.
+        net: The net; None takes dummy parameters.
+        try_step: Take a step with gradients of one. Only after processes are launched, because torch's optimizers
+            initialize the GPU.
 
     Raises:
-        UserError: The optimizer takes no parameter groups, or refuses an argument.
-    """
-    try:
-        return factory(groups)
-    except Exception as error:  # user-defined ones, too
-        raise _unusable(error) from error
-
-
-def dummy_optimizer(factory: Callable[[Any], Optimizer]) -> Optimizer:
-    """An optimizer of a few dummy parameters.
-
-    Raises:
-        UserError: See `make_optimizer`.
+        UserError: The optimizer takes no parameter groups, refuses an argument, cannot take a step with dense gradients, or
+            does not call the closure that it is given.
     """
     shapes = {HIDDEN: (2, 2), "embeddings": (2, 2), "vectors": (2,)}
-    return make_optimizer(
-        factory, [{"name": name, "params": [nn.Parameter(torch.ones(shape))]} for name, shape in shapes.items()]
-    )
-
-
-def try_step(optimizer: Optimizer) -> None:
-    """Take a step with gradients of one. Call it after processes are launched, because torch's
-    optimizers initialize the GPU.
-
-    Raises:
-        UserError: The optimizer cannot take a step with dense gradients, or does not call the closure that it is given.
-    """
+    dummies = [{"name": name, "params": [nn.Parameter(torch.ones(shape))]} for name, shape in shapes.items()]
     losses: list[Tensor] = []
 
     def closure() -> Tensor:
@@ -87,23 +71,21 @@ def try_step(optimizer: Optimizer) -> None:
         return losses[-1]
 
     try:
-        for group in optimizer.param_groups:
-            for parameter in group["params"]:
-                parameter.grad = torch.ones_like(parameter)
-        optimizer.step(closure)  # type: ignore[arg-type]  # typed as returning a float, but documented to return a tensor
+        optimizer = factory(dummies if net is None else parameter_groups(net))
+        if try_step:
+            for group in optimizer.param_groups:
+                for parameter in group["params"]:
+                    parameter.grad = torch.ones_like(parameter)
+            optimizer.step(closure)  # type: ignore[arg-type]  # typed as returning a float, documented to return a tensor
     except Exception as error:  # user-defined ones, too
-        raise _unusable(error) from error
-    if not losses:
         raise UserError(
-            f"{type(optimizer).__name__}.step must call its argument `closure`, which computes the loss and the gradients, "
-            "inside torch.enable_grad()"
+            f"model.optimizer cannot train this model ({describe(error)}): choose another, such as torch.optim.AdamW"
+        ) from error
+    if try_step and not losses:
+        raise UserError(
+            f"{type(optimizer).__name__}.step must call its argument `closure`, which computes the loss and the gradients"
         )
-
-
-def _unusable(error: Exception) -> UserError:
-    return UserError(
-        f"model.optimizer cannot train this model ({describe(error)}): choose another, such as torch.optim.AdamW"
-    )
+    return optimizer
 
 
 class Muon(Optimizer):
@@ -207,11 +189,6 @@ def label_in_order(state: dict[str, Any], optimizer: Optimizer, parameters: Iter
 
     torch numbers parameters group by group and accepts any numbers on loading; Lightning's sharded strategies number them by
     their position in the model. With the latter, single-process and sharded runs can resume each other's checkpoints.
-
-    Args:
-        state: From `optimizer.state_dict()`.
-        optimizer: The optimizer.
-        parameters: The model's parameters in order.
     """
     position = {id(parameter): index for index, parameter in enumerate(parameters)}
     grouped = [parameter for group in optimizer.param_groups for parameter in group["params"]]
@@ -229,12 +206,8 @@ def hyperparameters(optimizer: Optimizer) -> list[dict[str, Any]]:
 def apply_changes(scheduler: LRScheduler, now: list[dict[str, Any]], before: list[dict[str, Any]]) -> None:
     """Give a resumed run the optimizer arguments that changed since it began.
 
-    Loading the states of the optimizer and the scheduler has restored the old ones.
-
-    Args:
-        scheduler: The scheduler, with its optimizer.
-        now: `hyperparameters` of the new optimizer before its state was loaded.
-        before: The same of the optimizer with which the run began.
+    Loading the states of the optimizer and the scheduler has restored the old ones. `now` has the `hyperparameters` of the
+    new optimizer before that, and `before` those of the optimizer with which the run began.
     """
     for number, (group, new, old) in enumerate(zip(scheduler.optimizer.param_groups, now, before)):
         changed = {name: value for name, value in new.items() if old.get(name) != value}
@@ -272,11 +245,7 @@ class Schedule:
                 raise UserError(f"schedule.{name} must lie in [0, 1], got {value}")
 
     def check_end(self, total_steps: int) -> None:
-        """Check that the run has an end to decay to.
-
-        Raises:
-            UserError: The shape decays and `total_steps` is less than 1.
-        """
+        """Raise a `UserError` if the shape decays and the run has no end, i.e. `total_steps` is less than 1."""
         if self.shape != "constant" and total_steps < 1:
             raise UserError(
                 f"a {self.shape} schedule ends at the run's last step, which is not known: set --trainer.max_steps "
@@ -284,11 +253,7 @@ class Schedule:
             )
 
     def factor(self, step: int, total_steps: int) -> float:
-        """The factor for optimizer step `step` (from 0) of `total_steps`.
-
-        Raises:
-            UserError: See `check_end`.
-        """
+        """The factor for optimizer step `step` (from 0) of `total_steps`; raises like `check_end`."""
         if step < self.warmup_steps:
             return (step + 1) / (self.warmup_steps + 1)
         if self.shape == "constant":

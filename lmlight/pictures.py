@@ -64,20 +64,19 @@ def surprise(pieces: Sequence[str], nats: Floats, width: int = 42) -> Figure:
                 lines.append([])
     lines = [line for line in lines if line]
     colors, red = colormaps["YlOrRd"], max(1.0, math.ceil(float(np.quantile(nats, 0.98))))
-    background = np.ones((len(lines), width, 3))
-    for row, line in enumerate(lines):
-        for column, (_, value) in enumerate(line):
-            background[row, column] = colors(0.75 * min(1.0, value / red))[:3]
     fontsize = 8 * 72 / (100 * CHARACTER_WIDTH)  # characters 8 pixels wide, because they start at whole pixels
     text_width, text_height = width * CHARACTER_WIDTH * fontsize / 72, len(lines) * 1.6 * fontsize / 72  # inches
     w, h = text_width + 0.1, text_height + 0.4
     figure = Figure(figsize=(w, h), dpi=100, facecolor="white")
     figure.set_layout_engine("none")
     axes = figure.add_axes((0.05 / w, 0.1 / h, text_width / w, text_height / h))
-    axes.imshow(background, aspect="auto", extent=(0, width, len(lines), 0))
+    background = np.ones((len(lines), width, 3))
     for row, line in enumerate(lines):
-        text = "".join(character for character, _ in line)
+        characters, values = zip(*line)
+        background[row, : len(line)] = colors(0.75 * np.minimum(1.0, np.array(values) / red))[:, :3]
+        text = "".join(characters)
         axes.text(0, row + 0.52, text, family="monospace", fontsize=fontsize, va="center", parse_math=False)
+    axes.imshow(background, aspect="auto", extent=(0, width, len(lines), 0))
     axes.set_axis_off()
     axes.set_title(f"nats per token: white 0, red {red:.0f}; mean {np.mean(nats):.2f}", fontsize=7, loc="left")
     return figure

@@ -384,7 +384,7 @@ def test_hparams_are_named_after_their_flags(corpus_file, tmp_path):
     assert found["model.seed"].number_value == 7
     assert found["steps"].number_value == 2
     assert found["model.net.n_layer"].number_value == 1
-    assert found["model.net.class_path"].string_value == "lmlight.Transformer"
+    assert found["model.net"].string_value == "lmlight.Transformer"
     assert found["data.tokenizer.vocab_size"].number_value == 400
     assert found["data.subword_sampling"].string_value == "None"
 

@@ -439,7 +439,7 @@ MISTAKES = {
             "--data.tokenizer={kind: bpe, vocab_size: 400}",
             "--data.subword_sampling={}",
         ],
-        "subword_sampling needs the scores of a unigram",
+        "subword_sampling needs data.tokenizer.kind unigram, got bpe",
     ),
     "batch": (
         ["fit", "--data.corpus=corpus.txt", "--trainer.accumulate_grad_batches=3"],

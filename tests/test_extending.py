@@ -511,7 +511,7 @@ class Nothing(LanguageModel):
 @pytest.mark.parametrize(
     ("model", "says"),
     [
-        ("Closed", r"Closed.__init__ must take \*\*kwargs"),
+        ("Closed", r"objectives.Closed.__init__ must take \*\*kwargs"),
         ("Raising", r"an exception in your code: AttributeError: .*nothing.* \(.*objectives.py, line 10\)"),
         ("Nothing", "Nothing.training_loss must return a scalar tensor.*got a NoneType"),
     ],

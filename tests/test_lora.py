@@ -203,4 +203,4 @@ def test_gradient_checkpointing_needs_a_transformer(corpus_file, tmp_path, monke
     words = [flag for flag in tiny.FLAGS if not flag.startswith("--model.net")]
     words += [f"--data.corpus={corpus_file}", "--model.net=Bigram", "--model.gradient_checkpointing=true"]
     assert main(["fit", *words]) == 2
-    assert "gradient_checkpointing is for a Transformer, and model.net is a Bigram" in capsys.readouterr().err
+    assert "gradient_checkpointing needs a Transformer, got a Bigram" in capsys.readouterr().err

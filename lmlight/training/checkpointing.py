@@ -79,31 +79,28 @@ class BestLastCheckpoint(Checkpoint):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         # a run that continues in another folder leaves its best behind
-        if self._path("best").is_file():
-            self.best_score, self.best_model_path = state_dict["best_score"], str(self._path("best"))
+        if (best := self._folder / "best.ckpt").is_file():
+            self.best_score, self.best_model_path = state_dict["best_score"], str(best)
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        log_dir = trainer.log_dir or trainer.default_root_dir
-        self._folder = Path(trainer.strategy.broadcast(log_dir)) / checkpoints.FOLDER
-        if stage == TrainerFn.FITTING:
-            interval = getattr(trainer, "val_check_interval", None)  # missing if it is a duration
-            if interval is None:
-                self._check_interval(trainer, 1, "is a duration")
-            elif isinstance(interval, int):
-                self._check_interval(trainer, interval, f"is {interval} batches")
+        self._folder = Path(trainer.log_dir or trainer.default_root_dir) / checkpoints.FOLDER
+        interval = getattr(trainer, "val_check_interval", None)  # missing if it is a duration
+        if stage == TrainerFn.FITTING and not isinstance(interval, float):
+            self._check_interval(trainer, interval)
 
-    def _check_interval(self, trainer: Trainer, batches: int, found: str) -> None:
+    def _check_interval(self, trainer: Trainer, batches: int | None) -> None:
+        """Validations must fall between two steps; `batches` is None if the interval is a duration."""
         accumulate = trainer.accumulate_grad_batches
-        if trainer.limit_val_batches and batches % accumulate:
+        if trainer.limit_val_batches and (batches or 1) % accumulate:
+            found = "a duration" if batches is None else f"{batches} batches"
             raise UserError(
-                f"trainer.val_check_interval {found}: it must be a number of batches that is a multiple of "
-                f"trainer.accumulate_grad_batches {accumulate}, so that a validation falls between two steps"
+                f"trainer.val_check_interval must be a multiple of trainer.accumulate_grad_batches {accumulate}, got {found}"
             )
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         batches = trainer.val_check_batch  # None if the interval is a duration
         if batches is not None and batches < trainer.num_training_batches:  # a fraction of the epoch
-            self._check_interval(trainer, int(batches), f"{trainer.val_check_interval} is {batches} batches")
+            self._check_interval(trainer, int(batches))
         loop = trainer.fit_loop.epoch_loop
         # resumed from a validation at the end of an epoch: without one here, Lightning would end the next epoch after one step
         if loop.restarted_on_last and loop.batch_progress.is_last_batch and not loop._should_check_val_fx(None):  # type: ignore[arg-type]
@@ -154,8 +151,8 @@ class BestLastCheckpoint(Checkpoint):
         metrics = trainer.callback_metrics
         score = metrics.get("val/nats_per_char", metrics.get("val/loss"))
         if score is not None and score.isfinite() and (self.best_score is None or score.item() < self.best_score):
-            self.best_score, self.best_model_path = score.item(), str(self._path("best"))
-            self._save(trainer, "best")
+            self.best_score = score.item()
+            self.best_model_path = self._save(trainer, "best")
         self._agree_to_leave(trainer)
         self._save(trainer, "last")
 
@@ -175,22 +172,20 @@ class BestLastCheckpoint(Checkpoint):
             return
         if trainer.is_global_zero:
             resume = f"; to resume: {resume_command(self.last_model_path)}" if self.last_model_path else ""
-            print(
-                f"lmlight: {signal.Signals(self._agreed).name} at step {trainer.global_step}{resume}", file=sys.stderr
-            )
+            name = signal.Signals(self._agreed).name
+            print(f"lmlight: {name} at step {trainer.global_step}{resume}", file=sys.stderr)
         raise SystemExit(128 + self._agreed)
 
-    def _path(self, name: str) -> Path:
-        return self._folder / f"{name}.ckpt"
-
-    def _save(self, trainer: Trainer, name: str) -> None:
+    def _save(self, trainer: Trainer, name: str) -> str:
         if trainer.fast_dev_run:  # type: ignore[attr-defined]  # set late
-            return
+            return ""
         # the largest absolute value of all weights: one answer to wait for instead of one per parameter
         if not total_norm(trainer.lightning_module.parameters(), math.inf).isfinite():
             raise non_finite_error("a weight", trainer)
-        trainer.save_checkpoint(self._path(name))
-        self.last_model_path, self._saved = str(self._path(name)), trainer.global_step
+        path = self._folder / f"{name}.ckpt"
+        trainer.save_checkpoint(path)
+        self.last_model_path, self._saved = str(path), trainer.global_step
+        return self.last_model_path
 
 
 def reseed(device: torch.device, *position: int) -> None:

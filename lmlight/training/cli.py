@@ -97,8 +97,7 @@ def _explain(message: str) -> str:
 class LmlightCLI(LightningCLI):
     """Lightning's CLI with lmlight's defaults, and with the settings that a checkpoint or its run contributes.
 
-    Args:
-        args: A command, which is a method of `RunTrainer`, and its flags.
+    Its arguments are a command, which is a method of `RunTrainer`, and the flags of that.
     """
 
     def __init__(self, args: Sequence[str]) -> None:
@@ -107,12 +106,8 @@ class LmlightCLI(LightningCLI):
         yaml.SafeDumper.add_multi_representer(Enum, lambda dumper, member: dumper.represent_data(member.value))
         self.command, *rest = args
         self.source, self.named, words = find_source(self.command, rest)
-        model: type[LanguageModel] = LanguageModel
-        data: type[LightningDataModule] = TextDataModule
-        if "model" in self.named:
-            model = import_class("--model", self.named["model"], LanguageModel)
-        if "data" in self.named:
-            data = import_class("--data", self.named["data"], LightningDataModule)
+        model = import_class("--model", self.named.get("model", "LanguageModel"), LanguageModel)
+        data = import_class("--data", self.named.get("data", "TextDataModule"), LightningDataModule)
         self.has_text = issubclass(data, TextDataModule)
         if self.source.run is None and not self.has_text:
             self.source.settings.pop("data", None)  # `TextDataModule`'s
@@ -150,11 +145,8 @@ class LmlightCLI(LightningCLI):
             try:
                 parser.link_arguments("seed_everything", target, compute_fn=int)
             except ValueError:  # there is no such argument
-                kind = self.datamodule_class if target == "data.seed" else self.model_class
-                name = getattr(kind, "__name__", "")
-                raise UserError(
-                    f"{name}.__init__ must take **kwargs and pass them on: super().__init__(**kwargs)"
-                ) from None
+                name = self.named[target.partition(".")[0]]
+                raise UserError(f"{name}.__init__ must take **kwargs and call super().__init__(**kwargs)") from None
         watching = [full_name(kind) for kind in (LearningRateMonitor, *callbacks.DEFAULT)]
         defaults = {**TRAINER_DEFAULTS, "callbacks": [{"class_path": path} for path in watching]}
         if self.command != "fit":  # the others print their result or write it to a file
@@ -288,8 +280,8 @@ def _as_list(value: Any) -> list[Any]:
     return value.copy() if isinstance(value, list) else [] if value is None else [value]
 
 
-def _mistake(error: Exception) -> Exception | None:
-    """The user's mistake behind an error; None if it looks like a bug.
+def _mistake(error: Exception) -> Exception:
+    """The user's mistake behind an error, which is raised again if it looks like a bug.
 
     The parser wraps the exception of a class in others, which name the class and list the types that it tried. Lightning
     rejects settings with a `MisconfigurationException` or a built-in exception.
@@ -306,7 +298,9 @@ def _mistake(error: Exception) -> Exception | None:
         return UserError(f"{named[-1]} cannot be created: {str(cause) or type(cause).__name__}")
     *_, (last, _) = traceback.walk_tb(cause.__traceback__)
     from_lightning = str(last.f_globals.get("__name__", "")).startswith("lightning.")
-    return cause if from_lightning and isinstance(cause, (ValueError, TypeError, RuntimeError, ImportError)) else None
+    if from_lightning and isinstance(cause, (ValueError, TypeError, RuntimeError, ImportError)):
+        return cause
+    raise error
 
 
 class _Check(LmlightCLI):
@@ -318,17 +312,11 @@ class _Check(LmlightCLI):
 
 
 def check_fit(args: Sequence[str]) -> dict[str, Any]:
-    """Check `lmlight fit ARGS` as far as possible without data; returns all of its settings.
-
-    Raises:
-        UserError: The command would end at once with this error.
-    """
+    """Check `lmlight fit ARGS` as far as possible without data, and raise its `UserError`; returns all of its settings."""
     try:
         return _Check(["fit", *args]).settings
     except Exception as error:
-        if (mistake := _mistake(error)) is None:
-            raise
-        raise UserError(str(mistake)) from None
+        raise UserError(str(_mistake(error))) from None
 
 
 def main(args: Sequence[str] | None = None) -> int:
@@ -336,8 +324,7 @@ def main(args: Sequence[str] | None = None) -> int:
     try:
         LmlightCLI(sys.argv[1:] if args is None else args)
     except Exception as error:
-        if (mistake := _mistake(error)) is None:
-            raise
+        mistake = _mistake(error)
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
         if getattr(rank_zero_only, "rank", 0) == 0:

@@ -94,10 +94,7 @@ class TextDataModule(LightningDataModule):
                 raise UserError(f"data.{name} must be at least {minimum}, got {value}")
         config = tokenizer if isinstance(tokenizer, TokenizerConfig) else TokenizerConfig()
         if subword_sampling and config.kind != "unigram":
-            raise UserError(
-                f"subword_sampling needs the scores of a unigram model, which a {config.kind} tokenizer does not have: "
-                "set --data.tokenizer.kind unigram or --data.subword_sampling null"
-            )
+            raise UserError(f"data.subword_sampling needs data.tokenizer.kind unigram, got {config.kind}")
         text_format = TextFormat(field, separator, errors, encoding)
         self._spec = CorpusSpec(corpus, val_fraction, val_corpus, test_corpus, text_format, config, cache, validate_on)
         self.corpus, self.block_size, self.batch_size = self._spec.corpus, block_size, batch_size
@@ -134,11 +131,7 @@ class TextDataModule(LightningDataModule):
         self._pretrained_tokenizer = tokenizer
 
     def check_batch_size(self, trainer: Trainer) -> None:
-        """Checks that a step's windows can be split among the trainer's processes and its accumulated batches.
-
-        Raises:
-            UserError: see `TrainBatchSampler`.
-        """
+        """Checks that a step's windows can be split among processes and accumulated batches, see `TrainBatchSampler`."""
         TrainBatchSampler(1, self.batch_size, *_ranks(trainer))
 
     def prepare_data(self) -> None:
@@ -180,9 +173,7 @@ class TextDataModule(LightningDataModule):
         self._train_loader = None
         store = TokenStore(Path(self._folder))
         if not store.tokenizer.lossless:
-            rank_zero_warn(
-                "this tokenizer is lossy (it does not restore every text): metrics count the original characters"
-            )
+            rank_zero_warn("this tokenizer is lossy: metrics count the characters of the original text")
         train = store.ids["train"]
         order = self.block_size, self.seed, self.windows
         if stage == "fit" and store.streamed:

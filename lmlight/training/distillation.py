@@ -55,11 +55,7 @@ class DistilledModel(LanguageModel):
         self._fingerprints: list[str] = []
 
     def check(self, block_size: int | None, trainer: Trainer | None = None) -> None:
-        """Also load the teachers, if `trainer` is not None.
-
-        Raises:
-            UserError: There are no teachers, or one of them cannot be loaded or has too small a block size.
-        """
+        """Also load the teachers, if `trainer` is not None; raises a `UserError` if there are none, or one is unsuitable."""
         super().check(block_size, trainer)
         if trainer is None or self._teachers:
             return
@@ -71,9 +67,7 @@ class DistilledModel(LanguageModel):
                 content = checkpoints.read(path)
                 net = checkpoints.net_of(content, self.teacher_net).eval().requires_grad_(False)
                 if block_size is not None and block_size > net.block_size:
-                    raise UserError(
-                        f"'{name}' takes {net.block_size} tokens, fewer than data.block_size {block_size}: lower it"
-                    )
+                    raise UserError(f"'{name}' takes {net.block_size} tokens: lower data.block_size {block_size}")
                 before = content[checkpoints.METADATA_KEY]["settings"].get("data", {})
                 # a character tokenizer, or a pretrained one, may be the same for both
                 if scores_text_read_by(before, self.settings.get("data") or {}):

@@ -10,7 +10,7 @@ import torch
 from lightning.pytorch import Trainer
 
 from lmlight import checkpoint as checkpoints
-from lmlight.errors import UserError
+from lmlight.errors import UserError, missing_extra
 from lmlight.training.module import STATES, LanguageModel
 
 
@@ -42,7 +42,7 @@ class LoRAModel(LanguageModel):
     ) -> None:
         super().__init__(**kwargs)
         if importlib.util.find_spec("peft") is None:
-            raise UserError("LoRAModel needs the package peft, which is not installed: pip install 'lmlight[lora]'")
+            raise missing_extra("LoRAModel needs the package peft", "lora")
         if rank < 1 or alpha <= 0 or not 0 <= adapter_dropout < 1:
             raise UserError(
                 f"expected model.rank of at least 1, model.alpha above 0 and model.adapter_dropout in [0, 1), got {rank}, "
@@ -95,19 +95,14 @@ class LoRAModel(LanguageModel):
         for name in checkpoint.keys() & STATES:
             state = checkpoint[name]
             checkpoint[name] = {weight: value for weight, value in state.items() if checkpoints.ADAPTER in weight}
-        checkpoint[checkpoints.METADATA_KEY]["adapter"] = {
-            "base": self._base,
-            "fingerprint": self._fingerprint,
-            "scale": self.alpha / self.rank,
-        }
+        adapter = {"base": self._base, "fingerprint": self._fingerprint, "scale": self.alpha / self.rank}
+        checkpoint[checkpoints.METADATA_KEY]["adapter"] = adapter
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add the weights of the base model, which a resumed run needs."""
         super().on_load_checkpoint(checkpoint)
         if "adapter" not in checkpoint[checkpoints.METADATA_KEY]:
-            raise UserError(
-                "the checkpoint has no adapters, so its run cannot be resumed with LoRAModel: pass --init_from"
-            )
+            raise UserError("the checkpoint has no adapters that LoRAModel could resume: pass it as --init_from")
         adapters = {name: value.shape for name, value in checkpoint["state_dict"].items()}
         if adapters != {name: value.shape for name, value in self.state_dict().items() if checkpoints.ADAPTER in name}:
             raise UserError("model.rank and model.targets of a run cannot change: leave them out, or start a new run")

@@ -39,12 +39,11 @@ class TextLoss(Metric):
 
     def compute(self) -> dict[str, Tensor]:
         loss, nats_per_char = self.nats / self.tokens, self.nats / self.characters
-        per_token = {"loss": loss, "perplexity": loss.exp()}
-        if not self.characters:
-            return per_token
-        return {
-            **per_token,
-            "nats_per_char": nats_per_char,
-            "bpc": nats_per_char / math.log(2),
-            "characters": self.characters,
-        }
+        metrics = {"loss": loss, "perplexity": loss.exp()}
+        if self.characters:
+            metrics |= {
+                "nats_per_char": nats_per_char,
+                "bpc": nats_per_char / math.log(2),
+                "characters": self.characters,
+            }
+        return metrics

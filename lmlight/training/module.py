@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -25,21 +26,11 @@ from lmlight.errors import UserError
 from lmlight.generation import Sampling
 from lmlight.models import Net, Transformer, architecture_kwargs
 from lmlight.models.check import MAX_TOKENS, check_loss, check_net
-from lmlight.optim import (
-    Muon,
-    Schedule,
-    apply_changes,
-    dummy_optimizer,
-    hyperparameters,
-    label_in_order,
-    make_optimizer,
-    parameter_groups,
-    try_step,
-)
+from lmlight.optim import Muon, Schedule, apply_changes, hyperparameters, label_in_order, make_optimizer
 from lmlight.training.checkpointing import EXTRA_STATE, non_finite_error, reseed, total_norm
 from lmlight.training.datamodule import TextDataModule
 from lmlight.training.precision import MatmulPrecision
-from lmlight.training.run_checks import check_run, total_steps
+from lmlight.training.run_checks import check_run
 from lmlight.training.text_model import TextModel
 from lmlight.user_code import full_name
 
@@ -142,18 +133,16 @@ class LanguageModel(TextModel):
         return model.to(map_location).eval()
 
     def check(self, block_size: int | None, trainer: Trainer | None = None) -> None:
-        """Check the network, and what a training run needs besides data.
+        """Check the network's arguments and, if there is a `trainer`, what its training run needs besides data.
 
-        Args:
-            block_size: The longest context; None if it is not known yet.
-            trainer: Of the training run; None checks the network's arguments only.
+        `block_size` is the longest context; None if it is not known yet.
 
         Raises:
-            UserError: See `models.check.check_net`, `optim.dummy_optimizer` and `run_checks.check_run`.
+            UserError: See `models.check.check_net`, `optim.make_optimizer` and `run_checks.check_run`.
         """
         runs = False
         if trainer is not None:
-            dummy_optimizer(self._make_optimizer)
+            make_optimizer(self._make_optimizer)
             check_run(trainer, None if self._make_scheduler else self.schedule)
             # torch's threads do not survive a fork, so `setup` runs the network instead, in the forked processes
             runs = not getattr(trainer.strategy.launcher, "is_interactive_compatible", False)
@@ -181,21 +170,19 @@ class LanguageModel(TextModel):
             return
         if stage == "fit":
             self._check_net(block_size, run=True)
-            try_step(dummy_optimizer(self._make_optimizer))
+            make_optimizer(self._make_optimizer, try_step=True)
         data = getattr(self.trainer, "datamodule", None)
         if (longer := getattr(data, "block_size", 0)) > block_size:
             raise UserError(f"data.block_size {longer} is longer than the {block_size} tokens of this model: lower it")
-        if not isinstance(data, TextDataModule):
-            if stage == "fit":
-                rank_zero_warn(
-                    f"{type(data).__name__} is not a TextDataModule: a resumed run may see different batches from an "
-                    "uninterrupted one, and losses are per character only if its batches count characters"
+        if isinstance(data, TextDataModule):
+            if data.tokenizer is not None and data.tokenizer.fingerprint != self._tokenizer().fingerprint:
+                raise UserError(
+                    "the datamodule and the model use different tokenizers: set datamodule.tokenizer = model.tokenizer"
                 )
-            return
-        if data.tokenizer is not None and data.tokenizer.fingerprint != self._tokenizer().fingerprint:
-            raise UserError(
-                "the datamodule and the model use different tokenizers: set datamodule.tokenizer = model.tokenizer before "
-                "the trainer prepares the data"
+        elif stage == "fit":
+            rank_zero_warn(
+                f"{type(data).__name__} is not a TextDataModule: a resumed run may see different batches, and losses are per "
+                "character only if its batches count characters"
             )
 
     def configure_model(self) -> None:
@@ -208,9 +195,7 @@ class LanguageModel(TextModel):
                 self._init_from = None
         if self.gradient_checkpointing:
             if not isinstance(self.net, Transformer):
-                raise UserError(
-                    f"model.gradient_checkpointing is for a Transformer, and model.net is a {type(self.net).__name__}"
-                )
+                raise UserError(f"model.gradient_checkpointing needs a Transformer, got a {type(self.net).__name__}")
             self.net.recomputes_blocks = True
         # FSDP2 with ModelParallelStrategy: shard the weights block by block. Lightning calls this again for `validate`.
         if self.device_mesh is not None and not isinstance(self.net, FSDPModule):
@@ -227,7 +212,7 @@ class LanguageModel(TextModel):
             # the first call, for step 0, comes before the end is known, on which its factor does not depend
             return self.schedule.factor(step, self.total_steps or step + 1)
 
-        optimizer = make_optimizer(self._make_optimizer, parameter_groups(self._net()))
+        optimizer = make_optimizer(self._make_optimizer, self._net())
         self._hyperparameters = hyperparameters(optimizer)
         scheduler = self._make_scheduler(optimizer) if self._make_scheduler else LambdaLR(optimizer, factor)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
@@ -285,8 +270,7 @@ class LanguageModel(TextModel):
         still_scaled = scaler is not None and getattr(optimizer, "_step_supports_amp_scaling", False)
         if gradient_clip_val and still_scaled:
             raise UserError(
-                "16-mixed scales the gradients, and a fused optimizer undoes that after they are clipped: "
-                "use --trainer.precision bf16-mixed, or fused: false"
+                "a fused optimizer cannot clip gradients in 16-mixed: use --trainer.precision bf16-mixed, or fused: false"
             )
         # on a GPU, reading a number waits for all work, so only on steps that are logged anyway
         is_checked = scaler is None and (self.step_is_logged or self.device.type == "cpu")
@@ -336,7 +320,7 @@ class LanguageModel(TextModel):
                 counts["completed"] = counts["processed"] - behind
         if (trained_by := metadata["optimizer"]) is not None:
             self._resumed_hyperparameters = trained_by["hyperparameters"]
-            if (ours := full_name(type(dummy_optimizer(self._make_optimizer)))) != trained_by["class"]:
+            if (ours := full_name(type(make_optimizer(self._make_optimizer)))) != trained_by["class"]:
                 raise UserError(
                     f"the checkpoint holds the state of {trained_by['class']}, which {ours} cannot use: leave out "
                     "--model.optimizer, or start a new run from the checkpoint's weights with --init_from"
@@ -345,4 +329,9 @@ class LanguageModel(TextModel):
     @property
     def total_steps(self) -> int:
         """The optimizer step at which training ends; 0 while unknown, for example before training begins."""
-        return total_steps(self.trainer)
+        # not `trainer.estimated_stepping_batches`, which makes Lightning forget a restored position in the data
+        ends = [self.trainer.max_steps] if self.trainer.max_steps >= 0 else []
+        batches = self.trainer.num_training_batches  # infinite if the loader has no length
+        if (epochs := self.trainer.max_epochs or -1) > 0 and math.isfinite(batches):
+            ends.append(epochs * math.ceil(batches / self.trainer.accumulate_grad_batches))
+        return min(ends, default=0)

@@ -17,8 +17,6 @@ from lmlight.errors import UserError
 from lmlight.generation import TextStream, escape_control_characters
 from lmlight.training.module import LanguageModel
 
-SEPARATOR = "-" * 40 + "\n"
-
 
 class WritePredictions(Callback):
     """Prints the texts of `predict`, batch by batch and with a line between them; or writes them to a JSON Lines file.
@@ -27,10 +25,7 @@ class WritePredictions(Callback):
 
     Args:
         output: JSON Lines file, with `prompt`, `completion`, `tokens`, `logprobs`, `seed` and `finish_reason` of each text;
-            None prints.
-
-    Raises:
-        UserError: the file exists, or its folder does not.
+            None prints. The file must not exist, but its folder must.
     """
 
     def __init__(self, output: str | None = None) -> None:
@@ -51,13 +46,7 @@ class WritePredictions(Callback):
         self._bar = tqdm(total=sum(map(int, trainer.num_predict_batches)), unit="batch", disable=hidden)
 
     def on_predict_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: list[TextStream],
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int, *_: Any
     ) -> None:
         if self._prints_batches:
             self._print(outputs)
@@ -82,7 +71,7 @@ class WritePredictions(Callback):
     def _print(self, streams: Sequence[TextStream]) -> None:
         for stream in streams:
             print(self._separator + escape_control_characters(stream.prompt + stream.text), flush=True)
-            self._separator = SEPARATOR
+            self._separator = "-" * 40 + "\n"
 
     def _write(self, streams: Sequence[TextStream], output: Path) -> None:
         try:

@@ -1,38 +1,24 @@
-"""Checks before a run prepares data or writes anything, and the length of the run."""
+"""Checks before a run prepares data or writes anything."""
 
 from __future__ import annotations
 
-import math
-
-from lightning.pytorch import Callback, Trainer
-from lightning.pytorch.callbacks import (
-    BaseFinetuning,
-    GradientAccumulationScheduler,
-    LearningRateFinder,
-    ModelPruning,
-    SpikeDetection,
-    StochasticWeightAveraging,
-)
+from lightning.pytorch import Callback, Trainer, callbacks
 
 from lmlight.errors import UserError
 from lmlight.optim import Schedule
 
 UNSUPPORTED: dict[type[Callback], str] = {
-    BaseFinetuning: "it freezes modules before the network is built; override LanguageModel.configure_model instead",
-    GradientAccumulationScheduler: "data.batch_size fixes the windows of a step; use --trainer.accumulate_grad_batches",
-    LearningRateFinder: "the learning rate is an argument of the optimizer: compare values of --model.optimizer.lr",
-    ModelPruning: "it looks for parameters before the network is built",
-    StochasticWeightAveraging: "it replaces the schedule, so the run could not be resumed; use EMAWeightAveraging",
-    SpikeDetection: "its state cannot be loaded, so the run could not be resumed; a non-finite loss stops any run",
+    callbacks.BaseFinetuning: "it freezes modules before the network is built; override LanguageModel.configure_model",
+    callbacks.GradientAccumulationScheduler: "data.batch_size fixes a step's windows; use trainer.accumulate_grad_batches",
+    callbacks.LearningRateFinder: "the learning rate is an argument of the optimizer: compare values of model.optimizer.lr",
+    callbacks.ModelPruning: "it looks for parameters before the network is built",
+    callbacks.StochasticWeightAveraging: "it replaces the schedule, so the run could not be resumed; use EMAWeightAveraging",
+    callbacks.SpikeDetection: "its state cannot be loaded, so the run could not be resumed; a non-finite loss stops any run",
 }
 
 
 def check_run(trainer: Trainer, schedule: Schedule | None) -> None:
-    """Check the trainer's callbacks and intervals, and that the schedule's end is known.
-
-    Raises:
-        UserError: One of them does not fit.
-    """
+    """Raise a `UserError` if a callback or an interval of the trainer does not fit, or the schedule has no end."""
     for callback in trainer.callbacks:  # type: ignore[attr-defined]  # set late
         for kind, reason in UNSUPPORTED.items():
             if isinstance(callback, kind):
@@ -44,13 +30,3 @@ def check_run(trainer: Trainer, schedule: Schedule | None) -> None:
         raise UserError(f"trainer.check_val_every_n_epoch must be at least 1, got {epochs}")
     if schedule and trainer.max_steps < 0 and (trainer.max_epochs is None or trainer.max_epochs < 0):
         schedule.check_end(0)
-
-
-def total_steps(trainer: Trainer) -> int:
-    """The optimizer step at which training ends; 0 while unknown, for example before training begins."""
-    # not `trainer.estimated_stepping_batches`, which makes Lightning forget a restored position in the data
-    ends = [trainer.max_steps] if trainer.max_steps >= 0 else []
-    batches = trainer.num_training_batches  # infinite if the loader has no length
-    if (epochs := trainer.max_epochs or -1) > 0 and math.isfinite(batches):
-        ends.append(epochs * math.ceil(batches / trainer.accumulate_grad_batches))
-    return min(ends, default=0)

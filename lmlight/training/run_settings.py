@@ -62,62 +62,52 @@ def find_source(command: str, args: Sequence[str]) -> tuple[Source, dict[str, st
         if (file := Path(str(flags.get(name)))).suffix == ".py":
             raise UserError(f"--{name} {file}: expected a class in the file, such as {file.stem}.MyClass")
     given: dict[str, Any] = {}
-    classes: dict[str, str] = {}
     for config in configs:
         with suppress(OSError, TypeError, ValueError, yaml.YAMLError):  # reported when the whole command line is parsed
             loaded = yaml.safe_load(Path(config).expanduser().read_text("utf-8"))
-            if isinstance(loaded, dict):
-                classes |= named_classes(loaded)
-                given = _merged(given, loaded)
-    trained = flags.get("data.tokenizer", _section(given, "data").get("tokenizer"))
+            given |= flatten(loaded) if isinstance(loaded, dict) else {}
+    trained = flags.get("data.tokenizer", given.get("data.tokenizer"))
     is_pretrained = isinstance(trained, str) and (is_class_name(trained) or trained.endswith((".json", ".model")))
     if is_pretrained and (wrong := [word for word in rest if word.startswith("--data.tokenizer.")]):
         flag = wrong[0].partition("=")[0]  # it would replace the tokenizer
         raise UserError(f"--data.tokenizer {trained} is not trained here: leave out {flag}")
     sections = [f"--{name}={flags.pop(name)}" for name in CLASSES if name in flags and not is_class_name(flags[name])]
-    classes |= {name: flags[name] for name in CLASSES if name in flags}
+    given |= flags
+    classes = named_classes(given)
     net, tokenizer = checkpoints.import_classes(classes.get("model.net"), classes.get("data.tokenizer"))
-    source = _source(command, given | flags, net)
-    stored = _section(_section(source.settings, "model"), "net")
+    classes |= {name: full_name(kind) for name, kind in (("model.net", net), ("data.tokenizer", tokenizer)) if kind}
+    source = _source(command, given, net)
+    stored = source.settings.get("model", {}).get("net", {})
     if net is not None and str(stored.get("class_path")).rpartition(".")[2] == net.__name__:
         stored["class_path"] = full_name(net)  # its module may have been moved since the run began
     words = [f"--config={config}" for config in configs]
-    if net is not None:
-        classes["model.net"] = full_name(net)
-        words.append(f"--model.net={full_name(net)}")
-    words += [f"--data.tokenizer={full_name(tokenizer)}"] if tokenizer is not None else []
-    words += [f"--model.optimizer={flags['model.optimizer']}"] if "model.optimizer" in flags else []
-    classes = named_classes(source.settings) | classes
+    words += [
+        f"--{name}={classes[name]}" for name in ("model.net", "data.tokenizer", "model.optimizer") if name in classes
+    ]
+    classes = named_classes(flatten(source.settings)) | classes
     words += [f"--{name}_class={classes[name]}" for name in ("model", "data") if name in classes]
     words += [*sections, *rest, *(f"--{name}={flags[name]}" for name in LOCATING if name in flags)]
     return source, classes, words
 
 
-def _merged(settings: dict[str, Any], later: dict[str, Any]) -> dict[str, Any]:
-    """Settings of a file, and those of a later one that override them."""
-    both = {name for name in settings.keys() & later.keys() if isinstance(settings[name], dict)}
-    sections = {name: _merged(settings[name], later[name]) for name in both if isinstance(later[name], dict)}
-    return settings | later | sections
+def flatten(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings by the names of their flags; a class is the value of the flag that selects it."""
+    flat: dict[str, Any] = {}
+    for name, value in settings.items():
+        if isinstance(value, dict):
+            flat |= flatten(value, prefix if name == "init_args" else f"{prefix}{name}.")
+        else:
+            flat[prefix.removesuffix(".") if name == "class_path" else f"{prefix}{name}"] = value
+    return flat
 
 
 def named_classes(settings: dict[str, Any]) -> dict[str, str]:
-    """The classes that settings name, keyed by flag (`CLASSES`)."""
-    named = {"model": settings.get("model_class"), "data": settings.get("data_class")}
-    for name in ("net", "optimizer"):
-        value = _section(settings, "model").get(name)
-        named[f"model.{name}"] = value.get("class_path") if isinstance(value, dict) else value
-    named["data.tokenizer"] = _section(settings, "data").get("tokenizer")
+    """The classes that flattened settings name, keyed by flag (`CLASSES`)."""
+    named = {name: settings.get(name, settings.get(f"{name}_class")) for name in CLASSES}
     return {name: value for name, value in named.items() if isinstance(value, str) and is_class_name(value)}
 
 
-def _section(settings: dict[str, Any], name: str) -> dict[str, Any]:
-    """Settings inside others; empty if they are something else, which the parser reports later."""
-    section = settings.get(name)
-    return section if isinstance(section, dict) else {}
-
-
 def _source(command: str, given: dict[str, Any], net: type[Net] | None) -> Source:
-    root = given.get("trainer.default_root_dir", _section(given, "trainer").get("default_root_dir"))
     ckpt_path, init_from = given.get("ckpt_path"), given.get("init_from")
     if "" in (init_from, ckpt_path):
         raise UserError("--ckpt_path and --init_from need a checkpoint, and got an empty string: pass best, or a file")
@@ -126,7 +116,7 @@ def _source(command: str, given: dict[str, Any], net: type[Net] | None) -> Sourc
     name = init_from if ckpt_path is None else ckpt_path
     if not isinstance(name, str):  # the parser reports values of other types
         return Source({})
-    runs = Path(str(root or RUNS)).expanduser()
+    runs = Path(str(given.get("trainer.default_root_dir") or RUNS)).expanduser()
     resumes = command == "fit" and init_from is None
     path = checkpoints.find(name, runs, "last" if resumes else "best")
     is_found = path != Path(name).expanduser()
@@ -157,9 +147,7 @@ def _from_checkpoint(content: dict[str, Any], kind: type[Net], only_net: bool) -
 def _from_run(checkpoint: Path, content: dict[str, Any], runs: Path) -> dict[str, Any]:
     """The settings of the run that a checkpoint belongs to, which may name any class to import."""
     if "optimizer_states" not in content:
-        raise UserError(
-            f"checkpoint '{checkpoint}' has no optimizer state, so its run cannot be resumed: pass it as --init_from"
-        )
+        raise UserError(f"checkpoint '{checkpoint}' has no optimizer state to resume from: pass it as --init_from")
     run = checkpoint.absolute().parent.parent
     settings = None
     if checkpoint.parent.name == checkpoints.FOLDER:
@@ -176,7 +164,7 @@ def _from_run(checkpoint: Path, content: dict[str, Any], runs: Path) -> dict[str
             f"trust it, pass --trainer.default_root_dir {run.parent}"
         )
     settings.pop("ckpt_path", None)
-    _section(settings, "trainer").pop("max_time", None)  # it limits one process
+    settings.get("trainer", {}).pop("max_time", None)  # it limits one process
     return settings
 
 
@@ -207,8 +195,7 @@ def make_run_dir(runs: Path) -> Path:
             number += 1
     except OSError as error:
         raise UserError(
-            f"the run's folder cannot be made in '{runs}' ({error.strerror}): pass another, "
-            "--trainer.default_root_dir FOLDER"
+            f"the run's folder cannot be made in '{runs}' ({error.strerror}): pass another --trainer.default_root_dir"
         ) from None
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import logging
 import math
@@ -148,11 +147,10 @@ def print_summary(
         return
     path = files.shown(keeper.best_model_path)
     best = checkpoints.read(path)
-    # not `keeper.best_score`: with `ddp_spawn`, training used a copy of it
-    nats = best["callbacks"][keeper.state_key]["best_score"]
     print(f"\nBest checkpoint: {path} (step {best['global_step']})")
-    counts_characters = "val/nats_per_char" in best[checkpoints.METADATA_KEY]["metrics"]
-    name, unit = ("val/nats_per_char", "character") if counts_characters else ("val/loss", "token")
+    metrics = best[checkpoints.METADATA_KEY]["metrics"]
+    name, unit = ("val/nats_per_char", "character") if "val/nats_per_char" in metrics else ("val/loss", "token")
+    nats = metrics[name]
     text = "tuning" if model.settings.get("data", {}).get("validate_on") == "tune" else "validation"
     print(f"  {nats:.4f} nats per {unit}, {nats / math.log(2):.4f} bits per {unit} on the {text} text")
     final = trainer.callback_metrics.get(name)
@@ -169,10 +167,10 @@ def print_summary(
     text = LanguageModel.load_from_checkpoint(path).generate(prompt, max_new_tokens=150)
     print(f"\n{escape_control_characters(text)}\n")
     prompts = json.dumps([prompt], ensure_ascii=False)
-    net = checkpoints.net_class(best)
-    kinds = {"model.net": net, "data.tokenizer": type(datamodule.tokenizer)}
-    own = {f"--{n}": full_name(kind) for n, kind in kinds.items() if not full_name(kind).startswith("lmlight.")}
-    words = ["predict", "--ckpt_path", path, *itertools.chain(*own.items()), "--data.prompts", prompts]
+    kinds = {"--model.net": checkpoints.net_class(best), "--data.tokenizer": type(datamodule.tokenizer)}
+    named = [(flag, full_name(kind)) for flag, kind in kinds.items()]
+    own = [word for flag, name in named if not name.startswith("lmlight.") for word in (flag, name)]
+    words = ["predict", "--ckpt_path", path, *own, "--data.prompts", prompts]
     print(f"Next:\n  {program()} {join(words)}")
     if isinstance(trainer.logger, RunLogger):
         print(f"  {program('tensorboard')} {join(['--logdir', files.shown(trainer.logger.root_dir)])}")

@@ -47,8 +47,7 @@ class TextModel(LightningModule):
         net = self._net()
         if idx.size(1) > net.block_size:
             raise UserError(
-                f"forward takes at most block_size = {net.block_size} tokens, got {idx.size(1)}: pass the last of them, "
-                "idx[:, -block_size:], or call generate, which does"
+                f"forward takes at most block_size = {net.block_size} tokens, got {idx.size(1)}: pass idx[:, -block_size:]"
             )
         return net(idx)
 
@@ -188,11 +187,8 @@ class TextModel(LightningModule):
 
     def _tokenizer(self) -> Tokenizer:
         if self.tokenizer is None:
-            raise UserError(
-                NO_NETWORK
-                if self.net is None
-                else "this model has no tokenizer, because the data of its run had none: pass token ids to generate"
-            )
+            self._net()  # which is missing, too, before training
+            raise UserError("this model has no tokenizer, as the data of its run had none: pass token ids to generate")
         return self.tokenizer
 
     def _net(self) -> Net:

@@ -54,9 +54,7 @@ class RunProgress(Callback):
         trained = sum(p.numel() for p in pl_module.parameters() if p.requires_grad)
         count = f"{trained:,} of {weights:,}" if trained < weights else f"{weights:,}"
         folder = run_folder(trainer)
-        # without a logger, Lightning's Trainer has no folder for a run
-        has_own = folder is not None and folder != Path(trainer.default_root_dir)
-        where = f" in {files.shown(folder)}" if folder and has_own else ""
+        where = f" in {files.shown(folder)}" if folder else ""
         self._print(trainer, f"Training {count} parameters on {trainer.strategy.root_device}{where}")
         steps = pl_module.total_steps if isinstance(pl_module, LanguageModel) else max(0, trainer.max_steps)
         hidden = None if trainer.is_global_zero else True  # None: unless stderr is a terminal
@@ -112,7 +110,8 @@ class LearningCurve(Callback):
         self._folder: Path | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        self._folder = run_folder(trainer) if trainer.logger is not None else None
+        folder = run_folder(trainer)  # on every rank
+        self._folder = folder if trainer.logger is not None and trainer.is_global_zero else None
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         if self._since is None:
@@ -141,18 +140,15 @@ class LearningCurve(Callback):
         sections = ("train/", "val/", "train_subset/", "gap/")
         row |= {k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith(sections)}
         self._rows.append(row)
-        if trainer.is_global_zero and self._folder:
-            names = dict.fromkeys(name for row in self._rows for name in row)
-            with (
-                _writing(self._folder / "metrics.csv") as beside,
-                beside.open("w", encoding="utf-8", newline="") as file,
-            ):
-                table = csv.DictWriter(file, list(names))
-                table.writeheader()
-                table.writerows(self._rows)
+        if self._folder is None:
+            return
+        with _writing(self._folder / "metrics.csv") as beside, beside.open("w", encoding="utf-8", newline="") as file:
+            table = csv.DictWriter(file, list(dict.fromkeys(name for row in self._rows for name in row)))
+            table.writeheader()
+            table.writerows(self._rows)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self._rows and trainer.is_global_zero and self._folder:
+        if self._rows and self._folder:
             with _writing(self._folder / "curve.png") as beside:
                 pictures.learning_curves({self._folder.name: self._rows}).savefig(beside, format="png")
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from typing import Any, cast
 
 import numpy as np
@@ -22,6 +21,7 @@ from lmlight.training.callbacks.base import FitCallback, summary_writer, text_da
 from lmlight.training.datamodule import TextDataModule
 from lmlight.training.metrics import SUM_DTYPE
 from lmlight.training.module import LanguageModel
+from lmlight.training.run_settings import flatten
 
 AXIS_TOKENS = 20  # on each axis of an attention map
 PROJECTOR_TOKENS = 2048  # the files for the Projector are text, 20 bytes a number
@@ -44,14 +44,13 @@ class SampleText(FitCallback):
     def on_fit_validation_end(self, trainer: Trainer, model: LanguageModel) -> None:
         if (writer := summary_writer(trainer)) is None or model.tokenizer is None:
             return
-        sampling = replace(model.sampling, max_new_tokens=self.max_new_tokens, num_samples=1)
-        if self.temperature is not None:
-            sampling = replace(sampling, temperature=self.temperature)
+        temperature = model.sampling.temperature if self.temperature is None else self.temperature
+        options = {"max_new_tokens": self.max_new_tokens, "num_samples": 1, "temperature": temperature}
         data = text_data(trainer)
         prompts = ["", data.sample_prompt] if data and data.sample_prompt else [""]
         prompts = prompts if self.prompts is None else list(self.prompts)
-        texts = model.generate(prompts, **vars(sampling))  # on every rank, because weights may be sharded
-        settings = f"temperature {sampling.temperature:g}, seed {sampling.seed}, step {trainer.global_step}"
+        texts = model.generate(prompts, **options)  # on every rank, because weights may be sharded
+        settings = f"temperature {temperature:g}, seed {model.sampling.seed}, step {trainer.global_step}"
         for prompt, text in zip(prompts, texts):
             # indented by four spaces, Markdown keeps line breaks and symbols
             indented = "\n".join("    " + line for line in escape_control_characters(text).split("\n"))
@@ -150,8 +149,7 @@ class Pictures(FitCallback):
 
 def ids_by_frequency(data: TextDataModule, vocab_size: int) -> list[int]:
     """All ids, the most frequent in the validation text first."""
-    ids: list[int] = np.argsort(-data.val_ids.counts(vocab_size), kind="stable").tolist()
-    return ids
+    return np.argsort(-data.val_ids.counts(vocab_size), kind="stable").tolist()
 
 
 class HParamsLogger(Callback):
@@ -168,19 +166,11 @@ class HParamsLogger(Callback):
             "weights": pl_module.net.num_parameters,
             "steps": pl_module.total_steps,
             "precision": str(trainer.precision),
-            **_flatten({section: settings.get(section, {}) for section in ("data", "model")}),
+            **flatten({section: settings.get(section, {}) for section in ("data", "model")}),
+        }
+        params = {
+            name: value if isinstance(value, (bool, int, float, str)) else str(value) for name, value in params.items()
         }
         # not logger.log_hyperparams, which also logs a first value of each metric, before there is one
         for summary in hparams(params, dict.fromkeys(self.METRICS, 0.0)):  # type: ignore[no-untyped-call]  # torch's
             writer._get_file_writer().add_summary(summary)  # type: ignore[no-untyped-call]  # torch's
-
-
-def _flatten(settings: dict[str, Any], prefix: str = "") -> dict[str, bool | int | float | str]:
-    """Nested settings by the names of their flags; values of other types as text."""
-    flat: dict[str, bool | int | float | str] = {}
-    for name, value in settings.items():
-        if isinstance(value, dict):
-            flat |= _flatten(value, prefix if name == "init_args" else f"{prefix}{name}.")
-        else:
-            flat[prefix + name] = value if isinstance(value, (bool, int, float, str)) else str(value)
-    return flat
