@@ -181,8 +181,8 @@ class LanguageModel(TextModel):
                 )
         elif stage == "fit":
             rank_zero_warn(
-                f"{type(data).__name__} is not a TextDataModule: a resumed run may see different batches, and losses are per "
-                "character only if its batches count characters"
+                f"{type(data).__name__} is not a TextDataModule: a resumed run may see different batches, and losses are "
+                "per character only if its batches count characters"
             )
 
     def configure_model(self) -> None:
