@@ -66,18 +66,14 @@ ARCHITECTURES = [
 ]
 
 
-class UnsupportedArchitecture(UserError):
-    """None of `ARCHITECTURES` computes the same as the network."""
-
-
 def match_architecture(net: Net) -> Architecture:
     """Returns the architecture that computes the same as `net`.
 
     Raises:
-        UnsupportedArchitecture: there is none; the message names the nearest one and the options that differ.
+        UserError: there is none; the message names the nearest one and the options that differ.
     """
     if not isinstance(net, Transformer):
-        raise UnsupportedArchitecture(f"a {type(net).__name__} cannot be exported to this format: pass a Transformer")
+        raise UserError(f"a {type(net).__name__} cannot be exported to this format: pass a Transformer")
     n_head, width = net.config["n_head"], net.config["n_embd"]
     options = net.config | {"n_kv_head": None if net.n_kv_head == n_head else net.n_kv_head}
     options["head_size"] = None if net.head_size * n_head == width else net.head_size
@@ -89,7 +85,7 @@ def match_architecture(net: Net) -> Architecture:
     if names := differing(nearest):
         found = ", ".join(f"{name} {_yaml(options[name])}" for name in names)
         flags = " ".join(f"--model.net.{name}={_yaml(nearest.options[name][0])}" for name in names)
-        raise UnsupportedArchitecture(
+        raise UserError(
             f"no supported architecture has {found} with this network's other options; the nearest is "
             f"{nearest.model_type}: train one with {flags}"
         )
@@ -114,7 +110,7 @@ def named_weights(net: Transformer) -> Iterator[tuple[str, str, Tensor]]:
     GPT-2 has biases everywhere: those that `net` lacks are zeros.
 
     Raises:
-        UnsupportedArchitecture: see `match_architecture`.
+        UserError: see `match_architecture`.
     """
     is_gpt2 = match_architecture(net).model_type == "gpt2"
     kv_size = net.n_kv_head * net.head_size

@@ -65,7 +65,7 @@ def config_json(model: Model) -> dict[str, Any]:
     """The content of `config.json`, with every value whose default may change between versions of transformers.
 
     Raises:
-        UnsupportedArchitecture: no architecture matches the network.
+        UserError: no architecture matches the network.
     """
     architecture, net = match_architecture(model.net), model.net
     assert isinstance(net, Transformer)
@@ -118,7 +118,7 @@ def tensors(net: Net) -> dict[str, Tensor]:
     """The weights under their names in transformers; no two share memory, as safetensors requires.
 
     Raises:
-        UnsupportedArchitecture: no architecture matches the network.
+        UserError: no architecture matches the network.
     """
     architecture = match_architecture(net)
     assert isinstance(net, Transformer)

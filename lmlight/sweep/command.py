@@ -14,7 +14,7 @@ from typing import Any
 import yaml
 
 from lmlight.command_line import Parser
-from lmlight.errors import UserError
+from lmlight.errors import UserError, missing_extra
 
 try:
     from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
@@ -22,7 +22,7 @@ try:
     from lmlight.sweep import report, worker
     from lmlight.sweep.study import SEED, Params, Study, flags
 except ImportError as error:
-    raise UserError(f"lmlight sweep needs the package {error.name}: pip install 'lmlight[sweep]'") from None
+    raise missing_extra(f"lmlight sweep needs the package {error.name}", "sweep") from None
 
 DESCRIPTION = """Trains each of several settings with the same seeds, or searches for the best setting, and reports which is
 better. Options that are not listed here are those of `lmlight fit`. The same command continues an interrupted sweep. Run it
