@@ -59,21 +59,16 @@ def work(study: Study, plan: Plan) -> bool:
 def run_trial(study: Study, trial: Trial, plan: Plan) -> str:
     """Run a trial, and record its result, which is also returned as text."""
     reported = set[int]()
-    is_lost = False
 
     def watch(pid: int, validations: Validations) -> bool:
-        nonlocal is_lost
         study.beat(trial, pid)
         new = {int(row["step"]): row[METRIC] for row in validations if int(row["step"]) not in reported}
-        try:
-            for step, value in new.items():
-                trial.report(value, step)
-        except UpdateFinishedTrialError:  # this process was suspended for so long that another took the trial
-            is_lost = True
+        for step, value in new.items():
+            trial.report(value, step)
         reported.update(new)
-        return not (is_lost or (new and study.settings["prune"] and trial.should_prune()))
+        return not (new and study.settings["prune"] and trial.should_prune())
 
-    state, value, result = TrialState.COMPLETE, None, ""
+    state, value = TrialState.COMPLETE, None
     try:
         if not plan.is_unchanged(trial.params):
             raise UserError("a config file has changed since the sweep began: undo that, or start the sweep again")
@@ -87,11 +82,11 @@ def run_trial(study: Study, trial: Trial, plan: Plan) -> str:
     except TrialFailed as failed:
         state, result = TrialState.FAIL, f"failed: {failed}"
         trial.set_user_attr("reason", str(failed))
+    except UpdateFinishedTrialError:  # this process was suspended for so long that another took the trial
+        return "another process has taken it over"
     except BaseException:  # whatever ends this process, the trial is not over
         study.release(trial)
         raise
-    if is_lost:
-        return "another process has taken it over"
     study.optuna.tell(trial, value, state, skip_if_finished=True)
     return result
 
