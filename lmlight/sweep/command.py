@@ -20,7 +20,7 @@ try:
     from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 
     from lmlight.sweep import report, worker
-    from lmlight.sweep.study import SEED, Params, Study, flags
+    from lmlight.sweep.study import SEED, Params, Plan, Study, flags
 except ImportError as error:
     raise missing_extra(f"lmlight sweep needs the package {error.name}", "sweep") from None
 
@@ -95,7 +95,7 @@ def main(args: Sequence[str]) -> int:
         return check(fit, settings[at]) == checked[at]
 
     choices = {name: CategoricalDistribution(several) for name, several in values.items()}
-    plan = worker.Plan(
+    plan = Plan(
         space=dict(space or {**choices, SEED: IntDistribution(0, 2**32 - 1)}),
         n_trials=(options.trials or 30) if space else None,
         seed=seed,

@@ -4,28 +4,16 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Mapping
 from datetime import timedelta
-from typing import NamedTuple
 
-from optuna.distributions import BaseDistribution
 from optuna.exceptions import UpdateFinishedTrialError
 from optuna.trial import Trial, TrialState
 
 from lmlight.command_line import counted
 from lmlight.errors import UserError
 from lmlight.sweep.report import best_of, brief, settings_of
-from lmlight.sweep.study import Params, Study
+from lmlight.sweep.study import Plan, Study
 from lmlight.sweep.trial import METRIC, TrialFailed, Validations, run_fit
-
-
-class Plan(NamedTuple):
-    """What a sweep runs: the distribution of each parameter, and for a search its number of trials and its seed."""
-
-    space: Mapping[str, BaseDistribution]
-    n_trials: int | None  # None: the trials that are queued
-    seed: int
-    is_unchanged: Callable[[Params], bool]  # whether a trial's settings are those that the sweep began with
 
 
 def work(study: Study, plan: Plan) -> bool:
@@ -37,7 +25,7 @@ def work(study: Study, plan: Plan) -> bool:
     print(f"Sweep in {study.folder}: {counted(_count(study, plan), 'trial')}", flush=True)
     is_waiting = False
     try:
-        while (trial := study.claim(plan.space, plan.n_trials, plan.seed)) or study.trials(TrialState.RUNNING):
+        while (trial := study.claim(plan)) or study.trials(TrialState.RUNNING):
             if trial is None:
                 if not is_waiting:
                     print("Waiting for the trials of other processes", flush=True)
