@@ -107,14 +107,13 @@ def weight_names(name: str, gpt2: bool = False) -> list[tuple[str, str]]:
 def named_weights(net: Transformer) -> Iterator[tuple[str, str, Tensor]]:
     """Yields (name in transformers, name in llama.cpp, value) of each weight; values share memory with `net`.
 
-    GPT-2 has biases everywhere: those that `net` lacks are zeros.
-
-    Raises:
-        UserError: see `match_architecture`.
+    A tied head is left out. GPT-2 has biases everywhere: those that `net` lacks are zeros.
     """
     is_gpt2 = match_architecture(net).model_type == "gpt2"
     kv_size = net.n_kv_head * net.head_size
     for name, value in net.state_dict().items():
+        if name == "head.weight" and net.config["tie"]:
+            continue
         names, parts = weight_names(name, is_gpt2), [value]
         if len(names) == 3:
             parts = list(value.split([net.config["n_head"] * net.head_size, kv_size, kv_size]))

@@ -92,24 +92,16 @@ def import_(args: Sequence[str]) -> None:
 def _new(path: Path, force: bool, known: Collection[str] | None = None) -> Iterator[Path]:
     """Yields a temporary path, which becomes `path` when the block ends without an exception.
 
-    Args:
-        path: A file, or a folder if `known` is given.
-        force: Replace what is there.
-        known: File names of an export: a folder with any other file is never replaced.
-
-    Raises:
-        UserError: `path` may not be replaced, or cannot be written.
+    If `known` is given, `path` is a folder, which is never replaced if it holds a file of any other name.
     """
     path = path.expanduser().resolve()
     try:
-        if path.exists() and path.is_dir() == (known is None):
-            raise UserError(f"'{path}' is a {'folder' if path.is_dir() else 'file'}: pass another path")
-        inside = {entry.name for entry in path.iterdir()} if path.is_dir() else set()
-        if unknown := inside - set(known or ()):
+        inside = {entry.name for entry in path.iterdir()} if known and path.exists() else set()
+        if unknown := inside.difference(known or ()):
             raise UserError(
                 f"folder '{path}' contains '{min(unknown)}', which is not part of an export: pass another folder"
             )
-        if not force and (inside if path.is_dir() else path.exists()):
+        if not force and (inside or (path.exists() and not known)):
             raise UserError(f"'{path}' already exists: pass another path, or --force to replace it")
         path.parent.mkdir(parents=True, exist_ok=True)
         with (files.whole if known is None else files.whole_folder)(path) as temporary:

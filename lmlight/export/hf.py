@@ -62,11 +62,7 @@ def write(model: Model, folder: Path, license: str) -> None:
 
 
 def config_json(model: Model) -> dict[str, Any]:
-    """The content of `config.json`, with every value whose default may change between versions of transformers.
-
-    Raises:
-        UserError: no architecture matches the network.
-    """
+    """The content of `config.json`, with every value whose default may change between versions of transformers."""
     architecture, net = match_architecture(model.net), model.net
     assert isinstance(net, Transformer)
     options, dtype = net.config, str(next(net.parameters()).dtype).removeprefix("torch.")
@@ -115,19 +111,14 @@ def config_json(model: Model) -> dict[str, Any]:
 
 
 def tensors(net: Net) -> dict[str, Tensor]:
-    """The weights under their names in transformers; no two share memory, as safetensors requires.
-
-    Raises:
-        UserError: no architecture matches the network.
-    """
+    """The weights under their names in transformers; no two share memory, as safetensors requires."""
     architecture = match_architecture(net)
     assert isinstance(net, Transformer)
     found = {}
     for name, _, value in named_weights(net):
         if architecture.model_type == "gpt2" and ".h." in name and value.ndim == 2:
             value = value.mT  # GPT-2's Conv1D stores (in, out)
-        if name != "lm_head.weight" or not net.config["tie"]:
-            found[name] = value.clone(memory_format=torch.contiguous_format)
+        found[name] = value.clone(memory_format=torch.contiguous_format)
     return found
 
 
@@ -151,16 +142,12 @@ def generation_config_json(model: Model) -> dict[str, Any]:
 
 def model_card(model: Model, license: str) -> str:
     """The content of `README.md`."""
-    corpus, data = model.corpus_name(), model.settings.get("data", {})
+    corpus = model.corpus_name()
     prompt = BUILTIN_CORPORA[corpus].sample_prompt if corpus in BUILTIN_CORPORA else "The "
     origin = f"trained with lmlight {__version__} for {model.step:,} steps on {corpus or 'an unknown text'}"
     if not (corpus or model.step):
         origin = f"imported and exported with lmlight {__version__}"
-    held_out = f"the last {100 * data.get('val_fraction', 0.1):.3g}% of the text, which was not used for training"
-    if val_corpus := model.corpus_name("val_corpus"):
-        held_out = f"a separate text, {val_corpus}"
-    if data.get("validate_on") == "tune":
-        held_out = "a part of the text that was set aside for tuning"
+    held_out = "tuning" if model.settings.get("data", {}).get("validate_on") == "tune" else "validation"
     units = {"nats_per_char": "nats per character", "bpc": "bits per character", "perplexity": "perplexity per token"}
     metrics = {unit: model.metrics.get(f"val/{name}") for name, unit in units.items()}
     results = ", ".join(f"{value:.4f} {unit}" for unit, value in metrics.items() if value is not None)
@@ -176,7 +163,7 @@ tags:
 
 {model.net.num_parameters:,} parameters (`{match_architecture(model.net).model_type}`), {origin}, \
 with a context of {model.net.block_size} tokens. \
-{f"On {held_out}: {results}." if results else "Not evaluated."} The license of the weights is {license}.
+{f"On the {held_out} text: {results}." if results else "Not evaluated."} The license of the weights is {license}.
 
 ```python
 from transformers import pipeline

@@ -82,11 +82,7 @@ def _require(*conditions: tuple[bool, str]) -> None:
 
 
 def _gpt2_options(config: dict[str, Any]) -> dict[str, Any]:
-    """The `Transformer` arguments other than `vocab_size` and `block_size`.
-
-    Raises:
-        UserError: the model needs an option that `Transformer` lacks.
-    """
+    """The `Transformer` arguments other than `vocab_size` and `block_size`."""
     activation = config.get("activation_function", "gelu_new")
     _require(
         (activation in ("gelu_new", "gelu_pytorch_tanh"), f"activation_function {activation}"),
@@ -152,11 +148,7 @@ def _open_weights(folder: Path, gpt2: bool) -> Weights:
 
 
 def _load_weights(net: Transformer, weights: Weights, gpt2: bool) -> int:
-    """Copies the weights into `net`; returns the number of rows of the embedding.
-
-    Raises:
-        UserError: the tensors are not those of such a network.
-    """
+    """Copies the weights into `net`; returns the number of rows of the embedding."""
     buffers = (".rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias")  # of old versions of transformers
     unused, rows = {name for name in weights if not name.endswith(buffers)}, 0
     for name, parameter in net.state_dict().items():  # shares memory with the network
