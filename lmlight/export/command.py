@@ -34,11 +34,7 @@ FORMATS = {
 
 
 def export(args: Sequence[str]) -> None:
-    """Runs `lmlight export`.
-
-    Raises:
-        UserError: there is no such checkpoint; the format cannot hold the model; the target cannot be written.
-    """
+    """Runs `lmlight export`."""
     parser = Parser("lmlight export", description="Convert a trained model for another engine.")
     formats = parser.add_subparsers(dest="format", required=True, metavar="FORMAT")
     for name, (target, description, *_) in FORMATS.items():
@@ -63,18 +59,12 @@ def export(args: Sequence[str]) -> None:
 
 
 def import_(args: Sequence[str]) -> None:
-    """Runs `lmlight import`.
-
-    Raises:
-        UserError: the model cannot be imported; the checkpoint cannot be written.
-    """
+    """Runs `lmlight import`."""
     parser = Parser("lmlight import", description="Convert a model to a checkpoint.")
-    formats = parser.add_subparsers(dest="format", required=True, metavar="FORMAT")
-    description = "a Hugging Face folder with a GPT-2, Llama, Mistral or Qwen model"
-    subparser = formats.add_parser("hf", help=description, description=f"Read {description}.")
-    subparser.add_argument("source", metavar="DIR", type=Path, help="the folder to read")
-    subparser.add_argument("checkpoint", type=Path, help="the .ckpt file to write")
-    subparser.add_argument("--force", action="store_true", help="replace an existing checkpoint")
+    parser.add_argument("format", choices=["hf"], help="Hugging Face: GPT-2, Llama, Mistral and Qwen models")
+    parser.add_argument("source", metavar="DIR", type=Path, help="the folder to read")
+    parser.add_argument("checkpoint", type=Path, help="the .ckpt file to write")
+    parser.add_argument("--force", action="store_true", help="replace an existing checkpoint")
     options = parser.parse_args(args)
     with _new(options.checkpoint, options.force) as path:
         model, notes = hf_import.read(options.source)

@@ -152,11 +152,7 @@ class _Server(http.server.ThreadingHTTPServer):
 
 
 def play(args: Sequence[str]) -> None:
-    """Runs `lmlight play`, until Ctrl-C.
-
-    Raises:
-        UserError: See `write`; the port is taken.
-    """
+    """Runs `lmlight play`, until Ctrl-C."""
     parser = Parser("lmlight play", description="Explore a model in a web page, which only this machine can open.")
     parser.add_argument("checkpoint", nargs="?", default="best", help="a .ckpt file, a run's folder, `best` or `last`")
     parser.add_argument("--port", type=int, default=8420, help="port of the page (default: 8420); 0 takes a free one")

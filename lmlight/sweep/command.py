@@ -137,11 +137,7 @@ def check(fit: Sequence[str], params: Params) -> dict[str, Any]:
 
 
 def parse_values(name: str, text: str, flag: str = "vary") -> list[str]:
-    """The values of `--vary NAME=TEXT`, as they are written: separated by commas, which brackets and quotes protect.
-
-    Raises:
-        UserError: There is no value, an empty one, or one twice.
-    """
+    """The values of `--vary NAME=TEXT`, as they are written: separated by commas, which brackets and quotes protect."""
     try:
         nodes = yaml.compose(f"[{text}]").value
     except (yaml.YAMLError, AttributeError):
@@ -159,11 +155,7 @@ def parse_values(name: str, text: str, flag: str = "vary") -> list[str]:
 
 
 def parse_range(name: str, text: str) -> Distribution:
-    """The distribution of `--search NAME=TEXT`.
-
-    Raises:
-        UserError: It is neither a range nor a list.
-    """
+    """The distribution of `--search NAME=TEXT`."""
     is_log, limits = text.startswith("log:"), text.removeprefix("log:").split("..")
     if len(limits) != 2 or "," in text:
         return CategoricalDistribution(parse_values(name, text, "search"))
