@@ -309,9 +309,9 @@ def test_unsupported_or_damaged_model_is_refused(foreign, tmp_path, capsys):
     (theirs / "tokenizer.json").write_text(tokenizer[:100])
     refused("tokenizer.json' cannot be read")
     (theirs / "tokenizer.json").unlink()
-    refused("has no tokenizer.json")
+    refused("tokenizer.json' cannot be read (No such file")
     (theirs / "tokenizer.model").write_bytes(b"IQ== 0\nIg== 1\n")  # tiktoken's, as Llama 3 has
-    refused("has no tokenizer.json")
+    refused("tokenizer.json' cannot be read (No such file")
     (theirs / "tokenizer.json").write_text(tokenizer)
     assert main(["import", "hf", "theirs", "x.ckpt"]) == 0
     assert "lmlight fit --init_from=x.ckpt --data.corpus=my.txt" in capsys.readouterr().out

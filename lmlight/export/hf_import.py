@@ -60,9 +60,7 @@ def _tokenizer(folder: Path) -> tuple[Tokenizer, list[str]]:
         own = read_pretrained(folder / "tokenizer.model")
         if own.lossless:
             return own, []
-    if not (general := folder / "tokenizer.json").is_file():
-        raise UserError(f"'{folder}' has no tokenizer.json: save the tokenizer with a current version of transformers")
-    tokenizer = read_pretrained(general)
+    tokenizer = read_pretrained(folder / "tokenizer.json")
     lossy = "the tokenizer is lossy: it changes spaces or characters of a text"
     return tokenizer, [] if tokenizer.lossless else [lossy]
 
