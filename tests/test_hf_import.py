@@ -266,6 +266,7 @@ def test_unsupported_or_damaged_model_is_refused(foreign, tmp_path, capsys):
         ({"hidden_size": 10**12}, "describes no model that can be built"),
         ({"rms_norm_eps": "small"}, "describes no model that can be built"),
         ({"rope_parameters": {"full_attention": {"rope_theta": 1e6}}}, "different rope_parameters in some layers"),
+        ({"tie_word_embeddings": True}, "config.json has tie_word_embeddings true, but lm_head.weight differs"),
         ({"rope_parameters": ["yarn"]}, "describes no model that can be built"),
         ({"num_key_value_heads": 3}, "n_head must be a multiple of n_kv_head"),
     ):

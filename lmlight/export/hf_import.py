@@ -48,7 +48,8 @@ def read(folder: Path) -> tuple[Model, list[str]]:
     with explained(f"'{path}' describes no model that can be built, so download it again"):
         options = (_gpt2_options if is_gpt2 else _llama_options)(config)
         net = Transformer(tokenizer.vocab_size, _block_size(config), **options).eval()
-    rows = _load_weights(net, weights, is_gpt2)
+    with explained(f"the weights in '{folder}' cannot be read, so download them again"):
+        rows = _load_weights(net, weights, is_gpt2)
     if rows > tokenizer.vocab_size:
         notes.append(f"{rows - tokenizer.vocab_size:,} embedding rows without a token were left out")
     return Model(net, tokenizer, {}, {"data": {"block_size": net.block_size}}, {}, 0), notes
@@ -152,7 +153,8 @@ def _load_weights(net: Transformer, weights: Weights, gpt2: bool) -> int:
     for name, parameter in net.state_dict().items():  # shares memory with the network
         names = [hf for hf, _ in weight_names(name, gpt2)]
         unused -= {*names}
-        if name == "head.weight" and net.config["tie"]:
+        is_tied = name == "head.weight" and net.config["tie"]
+        if is_tied and names[0] not in weights:
             continue
         if missing := [hf for hf in names if hf not in weights]:
             raise UserError(f"the weights lack {missing[0]}, which config.json requires: download the folder again")
@@ -172,6 +174,8 @@ def _load_weights(net: Transformer, weights: Weights, gpt2: bool) -> int:
             raise UserError(
                 f"expected {expected} weights in {', '.join(names)}, got {found}: download the folder again"
             )
+        if is_tied and not torch.equal(value.float(), parameter):  # transformers does not tie them then
+            raise UserError(f"config.json has tie_word_embeddings true, but {names[0]} differs: set it to false")
         parameter.copy_(value)
     if unused:
         raise UserError(f"the weights include {min(unused)}, which lmlight does not support: pass another model")
