@@ -304,7 +304,7 @@ def test_trial_that_another_process_took_over_is_stopped(monkeypatch):
     study.release(trial)  # as another process does after two minutes
 
     def run_fit(folder, args, watch):
-        watch(1, [{"step": 2.0, METRIC: 3.0}])
+        assert not watch(1, [{"step": 2.0, METRIC: 3.0}])
 
     monkeypatch.setattr(worker, "run_fit", run_fit)
     assert worker.run_trial(study, trial, PLAN) == "another process has taken it over"
@@ -353,6 +353,7 @@ def test_check_fit_returns_the_settings_and_writes_nothing(tmp_path):
         (["--vary=seed_everything=1,2"], "the sweep itself sets seed_everything"),
         (["--vary=trainer.default_root_dir=a,b"], "the sweep itself sets trainer.default_root_dir"),
         (["--vary=model.net.dropout=0,0.0"], "give the same settings"),
+        (["--seed_everything=4294967295"], "the last seed would be 4294967297"),
         (["--trainer.max_steps=5", "--trainer.val_check_interval=3"], "not a multiple of trainer.val_check_interval 3"),
         (["--vary=model.net.n_head=2,3"], "got n_embd 32 and n_head 3 (with --model.net.n_head=3)"),
         (["--vary=model.net=Transformer,nowhere.Net"], "there is no module nowhere"),

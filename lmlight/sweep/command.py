@@ -28,6 +28,7 @@ DESCRIPTION = """Trains each of several settings with the same seeds, or searche
 better. Options that are not listed here are those of `lmlight fit`. The same command continues an interrupted sweep. Run it
 in a second terminal, or on another machine that shares the folder, to share the trials."""
 Distribution = CategoricalDistribution | FloatDistribution | IntDistribution
+MAX_SEED = 2**32 - 1
 MIN_VALIDATIONS = 5  # of a run that may be pruned
 FOLDERS = ("ckpt_path", "trainer.default_root_dir")  # flags that the sweep sets itself
 
@@ -74,6 +75,10 @@ def main(args: Sequence[str]) -> int:
             raise UserError(f"{' '.join(flags(grid[one]))} and {' '.join(flags(grid[other]))} give the same settings")
     trainer, seed = checked[0]["trainer"], int(checked[0][SEED])
     seeds = range(seed, seed + (options.seeds or 3))
+    if seeds[-1] > MAX_SEED:
+        raise UserError(
+            f"the last seed would be {seeds[-1]}: choose --seed_everything at least {len(seeds)} below 2**32"
+        )
     steps, interval, accumulate = (trainer[k] for k in ("max_steps", "val_check_interval", "accumulate_grad_batches"))
     is_single = isinstance(interval, int) and 0 < steps * accumulate <= interval  # validation
     if options.prune and is_single and steps % MIN_VALIDATIONS == 0:
@@ -96,7 +101,7 @@ def main(args: Sequence[str]) -> int:
 
     choices = {name: CategoricalDistribution(several) for name, several in values.items()}
     plan = Plan(
-        space=dict(space or {**choices, SEED: IntDistribution(0, 2**32 - 1)}),
+        space=dict(space or {**choices, SEED: IntDistribution(0, MAX_SEED)}),
         n_trials=(options.trials or 30) if space else None,
         seed=seed,
         is_unchanged=is_unchanged,

@@ -14,7 +14,7 @@ from scipy import stats
 from lmlight import files, pictures
 from lmlight.command_line import join
 from lmlight.errors import UserError, say
-from lmlight.sweep.study import SEED, Params, Study, flags, params_of
+from lmlight.sweep.study import SEED, Params, Study, flags
 from lmlight.sweep.trial import LOG, METRIC, validations
 
 TEXTS = {"val": "the validation text", "tune": "the tuning text, which is the end of the training text"}
@@ -40,7 +40,7 @@ class Setting:
     """Trials that differ in their seed only."""
 
     def __init__(self, trials: Sequence[FrozenTrial]) -> None:
-        self.trials, self.params = trials, _without_seed(params_of(trials[0]))
+        self.trials, self.params = trials, _without_seed(_params(trials[0]))
         self.done = [trial for trial in trials if trial.state == TrialState.COMPLETE]
         self.values = {trial.params.get(SEED): trial.values[0] for trial in self.done}
         self.characters = self.done[0].user_attrs.get("characters") if self.done else None
@@ -60,7 +60,7 @@ def settings_of(study: Study) -> list[Setting]:
     """All settings, the best first."""
     groups: dict[str, list[FrozenTrial]] = {}
     for trial in study.trials():
-        groups.setdefault(repr(_without_seed(params_of(trial))), []).append(trial)
+        groups.setdefault(repr(_without_seed(_params(trial))), []).append(trial)
     return sorted(map(Setting, groups.values()), key=lambda setting: setting.mean)
 
 
@@ -82,12 +82,12 @@ def write(study: Study) -> int:
         )
     for trial in study.trials(TrialState.FAIL):
         log = study.trial_folder(trial) / LOG
-        print(f"Failed: {' '.join(flags(params_of(trial)))}: {trial.user_attrs.get('reason', 'stopped')} ({log})")
+        print(f"Failed: {' '.join(flags(_params(trial)))}: {trial.user_attrs.get('reason', 'stopped')} ({log})")
     unfinished = [TrialState.WAITING, TrialState.RUNNING]
     for what, states in {"Pruned": [TrialState.PRUNED], "Not finished": unfinished}.items():
         if count := len(study.trials(*states)):
             print(f"{what}: {count} of {len(trials)} trials")
-    commands = {trial.number: join(["lmlight", "fit", *study.fit_args(params_of(trial))]) for trial in trials}
+    commands = {trial.number: join(["lmlight", "fit", *study.fit_args(_params(trial))]) for trial in trials}
     if done := best_of(settings).done:
         print(f"To repeat a run of the best setting:\n  {commands[done[0].number]}")
     try:
@@ -101,11 +101,11 @@ def write(study: Study) -> int:
 def _write_files(study: Study, settings: list[Setting], rows: list[list[str]], commands: dict[int, str]) -> None:
     first = [commands[setting.trials[0].number] for setting in settings]
     table = [[*row, command] for row, command in zip(rows, ["command", *first])]
-    names = list(dict.fromkeys(name for trial in study.trials() for name in params_of(trial)))
+    names = list(dict.fromkeys(name for trial in study.trials() for name in _params(trial)))
     metrics = ("characters", "seconds", "parameters", "reason")
     runs: list[list[Any]] = [["trial", *names, "state", METRIC, *metrics, "folder", "command"]]
     for trial in study.trials():
-        values = [trial.number, *(params_of(trial).get(name) for name in names), trial.state.name, trial.value]
+        values = [trial.number, *(_params(trial).get(name) for name in names), trial.state.name, trial.value]
         values += [trial.user_attrs.get(name) for name in metrics]
         runs.append([*values, study.trial_folder(trial), commands[trial.number]])
     for name, lines in {"comparison.csv": table, "trials.csv": runs}.items():
@@ -172,6 +172,11 @@ def markdown(rows: Sequence[Sequence[str]]) -> str:
 
 def brief(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _params(trial: FrozenTrial) -> dict[str, Any]:
+    """The parameters of a trial; Optuna does not know those of a queued one."""
+    return trial.params or trial.user_attrs.get("queued", {})
 
 
 def _without_seed(params: Params) -> dict[str, Any]:

@@ -68,11 +68,13 @@ class Study:
                 with self.locked():
                     _repair(journal)
             storage = JournalStorage(JournalFileBackend(str(journal), JournalFileOpenLock(str(journal))))
-            if settings is not None:
-                optuna.create_study(study_name="sweep", storage=storage, load_if_exists=True)
             pruner = optuna.pruners.MedianPruner()
-            self.optuna = optuna.load_study(study_name="sweep", storage=storage, pruner=pruner)
-            if settings is not None:
+            if settings is None:
+                self.optuna = optuna.load_study(study_name="sweep", storage=storage, pruner=pruner)
+            else:
+                self.optuna = optuna.create_study(
+                    study_name="sweep", storage=storage, pruner=pruner, load_if_exists=True
+                )
                 with self.locked():
                     if "settings" not in self.optuna.user_attrs:
                         self.optuna.set_user_attr("settings", settings)
@@ -88,10 +90,10 @@ class Study:
             if retry:
                 for trial in self.trials(TrialState.FAIL):
                     self._requeue(trial)
-            known = [params_of(trial) for trial in self.trials()]
+            known = [trial.user_attrs.get("queued") for trial in self.trials()]
             for params in grid:
                 if params not in known:
-                    self.optuna.enqueue_trial(dict(params))
+                    self.optuna.enqueue_trial(dict(params), user_attrs={"queued": dict(params)})
 
     def claim(self, plan: Plan) -> Trial | None:
         """Take the next trial, for this process to run; None if there is none left."""
@@ -153,8 +155,9 @@ class Study:
         return not host or age > STALE_SECONDS
 
     def _requeue(self, trial: FrozenTrial) -> None:
-        attrs = {"folder": self.trial_folder(trial).name, "continues": trial.number}
-        self.optuna.enqueue_trial(params_of(trial), user_attrs=attrs)
+        queued = {**trial.user_attrs.get("queued", {}), **trial.params}
+        attrs = {"queued": queued, "folder": self.trial_folder(trial).name, "continues": trial.number}
+        self.optuna.enqueue_trial(queued, user_attrs=attrs)
         if not trial.state.is_finished():
             self.optuna.tell(trial.number, state=TrialState.FAIL)
 
@@ -182,11 +185,6 @@ def _repair(journal: Path) -> None:
         content = journal.read_bytes()
         if not content.endswith(b"\n"):
             os.truncate(journal, content.rfind(b"\n") + 1)
-
-
-def params_of(trial: FrozenTrial) -> dict[str, Any]:
-    """The parameters of a trial; Optuna keeps those of a queued one elsewhere."""
-    return {**trial.system_attrs.get("fixed_params", {}), **trial.params}
 
 
 def flags(params: Params) -> list[str]:
