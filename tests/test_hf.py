@@ -185,12 +185,11 @@ def test_model_card_and_files(tokenizers, tmp_path):
     assert {path.name for path in (tmp_path / "out").iterdir()} == hf.FILES
     generation = json.loads((tmp_path / "out" / "generation_config.json").read_text())
     assert (generation["temperature"], generation["min_p"]) == (0.8, Sampling().min_p), "what predict would use"
-    settings = {"data": {"corpus": r"C:\Users\somebody\train.txt"}}
+    settings = {"data": {"corpus": "train.txt", "val_corpus": r"C:\Users\somebody\val.txt"}}
     model = Model(make(tokenizers["char"], {}), tokenizers["char"], {}, settings, {"val/nats_per_char": 1.5}, 9)
-    assert "on train.txt, with" in (card := hf.model_card(model, "mit"))
-    assert "On the validation text:" in card
+    assert "On a separate text, val.txt:" in hf.model_card(model, "mit")
     model = dataclasses.replace(model, settings={"data": {"corpus": "tinyshakespeare", "validate_on": "tune"}})
-    assert "On the tuning text:" in (card := hf.model_card(model, "mit"))
+    assert "On a part of the text that was set aside for tuning:" in (card := hf.model_card(model, "mit"))
     assert '(".")("ROMEO:")' in card.replace('"text-generation", ', "")
     imported = hf.model_card(dataclasses.replace(model, settings={}, metrics={}, step=0), "mit")
     assert "imported and exported with lmlight" in imported

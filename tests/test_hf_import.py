@@ -267,6 +267,7 @@ def test_unsupported_or_damaged_model_is_refused(foreign, tmp_path, capsys):
         ({"rms_norm_eps": "small"}, "describes no model that can be built"),
         ({"rope_parameters": {"full_attention": {"rope_theta": 1e6}}}, "different rope_parameters in some layers"),
         ({"tie_word_embeddings": True}, "config.json has tie_word_embeddings true, but lm_head.weight differs"),
+        ({"model_type": "mistral", "sliding_window": 1.5}, "a context of 1.5 tokens"),
         ({"rope_parameters": ["yarn"]}, "describes no model that can be built"),
         ({"num_key_value_heads": 3}, "n_head must be a multiple of n_kv_head"),
     ):
@@ -302,6 +303,8 @@ def test_unsupported_or_damaged_model_is_refused(foreign, tmp_path, capsys):
         refused(message)
     path.write_bytes(weights)
     whole = safetensors.load_file(path)
+    safetensors.save_file({**whole, "model.norm.weight": torch.full((48,), torch.nan)}, path)
+    refused("weights in model.norm.weight are not finite numbers")
     safetensors.save_file({**whole, "model.embed_tokens.weight": torch.ones(VOCAB - 8, 48)}, path)
     refused(f"expected {VOCAB} × 48 weights in model.embed_tokens.weight, got {VOCAB - 8} × 48")
     path.write_bytes(weights)
@@ -310,9 +313,9 @@ def test_unsupported_or_damaged_model_is_refused(foreign, tmp_path, capsys):
     (theirs / "tokenizer.json").write_text(tokenizer[:100])
     refused("tokenizer.json' cannot be read")
     (theirs / "tokenizer.json").unlink()
-    refused("tokenizer.json' cannot be read (No such file")
+    refused("has no tokenizer.json")
     (theirs / "tokenizer.model").write_bytes(b"IQ== 0\nIg== 1\n")  # tiktoken's, as Llama 3 has
-    refused("tokenizer.json' cannot be read (No such file")
+    refused("has no tokenizer.json")
     (theirs / "tokenizer.json").write_text(tokenizer)
     assert main(["import", "hf", "theirs", "x.ckpt"]) == 0
     assert "lmlight fit --init_from=x.ckpt --data.corpus=my.txt" in capsys.readouterr().out

@@ -86,7 +86,9 @@ def _new(path: Path, force: bool, known: Collection[str] | None = None) -> Itera
     """
     path = path.expanduser().resolve()
     try:
-        inside = {entry.name for entry in path.iterdir()} if known and path.exists() else set()
+        if path.exists() and path.is_dir() == (known is None):
+            raise UserError(f"'{path}' is a {'folder' if path.is_dir() else 'file'}: pass another path")
+        inside = {entry.name for entry in path.iterdir()} if path.is_dir() else set()
         if unknown := inside.difference(known or ()):
             raise UserError(
                 f"folder '{path}' contains '{min(unknown)}', which is not part of an export: pass another folder"

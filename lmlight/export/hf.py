@@ -142,12 +142,16 @@ def generation_config_json(model: Model) -> dict[str, Any]:
 
 def model_card(model: Model, license: str) -> str:
     """The content of `README.md`."""
-    corpus = model.corpus_name()
+    corpus, data = model.corpus_name(), model.settings.get("data", {})
     prompt = BUILTIN_CORPORA[corpus].sample_prompt if corpus in BUILTIN_CORPORA else "The "
     origin = f"trained with lmlight {__version__} for {model.step:,} steps on {corpus or 'an unknown text'}"
     if not (corpus or model.step):
         origin = f"imported and exported with lmlight {__version__}"
-    held_out = "tuning" if model.settings.get("data", {}).get("validate_on") == "tune" else "validation"
+    held_out = f"the last {100 * data.get('val_fraction', 0.1):.3g}% of the text, which was not used for training"
+    if val_corpus := model.corpus_name("val_corpus"):
+        held_out = f"a separate text, {val_corpus}"
+    if data.get("validate_on") == "tune":
+        held_out = "a part of the text that was set aside for tuning"
     units = {"nats_per_char": "nats per character", "bpc": "bits per character", "perplexity": "perplexity per token"}
     metrics = {unit: model.metrics.get(f"val/{name}") for name, unit in units.items()}
     results = ", ".join(f"{value:.4f} {unit}" for unit, value in metrics.items() if value is not None)
@@ -163,7 +167,7 @@ tags:
 
 {model.net.num_parameters:,} parameters (`{match_architecture(model.net).model_type}`), {origin}, \
 with a context of {model.net.block_size} tokens. \
-{f"On the {held_out} text: {results}." if results else "Not evaluated."} The license of the weights is {license}.
+{f"On {held_out}: {results}." if results else "Not evaluated."} The license of the weights is {license}.
 
 ```python
 from transformers import pipeline

@@ -61,7 +61,9 @@ def _tokenizer(folder: Path) -> tuple[Tokenizer, list[str]]:
         own = read_pretrained(folder / "tokenizer.model")
         if own.lossless:
             return own, []
-    tokenizer = read_pretrained(folder / "tokenizer.json")
+    if not (general := folder / "tokenizer.json").is_file():
+        raise UserError(f"'{folder}' has no tokenizer.json: save the tokenizer with a current version of transformers")
+    tokenizer = read_pretrained(general)
     lossy = "the tokenizer is lossy: it changes spaces or characters of a text"
     return tokenizer, [] if tokenizer.lossless else [lossy]
 
@@ -71,7 +73,9 @@ def _block_size(config: dict[str, Any]) -> int:
         return int(config["n_positions"])
     uses_window = config["model_type"] == "mistral" or config.get("use_sliding_window")
     window = config.get("sliding_window") if uses_window else None
-    return min(config["max_position_embeddings"], window or math.inf)
+    size = min(config["max_position_embeddings"], window or math.inf)
+    _require((isinstance(size, int), f"a context of {size} tokens"))
+    return int(size)
 
 
 def _require(*conditions: tuple[bool, str]) -> None:
@@ -176,7 +180,8 @@ def _load_weights(net: Transformer, weights: Weights, gpt2: bool) -> int:
             )
         if is_tied and not torch.equal(value.float(), parameter):  # transformers does not tie them then
             raise UserError(f"config.json has tie_word_embeddings true, but {names[0]} differs: set it to false")
-        parameter.copy_(value)
+        if not parameter.copy_(value).isfinite().all():
+            raise UserError(f"weights in {', '.join(names)} are not finite numbers: pass another model")
     if unused:
         raise UserError(f"the weights include {min(unused)}, which lmlight does not support: pass another model")
     return rows

@@ -57,9 +57,9 @@ class Model:
         ids = self.tokenizer.bos_ids
         return ids[0] if len(ids) == 1 else None
 
-    def corpus_name(self) -> str:
-        """The file name of the corpus; empty if there was none. Its folder is private, and may be a Windows path."""
-        return PureWindowsPath(str(self.settings.get("data", {}).get("corpus") or "")).name
+    def corpus_name(self, setting: str = "corpus") -> str:
+        """The file name of a corpus; empty if there was none. Its folder is private, and may be a Windows path."""
+        return PureWindowsPath(str(self.settings.get("data", {}).get(setting) or "")).name
 
 
 def require_extra(extra: str, *modules: str) -> list[ModuleType]:
