@@ -17,7 +17,7 @@ from lmlight.data import corpus
 from lmlight.data.tokenizer import TokenizerConfig
 from lmlight.errors import UserError
 from lmlight.export import hf
-from lmlight.export.architectures import UnsupportedArchitecture, match_architecture
+from lmlight.export.architectures import match_architecture
 from lmlight.export.model import Model
 from lmlight.generation import Sampling, generate
 from lmlight.models import Bigram
@@ -89,7 +89,7 @@ def test_every_option_combination_is_exported_or_refused_with_advice(tokenizers)
         net = make(tokenizer, {**options, "n_layer": 1})
         try:
             config = hf.config_json(Model(net, tokenizer, {}, {}, {}, 0))
-        except UnsupportedArchitecture as error:
+        except UserError as error:
             advice = dict(re.findall(r"--model\.net\.(\w+)=(\w+)", str(error)))
             assert advice
             match_architecture(make(tokenizer, {**options, **{k: yaml.safe_load(v) for k, v in advice.items()}}))

@@ -338,7 +338,7 @@ def test_flops_match_torch_flop_counter():
         ({"n_head": 3}, "n_embd 32 and n_head 3"),
         ({"n_kv_head": 3}, "n_head 4 and n_kv_head 3"),
         ({"n_head": 32}, "even"),
-        ({"n_layer": 0}, "at least 1, got 0"),
+        ({"n_layer": 0}, "n_layer must be above 0, got 0"),
         ({"dropout": 1.0}, "got 1.0"),
         ({"norm_eps": 0.0}, "norm_eps must be above 0, got 0.0"),
         ({"rope_theta": -1.0}, "rope_theta must be above 0, got -1.0"),

@@ -23,7 +23,7 @@ from lmlight.sweep import command, report, worker
 from lmlight.sweep import study as studies
 from lmlight.sweep import trial as trials
 from lmlight.sweep.report import interval, settings_of
-from lmlight.sweep.study import SEED, STALE_SECONDS, Study
+from lmlight.sweep.study import SEED, STALE_SECONDS, Plan, Study
 from lmlight.sweep.trial import METRIC, TrialFailed
 from lmlight.training.cli import check_fit
 
@@ -38,7 +38,7 @@ SETTINGS = {
 }
 
 
-PLAN = worker.Plan(SPACE, None, 0, lambda params: True)
+PLAN = Plan(SPACE, None, 0, lambda params: True)
 
 
 def params(rate, seed):
@@ -150,7 +150,7 @@ def test_progress_compares_settings_with_as_many_seeds_only():
     study.optuna.add_trial(finished(0.1, 1, 1.5))
     study.optuna.add_trial(finished(0.2, 0, 1.1))
     study.enqueue([params(0.2, 1)])
-    trial = study.claim(SPACE, None, 0)
+    trial = study.claim(PLAN)
     line = worker._progress(study, PLAN, trial, "lost", 3.0)
     assert line.startswith("[3/4] model.optimizer.lr=0.2 seed_everything=1: 3 s, lost; best 1.5000 with lr=0.1; about ")
 
@@ -158,7 +158,7 @@ def test_progress_compares_settings_with_as_many_seeds_only():
 def test_progress_when_the_first_trial_is_lost():
     study = Study(Path("study"), SETTINGS)
     study.enqueue([params(0.1, 0), params(0.1, 1)])
-    trial = study.claim(SPACE, None, 0)
+    trial = study.claim(PLAN)
     assert worker._progress(study, PLAN, trial, "lost", 3.0).endswith(": 3 s, lost")
 
 
@@ -197,17 +197,17 @@ def test_each_trial_is_claimed_once():
     workers = [Study(Path("study"), SETTINGS) for _ in range(2)]
     for study in workers:
         study.enqueue(grid)
-    claimed = [workers[turn % 2].claim(SPACE, None, 0) for turn in range(7)]
+    claimed = [workers[turn % 2].claim(PLAN) for turn in range(7)]
     assert claimed.pop() is None
     assert [trial.params for trial in claimed] == grid
     workers[0].enqueue([*grid, params(0.1, 3)])  # one more seed
-    assert workers[1].claim(SPACE, None, 0).params == params(0.1, 3)
+    assert workers[1].claim(PLAN).params == params(0.1, 3)
 
 
 def test_search_has_the_number_of_trials_asked_for_and_different_values():
     workers = [Study(Path("study"), {**SETTINGS, "baseline": None}) for _ in range(2)]
-    space = {"lr": FloatDistribution(0, 1)}
-    claimed = [workers[turn % 2].claim(space, 5, 0) for turn in range(6)]
+    plan = PLAN._replace(space={"lr": FloatDistribution(0, 1)}, n_trials=5)
+    claimed = [workers[turn % 2].claim(plan) for turn in range(6)]
     assert claimed.pop() is None
     assert len({trial.params["lr"] for trial in claimed}) == 5
 
@@ -216,8 +216,8 @@ def test_search_has_the_number_of_trials_asked_for_and_different_values():
 def test_interrupted_trial_is_run_again_in_its_folder(interrupted, monkeypatch):
     study = Study(Path("study"), SETTINGS)
     study.enqueue([params(0.1, 1)])
-    trial = study.claim(SPACE, None, 0)
-    assert study.claim(SPACE, None, 0) is None
+    trial = study.claim(PLAN)
+    assert study.claim(PLAN) is None
     if interrupted == "released":
         study.release(trial)
     elif interrupted in ("killed", "reused", "torn"):
@@ -227,9 +227,9 @@ def test_interrupted_trial_is_run_again_in_its_folder(interrupted, monkeypatch):
         heartbeat.write_text(f"{host} {ended} {ended}" if ended else "")
     else:
         monkeypatch.setattr(studies, "HOST", "another machine")
-        assert study.claim(SPACE, None, 0) is None
+        assert study.claim(PLAN) is None
         monkeypatch.setattr(studies, "STALE_SECONDS", -STALE_SECONDS)
-    again = study.claim(SPACE, None, 0)
+    again = study.claim(PLAN)
     assert again.number != trial.number and again.params == trial.params
     assert study.trial_folder(again) == study.trial_folder(trial)
     assert [one.state for one in study.trials()] == [TrialState.RUNNING]
@@ -247,7 +247,7 @@ def test_pruning_stops_a_trial_above_the_median(value, pruned, monkeypatch):
         return {METRIC: value, "seconds": 1.0, "parameters": 1, "characters": 9.0} if watch(1, [row]) else None
 
     monkeypatch.setattr(worker, "run_fit", run_fit)
-    trial = study.claim(SPACE, None, 0)
+    trial = study.claim(PLAN)
     assert worker.run_trial(study, trial, PLAN) == ("pruned at step 10" if pruned else f"{METRIC} 1.0000")
     state = TrialState.PRUNED if pruned else TrialState.COMPLETE
     assert [one.state for one in study.trials()][-1] == state
@@ -260,13 +260,13 @@ def test_failed_trial_keeps_its_reason_and_can_be_retried(monkeypatch):
     study = Study(Path("study"), SETTINGS)
     study.enqueue([params(0.1, 0)])
     monkeypatch.setattr(worker, "run_fit", run_fit)
-    assert worker.run_trial(study, study.claim(SPACE, None, 0), PLAN) == "failed: out of memory"
+    assert worker.run_trial(study, study.claim(PLAN), PLAN) == "failed: out of memory"
     (trial,) = study.trials()
     assert trial.state == TrialState.FAIL and trial.user_attrs["reason"] == "out of memory"
     study.enqueue([params(0.1, 0)])
-    assert study.claim(SPACE, None, 0) is None
+    assert study.claim(PLAN) is None
     study.enqueue([params(0.1, 0)], retry=True)
-    assert study.claim(SPACE, None, 0).params == trial.params
+    assert study.claim(PLAN).params == trial.params
     assert len(study.trials()) == 1
 
 
@@ -283,7 +283,7 @@ def test_heartbeat_is_never_empty(monkeypatch):
     """Another process may read it at any time, and would take the trial of a process that seems dead."""
     study, seen, replace = Study(Path("study"), SETTINGS), [], Path.replace
     study.enqueue([params(0.1, 0)])
-    trial = study.claim(SPACE, None, 0)
+    trial = study.claim(PLAN)
     heartbeat = study.trial_folder(trial) / "heartbeat"
 
     def spy(source, target):
@@ -300,7 +300,7 @@ def test_heartbeat_is_never_empty(monkeypatch):
 def test_trial_that_another_process_took_over_is_stopped(monkeypatch):
     study = Study(Path("study"), SETTINGS)
     study.enqueue([params(0.1, 0)])
-    trial = study.claim(SPACE, None, 0)
+    trial = study.claim(PLAN)
     study.release(trial)  # as another process does after two minutes
 
     def run_fit(folder, args, watch):

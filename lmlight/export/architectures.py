@@ -66,18 +66,14 @@ ARCHITECTURES = [
 ]
 
 
-class UnsupportedArchitecture(UserError):
-    """None of `ARCHITECTURES` computes the same as the network."""
-
-
 def match_architecture(net: Net) -> Architecture:
     """Returns the architecture that computes the same as `net`.
 
     Raises:
-        UnsupportedArchitecture: there is none; the message names the nearest one and the options that differ.
+        UserError: there is none; the message names the nearest one and the options that differ.
     """
     if not isinstance(net, Transformer):
-        raise UnsupportedArchitecture(f"a {type(net).__name__} cannot be exported to this format: pass a Transformer")
+        raise UserError(f"a {type(net).__name__} cannot be exported to this format: pass a Transformer")
     n_head, width = net.config["n_head"], net.config["n_embd"]
     options = net.config | {"n_kv_head": None if net.n_kv_head == n_head else net.n_kv_head}
     options["head_size"] = None if net.head_size * n_head == width else net.head_size
@@ -89,7 +85,7 @@ def match_architecture(net: Net) -> Architecture:
     if names := differing(nearest):
         found = ", ".join(f"{name} {_yaml(options[name])}" for name in names)
         flags = " ".join(f"--model.net.{name}={_yaml(nearest.options[name][0])}" for name in names)
-        raise UnsupportedArchitecture(
+        raise UserError(
             f"no supported architecture has {found} with this network's other options; the nearest is "
             f"{nearest.model_type}: train one with {flags}"
         )
@@ -111,14 +107,13 @@ def weight_names(name: str, gpt2: bool = False) -> list[tuple[str, str]]:
 def named_weights(net: Transformer) -> Iterator[tuple[str, str, Tensor]]:
     """Yields (name in transformers, name in llama.cpp, value) of each weight; values share memory with `net`.
 
-    GPT-2 has biases everywhere: those that `net` lacks are zeros.
-
-    Raises:
-        UnsupportedArchitecture: see `match_architecture`.
+    A tied head is left out. GPT-2 has biases everywhere: those that `net` lacks are zeros.
     """
     is_gpt2 = match_architecture(net).model_type == "gpt2"
     kv_size = net.n_kv_head * net.head_size
     for name, value in net.state_dict().items():
+        if name == "head.weight" and net.config["tie"]:
+            continue
         names, parts = weight_names(name, is_gpt2), [value]
         if len(names) == 3:
             parts = list(value.split([net.config["n_head"] * net.head_size, kv_size, kv_size]))

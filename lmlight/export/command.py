@@ -34,11 +34,7 @@ FORMATS = {
 
 
 def export(args: Sequence[str]) -> None:
-    """Runs `lmlight export`.
-
-    Raises:
-        UserError: there is no such checkpoint; the format cannot hold the model; the target cannot be written.
-    """
+    """Runs `lmlight export`."""
     parser = Parser("lmlight export", description="Convert a trained model for another engine.")
     formats = parser.add_subparsers(dest="format", required=True, metavar="FORMAT")
     for name, (target, description, *_) in FORMATS.items():
@@ -63,18 +59,12 @@ def export(args: Sequence[str]) -> None:
 
 
 def import_(args: Sequence[str]) -> None:
-    """Runs `lmlight import`.
-
-    Raises:
-        UserError: the model cannot be imported; the checkpoint cannot be written.
-    """
+    """Runs `lmlight import`."""
     parser = Parser("lmlight import", description="Convert a model to a checkpoint.")
-    formats = parser.add_subparsers(dest="format", required=True, metavar="FORMAT")
-    description = "a Hugging Face folder with a GPT-2, Llama, Mistral or Qwen model"
-    subparser = formats.add_parser("hf", help=description, description=f"Read {description}.")
-    subparser.add_argument("source", metavar="DIR", type=Path, help="the folder to read")
-    subparser.add_argument("checkpoint", type=Path, help="the .ckpt file to write")
-    subparser.add_argument("--force", action="store_true", help="replace an existing checkpoint")
+    parser.add_argument("format", choices=["hf"], help="Hugging Face: GPT-2, Llama, Mistral and Qwen models")
+    parser.add_argument("source", metavar="DIR", type=Path, help="the folder to read")
+    parser.add_argument("checkpoint", type=Path, help="the .ckpt file to write")
+    parser.add_argument("--force", action="store_true", help="replace an existing checkpoint")
     options = parser.parse_args(args)
     with _new(options.checkpoint, options.force) as path:
         model, notes = hf_import.read(options.source)
@@ -92,24 +82,18 @@ def import_(args: Sequence[str]) -> None:
 def _new(path: Path, force: bool, known: Collection[str] | None = None) -> Iterator[Path]:
     """Yields a temporary path, which becomes `path` when the block ends without an exception.
 
-    Args:
-        path: A file, or a folder if `known` is given.
-        force: Replace what is there.
-        known: File names of an export: a folder with any other file is never replaced.
-
-    Raises:
-        UserError: `path` may not be replaced, or cannot be written.
+    If `known` is given, `path` is a folder, which is never replaced if it holds a file of any other name.
     """
     path = path.expanduser().resolve()
     try:
         if path.exists() and path.is_dir() == (known is None):
             raise UserError(f"'{path}' is a {'folder' if path.is_dir() else 'file'}: pass another path")
         inside = {entry.name for entry in path.iterdir()} if path.is_dir() else set()
-        if unknown := inside - set(known or ()):
+        if unknown := inside.difference(known or ()):
             raise UserError(
                 f"folder '{path}' contains '{min(unknown)}', which is not part of an export: pass another folder"
             )
-        if not force and (inside if path.is_dir() else path.exists()):
+        if not force and (inside or (path.exists() and not known)):
             raise UserError(f"'{path}' already exists: pass another path, or --force to replace it")
         path.parent.mkdir(parents=True, exist_ok=True)
         with (files.whole if known is None else files.whole_folder)(path) as temporary:

@@ -10,6 +10,7 @@
 
 from __future__ import annotations
 
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -59,8 +60,6 @@ def write(model: Model, path: Path, precision: str = "f32") -> None:
     writer.add_file_type(gguf.LlamaFileType[f"{'ALL' if precision == 'f32' else 'MOSTLY'}_{precision.upper()}"])
     _add_tokenizer(writer, model)
     for _, name, value in named_weights(net.float()):
-        if name == "output.weight" and options["tie"]:
-            continue  # llama.cpp takes the embedding
         if architecture.gguf_name == "llama" and (".attn_q." in name or ".attn_k." in name):
             value = interleave_rope(value, net.head_size)
         if options["mlp"] == "relu2" and ".ffn_gate." in name:
@@ -71,12 +70,10 @@ def write(model: Model, path: Path, precision: str = "f32") -> None:
         kind = "f32" if array.ndim == 1 else "f16" if precision == "q8_0" and array.shape[1] % 32 else precision
         quantization = gguf.GGMLQuantizationType[kind.upper()]
         writer.add_tensor(name, gguf.quants.quantize(array, quantization), raw_dtype=quantization)
-    try:
+    with closing(writer):
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
-    finally:
-        writer.close()
 
 
 def _add_tokenizer(writer: Any, model: Model) -> None:

@@ -62,11 +62,7 @@ def write(model: Model, folder: Path, license: str) -> None:
 
 
 def config_json(model: Model) -> dict[str, Any]:
-    """The content of `config.json`, with every value whose default may change between versions of transformers.
-
-    Raises:
-        UnsupportedArchitecture: no architecture matches the network.
-    """
+    """The content of `config.json`, with every value whose default may change between versions of transformers."""
     architecture, net = match_architecture(model.net), model.net
     assert isinstance(net, Transformer)
     options, dtype = net.config, str(next(net.parameters()).dtype).removeprefix("torch.")
@@ -115,19 +111,14 @@ def config_json(model: Model) -> dict[str, Any]:
 
 
 def tensors(net: Net) -> dict[str, Tensor]:
-    """The weights under their names in transformers; no two share memory, as safetensors requires.
-
-    Raises:
-        UnsupportedArchitecture: no architecture matches the network.
-    """
+    """The weights under their names in transformers; no two share memory, as safetensors requires."""
     architecture = match_architecture(net)
     assert isinstance(net, Transformer)
     found = {}
     for name, _, value in named_weights(net):
         if architecture.model_type == "gpt2" and ".h." in name and value.ndim == 2:
             value = value.mT  # GPT-2's Conv1D stores (in, out)
-        if name != "lm_head.weight" or not net.config["tie"]:
-            found[name] = value.clone(memory_format=torch.contiguous_format)
+        found[name] = value.clone(memory_format=torch.contiguous_format)
     return found
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from lmlight import checkpoint as checkpoints
 from lmlight.data.tokenizer import Tokenizer
-from lmlight.errors import UserError
+from lmlight.errors import missing_extra
 from lmlight.models import Net
 
 
@@ -71,6 +71,4 @@ def require_extra(extra: str, *modules: str) -> list[ModuleType]:
     try:
         return [importlib.import_module(module) for module in modules]
     except ModuleNotFoundError as error:
-        raise UserError(
-            f'this needs the package {error.name}, which is not installed: pip install "lmlight[{extra}]"'
-        ) from None
+        raise missing_extra(f"this needs the package {error.name}", extra) from None

@@ -98,18 +98,19 @@ class TextStream:
         """Add a token; return the text that has become certain."""
         self.tokens.append(index)
         text = self._release(self._decoder.push(index))
-        if index == self._eos_id and self.finish_reason is None:
-            self.finish_reason = "stop"
-            text, self.text = text + self._held, self.text + self._held
-        return text
+        return text + self._finish("stop") if index == self._eos_id else text
 
     def end(self) -> str:
         """Finish without further tokens; return the rest of the text."""
-        text = self._release(self._decoder.flush())
-        if self.finish_reason is None:
-            self.finish_reason = "length"
-            text, self.text = text + self._held, self.text + self._held
-        return text
+        return self._release(self._decoder.flush()) + self._finish("length")
+
+    def _finish(self, reason: Literal["length", "stop"]) -> str:
+        """What is held back, unless the text has ended already."""
+        if self.finish_reason is not None:
+            return ""
+        self.finish_reason = reason
+        self.text += self._held
+        return self._held
 
     def _release(self, text: str) -> str:
         text = self._held + text

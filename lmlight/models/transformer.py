@@ -42,11 +42,6 @@ def make_norm(name: NormName, size: int, eps: float, bias: bool) -> nn.Module:
     return RMSNorm(size, eps=eps) if name == "rmsnorm" else nn.LayerNorm(size, eps=eps, bias=bias)
 
 
-def default_intermediate_size(kind: str, n_embd: int) -> int:
-    """Return 4 C; for SwiGLU, which has a third matrix, 8/3 C in multiples of 8."""
-    return 8 * round(n_embd / 3) if kind == "swiglu" else 4 * n_embd
-
-
 class MLP(nn.Module):
     """Two linear layers with an activation between them."""
 
@@ -132,9 +127,9 @@ class Transformer(Net):
         rope_theta: float = 10000.0,
     ) -> None:
         super().__init__()
-        sizes: dict[str, int | None] = {"n_layer": n_layer, "n_head": n_head, "n_embd": n_embd}
-        sizes |= {"n_kv_head": n_kv_head, "head_size": head_size, "intermediate_size": intermediate_size}
-        _check(sizes, norm_eps, rope_theta, dropout)
+        positive: dict[str, float | None] = {"n_layer": n_layer, "n_head": n_head, "n_embd": n_embd}
+        positive |= {"n_kv_head": n_kv_head, "head_size": head_size, "intermediate_size": intermediate_size}
+        _check(positive | {"norm_eps": norm_eps, "rope_theta": rope_theta}, dropout)
         self.head_size = head_size or n_embd // n_head
         if positions == "rotary" and self.head_size % 2:
             raise UserError(
@@ -142,7 +137,8 @@ class Transformer(Net):
             )
         self.rope_theta = rope_theta
         self.n_head, self.n_kv_head, self.dropout = n_head, n_kv_head or n_head, dropout
-        self.intermediate_size = intermediate_size or default_intermediate_size(mlp, n_embd)
+        # SwiGLU has a third matrix, so a third less of each: 8/3 C, in multiples of 8
+        self.intermediate_size = intermediate_size or (8 * round(n_embd / 3) if mlp == "swiglu" else 4 * n_embd)
         self.embedding = nn.Embedding(vocab_size, n_embd)
         self.positions = nn.Embedding(block_size, n_embd) if positions == "learned" else None
         rope = rope_cache(block_size, self.head_size, rope_theta) if positions == "rotary" else None
@@ -229,16 +225,13 @@ class Transformer(Net):
         return super().flops_per_token() + 4 * len(self.blocks) * self.block_size * self.n_head * self.head_size
 
 
-def _check(sizes: dict[str, int | None], norm_eps: float, rope_theta: float, dropout: float) -> None:
-    for name, size in sizes.items():
-        if size is not None and size < 1:
-            raise UserError(f"{name} must be at least 1, got {size}")
-    for name, value in (("norm_eps", norm_eps), ("rope_theta", rope_theta)):
-        if not value > 0:
+def _check(positive: dict[str, float | None], dropout: float) -> None:
+    for name, value in positive.items():
+        if value is not None and not value > 0:
             raise UserError(f"{name} must be above 0, got {value}")
-    n_head, n_embd, n_kv_head = sizes["n_head"], sizes["n_embd"], sizes["n_kv_head"]
+    n_head, n_embd, n_kv_head = positive["n_head"], positive["n_embd"], positive["n_kv_head"]
     assert n_head and n_embd
-    if n_embd % n_head and not sizes["head_size"]:
+    if n_embd % n_head and not positive["head_size"]:
         raise UserError(f"n_embd must be a multiple of n_head, got n_embd {n_embd} and n_head {n_head}")
     if n_kv_head and n_head % n_kv_head:
         raise UserError(f"n_head must be a multiple of n_kv_head, got n_head {n_head} and n_kv_head {n_kv_head}")

@@ -14,15 +14,15 @@ from typing import Any
 import yaml
 
 from lmlight.command_line import Parser
-from lmlight.errors import UserError
+from lmlight.errors import UserError, missing_extra
 
 try:
     from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 
     from lmlight.sweep import report, worker
-    from lmlight.sweep.study import SEED, Params, Study, flags
+    from lmlight.sweep.study import SEED, Params, Plan, Study, flags
 except ImportError as error:
-    raise UserError(f"lmlight sweep needs the package {error.name}: pip install 'lmlight[sweep]'") from None
+    raise missing_extra(f"lmlight sweep needs the package {error.name}", "sweep") from None
 
 DESCRIPTION = """Trains each of several settings with the same seeds, or searches for the best setting, and reports which is
 better. Options that are not listed here are those of `lmlight fit`. The same command continues an interrupted sweep. Run it
@@ -100,7 +100,7 @@ def main(args: Sequence[str]) -> int:
         return check(fit, settings[at]) == checked[at]
 
     choices = {name: CategoricalDistribution(several) for name, several in values.items()}
-    plan = worker.Plan(
+    plan = Plan(
         space=dict(space or {**choices, SEED: IntDistribution(0, MAX_SEED)}),
         n_trials=(options.trials or 30) if space else None,
         seed=seed,
@@ -142,11 +142,7 @@ def check(fit: Sequence[str], params: Params) -> dict[str, Any]:
 
 
 def parse_values(name: str, text: str, flag: str = "vary") -> list[str]:
-    """The values of `--vary NAME=TEXT`, as they are written: separated by commas, which brackets and quotes protect.
-
-    Raises:
-        UserError: There is no value, an empty one, or one twice.
-    """
+    """The values of `--vary NAME=TEXT`, as they are written: separated by commas, which brackets and quotes protect."""
     try:
         nodes = yaml.compose(f"[{text}]").value
     except (yaml.YAMLError, AttributeError):
@@ -164,11 +160,7 @@ def parse_values(name: str, text: str, flag: str = "vary") -> list[str]:
 
 
 def parse_range(name: str, text: str) -> Distribution:
-    """The distribution of `--search NAME=TEXT`.
-
-    Raises:
-        UserError: It is neither a range nor a list.
-    """
+    """The distribution of `--search NAME=TEXT`."""
     is_log, limits = text.startswith("log:"), text.removeprefix("log:").split("..")
     if len(limits) != 2 or "," in text:
         return CategoricalDistribution(parse_values(name, text, "search"))

@@ -66,8 +66,7 @@ def settings_of(study: Study) -> list[Setting]:
 
 def best_of(settings: Sequence[Setting]) -> Setting:
     """The best of those with the most finished runs: means of fewer seeds vary more, and some seeds may have diverged."""
-    most = max(len(setting.values) for setting in settings)
-    return next(setting for setting in settings if len(setting.values) == most)
+    return max(settings, key=lambda setting: len(setting.values))  # of several, the first, which is the best
 
 
 def write(study: Study) -> int:

@@ -11,10 +11,10 @@ import json
 import os
 import socket
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import optuna
 import psutil
@@ -31,6 +31,15 @@ JOURNAL = "journal.log"
 SEED = "seed_everything"
 STALE_SECONDS = 120  # network file systems may show the time of a file a minute late
 HOST = f"{socket.gethostname()}-{uuid.getnode():x}"  # containers may share a name
+
+
+class Plan(NamedTuple):
+    """What a sweep runs: the distribution of each parameter, and for a search its number of trials and its seed."""
+
+    space: Mapping[str, BaseDistribution]
+    n_trials: int | None  # None: the trials that are queued
+    seed: int
+    is_unchanged: Callable[[Params], bool]  # whether a trial's settings are those that the sweep began with
 
 
 class Study:
@@ -86,27 +95,18 @@ class Study:
                 if params not in known:
                     self.optuna.enqueue_trial(dict(params), user_attrs={"queued": dict(params)})
 
-    def claim(self, space: Mapping[str, BaseDistribution], n_trials: int | None, seed: int) -> Trial | None:
-        """Take the next trial, for this process to run.
-
-        Args:
-            space: The distribution of each parameter.
-            n_trials: The number of trials of a search; None takes queued trials only.
-            seed: Of the search.
-
-        Returns:
-            The trial, or None if there is none left.
-        """
+    def claim(self, plan: Plan) -> Trial | None:
+        """Take the next trial, for this process to run; None if there is none left."""
         with self.locked():
             for running in self.trials(TrialState.RUNNING):
                 if self._is_stale(running):
                     self._requeue(running)
             known = len(self.trials())
-            if not self.trials(TrialState.WAITING) and known >= (n_trials or 0):
+            if not self.trials(TrialState.WAITING) and known >= (plan.n_trials or 0):
                 return None
             # another seed for each trial, because processes that start together would try the same values
-            self.optuna.sampler = optuna.samplers.TPESampler(seed=seed + known, constant_liar=True)
-            trial = self.optuna.ask(dict(space))
+            self.optuna.sampler = optuna.samplers.TPESampler(seed=plan.seed + known, constant_liar=True)
+            trial = self.optuna.ask(dict(plan.space))
             self.beat(trial)
             return trial
 

@@ -52,12 +52,11 @@ def run_fit(folder: Path, args: Sequence[str], watch: Callable[[int, Validations
         KeyboardInterrupt: After the run has stopped.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    run = run_folder(folder)
-    if run and not (run / LAST).is_file():
-        shutil.rmtree(run)
-        run = None
-    if run:
-        args = [f"--ckpt_path={run / LAST}"]
+    if run := run_folder(folder):
+        if (run / LAST).is_file():
+            args = [f"--ckpt_path={run / LAST}"]
+        else:
+            shutil.rmtree(run)
     with (folder / LOG).open("ab") as log:
         start = log.tell()
         process = subprocess.Popen(
@@ -76,11 +75,9 @@ def run_fit(folder: Path, args: Sequence[str], watch: Callable[[int, Validations
                 return None
             with suppress(subprocess.TimeoutExpired):
                 process.wait(0.5)
-    except KeyboardInterrupt:
-        print("Stopping the run, which saves a checkpoint; another Ctrl-C ends it at once", flush=True)
-        _stop(process)
-        raise
-    except BaseException:  # of any kind: the process must not go on without its sweep
+    except BaseException as error:  # of any kind: the process must not go on without its sweep
+        if isinstance(error, KeyboardInterrupt):
+            print("Stopping the run, which saves a checkpoint; another Ctrl-C ends it at once", flush=True)
         _stop(process)
         raise
     if process.returncode in STOPPED:

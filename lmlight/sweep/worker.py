@@ -4,28 +4,16 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Mapping
 from datetime import timedelta
-from typing import NamedTuple
 
-from optuna.distributions import BaseDistribution
 from optuna.exceptions import UpdateFinishedTrialError
 from optuna.trial import Trial, TrialState
 
 from lmlight.command_line import counted
 from lmlight.errors import UserError
 from lmlight.sweep.report import best_of, brief, settings_of
-from lmlight.sweep.study import Params, Study
+from lmlight.sweep.study import Plan, Study
 from lmlight.sweep.trial import METRIC, TrialFailed, Validations, run_fit
-
-
-class Plan(NamedTuple):
-    """What a sweep runs: the distribution of each parameter, and for a search its number of trials and its seed."""
-
-    space: Mapping[str, BaseDistribution]
-    n_trials: int | None  # None: the trials that are queued
-    seed: int
-    is_unchanged: Callable[[Params], bool]  # whether a trial's settings are those that the sweep began with
 
 
 def work(study: Study, plan: Plan) -> bool:
@@ -37,7 +25,7 @@ def work(study: Study, plan: Plan) -> bool:
     print(f"Sweep in {study.folder}: {counted(_count(study, plan), 'trial')}", flush=True)
     is_waiting = False
     try:
-        while (trial := study.claim(plan.space, plan.n_trials, plan.seed)) or study.trials(TrialState.RUNNING):
+        while (trial := study.claim(plan)) or study.trials(TrialState.RUNNING):
             if trial is None:
                 if not is_waiting:
                     print("Waiting for the trials of other processes", flush=True)
@@ -59,21 +47,16 @@ def work(study: Study, plan: Plan) -> bool:
 def run_trial(study: Study, trial: Trial, plan: Plan) -> str:
     """Run a trial, and record its result, which is also returned as text."""
     reported = set[int]()
-    is_lost = False
 
     def watch(pid: int, validations: Validations) -> bool:
-        nonlocal is_lost
         study.beat(trial, pid)
         new = {int(row["step"]): row[METRIC] for row in validations if int(row["step"]) not in reported}
-        try:
-            for step, value in new.items():
-                trial.report(value, step)
-        except UpdateFinishedTrialError:  # this process was suspended for so long that another took the trial
-            is_lost = True
+        for step, value in new.items():
+            trial.report(value, step)
         reported.update(new)
-        return not (is_lost or (new and study.settings["prune"] and trial.should_prune()))
+        return not (new and study.settings["prune"] and trial.should_prune())
 
-    state, value, result = TrialState.COMPLETE, None, ""
+    state, value = TrialState.COMPLETE, None
     try:
         if not plan.is_unchanged(trial.params):
             raise UserError("a config file has changed since the sweep began: undo that, or start the sweep again")
@@ -87,11 +70,11 @@ def run_trial(study: Study, trial: Trial, plan: Plan) -> str:
     except TrialFailed as failed:
         state, result = TrialState.FAIL, f"failed: {failed}"
         trial.set_user_attr("reason", str(failed))
+    except UpdateFinishedTrialError:  # this process was suspended for so long that another took the trial
+        return "another process has taken it over"
     except BaseException:  # whatever ends this process, the trial is not over
         study.release(trial)
         raise
-    if is_lost:
-        return "another process has taken it over"
     study.optuna.tell(trial, value, state, skip_if_finished=True)
     return result
 
