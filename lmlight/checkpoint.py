@@ -17,7 +17,6 @@ import zipfile
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
-from types import MappingProxyType
 from typing import IO, Any, Literal
 
 import torch
@@ -40,21 +39,18 @@ ADAPTER = "lora_"  # in the names of adapters' weights, as peft has them
 def model_metadata(
     net: Net,
     tokenizer: Tokenizer | None,
-    sampling: Mapping[str, Any] = MappingProxyType({}),
-    settings: Mapping[str, Any] = MappingProxyType({}),
+    sampling: Mapping[str, Any] = {},
+    settings: Mapping[str, Any] = {},
     optimizer: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """The `lmlight` entry of a checkpoint.
+    """The `lmlight` entry of a checkpoint; `LanguageModel` adds `metrics` if these weights have been validated.
 
     Args:
         net: The network; its class is stored by name.
-        tokenizer: The tokenizer; stored as bytes. None if the data had none.
+        tokenizer: None if the data had none.
         sampling: Arguments of the model's `Sampling`.
         settings: Plain values; `data` holds the data module's arguments.
         optimizer: Class name and hyperparameters of the optimizer whose state the checkpoint holds.
-
-    Returns:
-        The entry. `LanguageModel` adds `metrics` if these weights have been validated.
     """
     return {
         "lmlight_version": __version__,
@@ -68,11 +64,7 @@ def model_metadata(
 
 
 def write(content: dict[str, Any], path: str | Path) -> None:
-    """Write a checkpoint atomically, replacing the file at `path`.
-
-    Args:
-        content: Tensors and plain values.
-        path: The file; its folder is created if needed.
+    """Write tensors and plain values atomically, replacing the file at `path`. Its folder is created if needed.
 
     Raises:
         UserError: The disk is full or the folder is not writable. The previous file is unchanged.
@@ -91,10 +83,7 @@ def write(content: dict[str, Any], path: str | Path) -> None:
 
 
 def read(path: str | Path) -> dict[str, Any]:
-    """Read a checkpoint onto the CPU. Adapters are merged into the weights that they belong to.
-
-    Returns:
-        The content of the file, and its absolute path as `path`.
+    """Read a checkpoint onto the CPU, with its absolute path as `path`. Adapters are merged into their weights.
 
     Raises:
         UserError: The file is missing, damaged, not an lmlight checkpoint, of another format version, or holds a pickle that
@@ -103,7 +92,7 @@ def read(path: str | Path) -> dict[str, Any]:
     content = check(load(path), path)
     content["path"] = str(Path(path).expanduser().absolute())
     if (adapter := content[METADATA_KEY].get("adapter")) is not None:
-        state, adapters = read_base(content, f"checkpoint '{path}'")["state_dict"], content["state_dict"]
+        state, adapters = read_base(content)["state_dict"], content["state_dict"]
         for name, a in adapters.items():
             if name.endswith(f"{ADAPTER}A.default.weight"):
                 b = adapters[name.replace(f"{ADAPTER}A.", f"{ADAPTER}B.")]
@@ -114,23 +103,19 @@ def read(path: str | Path) -> dict[str, Any]:
     return content
 
 
-def read_base(content: dict[str, Any], name: str) -> dict[str, Any]:
+def read_base(content: dict[str, Any]) -> dict[str, Any]:
     """Read the base model of a checkpoint that holds adapters.
-
-    Args:
-        content: The checkpoint with the adapters.
-        name: What to call it in messages.
 
     Raises:
         UserError: See `read`; the base model has changed.
     """
     adapter = content[METADATA_KEY]["adapter"]
-    base = str(adapter["base"])
-    if not Path(base).is_file():
-        raise UserError(f"{name} holds adapters of '{base}', which is missing: put that checkpoint back")
-    if fingerprint(base) != adapter["fingerprint"]:  # before it is read: it could name itself as its base
-        raise UserError(f"{name} holds adapters of '{base}', which has changed since: put the earlier checkpoint back")
-    return read(base)
+    holds = f"the checkpoint holds adapters of '{adapter['base']}'"
+    if not Path(adapter["base"]).is_file():
+        raise UserError(f"{holds}, which is missing: put that checkpoint back")
+    if fingerprint(adapter["base"]) != adapter["fingerprint"]:  # before it is read: it could name itself as its base
+        raise UserError(f"{holds}, which has changed since: put the earlier checkpoint back")
+    return read(adapter["base"])
 
 
 def fingerprint(path: str | Path) -> str:
@@ -272,19 +257,15 @@ def net_class(checkpoint: dict[str, Any], trusted: type[Net] | None = None) -> t
 
 
 def net_of(checkpoint: dict[str, Any], trusted: type[Net] | None = None) -> Net:
-    """The network of a checkpoint, with its weights; see `net_class`."""
-    net = untrained_net_of(checkpoint, trusted)
-    load_weights(net, checkpoint)
-    return net
-
-
-def untrained_net_of(checkpoint: dict[str, Any], trusted: type[Net] | None = None) -> Net:
-    """A network of the checkpoint's class and size, with initial weights; see `net_class`."""
+    """The network of a checkpoint, with its weights if there are any; see `net_class`."""
     kind = net_class(checkpoint, trusted)
     try:
-        return kind(**checkpoint[METADATA_KEY]["net"]["config"])
+        net = kind(**checkpoint[METADATA_KEY]["net"]["config"])
     except TypeError as error:  # an argument has been removed, renamed or added
         raise changed(kind, error) from error
+    if "state_dict" in checkpoint:
+        load_weights(net, checkpoint)
+    return net
 
 
 def load_weights(net: Net, checkpoint: dict[str, Any]) -> None:
