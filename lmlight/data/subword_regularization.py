@@ -1,7 +1,7 @@
 """Subword regularization (Kudo 2018, https://arxiv.org/abs/1804.10959): random segmentations of the training text.
 
 They are sampled here because SentencePiece's own sampling does not repeat from one process to the next. Here the same
-seed and epoch give the same segmentation everywhere. Does not import torch.
+seed and epoch give the same segmentation everywhere.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Token ids on disk: reading. `token_writer` writes them. Does not import torch.
+"""Token ids on disk: reading. `token_writer` writes them.
 
 - A token store is a folder with the tokenizer, the ids of each split in shards (`train-00000.npy`; uint16, or uint32 above
   65,536 ids), and `index.json`, which is written last. A folder without an index is unfinished and never read.

@@ -4,8 +4,6 @@
 - An interrupted call loses the shards in progress, and the next one continues with the first missing shard.
 - Full shards are encoded in worker processes. SentencePiece's own threads do not help, because turning ids into Python
   objects holds the global interpreter lock (benchmarks/data.py).
-
-Does not import torch.
 """
 
 from __future__ import annotations

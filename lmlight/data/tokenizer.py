@@ -7,8 +7,6 @@
 - Vocabularies of corpora with documents have an EOS token. No text encodes to it, and it decodes to no text.
 - Text is encoded line by line: over longer texts SentencePiece adds up scores in fp32 until rounding changes which
   segmentation wins.
-
-Does not import torch.
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@
 - Evaluation scores every token exactly once.
 - Every rank takes its slice of one global order, so nothing depends on the number of processes or workers.
 
-Axes: B windows in a batch, W in all, T positions, N tokens. Does not import torch.
+Axes: B windows in a batch, W in all, T positions, N tokens.
 """
 
 from __future__ import annotations
