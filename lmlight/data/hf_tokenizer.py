@@ -12,16 +12,8 @@ import numpy as np
 from lmlight.data.tokenizer import SentencePieceTokenizer, Tokenizer, starts_character
 from lmlight.errors import UserError, missing_extra
 
-# These detect every kind of lossy tokenizer that we know.
-PROBES = (
-    " a  b",
-    "a\n\n\tb ",
-    "e\u0301 \ufb01 \u00bd",
-    "\u4e2d\U0001f642\u200d",
-    "\u2581 <0x41> ##b",
-    "<s> </s> A\r\nB",
-    "'S ,",
-)
+# Detects, with and without spaces at its ends, every kind of lossy tokenizer that we know.
+PROBE = " a  b\n\n\tb e\u0301 \ufb01 \u00bd \u4e2d\U0001f642\u200d \u2581 <0x41> ##b <s> </s> A\r\nB 'S , "
 
 # The characters for bytes in byte-level BPE (GPT-2): printable bytes map to themselves, others to U+0100 and up.
 _PRINTABLE = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
@@ -81,18 +73,20 @@ class HFTokenizer(Tokenizer):
         self._tokenizer.encode_special_tokens = True
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
-        added = {token["id"]: token for token in self.content.get("added_tokens", [])}  # literal text
+        is_special = {token["id"]: token["special"] for token in self.content.get("added_tokens", [])}
         is_byte_level = '"ByteLevel"' in json.dumps(self.content.get("decoder"))
-        self.char_counts = np.zeros(1 + max(self._tokenizer.get_vocab().values()), dtype=np.int64)
-        for index in range(len(self.char_counts)):
-            piece = self._tokenizer.id_to_token(index)
-            if index in added:
-                self.char_counts[index] = 0 if added[index]["special"] or index == self.eos_id else len(piece or "")
-            elif piece is not None and index != self.eos_id:
+        vocabulary: dict[str, int] = self._tokenizer.get_vocab()
+        self.char_counts = np.zeros(1 + max(vocabulary.values()), dtype=np.int64)
+        for piece, index in vocabulary.items():
+            if index not in is_special:
                 self.char_counts[index] = _characters(piece, is_byte_level)
+            elif not is_special[index]:  # literal text
+                self.char_counts[index] = len(piece)
+        if self.eos_id is not None:
+            self.char_counts[self.eos_id] = 0
         self.lossless = all(
             self.decode(ids := self.encode(text)) == text and self.char_counts[ids].sum() == len(text)
-            for text in PROBES
+            for text in (PROBE, PROBE.strip())
         )
 
     @classmethod
