@@ -189,23 +189,23 @@ def deserialize(data: bytes) -> Tokenizer:
         ValueError: `data` is not a tokenizer.
         UserError: its class is not lmlight's and has not been imported.
     """
-    name, _, content = data.partition(b"\n")
-    if name == b"lmlight.data.hf_tokenizer.HFTokenizer":  # the only one of lmlight's outside this module
+    prefix, _, content = data.partition(b"\n")
+    name = prefix.decode("ascii", "replace")
+    if name == "lmlight.data.hf_tokenizer.HFTokenizer":  # the only one of lmlight's outside this module
         importlib.import_module("lmlight.data.hf_tokenizer")
     known = subclasses(Tokenizer)
-    kind = known.get(name.decode("ascii", "replace"))
-    if kind is None:  # its module may have been moved
-        last = f".{name.decode('ascii', 'replace').rpartition('.')[2]}"
-        moved = [other for full, other in known.items() if full.endswith(last) and not full.startswith("lmlight.")]
-        kind = moved[0] if len(moved) == 1 else None
-    if kind is None:
-        if not re.fullmatch(rb"[\w.<>]+", name) or name.startswith(b"lmlight."):
-            raise ValueError("not a tokenizer")
+    if name in known:
+        return known[name].from_bytes(content)
+    if name.startswith("lmlight.") or not re.fullmatch(r"[\w.<>]+", name):
+        raise ValueError("not a tokenizer")
+    last = f".{name.rpartition('.')[2]}"  # its module may have been moved
+    moved = [kind for full, kind in known.items() if full.endswith(last) and not full.startswith("lmlight.")]
+    if len(moved) != 1:
         raise UserError(
-            f"the tokenizer is a {name.decode()}, whose module is not imported, because that would run its code: if you "
-            f"trust it, pass --data.tokenizer {name.decode()}, or import it first in Python"
+            f"the tokenizer is a {name}, whose module is not imported, because that would run its code: if you trust it, "
+            f"pass --data.tokenizer {name}, or import it first in Python"
         )
-    return kind.from_bytes(content)
+    return moved[0].from_bytes(content)
 
 
 def check_tokenizer(tokenizer: Tokenizer) -> None:
@@ -256,9 +256,8 @@ class CharTokenizer(Tokenizer):
     @classmethod
     def from_bytes(cls, data: bytes) -> CharTokenizer:
         try:
-            content = json.loads(data)
-            return cls(content["characters"], content["add_eos"], content["newline"])
-        except (KeyError, TypeError):
+            return cls(**json.loads(data))
+        except TypeError:
             raise ValueError("not a character vocabulary") from None
 
     def to_bytes(self) -> bytes:
@@ -285,17 +284,16 @@ class SentencePieceTokenizer(Tokenizer):
         except RuntimeError as error:
             raise ValueError(f"not a SentencePiece model: {error}") from None
         self.pieces: list[str] = [self._processor.id_to_piece(index) for index in range(self._processor.vocab_size())]
-        probe = "  a \n\n b "
-        self.lossless = self._processor.decode(self._processor.encode(probe)) == probe
         self.unknown_id: int = self._processor.unk_id()
         self.newline = "\r\n" if model.endswith(CRLF_FIELD) else "\n"
-        self._newline: list[int] = self._processor.encode("\n") if self.lossless else []
+        self._newline: list[int] = self._processor.encode("\n")
         self.char_counts = np.array([len(piece) for piece in self.pieces])
         for index in filter(self._processor.is_byte, range(len(self.pieces))):
             byte = int(self.pieces[index][3:5], 16)  # "<0xE2>"
             self.char_counts[index] = starts_character(byte)
+        probe = "  a \n\n b "
         ids = self.encode(probe)  # line by line: some models put a space before each
-        if self.lossless and not (self.decode(ids) == probe and self.char_counts[ids].sum() == len(probe)):
+        if self.decode(ids) != probe or self.char_counts[ids].sum() != len(probe):
             self.lossless, self._newline = False, []
         eos = self._processor.eos_id()
         if eos >= 0 and self.pieces[eos] == END_OF_TEXT:  # SentencePiece's own "</s>" does not occur in training
