@@ -51,13 +51,7 @@ class TextChunk(NamedTuple):
 
 @dataclass(frozen=True)
 class TextFormat:
-    """How files are read as text.
-
-    Args:
-        field: the text field of `.jsonl` and `.parquet` records.
-        separator: separates documents in text files, such as `<|endoftext|>`; belongs to neither of them.
-        errors: what to do with bytes that are invalid in the encoding: `strict` raises, `replace` reads U+FFFD.
-        encoding: the encoding of text files and `.jsonl`, by any name that Python knows; stored as the codec's name.
+    """How files are read as text. The arguments are those of `TextDataModule`; `encoding` becomes the codec's name.
 
     Raises:
         UserError: the separator is empty, or the encoding is unknown.
@@ -132,8 +126,7 @@ def file_format(name: str) -> tuple[str, str]:
 
 def is_text_file(name: str) -> bool:
     """Whether a file in a folder is read. A file that the user names is read whatever its name is."""
-    suffix, compression = file_format(name)
-    return suffix in TEXT_SUFFIXES + RECORD_SUFFIXES and not (suffix == ".parquet" and compression)
+    return file_format(name)[0] in TEXT_SUFFIXES + RECORD_SUFFIXES
 
 
 def read_error(source: object, error: OSError) -> UserError:
@@ -151,8 +144,6 @@ def read_file(path: Path, text_format: TextFormat, has_documents: bool, source: 
     name = source if path == Path(source).expanduser().absolute() else f"{source}: {path.name}"
     suffix, compression = file_format(path.name)
     if suffix == ".parquet":
-        if compression:
-            raise UserError(f"corpus '{name}' is a compressed .parquet file, which is not supported: decompress it")
         yield from _read_parquet(path, text_format, name)
         return
     text = _decode(_read_blocks(path, compression, name), text_format, name)
