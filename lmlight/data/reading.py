@@ -10,10 +10,12 @@
 from __future__ import annotations
 
 import codecs
+import io
 import json
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain
 from pathlib import Path, PurePath
 from typing import Any, Literal, NamedTuple
@@ -146,7 +148,7 @@ def read_file(path: Path, text_format: TextFormat, has_documents: bool, source: 
     if suffix == ".parquet":
         yield from _read_parquet(path, text_format, name)
         return
-    text = _decode(_read_blocks(path, compression, name), text_format, name)
+    text = _read_text(path, compression, text_format, name, by_line=suffix == ".jsonl")
     if suffix == ".jsonl":
         yield from _read_jsonl(text, text_format, name)
     elif text_format.separator:
@@ -157,45 +159,35 @@ def read_file(path: Path, text_format: TextFormat, has_documents: bool, source: 
             yield TextChunk("", True)
 
 
-def _read_blocks(path: Path, compression: str, name: str) -> Iterator[bytes]:
-    codec = COMPRESSIONS.get(compression)
+def _read_text(path: Path, compression: str, text_format: TextFormat, name: str, by_line: bool) -> Iterator[str]:
+    """The lines of a file, or its chunks of `CHUNK_SIZE` characters."""
+    codec, encoding = COMPRESSIONS.get(compression), text_format.encoding
     if codec not in fsspec.compression.compr:
         raise missing_extra(f"reading '{path}' needs a package for {codec}", "formats")
     try:
         with path.open("rb") as raw, fsspec.compression.compr[codec](raw, mode="rb") as file:
-            while block := file.read(CHUNK_SIZE):
-                yield block
+            _check_head(file.read(HEAD_SIZE), encoding, name)
+            file.seek(0)
+            text = io.TextIOWrapper(file, encoding, text_format.errors, newline="\n")
+            try:
+                yield from text if by_line else iter(partial(text.read, CHUNK_SIZE), "")
+            except UnicodeDecodeError as error:
+                offset = file.tell() - len(error.object) + error.start
+                file.seek(0)
+                line = next(number for number, _ in enumerate(file, start=1) if file.tell() > offset)
+                where = f"byte 0x{error.object[error.start]:02x} at offset {offset:,}, line {line:,}"
+                raise UserError(
+                    f"corpus '{name}' is not {encoding} ({where}): pass --data.encoding (cp1252 for most Western European "
+                    "files), or --data.errors replace to read invalid bytes as U+FFFD"
+                ) from None
+            except UnicodeError as error:  # UTF-16 or UTF-32 without a byte order mark
+                raise UserError(f"corpus '{name}' is not {encoding} ({error}): pass another --data.encoding") from None
+    except UserError:
+        raise
     except Exception as error:  # each decompressor raises its own
         if isinstance(error, OSError) and (error.errno or not codec):
             raise read_error(name, error) from None
         raise UserError(f"corpus '{name}' is not a complete {compression} file ({error}): download it again") from None
-
-
-def _decode(blocks: Iterable[bytes], text_format: TextFormat, name: str) -> Iterator[str]:
-    encoding = text_format.encoding
-    decoder = codecs.getincrementaldecoder(encoding)(text_format.errors)
-    offset, line = 0, 1
-    for block in chain(blocks, [b""]):
-        if not offset:
-            _check_head(block[:HEAD_SIZE], encoding, name)
-        pending = len(decoder.getstate()[0])  # bytes of a character that began in the previous block
-        try:
-            text = decoder.decode(block, final=not block)
-        except UnicodeDecodeError as error:
-            line += error.object[: error.start].decode(encoding, "ignore").count("\n")
-            where = (
-                f"byte 0x{error.object[error.start]:02x} at offset {offset - pending + error.start:,}, line {line:,}"
-            )
-            raise UserError(
-                f"corpus '{name}' is not {encoding} ({where}): pass --data.encoding (cp1252 for most Western European "
-                "files), or --data.errors replace to read invalid bytes as U+FFFD"
-            ) from None
-        except UnicodeError as error:  # UTF-16 or UTF-32 without a byte order mark
-            raise UserError(f"corpus '{name}' is not {encoding} ({error}): pass another --data.encoding") from None
-        if text:
-            yield text
-        offset += len(block)
-        line += text.count("\n")
 
 
 def _check_head(head: bytes, encoding: str, name: str) -> None:
@@ -222,8 +214,8 @@ def _split_documents(chunks: Iterable[str], separator: str) -> Iterator[TextChun
     yield TextChunk(pending, True)
 
 
-def _read_jsonl(chunks: Iterable[str], text_format: TextFormat, name: str) -> Iterator[TextChunk]:
-    for number, line in enumerate(_lines(chunks), start=1):
+def _read_jsonl(lines: Iterable[str], text_format: TextFormat, name: str) -> Iterator[TextChunk]:
+    for number, line in enumerate(lines, start=1):
         where = f"line {number:,}"
         if number == 1:
             line = line.removeprefix("\ufeff")  # a byte order mark, which is not JSON
@@ -235,14 +227,6 @@ def _read_jsonl(chunks: Iterable[str], text_format: TextFormat, name: str) -> It
             raise UserError(f"corpus '{name}' is not JSON Lines ({where}): expected one object in each line") from None
         _check_field(record if isinstance(record, dict) else {}, text_format, name, where)
         yield from _document(record[text_format.field], text_format, name, where)
-
-
-def _lines(chunks: Iterable[str]) -> Iterator[str]:
-    pending = ""
-    for chunk in chunks:
-        *lines, pending = (pending + chunk).split("\n")
-        yield from lines
-    yield pending
 
 
 def _read_parquet(path: Path, text_format: TextFormat, name: str) -> Iterator[TextChunk]:
