@@ -43,12 +43,11 @@ def is_class_name(value: str | None) -> bool:
 
 
 def import_class(flag: str, name: str, base: type[T]) -> type[T]:
-    """Import a class that the user names.
+    """Import a class derived from `base` that the user names.
 
     Args:
         flag: where it is named, for messages.
         name: `my.module.MyClass`, or the last part of the name of a class that has been imported.
-        base: what the class is derived from.
 
     Raises:
         UserError: there is no such module or class, the module cannot be imported, or the class is not derived from `base`.

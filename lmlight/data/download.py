@@ -123,11 +123,7 @@ def find_files(source: str, cache: str | None = None) -> list[Path]:
     """The files of a corpus or a token store, in the same order on every platform.
 
     Files at a URL are copied to the cache, and again when their metadata has changed. If the URL cannot be reached, the
-    last copy is used.
-
-    Args:
-        source: a key of `BUILTIN_CORPORA`, or a file, a folder, a glob pattern or a URL in fsspec's syntax.
-        cache: the cache folder; None is the default one.
+    last copy is used. For the arguments see `corpus.load`.
 
     Raises:
         UserError: there are no such files, or they cannot be copied.
