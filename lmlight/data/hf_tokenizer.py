@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -15,10 +16,9 @@ from lmlight.errors import UserError, missing_extra
 # Detects, with and without spaces at its ends, every kind of lossy tokenizer that we know.
 PROBE = " a  b\n\n\tb e\u0301 \ufb01 \u00bd \u4e2d\U0001f642\u200d \u2581 <0x41> ##b <s> </s> A\r\nB 'S , "
 
-# The characters for bytes in byte-level BPE (GPT-2): printable bytes map to themselves, others to U+0100 and up.
-_PRINTABLE = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
-_OTHERS = [byte for byte in range(256) if byte not in _PRINTABLE]
-BYTE_OF = {chr(byte): byte for byte in _PRINTABLE} | {chr(256 + n): byte for n, byte in enumerate(_OTHERS)}
+# Byte-level BPE (GPT-2) writes printable bytes as themselves and the others as U+0100 and up: here those of UTF-8 that
+# continue a character, 0x80 to 0xBF.
+CONTINUING = re.compile("[¡-¬®-¿\u0122-\u0143]")
 
 
 def read_pretrained(path: Path) -> Tokenizer:
@@ -118,7 +118,7 @@ class HFTokenizer(Tokenizer):
 
 def _characters(piece: str, is_byte_level: bool) -> int:
     if is_byte_level:
-        return sum(starts_character(BYTE_OF[character]) for character in piece if character in BYTE_OF)
+        return len(CONTINUING.sub("", piece))
     if len(piece) == 6 and piece.startswith("<0x") and piece.endswith(">"):
         return int(starts_character(int(piece[3:5], 16)))
     return len(piece.removeprefix("##"))
