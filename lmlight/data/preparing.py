@@ -61,14 +61,9 @@ class CorpusSpec:
 
     def settings(self) -> dict[str, Any]:
         """The settings that the tokens depend on, by the names of their flags."""
-        return {
-            "val_fraction": self.val_fraction,
-            "val_corpus": self.val_corpus,
-            "test_corpus": self.test_corpus,
-            "validate_on": self.validate_on,
-            **asdict(self.text_format),
-            **{f"tokenizer.{name}": value for name, value in asdict(self.tokenizer).items()},
-        }
+        names = ("val_fraction", "val_corpus", "test_corpus", "validate_on")
+        tokenizer = {f"tokenizer.{name}": value for name, value in asdict(self.tokenizer).items()}
+        return {name: getattr(self, name) for name in names} | asdict(self.text_format) | tokenizer
 
     def prepare_store(self, pretrained_tokenizer: Tokenizer | None = None) -> TokenStore:
         """The corpus's token store, which is created if needed.
@@ -88,10 +83,8 @@ class CorpusSpec:
             self._check_settings(store, pretrained_tokenizer)
             return store
         main = corpora.open_files(self.corpus, found, self.text_format)
-        val, test = (
-            corpora.load(source, self.text_format, self.cache) if source else None
-            for source in (self.val_corpus, self.test_corpus)
-        )
+        others = (self.val_corpus, self.test_corpus)
+        val, test = (corpora.load(name, self.text_format, self.cache) if name else None for name in others)
         trained = {"config": asdict(self.tokenizer), "sentencepiece": sentencepiece.__version__}
         depends_on = {
             "format_version": FORMAT_VERSION,

@@ -276,11 +276,9 @@ class SentencePieceTokenizer(Tokenizer):
     """
 
     def __init__(self, model: bytes) -> None:
-        self._model = model
+        self._model, self._processor = model, spm.SentencePieceProcessor()
         try:
-            if not model:
-                raise RuntimeError("no bytes")  # SentencePiece would wait for a model to be loaded later
-            self._processor = spm.SentencePieceProcessor(model_proto=model)
+            self._processor.LoadFromSerializedProto(model)
         except RuntimeError as error:
             raise ValueError(f"not a SentencePiece model: {error}") from None
         self.pieces: list[str] = [self._processor.id_to_piece(index) for index in range(self._processor.vocab_size())]
