@@ -28,9 +28,6 @@ from lmlight.data.tokenizer import Tokenizer, TokenizerConfig, check_tokenizer
 from lmlight.errors import UserError
 from lmlight.user_code import full_name
 
-# Training a tokenizer on this many characters takes a second or more.
-NOTICEABLE_CHARS = 1_000_000
-
 
 @dataclass(frozen=True)
 class CorpusSpec:
@@ -126,8 +123,7 @@ class CorpusSpec:
 
     def _train_tokenizer(self, corpus: Corpus, cut: int) -> Tokenizer:
         # SentencePiece reports no progress, so a line without a bar
-        disable = None if cut > NOTICEABLE_CHARS else True
-        with tqdm(desc="training the tokenizer", bar_format="{desc} ...", leave=False, disable=disable):
+        with tqdm(desc="training the tokenizer", bar_format="{desc} ...", leave=False, disable=None):
             chunks = (chunk.text for chunk in corpus.chunks(0, cut))
             return self.tokenizer.train(chunks, cut, add_eos=corpus.has_documents)
 

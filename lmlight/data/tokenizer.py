@@ -209,11 +209,7 @@ def deserialize(data: bytes) -> Tokenizer:
 
 
 def check_tokenizer(tokenizer: Tokenizer) -> None:
-    """Check the attributes of a tokenizer, which may be user-defined, and that its bytes restore it.
-
-    Raises:
-        UserError: something is missing or wrong.
-    """
+    """Raise a `UserError` if an attribute of a user-defined tokenizer is wrong, or its bytes do not restore it."""
     name, counts = type(tokenizer).__name__, getattr(tokenizer, "char_counts", None)
     if not isinstance(counts, np.ndarray) or counts.ndim != 1 or counts.dtype.kind not in "iu":
         raise UserError(f"{name}.char_counts must be a NumPy array of integers, one for each id")
