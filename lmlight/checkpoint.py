@@ -15,7 +15,6 @@ import pickle
 import re
 import zipfile
 from collections.abc import Iterable, Mapping
-from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any, Literal
 
@@ -243,7 +242,8 @@ def net_class(checkpoint: dict[str, Any], trusted: type[Net] | None = None) -> t
         UserError: The class has not been imported, or `trusted` is another one.
     """
     name: str = checkpoint[METADATA_KEY]["net"]["class"]
-    if trusted is None and (trusted := subclasses(Net).get(name)) is None:
+    trusted = trusted or subclasses(Net).get(name)
+    if trusted is None:
         raise UserError(
             f"the checkpoint's network is a {name}, whose module is not imported, because that would run its code: if you "
             f"trust it, pass --model.net {name}, or net={name.rpartition('.')[2]} in Python"
@@ -305,7 +305,7 @@ def check_compatible(checkpoint: dict[str, Any], net: Net) -> None:
         raise UserError(f"this checkpoint is from a different network ({what}): drop the flags that differ")
 
 
-def _is_intact(file: IO[bytes]) -> bool:
+def _is_intact(file: Path | IO[bytes]) -> bool:
     try:
         with zipfile.ZipFile(file) as archive:
             # torch writes no attributes; if a member is marked as a directory, its tensor stays uninitialized
@@ -318,13 +318,9 @@ def _damaged(path: Path) -> UserError:
     """The error for a damaged file. Names the newest intact one in this run or others."""
     run = path.absolute().parent.parent
     others = _newest_first(path.parent.glob("*.ckpt")) + _newest_first(run.parent.glob(f"*/{FOLDER}/*.ckpt"))
-    for other in others:
-        with suppress(OSError), other.open("rb") as file:
-            if other != path and _is_intact(file):
-                return UserError(
-                    f"'{path}' is not a checkpoint, or is truncated or damaged: the newest intact one is '{other}'"
-                )
-    return UserError(f"'{path}' is not a checkpoint, or is truncated or damaged: there is no intact one nearby")
+    intact = next((other for other in others if other != path and _is_intact(other)), None)
+    remedy = f"the newest intact one is '{intact}'" if intact else "there is no intact one nearby"
+    return UserError(f"'{path}' is not a checkpoint, or is truncated or damaged: {remedy}")
 
 
 def _newest_first(paths: Iterable[Path]) -> list[Path]:

@@ -170,9 +170,7 @@ def _sampler(tokenizer: bytes, sampling: SubwordSampling) -> SubwordSampler:
 def _decode_chunks(tokenizer: SentencePieceTokenizer, ids: Tokens) -> Iterator[TextChunk]:
     """The text of `ids`, one chunk per document."""
     ends = ids == (-1 if tokenizer.eos_id is None else tokenizer.eos_id)
-    for document in np.split(ids, np.flatnonzero(ends) + 1):
-        if not len(document):
-            continue
+    for document in filter(len, np.split(ids, np.flatnonzero(ends) + 1)):
         ends_document = document[-1] == tokenizer.eos_id
         if (document == tokenizer.unknown_id).any():  # which `decode` would write as ⁇
             known = document[:-1] if ends_document else document
