@@ -106,19 +106,19 @@ def read_base(content: dict[str, Any]) -> dict[str, Any]:
     """Read the base model of a checkpoint that holds adapters.
 
     Raises:
-        UserError: See `read`; the base model has changed.
+        UserError: See `read`; the base model is missing or has changed.
     """
     adapter = content[METADATA_KEY]["adapter"]
-    holds = f"the checkpoint holds adapters of '{adapter['base']}'"
-    if not Path(adapter["base"]).is_file():
-        raise UserError(f"{holds}, which is missing: put that checkpoint back")
-    if fingerprint(adapter["base"]) != adapter["fingerprint"]:  # before it is read: it could name itself as its base
-        raise UserError(f"{holds}, which has changed since: put the earlier checkpoint back")
-    return read(adapter["base"])
+    base = adapter["base"]
+    if fingerprint(base) != adapter["fingerprint"]:  # before it is read: it could name itself as its base
+        raise UserError(
+            f"the checkpoint holds adapters of '{base}', which is missing or has changed since: put that checkpoint back"
+        )
+    return read(base)
 
 
 def fingerprint(path: str | Path) -> str:
-    """The SHA-256 of the names and CRC-32s in a checkpoint's zip directory; empty if the file is damaged."""
+    """The SHA-256 of the names and CRC-32s in a checkpoint's zip directory; empty if the file is missing or damaged."""
     try:
         with zipfile.ZipFile(path) as archive:
             parts = sorted((member.filename.partition("/")[2], member.CRC) for member in archive.infolist())
