@@ -82,16 +82,16 @@ def fetch(name: str, cache: str | None = None) -> Path:
         for source, download in sources.items():
             try:
                 content = download(corpus)
+                if _sha256(content) != corpus.sha256:
+                    raise OSError("its content does not have the expected SHA-256")
             except requests.RequestException as error:  # with a long message
                 failures.append(f"{source}: {type(error).__name__}")
             except (OSError, KeyError, zipfile.BadZipFile, subprocess.TimeoutExpired) as error:
                 failures.append(f"{source}: {first_line(error)}")
             else:
-                if _sha256(content) == corpus.sha256:
-                    with files.whole(path, shared=True) as beside:
-                        beside.write_bytes(content)
-                    return path
-                failures.append(f"{source}: its content does not have the expected SHA-256")
+                with files.whole(path, shared=True) as beside:
+                    beside.write_bytes(content)
+                return path
     raise UserError(
         f"corpus '{name}' cannot be downloaded to {path.parent} ({'; '.join(failures)}): pass a file, --data.corpus "
         "path/to/text.txt"

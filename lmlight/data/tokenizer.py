@@ -98,7 +98,7 @@ class Tokenizer(ABC):
 
     def id_to_piece(self, index: int) -> str:
         """The piece with this id, for display; SentencePiece writes a space as ▁."""
-        return self.decode([index])
+        return END_OF_TEXT if index == self.eos_id else self.decode([index])
 
     def encode_prompt(self, prompt: str) -> list[int]:
         """The ids of a prompt, after changing its line endings to those of the training text."""
@@ -245,9 +245,6 @@ class CharTokenizer(Tokenizer):
 
     def decode(self, ids: Iterable[int]) -> str:
         return "".join(self.characters[index] for index in ids if index != self.eos_id)
-
-    def id_to_piece(self, index: int) -> str:
-        return END_OF_TEXT if index == self.eos_id else self.characters[index]
 
     @classmethod
     def from_bytes(cls, data: bytes) -> CharTokenizer:
