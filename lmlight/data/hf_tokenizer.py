@@ -22,16 +22,22 @@ CONTINUING = re.compile("[¡-¬®-¿\u0122-\u0143]")
 
 
 def read_pretrained(path: Path) -> Tokenizer:
-    """The tokenizer in a file: `tokenizer.json`, or a SentencePiece `.model`.
+    """The tokenizer in a file: a SentencePiece `.model`, or `tokenizer.json`; a `tokenizer_config.json` beside it names EOS.
 
     Raises:
         UserError: the file cannot be read, or is neither.
     """
     path = path.expanduser()
     try:
-        if path.suffix == ".json":
-            return HFTokenizer.from_file(path)
-        return SentencePieceTokenizer(path.read_bytes())
+        data = path.read_bytes()
+        if path.suffix != ".json":
+            return SentencePieceTokenizer(data)
+        content = json.loads(data)
+        settings = path.with_name("tokenizer_config.json")
+        eos = json.loads(settings.read_bytes()).get("eos_token") if settings.is_file() else None
+        eos = eos["content"] if isinstance(eos, dict) else eos
+        ids = {token["content"]: token["id"] for token in content.get("added_tokens", [])}
+        return HFTokenizer(json.dumps({**content, "lmlight_eos_id": ids.get(eos)}, ensure_ascii=False).encode())
     except UserError:
         raise
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -88,20 +94,6 @@ class HFTokenizer(Tokenizer):
             self.decode(ids := self.encode(text)) == text and self.char_counts[ids].sum() == len(text)
             for text in (PROBE, PROBE.strip())
         )
-
-    @classmethod
-    def from_file(cls, path: Path) -> HFTokenizer:
-        """Read a `tokenizer.json`; a `tokenizer_config.json` beside it tells which token is EOS.
-
-        Raises:
-            OSError, ValueError, KeyError, TypeError, AttributeError: the file cannot be read, or is not a tokenizer.
-        """
-        content = json.loads(path.read_text("utf-8"))
-        settings = path.with_name("tokenizer_config.json")
-        eos = json.loads(settings.read_text("utf-8")).get("eos_token") if settings.is_file() else None
-        eos = eos["content"] if isinstance(eos, dict) else eos
-        ids = {token["content"]: token["id"] for token in content.get("added_tokens", [])}
-        return cls(json.dumps({**content, "lmlight_eos_id": ids.get(eos)}, ensure_ascii=False).encode())
 
     def encode(self, text: str) -> list[int]:
         return list(self._tokenizer.encode(text, add_special_tokens=False).ids)
