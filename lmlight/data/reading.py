@@ -145,11 +145,10 @@ def read_file(path: Path, text_format: TextFormat, has_documents: bool, source: 
     """
     name = source if path == Path(source).expanduser().absolute() else f"{source}: {path.name}"
     suffix, compression = file_format(path.name)
+    text = _read_text(path, compression, text_format, name, by_line=suffix == ".jsonl")
     if suffix == ".parquet":
         yield from _read_parquet(path, text_format, name)
-        return
-    text = _read_text(path, compression, text_format, name, by_line=suffix == ".jsonl")
-    if suffix == ".jsonl":
+    elif suffix == ".jsonl":
         yield from _read_jsonl(text, text_format, name)
     elif text_format.separator:
         yield from _split_documents(text, text_format.separator)
