@@ -257,15 +257,19 @@ def net_class(checkpoint: dict[str, Any], trusted: type[Net] | None = None) -> t
 
 
 def net_of(checkpoint: dict[str, Any], trusted: type[Net] | None = None) -> Net:
-    """The network of a checkpoint, with its weights if there are any; see `net_class`."""
+    """The network of a checkpoint, with its weights; see `net_class`."""
+    net = untrained_net_of(checkpoint, trusted)
+    load_weights(net, checkpoint)
+    return net
+
+
+def untrained_net_of(checkpoint: dict[str, Any], trusted: type[Net] | None = None) -> Net:
+    """A network of the checkpoint's class and size, with initial weights; see `net_class`."""
     kind = net_class(checkpoint, trusted)
     try:
-        net = kind(**checkpoint[METADATA_KEY]["net"]["config"])
+        return kind(**checkpoint[METADATA_KEY]["net"]["config"])
     except TypeError as error:  # an argument has been removed, renamed or added
         raise changed(kind, error) from error
-    if "state_dict" in checkpoint:
-        load_weights(net, checkpoint)
-    return net
 
 
 def load_weights(net: Net, checkpoint: dict[str, Any]) -> None:

@@ -14,11 +14,12 @@ import io
 import json
 import re
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
 from pathlib import Path, PurePath
-from typing import Any, Literal, NamedTuple
+from typing import IO, Any, Literal, NamedTuple
 
 import fsspec
 
@@ -164,16 +165,17 @@ def _read_text(path: Path, compression: str, text_format: TextFormat, name: str,
     if codec not in fsspec.compression.compr:
         raise missing_extra(f"reading '{path}' needs a package for {codec}", "formats")
     try:
-        with path.open("rb") as raw, fsspec.compression.compr[codec](raw, mode="rb") as file:
+        with _opened(path, codec) as file:
             _check_head(file.read(HEAD_SIZE), encoding, name)
-            file.seek(0)
+        with _opened(path, codec) as file:
             text = io.TextIOWrapper(file, encoding, text_format.errors, newline="\n")
             try:
                 yield from text if by_line else iter(partial(text.read, CHUNK_SIZE), "")
             except UnicodeDecodeError as error:
                 offset = file.tell() - len(error.object) + error.start
-                file.seek(0)
-                line = next(number for number, _ in enumerate(file, start=1) if file.tell() > offset)
+                with _opened(path, codec) as again:
+                    blocks = (again.read(min(CHUNK_SIZE, offset - at)) for at in range(0, offset, CHUNK_SIZE))
+                    line = 1 + sum(block.count(b"\n") for block in blocks)
                 where = f"byte 0x{error.object[error.start]:02x} at offset {offset:,}, line {line:,}"
                 raise UserError(
                     f"corpus '{name}' is not {encoding} ({where}): pass --data.encoding (cp1252 for most Western European "
@@ -187,6 +189,13 @@ def _read_text(path: Path, compression: str, text_format: TextFormat, name: str,
         if isinstance(error, OSError) and (error.errno or not codec):
             raise read_error(name, error) from None
         raise UserError(f"corpus '{name}' is not a complete {compression} file ({error}): download it again") from None
+
+
+@contextmanager
+def _opened(path: Path, codec: str | None) -> Iterator[IO[bytes]]:
+    """A file to read, decompressed. Not every decompressor can seek."""
+    with path.open("rb") as raw, fsspec.compression.compr[codec](raw, mode="rb") as file:
+        yield file
 
 
 def _check_head(head: bytes, encoding: str, name: str) -> None:

@@ -136,7 +136,7 @@ class TextModel(LightningModule):
         """Build the network and tokenizer if there are none; torch loads the weights next."""
         if self.net is None and state:
             content = {checkpoints.METADATA_KEY: state}
-            self.net, self.tokenizer = checkpoints.net_of(content), checkpoints.tokenizer_of(content)
+            self.net, self.tokenizer = checkpoints.untrained_net_of(content), checkpoints.tokenizer_of(content)
             self.vocab_size, self.block_size = self.net.vocab_size, self.net.block_size
 
     def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
