@@ -15,9 +15,7 @@ import pickle
 import re
 import zipfile
 from collections.abc import Iterable, Mapping
-from contextlib import suppress
 from pathlib import Path
-from types import MappingProxyType
 from typing import IO, Any, Literal
 
 import torch
@@ -40,21 +38,18 @@ ADAPTER = "lora_"  # in the names of adapters' weights, as peft has them
 def model_metadata(
     net: Net,
     tokenizer: Tokenizer | None,
-    sampling: Mapping[str, Any] = MappingProxyType({}),
-    settings: Mapping[str, Any] = MappingProxyType({}),
+    sampling: Mapping[str, Any] = {},
+    settings: Mapping[str, Any] = {},
     optimizer: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """The `lmlight` entry of a checkpoint.
+    """The `lmlight` entry of a checkpoint; `LanguageModel` adds `metrics` if these weights have been validated.
 
     Args:
         net: The network; its class is stored by name.
-        tokenizer: The tokenizer; stored as bytes. None if the data had none.
+        tokenizer: None if the data had none.
         sampling: Arguments of the model's `Sampling`.
         settings: Plain values; `data` holds the data module's arguments.
         optimizer: Class name and hyperparameters of the optimizer whose state the checkpoint holds.
-
-    Returns:
-        The entry. `LanguageModel` adds `metrics` if these weights have been validated.
     """
     return {
         "lmlight_version": __version__,
@@ -68,11 +63,7 @@ def model_metadata(
 
 
 def write(content: dict[str, Any], path: str | Path) -> None:
-    """Write a checkpoint atomically, replacing the file at `path`.
-
-    Args:
-        content: Tensors and plain values.
-        path: The file; its folder is created if needed.
+    """Write tensors and plain values atomically, replacing the file at `path`. Its folder is created if needed.
 
     Raises:
         UserError: The disk is full or the folder is not writable. The previous file is unchanged.
@@ -91,10 +82,7 @@ def write(content: dict[str, Any], path: str | Path) -> None:
 
 
 def read(path: str | Path) -> dict[str, Any]:
-    """Read a checkpoint onto the CPU. Adapters are merged into the weights that they belong to.
-
-    Returns:
-        The content of the file, and its absolute path as `path`.
+    """Read a checkpoint onto the CPU, with its absolute path as `path`. Adapters are merged into their weights.
 
     Raises:
         UserError: The file is missing, damaged, not an lmlight checkpoint, of another format version, or holds a pickle that
@@ -103,7 +91,7 @@ def read(path: str | Path) -> dict[str, Any]:
     content = check(load(path), path)
     content["path"] = str(Path(path).expanduser().absolute())
     if (adapter := content[METADATA_KEY].get("adapter")) is not None:
-        state, adapters = read_base(content, f"checkpoint '{path}'")["state_dict"], content["state_dict"]
+        state, adapters = read_base(content)["state_dict"], content["state_dict"]
         for name, a in adapters.items():
             if name.endswith(f"{ADAPTER}A.default.weight"):
                 b = adapters[name.replace(f"{ADAPTER}A.", f"{ADAPTER}B.")]
@@ -114,27 +102,23 @@ def read(path: str | Path) -> dict[str, Any]:
     return content
 
 
-def read_base(content: dict[str, Any], name: str) -> dict[str, Any]:
+def read_base(content: dict[str, Any]) -> dict[str, Any]:
     """Read the base model of a checkpoint that holds adapters.
 
-    Args:
-        content: The checkpoint with the adapters.
-        name: What to call it in messages.
-
     Raises:
-        UserError: See `read`; the base model has changed.
+        UserError: See `read`; the base model is missing or has changed.
     """
     adapter = content[METADATA_KEY]["adapter"]
-    base = str(adapter["base"])
-    if not Path(base).is_file():
-        raise UserError(f"{name} holds adapters of '{base}', which is missing: put that checkpoint back")
+    base = adapter["base"]
     if fingerprint(base) != adapter["fingerprint"]:  # before it is read: it could name itself as its base
-        raise UserError(f"{name} holds adapters of '{base}', which has changed since: put the earlier checkpoint back")
+        raise UserError(
+            f"the checkpoint holds adapters of '{base}', which is missing or has changed since: put that checkpoint back"
+        )
     return read(base)
 
 
 def fingerprint(path: str | Path) -> str:
-    """The SHA-256 of the names and CRC-32s in a checkpoint's zip directory; empty if the file is damaged."""
+    """The SHA-256 of the names and CRC-32s in a checkpoint's zip directory; empty if the file is missing or damaged."""
     try:
         with zipfile.ZipFile(path) as archive:
             parts = sorted((member.filename.partition("/")[2], member.CRC) for member in archive.infolist())
@@ -258,7 +242,8 @@ def net_class(checkpoint: dict[str, Any], trusted: type[Net] | None = None) -> t
         UserError: The class has not been imported, or `trusted` is another one.
     """
     name: str = checkpoint[METADATA_KEY]["net"]["class"]
-    if trusted is None and (trusted := subclasses(Net).get(name)) is None:
+    trusted = trusted or subclasses(Net).get(name)
+    if trusted is None:
         raise UserError(
             f"the checkpoint's network is a {name}, whose module is not imported, because that would run its code: if you "
             f"trust it, pass --model.net {name}, or net={name.rpartition('.')[2]} in Python"
@@ -324,7 +309,7 @@ def check_compatible(checkpoint: dict[str, Any], net: Net) -> None:
         raise UserError(f"this checkpoint is from a different network ({what}): drop the flags that differ")
 
 
-def _is_intact(file: IO[bytes]) -> bool:
+def _is_intact(file: Path | IO[bytes]) -> bool:
     try:
         with zipfile.ZipFile(file) as archive:
             # torch writes no attributes; if a member is marked as a directory, its tensor stays uninitialized
@@ -337,13 +322,9 @@ def _damaged(path: Path) -> UserError:
     """The error for a damaged file. Names the newest intact one in this run or others."""
     run = path.absolute().parent.parent
     others = _newest_first(path.parent.glob("*.ckpt")) + _newest_first(run.parent.glob(f"*/{FOLDER}/*.ckpt"))
-    for other in others:
-        with suppress(OSError), other.open("rb") as file:
-            if other != path and _is_intact(file):
-                return UserError(
-                    f"'{path}' is not a checkpoint, or is truncated or damaged: the newest intact one is '{other}'"
-                )
-    return UserError(f"'{path}' is not a checkpoint, or is truncated or damaged: there is no intact one nearby")
+    intact = next((other for other in others if other != path and _is_intact(other)), None)
+    remedy = f"the newest intact one is '{intact}'" if intact else "there is no intact one nearby"
+    return UserError(f"'{path}' is not a checkpoint, or is truncated or damaged: {remedy}")
 
 
 def _newest_first(paths: Iterable[Path]) -> list[Path]:

@@ -10,7 +10,7 @@ import inspect
 import re
 import sysconfig
 import traceback
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar
@@ -43,12 +43,11 @@ def is_class_name(value: str | None) -> bool:
 
 
 def import_class(flag: str, name: str, base: type[T]) -> type[T]:
-    """Import a class that the user names.
+    """Import a class derived from `base` that the user names.
 
     Args:
         flag: where it is named, for messages.
         name: `my.module.MyClass`, or the last part of the name of a class that has been imported.
-        base: what the class is derived from.
 
     Raises:
         UserError: there is no such module or class, the module cannot be imported, or the class is not derived from `base`.
@@ -58,7 +57,8 @@ def import_class(flag: str, name: str, base: type[T]) -> type[T]:
         known = {kind.__name__: kind for kind in (base, *subclasses(base).values()) if not inspect.isabstract(kind)}
         if name in known:
             return known[name]
-        raise UserError(f"{flag} {name}: expected {_one_of(known)}, or a class's full name, such as my.module.{name}")
+        expected = " or ".join(sorted(known))
+        raise UserError(f"{flag} {name}: expected {expected}, or a class's full name, such as my.module.{name}")
     try:
         module = importlib.import_module(module_name)
     except (Exception, SystemExit) as error:
@@ -68,13 +68,10 @@ def import_class(flag: str, name: str, base: type[T]) -> type[T]:
         raise UserError(f"{flag} {name} cannot be imported: {describe(error)}") from error
     found = getattr(module, class_name, None)
     if not (isinstance(found, type) and issubclass(found, base)):
-        there = [kind.__name__ for kind in subclasses(base).values() if kind.__module__ == module.__name__]
-        instead = f"; it has {_one_of(there)}" if there else ""
+        there = sorted(kind.__name__ for kind in subclasses(base).values() if kind.__module__ == module.__name__)
+        instead = f"; it has {' or '.join(there)}" if there else ""
         problem = f"is not derived from {base.__name__}" if found is not None else f"is not in {module_name}{instead}"
         raise UserError(f"{flag} {name}: {class_name} {problem}")
-    if inspect.isabstract(found):
-        methods = ", ".join(sorted(getattr(found, "__abstractmethods__", ())))
-        raise UserError(f"{flag} {name}: {class_name} does not implement {methods}")
     return found
 
 
@@ -108,7 +105,3 @@ def user_frame(error: BaseException) -> traceback.FrameSummary | None:
         ):
             return frame
     return None
-
-
-def _one_of(names: Iterable[str]) -> str:
-    return " or ".join(sorted(names))

@@ -282,7 +282,7 @@ def test_custom_network_trains_the_same_with_two_processes(folder):
         ("mynet.Shape", "expected shape (2, 8, 32)"),
         ("mynet.Plain", "Plain is not derived from Net"),
         ("mynet.Idle", "has no parameters to train"),
-        ("mynet.Abstract", "does not implement more"),
+        ("mynet.Abstract", "abstract class Abstract"),
         ("mynet.Order", "must take vocab_size and block_size as its first two arguments"),
         ("mynet.Missing", "Missing is not in mynet; it has Abstract or Broken or"),
         ("nowhere.Mine", "there is no module nowhere"),

@@ -9,6 +9,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from lmlight.data import loader as loaders
 from lmlight.data.loader import IGNORE_INDEX, EvalLoader, StatefulTrainLoader, make_batch
@@ -66,6 +68,19 @@ def test_shorter_last_window_is_a_batch_by_itself():
     batches = list(EvalLoader(ARRAY, np.array([[0, 4, 0], [4, 4, 0], [8, 2, 0]]), COUNTS, batch_size=3))
     assert [tuple(batch.inputs.shape) for batch in batches] == [(2, 4), (1, 2)]
     assert batches[1].targets.tolist() == [IDS[9:11].tolist()]
+
+
+@given(st.integers(1, 60), st.booleans(), st.integers(1, 9), st.integers(1, 5))
+def test_ranks_together_evaluate_every_window_once(full, shorter, batch_size, world_size):
+    windows = np.array([[4 * n, 4, 0] for n in range(full)] + [[4 * full, 2, 0]] * shorter)
+    ids = TokenArray([np.arange(4 * len(windows) + 1)], [4 * len(windows) + 1], np.int64)
+    ranks = [list(EvalLoader(ids, windows, np.ones(300), batch_size, rank, world_size)) for rank in range(world_size)]
+    batches = [batch.targets for rank in ranks for batch in rank]
+    assert {len(rank) for rank in ranks} == {-(-len(batches) // world_size)}
+    scored = sorted(target for batch in batches for target in batch.flatten().tolist() if target != IGNORE_INDEX)
+    assert scored == list(range(1, 4 * full + 2 * shorter + 1))
+    assert all(len(batch) <= batch_size if batch.shape[1] == 4 else len(batch) == 1 for batch in batches)
+    assert sum(bool((batch == IGNORE_INDEX).all()) for batch in batches) < world_size, "unnecessary padding windows"
 
 
 # Training

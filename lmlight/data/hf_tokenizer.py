@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -12,34 +13,31 @@ import numpy as np
 from lmlight.data.tokenizer import SentencePieceTokenizer, Tokenizer, starts_character
 from lmlight.errors import UserError, missing_extra
 
-# These detect every kind of lossy tokenizer that we know.
-PROBES = (
-    " a  b",
-    "a\n\n\tb ",
-    "e\u0301 \ufb01 \u00bd",
-    "\u4e2d\U0001f642\u200d",
-    "\u2581 <0x41> ##b",
-    "<s> </s> A\r\nB",
-    "'S ,",
-)
+# Detects, with and without spaces at its ends, every kind of lossy tokenizer that we know.
+PROBE = " a  b\n\n\tb e\u0301 \ufb01 \u00bd \u4e2d\U0001f642\u200d \u2581 <0x41> ##b <s> </s> A\r\nB 'S , "
 
-# The characters for bytes in byte-level BPE (GPT-2): printable bytes map to themselves, others to U+0100 and up.
-_PRINTABLE = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
-_OTHERS = [byte for byte in range(256) if byte not in _PRINTABLE]
-BYTE_OF = {chr(byte): byte for byte in _PRINTABLE} | {chr(256 + n): byte for n, byte in enumerate(_OTHERS)}
+# Byte-level BPE (GPT-2) writes printable bytes as themselves and the others as U+0100 and up: here those of UTF-8 that
+# continue a character, 0x80 to 0xBF.
+CONTINUING = re.compile("[¡-¬®-¿\u0122-\u0143]")
 
 
 def read_pretrained(path: Path) -> Tokenizer:
-    """The tokenizer in a file: `tokenizer.json`, or a SentencePiece `.model`.
+    """The tokenizer in a file: a SentencePiece `.model`, or `tokenizer.json`; a `tokenizer_config.json` beside it names EOS.
 
     Raises:
         UserError: the file cannot be read, or is neither.
     """
     path = path.expanduser()
     try:
-        if path.suffix == ".json":
-            return HFTokenizer.from_file(path)
-        return SentencePieceTokenizer(path.read_bytes())
+        data = path.read_bytes()
+        if path.suffix != ".json":
+            return SentencePieceTokenizer(data)
+        content = json.loads(data)
+        settings = path.with_name("tokenizer_config.json")
+        eos = json.loads(settings.read_bytes()).get("eos_token") if settings.is_file() else None
+        eos = eos["content"] if isinstance(eos, dict) else eos
+        ids = {token["content"]: token["id"] for token in content.get("added_tokens", [])}
+        return HFTokenizer(json.dumps({**content, "lmlight_eos_id": ids.get(eos)}, ensure_ascii=False).encode())
     except UserError:
         raise
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -81,33 +79,21 @@ class HFTokenizer(Tokenizer):
         self._tokenizer.encode_special_tokens = True
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
-        added = {token["id"]: token for token in self.content.get("added_tokens", [])}  # literal text
+        is_special = {token["id"]: token["special"] for token in self.content.get("added_tokens", [])}
         is_byte_level = '"ByteLevel"' in json.dumps(self.content.get("decoder"))
-        self.char_counts = np.zeros(1 + max(self._tokenizer.get_vocab().values()), dtype=np.int64)
-        for index in range(len(self.char_counts)):
-            piece = self._tokenizer.id_to_token(index)
-            if index in added:
-                self.char_counts[index] = 0 if added[index]["special"] or index == self.eos_id else len(piece or "")
-            elif piece is not None and index != self.eos_id:
+        vocabulary: dict[str, int] = self._tokenizer.get_vocab()
+        self.char_counts = np.zeros(1 + max(vocabulary.values()), dtype=np.int64)
+        for piece, index in vocabulary.items():
+            if index not in is_special:
                 self.char_counts[index] = _characters(piece, is_byte_level)
+            elif not is_special[index]:  # literal text
+                self.char_counts[index] = len(piece)
+        if self.eos_id is not None:
+            self.char_counts[self.eos_id] = 0
         self.lossless = all(
             self.decode(ids := self.encode(text)) == text and self.char_counts[ids].sum() == len(text)
-            for text in PROBES
+            for text in (PROBE, PROBE.strip())
         )
-
-    @classmethod
-    def from_file(cls, path: Path) -> HFTokenizer:
-        """Read a `tokenizer.json`; a `tokenizer_config.json` beside it tells which token is EOS.
-
-        Raises:
-            OSError, ValueError, KeyError, TypeError, AttributeError: the file cannot be read, or is not a tokenizer.
-        """
-        content = json.loads(path.read_text("utf-8"))
-        settings = path.with_name("tokenizer_config.json")
-        eos = json.loads(settings.read_text("utf-8")).get("eos_token") if settings.is_file() else None
-        eos = eos["content"] if isinstance(eos, dict) else eos
-        ids = {token["content"]: token["id"] for token in content.get("added_tokens", [])}
-        return cls(json.dumps({**content, "lmlight_eos_id": ids.get(eos)}, ensure_ascii=False).encode())
 
     def encode(self, text: str) -> list[int]:
         return list(self._tokenizer.encode(text, add_special_tokens=False).ids)
@@ -124,7 +110,7 @@ class HFTokenizer(Tokenizer):
 
 def _characters(piece: str, is_byte_level: bool) -> int:
     if is_byte_level:
-        return sum(starts_character(BYTE_OF[character]) for character in piece if character in BYTE_OF)
+        return len(CONTINUING.sub("", piece))
     if len(piece) == 6 and piece.startswith("<0x") and piece.endswith(">"):
         return int(starts_character(int(piece[3:5], 16)))
     return len(piece.removeprefix("##"))

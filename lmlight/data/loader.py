@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from lmlight.data.token_store import TokenArray, Tokens, TokenStore
-from lmlight.data.windows import TrainBatchSampler, WindowSource, eval_batches
+from lmlight.data.windows import TrainBatchSampler, WindowSource
 from lmlight.data.workers import ignore_ctrl_c
 from lmlight.errors import UserError
 
@@ -79,7 +79,7 @@ def _describe(batch: Any) -> str:
 
 
 class EvalLoader:
-    """One rank's batches of evaluation windows, each window once.
+    """One rank's batches of evaluation windows, each window once. A shorter one is a batch by itself.
 
     Args:
         ids: (N,) the tokens.
@@ -102,16 +102,17 @@ class EvalLoader:
         length = int(windows[0, 1])
         full = int((windows[:, 1] == length).sum())
         batch_size = min(batch_size, max(1, MAX_EVAL_LOGITS // (length * len(char_counts))))
-        self._batches = eval_batches(full, len(windows), batch_size, rank, world_size)
+        batches = [batch for batch in np.split(windows, [*range(batch_size, full, batch_size), full]) if len(batch)]
+        # a window that scores nothing fills the last round, so that all ranks have the same number of batches
+        batches += [np.array([[0, length, length]])] * (-len(batches) % world_size)
+        self._batches = batches[rank::world_size]
 
     def __len__(self) -> int:
         return len(self._batches)
 
     def __iter__(self) -> Iterator[Batch]:
-        length = self.windows[0, 1]
-        windows = np.concatenate((self.windows, [[0, length, length]]))  # the last one scores nothing
-        for batch in self._batches:
-            starts, lengths, scored_from = windows[batch].T
+        for windows in self._batches:
+            starts, lengths, scored_from = windows.T
             positions = np.arange(lengths[0] + 1)
             inputs, targets, chars = make_batch(self._ids[starts[:, None] + positions], self._char_counts)
             context = torch.from_numpy(positions[:-1] < scored_from[:, None])

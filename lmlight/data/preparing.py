@@ -1,7 +1,7 @@
 """From a corpus to its token store.
 
 A store is named after the text and every setting that the tokens depend on, so a changed setting never meets a stale
-cache. Does not import torch.
+cache.
 """
 
 from __future__ import annotations
@@ -27,9 +27,6 @@ from lmlight.data.token_writer import read_tokenizer, write_store
 from lmlight.data.tokenizer import Tokenizer, TokenizerConfig, check_tokenizer
 from lmlight.errors import UserError
 from lmlight.user_code import full_name
-
-# Training a tokenizer on this many characters takes a second or more.
-NOTICEABLE_CHARS = 1_000_000
 
 
 @dataclass(frozen=True)
@@ -61,14 +58,9 @@ class CorpusSpec:
 
     def settings(self) -> dict[str, Any]:
         """The settings that the tokens depend on, by the names of their flags."""
-        return {
-            "val_fraction": self.val_fraction,
-            "val_corpus": self.val_corpus,
-            "test_corpus": self.test_corpus,
-            "validate_on": self.validate_on,
-            **asdict(self.text_format),
-            **{f"tokenizer.{name}": value for name, value in asdict(self.tokenizer).items()},
-        }
+        names = ("val_fraction", "val_corpus", "test_corpus", "validate_on")
+        tokenizer = {f"tokenizer.{name}": value for name, value in asdict(self.tokenizer).items()}
+        return {name: getattr(self, name) for name in names} | asdict(self.text_format) | tokenizer
 
     def prepare_store(self, pretrained_tokenizer: Tokenizer | None = None) -> TokenStore:
         """The corpus's token store, which is created if needed.
@@ -88,10 +80,8 @@ class CorpusSpec:
             self._check_settings(store, pretrained_tokenizer)
             return store
         main = corpora.open_files(self.corpus, found, self.text_format)
-        val, test = (
-            corpora.load(source, self.text_format, self.cache) if source else None
-            for source in (self.val_corpus, self.test_corpus)
-        )
+        others = (self.val_corpus, self.test_corpus)
+        val, test = (corpora.load(name, self.text_format, self.cache) if name else None for name in others)
         trained = {"config": asdict(self.tokenizer), "sentencepiece": sentencepiece.__version__}
         depends_on = {
             "format_version": FORMAT_VERSION,
@@ -133,8 +123,7 @@ class CorpusSpec:
 
     def _train_tokenizer(self, corpus: Corpus, cut: int) -> Tokenizer:
         # SentencePiece reports no progress, so a line without a bar
-        disable = None if cut > NOTICEABLE_CHARS else True
-        with tqdm(desc="training the tokenizer", bar_format="{desc} ...", leave=False, disable=disable):
+        with tqdm(desc="training the tokenizer", bar_format="{desc} ...", leave=False, disable=None):
             chunks = (chunk.text for chunk in corpus.chunks(0, cut))
             return self.tokenizer.train(chunks, cut, add_eos=corpus.has_documents)
 

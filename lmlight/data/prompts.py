@@ -1,4 +1,4 @@
-"""Prompts: those that a user passes, and a default one from the validation text. Does not import torch."""
+"""Prompts: those that a user passes, and a default one from the validation text."""
 
 from __future__ import annotations
 
@@ -25,11 +25,7 @@ def first_line(text: str) -> str:
 def prompt_batches(prompts: Sequence[str] | str, batch_size: int, rank: int, world_size: int) -> list[list[str]]:
     """One rank's batches of prompts; the last one is empty on the ranks that would otherwise have fewer batches.
 
-    Args:
-        prompts: a list, or a file with one prompt per line; `-` is the standard input.
-        batch_size: prompts per batch.
-        rank: this process, counted from 0.
-        world_size: number of processes.
+    The prompts are a list, or a file with one prompt per line; `-` is the standard input.
 
     Raises:
         UserError: the file cannot be read or is not UTF-8; several processes read the standard input.

@@ -5,20 +5,21 @@
 - Files are read in chunks that end between lines, so a corpus may be larger than memory.
 - *Documents* are the lines of a `.jsonl` file, the rows of a `.parquet` file, the parts of a text file between two
   separators, or whole text files if there are several. A single text file has no documents.
-
-Does not import torch.
 """
 
 from __future__ import annotations
 
 import codecs
+import io
 import json
 import re
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain
 from pathlib import Path, PurePath
-from typing import Any, Literal, NamedTuple
+from typing import IO, Any, Literal, NamedTuple
 
 import fsspec
 
@@ -53,13 +54,7 @@ class TextChunk(NamedTuple):
 
 @dataclass(frozen=True)
 class TextFormat:
-    """How files are read as text.
-
-    Args:
-        field: the text field of `.jsonl` and `.parquet` records.
-        separator: separates documents in text files, such as `<|endoftext|>`; belongs to neither of them.
-        errors: what to do with bytes that are invalid in the encoding: `strict` raises, `replace` reads U+FFFD.
-        encoding: the encoding of text files and `.jsonl`, by any name that Python knows; stored as the codec's name.
+    """How files are read as text. The arguments are those of `TextDataModule`; `encoding` becomes the codec's name.
 
     Raises:
         UserError: the separator is empty, or the encoding is unknown.
@@ -134,8 +129,7 @@ def file_format(name: str) -> tuple[str, str]:
 
 def is_text_file(name: str) -> bool:
     """Whether a file in a folder is read. A file that the user names is read whatever its name is."""
-    suffix, compression = file_format(name)
-    return suffix in TEXT_SUFFIXES + RECORD_SUFFIXES and not (suffix == ".parquet" and compression)
+    return file_format(name)[0] in TEXT_SUFFIXES + RECORD_SUFFIXES
 
 
 def read_error(source: object, error: OSError) -> UserError:
@@ -152,13 +146,10 @@ def read_file(path: Path, text_format: TextFormat, has_documents: bool, source: 
     """
     name = source if path == Path(source).expanduser().absolute() else f"{source}: {path.name}"
     suffix, compression = file_format(path.name)
+    text = _read_text(path, compression, text_format, name, by_line=suffix == ".jsonl")
     if suffix == ".parquet":
-        if compression:
-            raise UserError(f"corpus '{name}' is a compressed .parquet file, which is not supported: decompress it")
         yield from _read_parquet(path, text_format, name)
-        return
-    text = _decode(_read_blocks(path, compression, name), text_format, name)
-    if suffix == ".jsonl":
+    elif suffix == ".jsonl":
         yield from _read_jsonl(text, text_format, name)
     elif text_format.separator:
         yield from _split_documents(text, text_format.separator)
@@ -168,45 +159,43 @@ def read_file(path: Path, text_format: TextFormat, has_documents: bool, source: 
             yield TextChunk("", True)
 
 
-def _read_blocks(path: Path, compression: str, name: str) -> Iterator[bytes]:
-    codec = COMPRESSIONS.get(compression)
+def _read_text(path: Path, compression: str, text_format: TextFormat, name: str, by_line: bool) -> Iterator[str]:
+    """The lines of a file, or its chunks of `CHUNK_SIZE` characters."""
+    codec, encoding = COMPRESSIONS.get(compression), text_format.encoding
     if codec not in fsspec.compression.compr:
         raise missing_extra(f"reading '{path}' needs a package for {codec}", "formats")
     try:
-        with path.open("rb") as raw, fsspec.compression.compr[codec](raw, mode="rb") as file:
-            while block := file.read(CHUNK_SIZE):
-                yield block
+        with _opened(path, codec) as file:
+            _check_head(file.read(HEAD_SIZE), encoding, name)
+        with _opened(path, codec) as file:
+            text = io.TextIOWrapper(file, encoding, text_format.errors, newline="\n")
+            try:
+                yield from text if by_line else iter(partial(text.read, CHUNK_SIZE), "")
+            except UnicodeDecodeError as error:
+                offset = file.tell() - len(error.object) + error.start
+                with _opened(path, codec) as again:
+                    blocks = (again.read(min(CHUNK_SIZE, offset - at)) for at in range(0, offset, CHUNK_SIZE))
+                    line = 1 + sum(block.count(b"\n") for block in blocks)
+                where = f"byte 0x{error.object[error.start]:02x} at offset {offset:,}, line {line:,}"
+                raise UserError(
+                    f"corpus '{name}' is not {encoding} ({where}): pass --data.encoding (cp1252 for most Western European "
+                    "files), or --data.errors replace to read invalid bytes as U+FFFD"
+                ) from None
+            except UnicodeError as error:  # UTF-16 or UTF-32 without a byte order mark
+                raise UserError(f"corpus '{name}' is not {encoding} ({error}): pass another --data.encoding") from None
+    except UserError:
+        raise
     except Exception as error:  # each decompressor raises its own
         if isinstance(error, OSError) and (error.errno or not codec):
             raise read_error(name, error) from None
         raise UserError(f"corpus '{name}' is not a complete {compression} file ({error}): download it again") from None
 
 
-def _decode(blocks: Iterable[bytes], text_format: TextFormat, name: str) -> Iterator[str]:
-    encoding = text_format.encoding
-    decoder = codecs.getincrementaldecoder(encoding)(text_format.errors)
-    offset, line = 0, 1
-    for block in chain(blocks, [b""]):
-        if not offset:
-            _check_head(block[:HEAD_SIZE], encoding, name)
-        pending = len(decoder.getstate()[0])  # bytes of a character that began in the previous block
-        try:
-            text = decoder.decode(block, final=not block)
-        except UnicodeDecodeError as error:
-            line += error.object[: error.start].decode(encoding, "ignore").count("\n")
-            where = (
-                f"byte 0x{error.object[error.start]:02x} at offset {offset - pending + error.start:,}, line {line:,}"
-            )
-            raise UserError(
-                f"corpus '{name}' is not {encoding} ({where}): pass --data.encoding (cp1252 for most Western European "
-                "files), or --data.errors replace to read invalid bytes as U+FFFD"
-            ) from None
-        except UnicodeError as error:  # UTF-16 or UTF-32 without a byte order mark
-            raise UserError(f"corpus '{name}' is not {encoding} ({error}): pass another --data.encoding") from None
-        if text:
-            yield text
-        offset += len(block)
-        line += text.count("\n")
+@contextmanager
+def _opened(path: Path, codec: str | None) -> Iterator[IO[bytes]]:
+    """A file to read, decompressed. Not every decompressor can seek."""
+    with path.open("rb") as raw, fsspec.compression.compr[codec](raw, mode="rb") as file:
+        yield file
 
 
 def _check_head(head: bytes, encoding: str, name: str) -> None:
@@ -233,8 +222,8 @@ def _split_documents(chunks: Iterable[str], separator: str) -> Iterator[TextChun
     yield TextChunk(pending, True)
 
 
-def _read_jsonl(chunks: Iterable[str], text_format: TextFormat, name: str) -> Iterator[TextChunk]:
-    for number, line in enumerate(_lines(chunks), start=1):
+def _read_jsonl(lines: Iterable[str], text_format: TextFormat, name: str) -> Iterator[TextChunk]:
+    for number, line in enumerate(lines, start=1):
         where = f"line {number:,}"
         if number == 1:
             line = line.removeprefix("\ufeff")  # a byte order mark, which is not JSON
@@ -246,14 +235,6 @@ def _read_jsonl(chunks: Iterable[str], text_format: TextFormat, name: str) -> It
             raise UserError(f"corpus '{name}' is not JSON Lines ({where}): expected one object in each line") from None
         _check_field(record if isinstance(record, dict) else {}, text_format, name, where)
         yield from _document(record[text_format.field], text_format, name, where)
-
-
-def _lines(chunks: Iterable[str]) -> Iterator[str]:
-    pending = ""
-    for chunk in chunks:
-        *lines, pending = (pending + chunk).split("\n")
-        yield from lines
-    yield pending
 
 
 def _read_parquet(path: Path, text_format: TextFormat, name: str) -> Iterator[TextChunk]:

@@ -1,7 +1,5 @@
 """Trains SentencePiece models (https://arxiv.org/abs/1808.06226), lossless or with SentencePiece's default options, and
 splits text for them.
-
-Does not import torch.
 """
 
 from __future__ import annotations

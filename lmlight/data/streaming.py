@@ -22,7 +22,7 @@ from types import ModuleType
 
 import numpy as np
 
-from lmlight.data.token_store import INDEX, TokenArray, Tokens, TokenStore, new_folder, shard_name
+from lmlight.data.token_store import INDEX, TokenArray, Tokens, TokenStore, shard_name
 from lmlight.data.windows import WindowSource
 from lmlight.errors import UserError, first_line, missing_extra
 
@@ -53,7 +53,7 @@ def write(store: TokenStore, target: Path) -> TokenStore:
         raise UserError(
             f"--format litdata needs {PAGE_TOKENS:,} training tokens, this text has {len(train):,}: leave it out"
         )
-    with new_folder(target) as folder:
+    with store.copied(target, leave_out="train-*.npy") as folder:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about its own defaults
             package.optimize(
@@ -66,10 +66,6 @@ def write(store: TokenStore, target: Path) -> TokenStore:
                 keep_data_ordered=True,
                 verbose=False,
             )
-        for file in store.folder.iterdir():
-            hidden = file.name.startswith(".")  # left by a kill
-            if file.is_file() and not hidden and file.name != INDEX and file not in train.shards:
-                shutil.copyfile(file, folder / file.name)
         for number, shard in enumerate(train.shards[-KEPT_SHARDS:]):
             assert isinstance(shard, Path)
             shutil.copyfile(shard, folder / shard_name("train", number))

@@ -1,7 +1,7 @@
 """Subword regularization (Kudo 2018, https://arxiv.org/abs/1804.10959): random segmentations of the training text.
 
 They are sampled here because SentencePiece's own sampling does not repeat from one process to the next. Here the same
-seed and epoch give the same segmentation everywhere. Does not import torch.
+seed and epoch give the same segmentation everywhere.
 """
 
 from __future__ import annotations
@@ -170,9 +170,7 @@ def _sampler(tokenizer: bytes, sampling: SubwordSampling) -> SubwordSampler:
 def _decode_chunks(tokenizer: SentencePieceTokenizer, ids: Tokens) -> Iterator[TextChunk]:
     """The text of `ids`, one chunk per document."""
     ends = ids == (-1 if tokenizer.eos_id is None else tokenizer.eos_id)
-    for document in np.split(ids, np.flatnonzero(ends) + 1):
-        if not len(document):
-            continue
+    for document in filter(len, np.split(ids, np.flatnonzero(ends) + 1)):
         ends_document = document[-1] == tokenizer.eos_id
         if (document == tokenizer.unknown_id).any():  # which `decode` would write as ⁇
             known = document[:-1] if ends_document else document

@@ -1,4 +1,4 @@
-"""Token ids on disk: reading. `token_writer` writes them. Does not import torch.
+"""Token ids on disk: reading. `token_writer` writes them.
 
 - A token store is a folder with the tokenizer, the ids of each split in shards (`train-00000.npy`; uint16, or uint32 above
   65,536 ids), and `index.json`, which is written last. A folder without an index is unfinished and never read.
@@ -165,12 +165,29 @@ class TokenStore:
         scales = {split: self.chars[split] / (ids.counts(len(counts)) @ counts) for split, ids in self.ids.items()}
         return {split: (counts * scale).astype(np.float32) for split, scale in scales.items()}  # MPS has no float64
 
+    @contextmanager
+    def copied(self, target: Path, leave_out: str = "") -> Iterator[Path]:
+        """A copy of the folder without files called `leave_out`. It appears at `target` if the block does not raise.
+
+        Raises:
+            UserError: `target` exists, or cannot be written.
+        """
+        if target.exists():
+            raise UserError(f"'{target}' exists: pass a new folder")
+        ignored = shutil.ignore_patterns(".*", leave_out)
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            with files.whole_folder(target) as folder:
+                # without modes: the files of a read-only cache could not be flushed
+                shutil.copytree(self.folder, folder, ignore=ignored, copy_function=shutil.copyfile, dirs_exist_ok=True)
+                yield folder
+        except OSError as error:
+            raise UserError(f"folder '{target}' cannot be written ({error.strerror or error}): pass another") from None
+
     def copy(self, target: Path) -> TokenStore:
-        """Copies the store to a new folder; raises like `new_folder`."""
-        with new_folder(target) as folder:
-            ignored = shutil.ignore_patterns(".*")
-            # without modes: the files of a read-only cache could not be flushed
-            shutil.copytree(self.folder, folder, ignore=ignored, copy_function=shutil.copyfile, dirs_exist_ok=True)
+        """Copies the store to a new folder; raises like `copied`."""
+        with self.copied(target):
+            pass
         return TokenStore(target)
 
     @staticmethod
@@ -186,20 +203,3 @@ def shard_name(split: str, number: int) -> str:
 def tokens_in(shard: Path) -> int:
     """The number of tokens in a shard's file."""
     return len(np.load(shard, mmap_mode="r"))
-
-
-@contextmanager
-def new_folder(target: Path) -> Iterator[Path]:
-    """A folder to fill, which appears at `target` when the block ends without an exception.
-
-    Raises:
-        UserError: `target` exists, or cannot be written.
-    """
-    if target.exists():
-        raise UserError(f"'{target}' exists: pass a new folder")
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with files.whole_folder(target) as folder:
-            yield folder
-    except OSError as error:
-        raise UserError(f"folder '{target}' cannot be written ({error.strerror or error}): pass another") from None

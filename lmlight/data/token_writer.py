@@ -4,8 +4,6 @@
 - An interrupted call loses the shards in progress, and the next one continues with the first missing shard.
 - Full shards are encoded in worker processes. SentencePiece's own threads do not help, because turning ids into Python
   objects holds the global interpreter lock (benchmarks/data.py).
-
-Does not import torch.
 """
 
 from __future__ import annotations
@@ -14,7 +12,7 @@ import json
 import shutil
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import Executor, Future
+from concurrent.futures import Executor
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -103,17 +101,16 @@ def _write_shards(
     max_pending: int,
 ) -> Iterator[tuple[int, int]]:
     """Writes full shards in the pool, others in this process; yields the characters and tokens of each shard in order."""
-    pending = deque[Future[tuple[int, int]]]()
+    pending = deque[Callable[[], tuple[int, int]]]()
     for path, chunks in shards:
         if pool and _chars(chunks) >= SHARD_CHARS and not path.exists():
-            pending.append(pool.submit(write, path, chunks))
+            pending.append(pool.submit(write, path, chunks).result)
         else:  # a small text does not wait for processes to start
-            pending.append(Future())
-            pending[-1].set_result(write(path, chunks))
+            pending.append(partial(write, path, chunks))
         while len(pending) > max_pending:
-            yield pending.popleft().result()
-    for future in pending:
-        yield future.result()
+            yield pending.popleft()()
+    for result in pending:
+        yield result()
 
 
 def _write_shard(tokenizer: Tokenizer, dtype: str, path: Path, chunks: list[TextChunk]) -> tuple[int, int]:

@@ -7,8 +7,6 @@
 - Vocabularies of corpora with documents have an EOS token. No text encodes to it, and it decodes to no text.
 - Text is encoded line by line: over longer texts SentencePiece adds up scores in fp32 until rounding changes which
   segmentation wins.
-
-Does not import torch.
 """
 
 from __future__ import annotations
@@ -100,7 +98,7 @@ class Tokenizer(ABC):
 
     def id_to_piece(self, index: int) -> str:
         """The piece with this id, for display; SentencePiece writes a space as ▁."""
-        return self.decode([index])
+        return END_OF_TEXT if index == self.eos_id else self.decode([index])
 
     def encode_prompt(self, prompt: str) -> list[int]:
         """The ids of a prompt, after changing its line endings to those of the training text."""
@@ -191,31 +189,27 @@ def deserialize(data: bytes) -> Tokenizer:
         ValueError: `data` is not a tokenizer.
         UserError: its class is not lmlight's and has not been imported.
     """
-    name, _, content = data.partition(b"\n")
-    if name == b"lmlight.data.hf_tokenizer.HFTokenizer":  # the only one of lmlight's outside this module
+    prefix, _, content = data.partition(b"\n")
+    name = prefix.decode("ascii", "replace")
+    if name == "lmlight.data.hf_tokenizer.HFTokenizer":  # the only one of lmlight's outside this module
         importlib.import_module("lmlight.data.hf_tokenizer")
     known = subclasses(Tokenizer)
-    kind = known.get(name.decode("ascii", "replace"))
-    if kind is None:  # its module may have been moved
-        last = f".{name.decode('ascii', 'replace').rpartition('.')[2]}"
-        moved = [other for full, other in known.items() if full.endswith(last) and not full.startswith("lmlight.")]
-        kind = moved[0] if len(moved) == 1 else None
-    if kind is None:
-        if not re.fullmatch(rb"[\w.<>]+", name) or name.startswith(b"lmlight."):
-            raise ValueError("not a tokenizer")
+    if name in known:
+        return known[name].from_bytes(content)
+    if name.startswith("lmlight.") or not re.fullmatch(r"[\w.<>]+", name):
+        raise ValueError("not a tokenizer")
+    last = f".{name.rpartition('.')[2]}"  # its module may have been moved
+    moved = [kind for full, kind in known.items() if full.endswith(last) and not full.startswith("lmlight.")]
+    if len(moved) != 1:
         raise UserError(
-            f"the tokenizer is a {name.decode()}, whose module is not imported, because that would run its code: if you "
-            f"trust it, pass --data.tokenizer {name.decode()}, or import it first in Python"
+            f"the tokenizer is a {name}, whose module is not imported, because that would run its code: if you trust it, "
+            f"pass --data.tokenizer {name}, or import it first in Python"
         )
-    return kind.from_bytes(content)
+    return moved[0].from_bytes(content)
 
 
 def check_tokenizer(tokenizer: Tokenizer) -> None:
-    """Check the attributes of a tokenizer, which may be user-defined, and that its bytes restore it.
-
-    Raises:
-        UserError: something is missing or wrong.
-    """
+    """Raise a `UserError` if an attribute of a user-defined tokenizer is wrong, or its bytes do not restore it."""
     name, counts = type(tokenizer).__name__, getattr(tokenizer, "char_counts", None)
     if not isinstance(counts, np.ndarray) or counts.ndim != 1 or counts.dtype.kind not in "iu":
         raise UserError(f"{name}.char_counts must be a NumPy array of integers, one for each id")
@@ -252,15 +246,11 @@ class CharTokenizer(Tokenizer):
     def decode(self, ids: Iterable[int]) -> str:
         return "".join(self.characters[index] for index in ids if index != self.eos_id)
 
-    def id_to_piece(self, index: int) -> str:
-        return END_OF_TEXT if index == self.eos_id else self.characters[index]
-
     @classmethod
     def from_bytes(cls, data: bytes) -> CharTokenizer:
         try:
-            content = json.loads(data)
-            return cls(content["characters"], content["add_eos"], content["newline"])
-        except (KeyError, TypeError):
+            return cls(**json.loads(data))
+        except TypeError:
             raise ValueError("not a character vocabulary") from None
 
     def to_bytes(self) -> bytes:
@@ -279,25 +269,22 @@ class SentencePieceTokenizer(Tokenizer):
     """
 
     def __init__(self, model: bytes) -> None:
-        self._model = model
+        self._model, self._processor = model, spm.SentencePieceProcessor()
         try:
-            if not model:
-                raise RuntimeError("no bytes")  # SentencePiece would wait for a model to be loaded later
-            self._processor = spm.SentencePieceProcessor(model_proto=model)
+            self._processor.LoadFromSerializedProto(model)
         except RuntimeError as error:
             raise ValueError(f"not a SentencePiece model: {error}") from None
         self.pieces: list[str] = [self._processor.id_to_piece(index) for index in range(self._processor.vocab_size())]
-        probe = "  a \n\n b "
-        self.lossless = self._processor.decode(self._processor.encode(probe)) == probe
         self.unknown_id: int = self._processor.unk_id()
         self.newline = "\r\n" if model.endswith(CRLF_FIELD) else "\n"
-        self._newline: list[int] = self._processor.encode("\n") if self.lossless else []
+        self._newline: list[int] = self._processor.encode("\n")
         self.char_counts = np.array([len(piece) for piece in self.pieces])
         for index in filter(self._processor.is_byte, range(len(self.pieces))):
             byte = int(self.pieces[index][3:5], 16)  # "<0xE2>"
             self.char_counts[index] = starts_character(byte)
+        probe = "  a \n\n b "
         ids = self.encode(probe)  # line by line: some models put a space before each
-        if self.lossless and not (self.decode(ids) == probe and self.char_counts[ids].sum() == len(probe)):
+        if self.decode(ids) != probe or self.char_counts[ids].sum() != len(probe):
             self.lossless, self._newline = False, []
         eos = self._processor.eos_id()
         if eos >= 0 and self.pieces[eos] == END_OF_TEXT:  # SentencePiece's own "</s>" does not occur in training

@@ -7,7 +7,7 @@
 - Evaluation scores every token exactly once.
 - Every rank takes its slice of one global order, so nothing depends on the number of processes or workers.
 
-Axes: B windows in a batch, W in all, T positions, N tokens. Does not import torch.
+Axes: B windows in a batch, W in all, T positions, N tokens.
 """
 
 from __future__ import annotations
@@ -215,15 +215,3 @@ def subset_windows(n_tokens: int, block_size: int, windows: int) -> npt.NDArray[
     """Up to `windows` non-overlapping whole windows, evenly spaced in the stream, in the format of `eval_windows`."""
     starts = np.unique(np.linspace(0, n_tokens - 1 - block_size, windows).astype(np.int64) // block_size * block_size)
     return np.stack((starts, np.full_like(starts, block_size), np.zeros_like(starts)), axis=1)
-
-
-def eval_batches(full: int, windows: int, batch_size: int, rank: int = 0, world_size: int = 1) -> list[range]:
-    """One rank's batches of evaluation windows, each window once.
-
-    The first `full` windows have the full length; a shorter one is a batch by itself. Index `windows` is a dummy that
-    scores nothing: it fills the last round, so that all ranks have the same number of batches.
-    """
-    batches = [range(first, min(first + batch_size, full)) for first in range(0, full, batch_size)]
-    batches += [range(window, window + 1) for window in range(full, windows)]
-    batches += [range(windows, windows + 1)] * (-len(batches) % world_size)
-    return batches[rank::world_size]

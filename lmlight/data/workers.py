@@ -1,4 +1,4 @@
-"""Worker processes for CPU-bound work. Does not import torch."""
+"""Worker processes for CPU-bound work."""
 
 from __future__ import annotations
 

@@ -106,7 +106,7 @@ class LoRAModel(LanguageModel):
         adapters = {name: value.shape for name, value in checkpoint["state_dict"].items()}
         if adapters != {name: value.shape for name, value in self.state_dict().items() if checkpoints.ADAPTER in name}:
             raise UserError("model.rank and model.targets of a run cannot change: leave them out, or start a new run")
-        base = checkpoints.read_base(checkpoint, "the run's checkpoint")
+        base = checkpoints.read_base(checkpoint)
         self._base, self._fingerprint = base["path"], checkpoint[checkpoints.METADATA_KEY]["adapter"]["fingerprint"]
         for name in self.state_dict():
             if name not in adapters and (original := name.replace(".base_layer.", ".")) in base["state_dict"]:
