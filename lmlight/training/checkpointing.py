@@ -103,9 +103,9 @@ class BestLastCheckpoint(Checkpoint):
             self._check_interval(trainer, int(batches))
         loop = trainer.fit_loop.epoch_loop
         # resumed from a validation at the end of an epoch; without one here, Lightning would end the next epoch at once
-        if loop.restarted_on_last and loop.batch_progress.is_last_batch:
-            if not loop._should_check_val_fx(None):  # type: ignore[arg-type]
-                loop.batch_progress.reset_on_run()
+        at_end = loop.restarted_on_last and loop.batch_progress.is_last_batch
+        if at_end and not loop._should_check_val_fx(None):  # type: ignore[arg-type]
+            loop.batch_progress.reset_on_run()
         self._stop_asked, self._saved = False, trainer.global_step
         self._signal = self._agreed = 0  # those of an earlier `fit`
         if threading.current_thread() is threading.main_thread():  # signal.signal works only there
