@@ -1,7 +1,5 @@
 """lmlight: small transformer language models on text, with PyTorch Lightning."""
 
-from __future__ import annotations
-
 import importlib
 from typing import TYPE_CHECKING, Any
 

@@ -7,8 +7,6 @@
   which refuses pickles that would run code.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import pickle

@@ -1,7 +1,5 @@
 """The table of `lmlight` commands, its help, and an argument parser with one-line errors. Imports only light modules."""
 
-from __future__ import annotations
-
 import argparse
 import os
 import shlex

@@ -4,8 +4,6 @@ They are written under a hidden name in the same folder, flushed to the disk, an
 moment leaves what was there before. (Replacing a folder has an exception, see `whole_folder`.)
 """
 
-from __future__ import annotations
-
 import os
 import shutil
 import sys

@@ -4,8 +4,6 @@ Muon: Jordan et al. 2024 (https://kellerjordan.github.io/posts/muon/). Step size
 (https://arxiv.org/abs/2502.16982). Coefficients of the iteration: Amsel et al. 2025 (https://arxiv.org/abs/2505.16932).
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass

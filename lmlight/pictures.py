@@ -4,8 +4,6 @@ Each figure has a white background, to be readable on light and dark pages, and 
 width of an image in TensorBoard. Each names its layout, because a notebook may have set another default for its own figures.
 """
 
-from __future__ import annotations
-
 import math
 import unicodedata
 import warnings

@@ -3,8 +3,6 @@
 Nothing else imports code from outside lmlight.
 """
 
-from __future__ import annotations
-
 import importlib
 import inspect
 import re

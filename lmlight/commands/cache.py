@@ -1,7 +1,5 @@
 """`lmlight cache` lists and clears the cache folder (`lmlight.data.cache`)."""
 
-from __future__ import annotations
-
 import json
 import shutil
 import time

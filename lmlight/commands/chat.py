@@ -1,7 +1,5 @@
 """`lmlight chat CHECKPOINT`: streams a continuation of each line that you type. Does not wait for Lightning."""
 
-from __future__ import annotations
-
 import contextlib
 import io
 import sys

@@ -1,7 +1,5 @@
 """`lmlight curves RUN...`: plots the learning curves of several runs in one figure."""
 
-from __future__ import annotations
-
 import csv
 import math
 from collections.abc import Sequence

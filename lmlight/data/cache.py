@@ -9,8 +9,6 @@
 In `downloads` and `tokens`, an edited text gets a new name, and its old entry can be cleared.
 """
 
-from __future__ import annotations
-
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager

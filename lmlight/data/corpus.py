@@ -4,8 +4,6 @@
 - It is split by characters, before any tokenizer sees it.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections.abc import Iterator

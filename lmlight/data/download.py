@@ -5,8 +5,6 @@
 - Any other URL is opened by fsspec. The copy is named after the URL and the version of the files there.
 """
 
-from __future__ import annotations
-
 import glob
 import hashlib
 import importlib.util

@@ -1,7 +1,5 @@
 """Pretrained tokenizers: SentencePiece models, and any Hugging Face `tokenizer.json`, through `tokenizers`."""
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Iterable

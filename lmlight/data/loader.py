@@ -5,8 +5,6 @@ A batch includes the number of characters of each target, so the loss per charac
 Axes: B windows, T positions, V vocabulary, W evaluation windows, N tokens.
 """
 
-from __future__ import annotations
-
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor

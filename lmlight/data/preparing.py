@@ -4,8 +4,6 @@ A store is named after the text and every setting that the tokens depend on, so 
 cache.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os

@@ -1,7 +1,5 @@
 """Prompts: those that a user passes, and a default one from the validation text."""
 
-from __future__ import annotations
-
 import re
 import sys
 import textwrap

@@ -7,8 +7,6 @@
   separators, or whole text files if there are several. A single text file has no documents.
 """
 
-from __future__ import annotations
-
 import codecs
 import io
 import json

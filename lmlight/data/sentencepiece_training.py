@@ -2,8 +2,6 @@
 splits text for them.
 """
 
-from __future__ import annotations
-
 import io
 import random
 import re

@@ -7,8 +7,6 @@
 litdata is an extra, imported on use.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import shutil

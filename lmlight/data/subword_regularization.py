@@ -4,8 +4,6 @@ They are sampled here because SentencePiece's own sampling does not repeat from 
 seed and epoch give the same segmentation everywhere.
 """
 
-from __future__ import annotations
-
 import math
 import random
 import re

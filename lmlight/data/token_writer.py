@@ -6,8 +6,6 @@
   objects holds the global interpreter lock (benchmarks/data.py).
 """
 
-from __future__ import annotations
-
 import json
 import shutil
 from collections import deque

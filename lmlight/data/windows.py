@@ -10,8 +10,6 @@
 Axes: B windows in a batch, W in all, T positions, N tokens.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor, Future
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Worker processes for CPU-bound work."""
 
-from __future__ import annotations
-
 import multiprocessing
 import os
 import signal

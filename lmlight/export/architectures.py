@@ -3,8 +3,6 @@
 Hugging Face export and import and GGUF export all use these two tables.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterator
 from typing import Any, NamedTuple

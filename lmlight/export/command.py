@@ -1,7 +1,5 @@
 """`lmlight export FORMAT CHECKPOINT TARGET` and `lmlight import hf DIR CHECKPOINT`."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path

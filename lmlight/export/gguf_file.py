@@ -8,8 +8,6 @@
   the place of their byte pieces, and other unseen characters become `<unk>`. BPE (`llama`) has byte fallback.
 """
 
-from __future__ import annotations
-
 from contextlib import closing
 from pathlib import Path
 from typing import Any

@@ -4,8 +4,6 @@ Axes: B rows, T new positions, P past positions, S = P + T, L blocks, H_kv key/v
 vocabulary.
 """
 
-from __future__ import annotations
-
 import contextlib
 import io
 import json

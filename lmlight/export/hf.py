@@ -1,7 +1,5 @@
 """Export to a Hugging Face folder that `AutoModelForCausalLM` and `AutoTokenizer` open without custom code."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

@@ -5,8 +5,6 @@
 - Weights: safetensors, in one file or several. One tensor is read at a time.
 """
 
-from __future__ import annotations
-
 import json
 import math
 from collections.abc import Callable

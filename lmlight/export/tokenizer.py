@@ -10,8 +10,6 @@ literal `<s>`:
   each ASCII character: one that the training text lacks takes the place of its byte piece.
 """
 
-from __future__ import annotations
-
 import warnings
 from typing import Any, NamedTuple
 

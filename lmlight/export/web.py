@@ -3,8 +3,6 @@
 The page's source is in `page/`. Its libraries come from npm, once; then they are in the cache.
 """
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import hashlib

@@ -7,8 +7,6 @@ what changes from step to step is copied into tensors that stay in place (`Stati
 Axes: B batch, T positions, D channels of a head, V vocabulary.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

@@ -7,8 +7,6 @@ and 3 to 10 ms a token, because it copies the buffers that it cannot change in p
 Axes: B batch, C = n_embd channels, H query heads, H_kv key/value heads, D channels of a head, V vocabulary.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any, TypeGuard, cast
 

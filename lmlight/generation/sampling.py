@@ -8,8 +8,6 @@
 Axes: B rows, V vocabulary.
 """
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass, field
 

@@ -4,8 +4,6 @@
 - Streams that are generated together give the same texts as each alone.
 """
 
-from __future__ import annotations
-
 import math
 import re
 from collections.abc import Iterator, Sequence

@@ -10,8 +10,6 @@ Papers: Vaswani et al. 2017 (https://arxiv.org/abs/1706.03762); grouped queries,
 (https://arxiv.org/abs/2305.13245); query/key norm, Henry et al. 2020 (https://arxiv.org/abs/2010.04245).
 """
 
-from __future__ import annotations
-
 import math
 from typing import Literal
 

@@ -1,7 +1,5 @@
 """The bigram table, the simplest language model: the logits depend on the last token only."""
 
-from __future__ import annotations
-
 from torch import Tensor, nn
 
 from lmlight.models.base import Net

@@ -1,7 +1,5 @@
 """Checks of a network before it is trained: does it keep the contract of `Net`?"""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from contextlib import ExitStack
 

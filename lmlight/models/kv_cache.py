@@ -3,8 +3,6 @@
 Axes: B batch, T new tokens, S slots, H_kv key/value heads, D channels of a head.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

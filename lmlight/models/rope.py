@@ -1,7 +1,5 @@
 """Rotary position embeddings (RoPE), Su et al. 2021 (https://arxiv.org/abs/2104.09864)."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

@@ -11,8 +11,6 @@ Sennrich 2019 (https://arxiv.org/abs/1910.07467); SwiGLU, Shazeer 2020 (https://
 2021 (https://arxiv.org/abs/2109.08668).
 """
 
-from __future__ import annotations
-
 from typing import Any, Literal
 
 import torch

@@ -1,7 +1,5 @@
 """`lmlight sweep`: compares settings over several seeds, or searches for the best, and reports which is better."""
 
-from __future__ import annotations
-
 import hashlib
 import itertools
 import json

@@ -5,8 +5,6 @@
   its run resumed. (Optuna itself needs a database for this, and lists such a trial twice: first as failed.)
 """
 
-from __future__ import annotations
-
 import json
 import os
 import socket

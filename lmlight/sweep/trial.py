@@ -5,8 +5,6 @@ the sweep was killed, the run gets SIGTERM. This works on every platform. The pr
 which would reach it as a second signal.
 """
 
-from __future__ import annotations
-
 import os
 import re
 import runpy

@@ -1,7 +1,5 @@
 """Runs the trials of a sweep, one after the other, until none is left."""
 
-from __future__ import annotations
-
 import statistics
 import time
 from datetime import timedelta

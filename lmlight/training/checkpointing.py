@@ -8,8 +8,6 @@ Lightning writes the checkpoints; this module decides when, so that a resumed ru
 - Never with non-finite weights.
 """
 
-from __future__ import annotations
-
 import math
 import os
 import signal

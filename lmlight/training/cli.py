@@ -3,8 +3,6 @@
 A user's mistake is one line on stderr and exit status 2.
 """
 
-from __future__ import annotations
-
 import json
 import re
 import sys

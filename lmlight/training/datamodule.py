@@ -3,8 +3,6 @@
 `prepare_data` (one process) leaves a token store in the cache; `setup` (every process) opens it.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any, Literal, cast
 

@@ -1,7 +1,5 @@
 """Knowledge distillation: train a model on the predictions of earlier ones."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Low-rank adapters (LoRA) through the `peft` library: finetuning that trains and stores a small part of the weights."""
 
-from __future__ import annotations
-
 import importlib.util
 from collections.abc import Sequence
 from typing import Any

@@ -3,8 +3,6 @@
 Sums are accumulated in float64, reduced across processes, and divided once.
 """
 
-from __future__ import annotations
-
 import math
 
 import torch

@@ -1,7 +1,5 @@
 """The output of `predict`: texts as they are generated, or a JSON Lines file."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Sequence
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Checks before a run prepares data or writes anything."""
 
-from __future__ import annotations
-
 from lightning.pytorch import Callback, Trainer, callbacks
 
 from lmlight.errors import UserError

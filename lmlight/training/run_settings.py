@@ -6,8 +6,6 @@
 Either acts as the first `--config` file, so later files and flags override it.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Sequence
 from contextlib import suppress

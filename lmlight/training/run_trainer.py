@@ -1,7 +1,5 @@
 """The Trainer of the command line: a folder for each run, its `config.yaml`, the subcommands, and what they print."""
 
-from __future__ import annotations
-
 import json
 import logging
 import math

@@ -1,7 +1,5 @@
 """The part of `LanguageModel` that needs no training: its network and tokenizer, scoring and generation."""
 
-from __future__ import annotations
-
 from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager

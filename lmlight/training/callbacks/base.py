@@ -1,7 +1,5 @@
 """What the callbacks share: when they run, and where they write."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

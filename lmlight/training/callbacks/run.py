@@ -1,7 +1,5 @@
 """A run's folder, its progress on the terminal, and its validations as a table and a figure."""
 
-from __future__ import annotations
-
 import csv
 import sys
 import time

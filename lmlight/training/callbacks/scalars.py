@@ -1,7 +1,5 @@
 """Scalars besides the losses: speed and memory, relative size of the updates, gap between training and validation."""
 
-from __future__ import annotations
-
 import re
 import time
 import warnings

@@ -1,7 +1,5 @@
 """TensorBoard's pages besides Scalars: samples of text, figures of the net, its token embedding, and settings."""
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Iterator, Sequence
 from typing import Any, cast
