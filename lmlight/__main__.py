@@ -66,9 +66,9 @@ def set_up_process(command: str) -> None:
 def bound_spinning(command: str) -> None:
     """Bound how long torch's OpenMP threads spin at barriers, in this process and those it starts, unless the user does.
 
-    Without a bound, a busy process on the same two cores makes a step up to 30 times slower. With 1,000 spins, a default
-    step takes 187 ms alone (171 without a bound) and 333 beside a busy process (2,361 with 100,000 spins). libgomp
-    reads the bound when torch is imported.
+    Without a bound, a busy process on the same two cores makes a step up to 30 times slower. With 1,000 spins, a step of
+    the default model takes 187 ms alone (171 ms without a bound) and 333 ms beside a busy process (2,361 ms with 100,000
+    spins). libgomp reads the bound when torch is imported.
     """
     if not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & os.environ.keys():
         # generation has short products between barriers: 3.0 ms a token instead of 3.6 to 6
@@ -78,8 +78,8 @@ def bound_spinning(command: str) -> None:
 def keep_freed_memory() -> None:
     """Let glibc keep freed memory for the next allocation of this process, unless the user sets its thresholds.
 
-    Otherwise it returns the memory of each step's large tensors to the system, which zeroes it on reuse: 9,000 to
-    14,000 page faults a step by default, and up to a fifth of its time. The peak memory of a training run stays the same.
+    Otherwise glibc returns the memory of each step's large tensors to the system, which zeroes it on reuse: 9,000 to 14,000
+    page faults per step of the default model, and up to a fifth of the step's time. The peak memory of a run stays the same.
     """
     variables = {"MALLOC_MMAP_THRESHOLD_", "MALLOC_MMAP_MAX_", "MALLOC_TRIM_THRESHOLD_", "GLIBC_TUNABLES"}
     set_by_user = variables & os.environ.keys()

@@ -76,15 +76,17 @@ def write(content: dict[str, Any], path: str | Path) -> None:
     except (OSError, RuntimeError) as error:  # torch raises RuntimeError on a full disk
         reason = (isinstance(error, OSError) and error.strerror) or "the disk may be full"
         kept = "the previous file is unchanged" if path.exists() else "no file was written"
-        raise UserError(f"checkpoint '{path}' cannot be written ({reason}): free some space; {kept}") from None
+        raise UserError(
+            f"checkpoint '{path}' cannot be written ({reason}): free some space, or check the folder's permissions; {kept}"
+        ) from None
 
 
 def read(path: str | Path) -> dict[str, Any]:
     """Read a checkpoint onto the CPU, with its absolute path as `path`. Adapters are merged into their weights.
 
     Raises:
-        UserError: The file is missing, damaged, not an lmlight checkpoint, of another format version, or holds a pickle that
-            would run code; it holds adapters of a model that is missing or has changed.
+        UserError: The file is missing or damaged, is not an lmlight checkpoint or has another format version; it holds a
+            pickle that would run code, or adapters for a model that is missing or has changed.
     """
     content = check(load(path), path)
     content["path"] = str(Path(path).expanduser().absolute())
@@ -110,7 +112,7 @@ def read_base(content: dict[str, Any]) -> dict[str, Any]:
     base = adapter["base"]
     if fingerprint(base) != adapter["fingerprint"]:  # before it is read: it could name itself as its base
         raise UserError(
-            f"the checkpoint holds adapters of '{base}', which is missing or has changed since: put that checkpoint back"
+            f"the checkpoint holds adapters for '{base}', which is missing or has changed since: put that checkpoint back"
         )
     return read(base)
 
@@ -158,7 +160,7 @@ def check(content: dict[str, Any], path: str | Path) -> dict[str, Any]:
     """Return `content` if this version can read it.
 
     Raises:
-        UserError: It is not an lmlight checkpoint, or of another format version.
+        UserError: It is not an lmlight checkpoint, or has another format version.
     """
     if METADATA_KEY not in content:
         raise UserError(f"'{path}' is not an lmlight checkpoint: pass one that `lmlight fit` wrote")
@@ -234,7 +236,7 @@ def net_class(checkpoint: dict[str, Any], trusted: type[Net] | None = None) -> t
 
     Args:
         checkpoint: From `read`.
-        trusted: The class, if the user has named it. None looks among the classes that have been imported.
+        trusted: The class, if the user has named it. None looks it up among the imported classes.
 
     Raises:
         UserError: The class has not been imported, or `trusted` is another one.
@@ -284,7 +286,7 @@ def load_weights(net: Net, checkpoint: dict[str, Any]) -> None:
 
 def changed(kind: type[Net], error: Exception) -> UserError:
     """The error for a checkpoint that no longer fits the code of its network."""
-    problem = re.sub("^Error.* for .*?: ", "", " ".join(str(error).split()))  # torch's
+    problem = re.sub("^Error.* for .*?: ", "", " ".join(str(error).split()))  # without torch's prefix
     return UserError(
         f"the class {kind.__name__} has changed since this checkpoint was written ({problem}): restore the class as it was"
     )
@@ -297,10 +299,10 @@ def check_compatible(checkpoint: dict[str, Any], net: Net) -> None:
         UserError: The class or a size differs.
     """
     metadata = checkpoint[METADATA_KEY]["net"]
-    # without the module, which is another one if a script is imported
+    # without the module: a script's is `__main__` if it is run, its name if it is imported
     here = {"class": net.class_name.rpartition(".")[2], **net.config}
     there = {"class": metadata["class"].rpartition(".")[2], **metadata["config"]}
-    here, there = json.loads(json.dumps([here, there]))  # the command line makes a list of a tuple
+    here, there = json.loads(json.dumps([here, there]))  # the command line turns tuples into lists
     differing = {k for k in here.keys() | there.keys() if here.get(k) != there.get(k)} - {"dropout"}
     if differing:
         what = ", ".join(f"{k} {there.get(k)} in the checkpoint, {here.get(k)} here" for k in sorted(differing))
@@ -317,11 +319,11 @@ def _is_intact(file: Path | IO[bytes]) -> bool:
 
 
 def _damaged(path: Path) -> UserError:
-    """The error for a damaged file. Names the newest intact one in this run or others."""
+    """The error for a damaged file. Names the newest intact one in this run or, if there is none, in others."""
     run = path.absolute().parent.parent
     others = _newest_first(path.parent.glob("*.ckpt")) + _newest_first(run.parent.glob(f"*/{FOLDER}/*.ckpt"))
     intact = next((other for other in others if other != path and _is_intact(other)), None)
-    remedy = f"the newest intact one is '{intact}'" if intact else "there is no intact one nearby"
+    remedy = f"an intact one is '{intact}'" if intact else "there is no intact one nearby"
     return UserError(f"'{path}' is not a checkpoint, or is truncated or damaged: {remedy}")
 
 

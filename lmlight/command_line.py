@@ -56,7 +56,7 @@ def program(name: str = "lmlight") -> str:
 
 
 def join(words: Iterable[str | Path]) -> str:
-    """A command to paste into a shell: as `shlex.join`, or with the double quotes of Windows."""
+    """A command to paste into a shell, quoted by `shlex.join`, or with double quotes on Windows."""
     return (subprocess.list2cmdline if os.name == "nt" else shlex.join)(list(map(str, words)))
 
 

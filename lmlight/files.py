@@ -1,7 +1,7 @@
 """Files and folders that appear complete, or not at all.
 
 They are written under a hidden name in the same folder, flushed to the disk, and renamed, so a kill or a full disk at any
-moment leaves what was there before. (Replacing a folder has an exception, see `whole_folder`.)
+moment leaves what was there before. (Replacing a folder is not quite atomic, see `whole_folder`.)
 """
 
 import os
@@ -31,8 +31,8 @@ def whole(path: Path, shared: bool = False) -> Iterator[Path]:
 
     Args:
         path: a file in an existing folder; replaced unless it is shared.
-        shared: several processes may write it at a time, and the first one wins. Temporary names are then unique, and a
-            killed process leaves its file behind; otherwise the next call replaces it.
+        shared: several processes may write it at the same time, and the first one wins. Temporary names are then unique, so
+            the file of a killed process stays behind; otherwise the next call overwrites it.
 
     Raises:
         OSError: it cannot be written; nothing is left beside it.

@@ -89,8 +89,8 @@ def make_optimizer(factory: Callable[[Any], Optimizer], net: Net | None = None, 
 class Muon(Optimizer):
     """Muon for the hidden matrices, AdamW for all other parameters.
 
-    Muon replaces the momentum of a matrix by the nearest semi-orthogonal matrix, so that rare directions of the
-    gradient move as far as frequent ones. Its step is scaled to the size of AdamW's, so both share one learning rate.
+    Muon replaces the momentum of a matrix by the nearest semi-orthogonal matrix, so that weights move as far in rare
+    directions of the gradient as in frequent ones. Its step is scaled to the size of AdamW's, so they share a learning rate.
 
     Args:
         params: groups from `parameter_groups`. Muon updates the group named `hidden`; AdamW updates every other group.
@@ -116,7 +116,7 @@ class Muon(Optimizer):
     ) -> None:
         if not 0 <= momentum < 1:
             raise ValueError(f"momentum must be in [0, 1), got {momentum}")
-        # takes its groups and its state from this optimizer at each step, which may have loaded others
+        # gets its groups and state from this optimizer at each step, because `load_state_dict` may replace them
         self._adamw = torch.optim.AdamW([torch.empty(0)], lr, betas, eps, weight_decay, fused=True)
         super().__init__(params, {**self._adamw.defaults, "momentum": momentum, "name": ""})
 
@@ -153,15 +153,15 @@ class Muon(Optimizer):
                 update = update.full_tensor()
             same_shape.setdefault(update.shape, []).append((parameter, update))
         for shape, members in same_shape.items():
-            updates = orthogonalise(torch.stack([update for _, update in members]))
-            step = group["lr"] * 0.2 * math.sqrt(max(shape))  # matches AdamW's RMS update (Liu et al. 2025)
+            updates = orthogonalize(torch.stack([update for _, update in members]))
+            step = group["lr"] * 0.2 * math.sqrt(max(shape))  # matches the RMS of AdamW's updates (Liu et al. 2025)
             for (parameter, _), update in zip(members, updates.to(members[0][0].dtype)):
                 if isinstance(parameter, DTensor):
                     update = distribute_tensor(update, parameter.device_mesh, parameter.placements, src_data_rank=None)
                 parameter.mul_(1 - group["lr"] * group["weight_decay"]).add_(update, alpha=-step)
 
 
-def orthogonalise(matrices: Tensor) -> Tensor:
+def orthogonalize(matrices: Tensor) -> Tensor:
     """Approximate U Vᵀ of the singular value decompositions U S Vᵀ, using matrix products only.
 
     Args:
@@ -171,7 +171,7 @@ def orthogonalise(matrices: Tensor) -> Tensor:
         (N, rows, columns); bfloat16 on GPUs that support it, where such products are fastest and precise enough.
     """
     if matrices.size(1) > matrices.size(2):
-        return orthogonalise(matrices.mT).mT
+        return orthogonalize(matrices.mT).mT
     x = matrices
     if x.is_cuda and torch.cuda.is_bf16_supported(including_emulation=False):  # Turing emulates it, slower than float32
         x = x.bfloat16()

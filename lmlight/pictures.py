@@ -1,7 +1,7 @@
 """Matplotlib figures of a net and its training, from plain arrays. Independent of torch and Lightning.
 
 Each figure has a white background, to be readable on light and dark pages, and if possible is at most 350 pixels wide, the
-width of an image in TensorBoard. Each names its layout, because a notebook may have set another default for its own figures.
+width of an image in TensorBoard. Each sets its own layout, because a notebook may have set another default for its figures.
 """
 
 import math
@@ -96,7 +96,7 @@ def learning_curves(runs: Mapping[str, Sequence[Mapping[str, float]]], x: str = 
     """The validation loss of one or more runs and, dashed, the loss on a subset of the training text.
 
     Args:
-        runs: the validations of each run by its name: metrics by their names, and `x`.
+        runs: for each run's name, its validations, each of which maps the names of metrics, and `x`, to values.
         x: `step`, `characters` or `seconds`.
     """
     figure = Figure(figsize=(7.5, 4.5), dpi=100, facecolor="white", layout="constrained")
@@ -136,7 +136,7 @@ def strip_plot(settings: Sequence[tuple[str, Sequence[float], tuple[float, float
 
 
 def mean_curves(settings: Sequence[tuple[str, Sequence[Sequence[Mapping[str, float]]]]]) -> Figure:
-    """The mean loss of several runs with each setting over the steps, in a band from the lowest to the highest run.
+    """For each setting, the mean loss of its runs at each step, with a band from the lowest to the highest.
 
     Args:
         settings: name and runs of each; a run is its validations, see `learning_curves`.

@@ -278,7 +278,7 @@ def test_custom_network_trains_the_same_with_two_processes(folder):
 @pytest.mark.parametrize(
     ("net", "says"),
     [
-        ("mynet.Future", "looks at the future"),
+        ("mynet.Future", "is not causal"),
         ("mynet.Shape", "expected shape (2, 8, 32)"),
         ("mynet.Plain", "Plain is not derived from Net"),
         ("mynet.Idle", "has no parameters to train"),

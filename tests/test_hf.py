@@ -233,7 +233,7 @@ def test_existing_files_are_replaced_only_with_force(tokenizers, tmp_path, capsy
 def test_qwen2_needs_a_tokenizer_that_splits_as_its_own(tokenizers, tmp_path, capsys):
     path = save(tmp_path / "x.ckpt", make(tokenizers["unigram"], OPTIONS["qwen2"]), tokenizers["unigram"])
     assert main(["export", "hf", path, "out"]) == 2
-    assert "transformers splits a text in Qwen2's way" in capsys.readouterr().err
+    assert "transformers uses Qwen2's pre-tokenizer" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 

@@ -16,7 +16,7 @@ from lmlight.optim import (
     apply_changes,
     hyperparameters,
     label_in_order,
-    orthogonalise,
+    orthogonalize,
     parameter_groups,
 )
 
@@ -69,10 +69,10 @@ def test_muon_leaves_weights_of_more_than_two_dimensions_to_adamw():
 
 
 @pytest.mark.parametrize("shape", [(3, 16, 64), (3, 64, 16), (1, 32, 32)])
-def test_orthogonalise_approximates_the_polar_factor(shape):
+def test_orthogonalize_approximates_the_polar_factor(shape):
     torch.manual_seed(0)
     given = torch.randn(shape, dtype=torch.float64)
-    made = orthogonalise(given)
+    made = orthogonalize(given)
     u, s, v = torch.linalg.svd(given, full_matrices=False)
     # diagonal in the basis of the singular vectors, with entries near 1 unless the singular value is tiny
     inside = u.mT @ made @ v.mT
@@ -107,7 +107,7 @@ def test_muon_matches_a_reference_implementation():
                 momentum.mul_(0.9).add_(parameter.grad, alpha=0.1)
                 nesterov = 0.1 * parameter.grad + 0.9 * momentum
                 parameter.mul_(1 - 1e-2 * 0.1)
-                parameter -= 1e-2 * 0.2 * max(parameter.shape) ** 0.5 * orthogonalise(nesterov[None])[0]
+                parameter -= 1e-2 * 0.2 * max(parameter.shape) ** 0.5 * orthogonalize(nesterov[None])[0]
     for a, b in zip(ours.parameters(), plain.parameters()):
         assert torch.allclose(a, b, rtol=0, atol=1e-12)
 

@@ -29,7 +29,7 @@ def test_surprising_tokens_are_redder_and_lines_are_kept():
     ground = image_of(figure)
     assert ground.shape[:2] == (2, 12)
     assert [text.get_text() for text in figure.axes[0].texts] == [" no way↵", "x"]
-    assert len({to_hex(shade) for shade in ground[0, :3]}) == 1, "one colour per token"
+    assert len({to_hex(shade) for shade in ground[0, :3]}) == 1, "one color per token"
     whiteness = ground.sum(-1)
     assert whiteness[0, 0] > whiteness[1, 0] > whiteness[0, 4]
     assert (ground[0, 8:] == 1).all(), "white after the end of the line"

@@ -203,7 +203,7 @@ def test_settings_that_differ_from_the_store_are_refused(copied, settings, said)
 def test_tokenizer_that_differs_from_the_checkpoint_is_refused(copied):
     data = TextDataModule("copy")
     data.tokenizer = TokenizerConfig("char").train("another text")
-    with pytest.raises(UserError, match="not from the checkpoint's tokenizer"):
+    with pytest.raises(UserError, match="not from this run's tokenizer"):
         data.prepare()
 
 

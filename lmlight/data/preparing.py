@@ -32,7 +32,7 @@ class CorpusSpec:
     """A corpus and how it becomes tokens. The arguments are those of `TextDataModule`.
 
     Raises:
-        UserError: a corpus that is not a string; a `val_fraction` outside (0, 1).
+        UserError: a corpus that is empty, or neither a string nor a path; a `val_fraction` outside (0, 1).
     """
 
     corpus: str
@@ -136,8 +136,8 @@ class CorpusSpec:
                 )
         if pretrained_tokenizer and pretrained_tokenizer.fingerprint != store.tokenizer.fingerprint:
             raise UserError(
-                f"the tokens in '{self.corpus}' are not from the checkpoint's tokenizer: pass the text itself, or "
-                "prepare it with `lmlight prepare --init_from`"
+                f"the tokens in '{self.corpus}' are not from this run's tokenizer: pass the text itself, or prepare "
+                "it with the same --data.tokenizer or --init_from"
             )
 
 

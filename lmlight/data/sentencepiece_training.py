@@ -22,7 +22,7 @@ UNKNOWN = "\u2585"  # "▅": how its trainer writes characters that it leaves ou
 UNKNOWN_PENALTY = 10.0  # SentencePiece's kUnkPenalty: an unknown character scores this much below the lowest piece
 # The pieces that unigram training finds depend on it, so it is the same on every machine.
 TRAINING_THREADS = 4
-# SentencePiece silently skips training lines over 4,192 bytes, so longer lines are split, at 4 bytes a character.
+# SentencePiece silently skips training lines over 4,192 bytes, and a character takes up to 4 bytes.
 MAX_TRAINING_LINE = 1000
 # At or above this size, a vocabulary too small for all characters of a text encodes the rarest as bytes.
 MIN_SIZE_FOR_BYTES = 512

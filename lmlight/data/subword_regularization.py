@@ -1,6 +1,6 @@
 """Subword regularization (Kudo 2018, https://arxiv.org/abs/1804.10959): random segmentations of the training text.
 
-They are sampled here because SentencePiece's own sampling does not repeat from one process to the next. Here the same
+They are sampled here because SentencePiece's own sampling is not reproducible across processes. Here the same
 seed and epoch give the same segmentation everywhere.
 """
 

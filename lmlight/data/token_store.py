@@ -147,7 +147,7 @@ class TokenStore:
     @property
     def train_fingerprint(self) -> str:
         """Identifies the training tokens."""
-        # unlike that of a stored copy, whose windows have another order
+        # differs from a stored copy's, whose windows come in another order
         return f"streamed {self.streamed['fingerprint']}" if self.streamed else self.ids["train"].fingerprint
 
     @cached_property

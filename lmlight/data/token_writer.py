@@ -124,13 +124,13 @@ def _write_shard(tokenizer: Tokenizer, dtype: str, path: Path, chunks: list[Text
             if tokenizer.lossless:
                 wrong = ""
                 if tokenizer.char_counts[encoded[-1]].sum() != _chars(batch):
-                    wrong = "char_counts do not fit"
+                    wrong = "char_counts does not fit"
                 # only the first batch, because decoding takes longer
                 if len(encoded) == 2 and tokenizer.decode(ids) != "".join(chunk.text for chunk in batch):
                     wrong = "decode does not restore"
                 if wrong:
                     name = type(tokenizer).__name__
-                    raise UserError(f"{name}.{wrong} the text: correct it, or set lossless = False in the class")
+                    raise UserError(f"{name}.{wrong} the text: correct the class, or set lossless = False in it")
         with files.whole(path, shared=True) as beside, beside.open("wb") as file:
             np.save(file, np.concatenate(encoded))
     return _chars(chunks), tokens_in(path)

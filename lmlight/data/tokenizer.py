@@ -34,7 +34,7 @@ from lmlight.user_code import explained, full_name, subclasses
 # separators, bidirectional embeddings, overrides and isolates.
 CONTROL_CHARACTERS = re.compile(r"[\0-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]")
 # Appended to the SentencePiece model of a text whose lines end in CRLF. SentencePiece ignores this protobuf field (200, a
-# string). The vocabulary does not show this: a carriage return in it may come from a few lines.
+# string). The vocabulary cannot tell: it has a carriage return even if only a few lines end in CRLF.
 CRLF_FIELD = b"\xc2\x0c\x02\r\n"
 
 
@@ -79,7 +79,7 @@ class Tokenizer(ABC):
         """
         return cls(data)  # type: ignore[call-arg]  # of a subclass
 
-    def __reduce__(self) -> tuple[Any, ...]:  # for worker processes; what a library pickles may be incomplete
+    def __reduce__(self) -> tuple[Any, ...]:  # for worker processes: a library's own pickling may be incomplete
         return type(self).from_bytes, (self.to_bytes(),)
 
     @property
@@ -108,7 +108,7 @@ class Tokenizer(ABC):
     def bos_ids(self) -> list[int]:
         """Ids to start from when the prompt is empty: EOS if the vocabulary has one, else newline, else 0.
 
-        For CRLF, only the LF: training windows also start after it, and other engines accept a single id.
+        With CRLF, only the LF: training windows may start with it, too, and other engines accept one id only.
         """
         if self.eos_id is not None:
             return [self.eos_id]
@@ -131,7 +131,7 @@ class TokenizerConfig:
         kind: SentencePiece's unigram or BPE model, or the set of characters.
         vocab_size: number of pieces, including the 256 bytes of lossless tokenizers. A text that cannot fill them gets
             fewer. Ignored for characters.
-        lossless: keep every character. False is SentencePiece's default normalization, which drops newlines.
+        lossless: keep every character. False uses SentencePiece's default, which turns newlines into spaces.
         sample_chars: number of characters that SentencePiece is trained on. From a longer text, random lines are taken,
             always the same ones. 10 million take about 20 s and 300 MB.
 

@@ -1,7 +1,8 @@
 """The order of training and evaluation windows, as pure functions of (seed, epoch, position).
 
 - A training epoch is a random offset into the stream and a random permutation of the non-overlapping windows from there.
-  With `epoch`, no token is a target twice; fewer than 2 T at the ends are left out. Window borders move from epoch to epoch.
+  In the order `epoch`, no token is a target twice; fewer than 2 T tokens at the ends are left out. Window borders move
+  from epoch to epoch.
 - Training tokens come in shards. Stored tokens are one shard (`stored_windows`). Tokens that are resegmented or streamed
   come in several: `subword_regularization.resegmented_windows`, `streaming.streamed_windows`.
 - Evaluation scores every token exactly once.

@@ -16,7 +16,7 @@ def cpu_count() -> int:
 def process_pool(processes: int) -> ProcessPoolExecutor:
     """A pool whose processes ignore Ctrl-C and end when the parent is killed.
 
-    Where processes cannot be forked, they import the main module: a script needs `if __name__ == "__main__"` there.
+    Except on Linux, processes are spawned and import the main module: a script needs `if __name__ == "__main__"`.
     """
     context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
     return ProcessPoolExecutor(processes, context, _start)

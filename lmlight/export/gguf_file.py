@@ -2,7 +2,7 @@
 
 - llama.cpp's Qwen3 always uses SiLU, from which we build ReLU²: silu(k h) h / k differs from relu(h)² by less than
   0.54 / k². So the gate is scaled by k, and the up and down matrices by 1/√k each.
-- llama.cpp's Llama rotates neighbouring channels where we rotate the two halves of a head, so the rows of queries and
+- llama.cpp's Llama rotates neighboring channels where we rotate the two halves of a head, so the rows of queries and
   keys are interleaved.
 - llama.cpp calls a unigram tokenizer `t5`. It has no byte fallback: ASCII characters that the training text lacks take
   the place of their byte pieces, and other unseen characters become `<unk>`. BPE (`llama`) has byte fallback.
@@ -30,8 +30,8 @@ SHARPNESS, ROOT = 4096.0, 64.0
 def write(model: Model, path: Path, precision: str = "f32") -> None:
     """Writes a `.gguf` file.
 
-    `precision` (f32, f16 or q8_0) is that of the matrices; everything else is float32. With q8_0, matrices whose rows are
-    not a multiple of 32 long are float16.
+    `precision` (f32, f16 or q8_0) is that of the matrices; everything else is float32. With q8_0, matrices whose row length
+    is not a multiple of 32 are float16.
 
     Raises:
         UserError: llama.cpp has no such network or tokenizer; gguf is not installed.
@@ -87,7 +87,7 @@ def _add_tokenizer(writer: Any, model: Model) -> None:
         )
     vocabulary = Vocabulary(model.tokenizer)
     unknown, eos = vocabulary.unknown_id, model.tokenizer.eos_id
-    # strings of llama.cpp have no NUL
+    # llama.cpp's strings cannot contain NUL
     pieces = [Piece("<0x00>", 0.0, BYTE) if piece.piece == "\0" else piece for piece in vocabulary.pieces]
     texts, scores, types = map(list, zip(*pieces))
     writer.add_tokenizer_model("t5" if vocabulary.is_unigram else "llama")
@@ -107,8 +107,8 @@ def _add_byte_level_bpe(writer: Any, tokenizer: HFTokenizer) -> None:
     name, model = pre_tokenizer_name(tokenizer), tokenizer.content["model"]
     if name is None:
         raise UserError(
-            "llama.cpp splits a text like the byte-level BPE tokenizers of GPT-2, SmolLM2, Qwen2 or Llama 3, and this "
-            "checkpoint's tokenizer.json splits it in another way: export to hf or onnx"
+            "GGUF export supports the pre-tokenizers of GPT-2, SmolLM2, Qwen2 and Llama 3, and this checkpoint's "
+            "tokenizer.json has another one: export to hf or onnx"
         )
     pieces = {index: (f"<unused {index}>", UNUSED) for index in range(tokenizer.vocab_size)}
     pieces |= {index: (text, NORMAL) for text, index in model["vocab"].items()}

@@ -42,7 +42,7 @@ class ConcatCache(Cache):
         present: (2, B, H_kv, S, D) keys and values of each layer so far.
     """
 
-    attention_maps: list[Tensor]  # recorded, to take the attention path that works for any number of keys
+    attention_maps: list[Tensor]  # not None: selects the attention path that works for any number of keys
 
     def __init__(self, past: Tensor, rope: Tensor | None) -> None:
         super().__init__(is_causal=False, attention_maps=[])

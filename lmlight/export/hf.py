@@ -33,8 +33,8 @@ def write(model: Model, folder: Path, license: str) -> None:
     architecture, tokenizer = match_architecture(model.net), model.tokenizer
     if architecture.model_type == "qwen2" and pre_tokenizer_name(tokenizer) != "qwen2":
         raise UserError(
-            "transformers splits a text in Qwen2's way for any model of that architecture, and this checkpoint's tokenizer "
-            "does not: export to gguf or onnx"
+            "transformers uses Qwen2's pre-tokenizer for any model of that architecture, but this checkpoint's tokenizer "
+            "has another one: export to gguf or onnx"
         )
     tokenizer_config: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast"}
     tokenizer_config["clean_up_tokenization_spaces"] = False

@@ -1,6 +1,6 @@
 """Import of a model from a Hugging Face folder.
 
-- Families: GPT-2, Llama (with SmolLM2), Mistral, Qwen2 and Qwen3, where `Transformer` has the options.
+- Families: GPT-2, Llama (including SmolLM2), Mistral, Qwen2 and Qwen3, if `Transformer` has the options they need.
 - Tokenizers: any `tokenizer.json`, or lmlight's own `tokenizer.model`.
 - Weights: safetensors, in one file or several. One tensor is read at a time.
 """

@@ -58,7 +58,7 @@ class Vocabulary:
     def __init__(self, tokenizer: SentencePieceTokenizer) -> None:
         if not tokenizer.lossless:
             raise UserError(
-                "this checkpoint's tokenizer is lossy (it drops newlines and repeated spaces), and other engines cannot "
+                "this checkpoint's tokenizer is lossy (it changes newlines and repeated spaces), and other engines cannot "
                 "reproduce it: train one with --data.tokenizer.lossless=true"
             )
         with warnings.catch_warnings():  # protobuf's C extension is deprecated
@@ -97,7 +97,7 @@ def tokenizer_json(tokenizer: Tokenizer) -> dict[str, Any]:
         decoders.insert(0, {"type": "ByteFallback"})
     else:
         raise UserError(
-            f"a {type(tokenizer).__name__} cannot be exported: only tokenizers of lmlight and tokenizer.json can"
+            f"a {type(tokenizer).__name__} cannot be exported: only tokenizers from lmlight or a tokenizer.json can"
         )
     special = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
     eos = [] if tokenizer.eos_id is None else [{"id": tokenizer.eos_id, "content": END_OF_TEXT, **special}]

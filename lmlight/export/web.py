@@ -1,6 +1,6 @@
 """`lmlight export web` and `lmlight play`: a page that runs a model, to be opened, explored and published.
 
-The page's source is in `page/`. Its libraries come from npm, once; then they are in the cache.
+The page's source is in `page/`. Its libraries are downloaded once, with npm or from a CDN, and cached.
 """
 
 import contextlib
@@ -38,7 +38,7 @@ SOURCES = ("index.html", "style.css", "page.js", "model.js", "settings.js", "tok
 FILES = (*SOURCES, "model.onnx", "model.json", "engine", "notebooks")
 WEBGPU_FROM = 64 * 2**20  # size of an .onnx file from which WebGPU is worth its startup and per-token overhead
 TYPES = {".html": "text/html", ".css": "text/css", ".js": "text/javascript", ".mjs": "text/javascript"}
-TYPES |= {".json": "application/json", ".wasm": "application/wasm"}  # whatever this machine thinks of them
+TYPES |= {".json": "application/json", ".wasm": "application/wasm"}  # whatever this machine is configured with
 CDN = "https://cdn.jsdelivr.net/npm"
 
 
@@ -122,7 +122,7 @@ class _Handler(http.server.SimpleHTTPRequestHandler):
     extensions_map = TYPES
 
     def send_head(self) -> Any:
-        # another site could have its own name resolved to this machine
+        # against DNS rebinding: another site's name may resolve to this machine
         if self.headers.get("Host", "").partition(":")[0] not in ("127.0.0.1", "localhost"):
             return self.send_error(403)
         return super().send_head()

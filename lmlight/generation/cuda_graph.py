@@ -58,7 +58,7 @@ class StaticCache(Cache):
 
 
 class CudaGraphDecoder:
-    """Records a decode step, and repeats it for each token.
+    """Captures a decode step, and replays it for each token.
 
     Args:
         decoder: the step. The weights must stay where they are.
@@ -74,7 +74,7 @@ class CudaGraphDecoder:
         enabled, dtype = torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda")
         # streams belong to the current device, which may be another one
         with torch.cuda.device(self._device), torch.autocast("cuda", dtype, enabled, cache_enabled=False):
-            # libraries set themselves up at their first call, which cannot be recorded
+            # libraries set themselves up at their first call, which cannot be captured
             side = torch.cuda.Stream()  # type: ignore[no-untyped-call]  # torch does not annotate it
             side.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(side):

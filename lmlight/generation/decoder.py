@@ -21,7 +21,7 @@ from lmlight.generation.sampling import Sampling, apply_repetition_penalty, samp
 from lmlight.models import Net
 from lmlight.models.kv_cache import Cache, KeyValueCache
 
-# Recording a CUDA graph takes as long as several steps, and a restart needs another one.
+# Capturing a CUDA graph takes as long as several steps, and a restart needs another one.
 RECORD_AFTER = 8
 
 
@@ -38,7 +38,7 @@ class Decoder:
         self.cache: Cache | None = None
         self._window: Tensor
         self._lengths: list[int] = []  # of the rows in the window, without padding
-        # not a call, which a compiled network would compile for each length
+        # not `net` itself: a compiled network would be compiled again for each length
         self._forward: Callable[..., Tensor] = net.forward
         self._fast: FastDecoder | None = None
         self._graph: CudaGraphDecoder | None = None

@@ -54,7 +54,7 @@ class FastDecoder:
             qk, v = heads.split_with_sizes((n_head + n_kv_head, n_kv_head), 1)  # (B, H + H_kv, D), (B, H_kv, D)
             if qk_norm_weight is not None:
                 qk = torch.rms_norm(qk, qk.shape[2:], None, net.config["norm_eps"]) * qk_norm_weight
-            if net.rope is not None:  # as `apply_rope`, with the minus in the sines
+            if net.rope is not None:  # like `apply_rope`, with the minus sign in the sines
                 qk = torch.addcmul(qk * cos, qk.roll(qk.size(2) // 2, -1), sin)
             q, k = qk.split_with_sizes((n_head, n_kv_head), 1)
             keys, values = cache.update(layer, k[:, :, None], v[:, :, None])

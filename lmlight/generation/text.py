@@ -70,7 +70,7 @@ class TextStream:
         prompt: as given.
         seed: as given.
         ids: token ids of the prompt.
-        text: the generated text, without the prompt, the stop string and the last line break.
+        text: the generated text, without the prompt and without the stop string or line break that ended it.
         tokens: the generated ids, up to the one that ended the text.
         logprobs: log-probability of each token, in nats and before any processor; empty unless requested.
         finish_reason: `length`, or `stop` at a stop string, a line break or the end of a document; None while generating.

@@ -38,7 +38,7 @@ def apply_dropout(x: Tensor, p: float, training: bool) -> Tensor:
 
 
 def attention_weights(q: Tensor, k: Tensor, causal: bool, attn_mask: Tensor | None = None) -> Tensor:
-    """Compute how much each position attends to each other one.
+    """Compute how much each query position attends to each key position.
 
     Args:
         q: (B, H, T, D) queries, or (B, T, D) without heads.
@@ -72,7 +72,7 @@ def scaled_dot_product_attention(q: Tensor, k: Tensor, v: Tensor, cache: Cache, 
         explicit = True
     elif q.device.type == "cpu":  # one query of one row is faster with the fused kernel
         explicit = k.size(-2) <= EXPLICIT_ATTENTION_MAX_KEYS and (q.size(0) > 1 or q.size(2) > 1)
-    else:  # for few queries with a mask, the fused CUDA kernel uses few of the processors
+    else:  # for few queries with a mask, the fused CUDA kernel occupies few multiprocessors
         explicit = q.size(2) < 16 and cache.attn_mask is not None
     if not explicit:
         return F.scaled_dot_product_attention(q, k, v, cache.attn_mask, dropout, cache.is_causal)

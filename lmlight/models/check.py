@@ -17,7 +17,7 @@ def check_net(make_net: Callable[[int, int], Net], block_size: int, check_causal
     """Make a network with a small vocabulary and check its methods on the CPU.
 
     Args:
-        make_net: from (vocab_size, block_size).
+        make_net: makes a network from (vocab_size, block_size).
         block_size: the longest context.
         check_causality: run the network; False only builds it on the meta device.
 
@@ -56,7 +56,7 @@ def check_net(make_net: Callable[[int, int], Net], block_size: int, check_causal
         for t in range(1, T):  # replace all tokens from position t on
             if not _equal(logits[:, :t], _run(net, torch.cat((idx[:, :t], other[:, t:]), 1))[:, :t]):
                 raise UserError(
-                    f"{name} looks at the future: logits at positions before {t} changed with the tokens from position {t} "
+                    f"{name} is not causal: logits at positions before {t} changed with the tokens from position {t} "
                     "on; mask later positions, or pass --model.check_causality false"
                 )
         with explained(f"{name}.flops_per_token failed"):

@@ -56,7 +56,7 @@ class MLP(nn.Module):
         if self.kind == "swiglu":
             gate, value = h.chunk(2, dim=-1)
             return F.silu(gate) * value
-        return F.relu(h).square() if self.kind == "relu2" else F.gelu(h, approximate="tanh")  # as GPT-2
+        return F.relu(h).square() if self.kind == "relu2" else F.gelu(h, approximate="tanh")  # as in GPT-2
 
 
 class Block(nn.Module):
@@ -158,7 +158,7 @@ class Transformer(Net):
         for name, parameter in self.named_parameters():
             if name.endswith("bias"):
                 nn.init.zeros_(parameter)
-            elif parameter.dim() == 2:  # as GPT-2, but blocks start as the identity
+            elif parameter.dim() == 2:  # as in GPT-2, but blocks start as the identity
                 ends_branch = name.endswith(("output.weight", "down.weight"))
                 nn.init.normal_(parameter, std=0.0 if ends_branch else 0.02)
 
@@ -195,7 +195,7 @@ class Transformer(Net):
 
     def loss(self, idx: Tensor, targets: Tensor) -> Tensor:
         is_own = type(self).forward is Transformer.forward and type(self.head) is nn.Linear and self.head.bias is None
-        can_chunk = is_own and hasattr(F, "linear_cross_entropy")  # not in a subclass, or if the head has an adapter
+        can_chunk = is_own and hasattr(F, "linear_cross_entropy")  # a subclass or an adapter may change the logits
         if not can_chunk or idx.numel() * self.vocab_size < CHUNKED_LOSS_MIN_LOGITS:
             return super().loss(idx, targets)
         x, weight = self.hidden_states(idx).flatten(0, 1), self.head.weight

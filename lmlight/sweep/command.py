@@ -54,7 +54,7 @@ def main(args: Sequence[str]) -> int:
     if options.report:
         return report.write(Study(options.report))
     if options.search and (options.vary or options.seeds):
-        raise UserError("--search uses one seed: compare the best settings that it finds with --vary and --seeds")
+        raise UserError("--search uses one seed: use --vary and --seeds afterwards, to compare the best settings")
     if not options.search and (options.prune or options.trials):
         raise UserError("--trials and --prune belong to --search: a comparison trains every setting with every seed")
     for name in ("seeds", "trials"):
@@ -78,10 +78,13 @@ def main(args: Sequence[str]) -> int:
             f"the last seed would be {seeds[-1]}: choose --seed_everything at least {len(seeds)} below 2**32"
         )
     steps, interval, accumulate = (trainer[k] for k in ("max_steps", "val_check_interval", "accumulate_grad_batches"))
-    is_single = isinstance(interval, int) and 0 < steps * accumulate <= interval  # validation
-    if options.prune and is_single and steps % MIN_VALIDATIONS == 0:
+    if options.prune and isinstance(interval, int) and 0 < steps * accumulate <= interval:  # one validation
+        if steps % MIN_VALIDATIONS:
+            raise UserError(
+                f"--prune needs several validations in a run of {steps} steps: pass --trainer.val_check_interval"
+            )
         fit.append(f"--trainer.val_check_interval={steps // MIN_VALIDATIONS * accumulate}")
-        print(f"Pruning needs validations during a run: {fit[-1]}")
+        print(f"Pruning needs several validations in each run: added {fit[-1]}")
         checked = [check(fit, params) for params in settings]
     described = {"fit": fit, "vary": values, "search": sorted(options.search), "prune": options.prune}
     identity = hashlib.sha256(json.dumps([described, checked], sort_keys=True).encode()).hexdigest()[:8]
@@ -119,7 +122,7 @@ def check(fit: Sequence[str], params: Params) -> dict[str, Any]:
         if any(re.split("[ =]", word)[0] == f"--{flag}" for word in fit):
             raise UserError(f"--{flag} cannot be used in a sweep, which has a folder for each of its runs")
     try:
-        # not the folder of other runs, whose `best` would be found here but not by a trial
+        # not `runs`: this check would find `best` in there, but a trial would not
         checked = cli.check_fit([*fit, *flags(params), "--trainer.default_root_dir=sweeps"])
     except UserError as error:
         where = f" (with {' '.join(flags(params))})" if params else ""

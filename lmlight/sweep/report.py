@@ -94,7 +94,7 @@ def write(study: Study) -> int:
         with study.locked():
             _write_files(study, settings, rows, commands)
     except OSError as error:
-        say(UserError(f"the files of the report cannot be written in '{study.folder}' ({error})"), "warning")
+        say(UserError(f"the report's files cannot be written to '{study.folder}' ({error})"), "warning")
     return 0 if done else 1
 
 

@@ -4,7 +4,7 @@ Lightning writes the checkpoints; this module decides when, so that a resumed ru
 
 - Never between the micro-batches of a step, and never just before a validation, which the resumed run would skip. Such a
   checkpoint is written at the end of that validation.
-- SIGTERM and Ctrl-C only set a flag; the training loop writes the checkpoint at the next such moment and exits.
+- SIGTERM and Ctrl-C only set a flag; the training loop writes the checkpoint as soon as these rules allow, and exits.
 - Never with non-finite weights.
 """
 
@@ -43,7 +43,7 @@ class AtomicCheckpointIO(CheckpointIO):
         self, path: str | Path, map_location: Any = None, weights_only: bool | None = None
     ) -> dict[str, Any]:
         content = checkpoints.load(path)  # weights only, whatever the caller asked for
-        # spawned and forked processes return the trained model's state dict through such a file
+        # with EXTRA_STATE, it is no checkpoint, but the state dict that a spawned or forked process returns
         return content if EXTRA_STATE in content else checkpoints.check(content, path)
 
     def remove_checkpoint(self, path: str | Path) -> None:
@@ -176,7 +176,7 @@ class BestLastCheckpoint(Checkpoint):
         raise SystemExit(128 + self._agreed)
 
     def _save(self, trainer: Trainer, name: str) -> str:
-        if trainer.fast_dev_run:  # type: ignore[attr-defined]  # set late
+        if trainer.fast_dev_run:  # type: ignore[attr-defined]  # set outside __init__
             return ""
         # the largest absolute value of all weights: one answer to wait for instead of one per parameter
         if not total_norm(trainer.lightning_module.parameters(), math.inf).isfinite():

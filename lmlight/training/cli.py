@@ -133,7 +133,7 @@ class LmlightCLI(LightningCLI):
         parser.add_lightning_class_args(self.datamodule_class, "data")
         parser.add_class_arguments(self.model_class, "model", skip=PYTHON_ONLY, fail_untyped=False, sub_configs=True)
         for name, base in (("model", "LanguageModel"), ("data", "LightningDataModule")):
-            help = f"Class derived from {base} to use, such as my.module.MyClass; on the command line: --{name}."
+            help = f"Your own subclass of {base}, such as my.module.MyClass. On the command line: --{name}."
             parser.add_argument(f"--{name}_class", type=str | None, default=None, help=help)
         # last, because its flags fill ten screens of help
         parser.add_lightning_class_args(RunTrainer, "trainer")
@@ -318,7 +318,7 @@ def check_fit(args: Sequence[str]) -> dict[str, Any]:
 
 
 def main(args: Sequence[str] | None = None) -> int:
-    """Run the words after `lmlight`, by default the process's; returns the exit status."""
+    """Run the command and flags after `lmlight`, by default the process's; returns the exit status."""
     try:
         LmlightCLI(sys.argv[1:] if args is None else args)
     except Exception as error:

@@ -203,7 +203,7 @@ class TextDataModule(LightningDataModule):
             return StatefulTrainLoader(store, self._source, sampler)
         device = self.trainer.strategy.root_device
         pinned = device if device.type == "cuda" else None
-        limit, repeat = self.trainer.limit_train_batches, self.trainer.overfit_batches > 0  # type: ignore[attr-defined]  # set late
+        limit, repeat = self.trainer.limit_train_batches, self.trainer.overfit_batches > 0  # type: ignore[attr-defined]  # set outside __init__
         self._train_loader = StatefulTrainLoader(store, self._source, sampler, pinned, limit, repeat)
         return self._train_loader
 

@@ -67,7 +67,7 @@ class DistilledModel(LanguageModel):
                 if block_size is not None and block_size > net.block_size:
                     raise UserError(f"'{name}' takes {net.block_size} tokens: lower data.block_size {block_size}")
                 before = content[checkpoints.METADATA_KEY]["settings"].get("data", {})
-                # a character tokenizer, or a pretrained one, may be the same for both
+                # comparing tokenizers would not show it: a character or pretrained one may not depend on the split
                 if scores_text_read_by(before, self.settings.get("data") or {}):
                     raise UserError(
                         f"'{name}' was trained on text that this run scores: train both with the same data.val_fraction, "

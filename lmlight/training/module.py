@@ -51,7 +51,7 @@ class LanguageModel(TextModel):
         net: The network, without its vocabulary and block size. As an attribute, the network itself; None until built.
         optimizer: The optimizer. Weight decay applies to parameters of two or more dimensions.
         schedule: Learning-rate schedule.
-        lr_scheduler: A scheduler of torch, such as `torch.optim.lr_scheduler.StepLR`, called after each optimizer step.
+        lr_scheduler: A torch scheduler, such as `torch.optim.lr_scheduler.StepLR`, called after each optimizer step.
             Null means `schedule`.
         sampling: Defaults for `predict` and `generate`.
         matmul_precision: Precision of float32 matrix products during training, see `torch.set_float32_matmul_precision`.
@@ -209,7 +209,7 @@ class LanguageModel(TextModel):
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         def factor(step: int) -> float:
-            # the first call, for step 0, comes before the end is known, on which its factor does not depend
+            # the first call, for step 0, comes before the end is known; the factor of step 0 does not depend on it
             return self.schedule.factor(step, self.total_steps or step + 1)
 
         optimizer = make_optimizer(self._make_optimizer, self._net())
@@ -236,7 +236,7 @@ class LanguageModel(TextModel):
                 return -1  # leaves the epoch
             self.step_loss = torch.zeros((), device=self.device)
             # `self.log` on every step would cost 1 ms, a fifth of a small step
-            every: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]  # set late
+            every: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]  # set outside __init__
             self.step_is_logged = every > 0 and (self.global_step + 1) % every == 0
         reseed(self.device, self.seed, self.global_step, micro_batch, self.global_rank)
         return None

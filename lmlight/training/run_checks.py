@@ -16,8 +16,8 @@ UNSUPPORTED: dict[type[Callback], str] = {
 
 
 def check_run(trainer: Trainer, schedule: Schedule | None) -> None:
-    """Raise a `UserError` if a callback or an interval of the trainer does not fit, or the schedule has no end."""
-    for callback in trainer.callbacks:  # type: ignore[attr-defined]  # set late
+    """Raise a `UserError` if a callback is not supported, an interval is out of range, or the schedule has no end."""
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]  # set outside __init__
         for kind, reason in UNSUPPORTED.items():
             if isinstance(callback, kind):
                 raise UserError(f"{type(callback).__name__} cannot be used: {reason}")

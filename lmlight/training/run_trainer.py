@@ -131,7 +131,7 @@ def print_summary(
     """Print where the best checkpoint is, its score, a sample of text, and what to type next."""
     keeper = next((one for one in trainer.checkpoint_callbacks if isinstance(one, BestLastCheckpoint)), None)
     step = trainer.global_step
-    if trainer.fast_dev_run or keeper is None:  # type: ignore[attr-defined]  # set late
+    if trainer.fast_dev_run or keeper is None:  # type: ignore[attr-defined]  # set outside __init__
         print("Nothing was saved")
         return
     if step == resumed_step:

@@ -60,7 +60,7 @@ class RunProgress(Callback):
         self._bar = tqdm(total=steps or None, initial=trainer.global_step, **options)
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
-        every: int = trainer.log_every_n_steps or 10  # type: ignore[attr-defined]  # set late
+        every: int = trainer.log_every_n_steps or 10  # type: ignore[attr-defined]  # set outside __init__
         # only after logged steps: reading a metric waits for the device
         if not self._bar.disable and trainer.global_step % every == 0 and trainer.global_step > self._bar.n:
             metrics = _metrics(trainer)

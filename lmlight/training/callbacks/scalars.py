@@ -94,7 +94,8 @@ def _peak_flops_per_second(device: torch.device, precision: str) -> float:
 class UpdateRatio(FitCallback):
     """Logs `update_ratio/<part>`: the norm of an optimizer step over the norm of the weights, for each part of the net.
 
-    A part is a block, an embedding or the head. About 1e-3 is usual; much less learns slowly, much more is unstable.
+    A part is a block or another child module, such as the embedding, the final norm or the head. About 1e-3 is usual; much
+    less learns slowly, much more is unstable.
     """
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
