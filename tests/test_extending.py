@@ -354,7 +354,7 @@ def test_check_detects_layers_initialized_to_zero():
             super().__init__(vocab_size, block_size)
             self.gate = nn.Parameter(torch.zeros(vocab_size))
 
-    with pytest.raises(UserError, match="future"):
+    with pytest.raises(UserError, match="not causal"):
         check_net(Zero, 16)
 
 

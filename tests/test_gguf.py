@@ -88,7 +88,7 @@ def test_unknown_pre_tokenizer_is_refused(tmp_path, corpus_text, capsys):
     tokenizer = HFTokenizer(json.dumps(content).encode())
     checkpoint = save(tmp_path / "x.ckpt", make(tokenizer, OPTIONS["llama"], BLOCK), tokenizer)
     assert main(["export", "gguf", checkpoint, "x.gguf"]) == 2
-    assert "splits it in another way: export to hf or onnx" in capsys.readouterr().err
+    assert "has another one: export to hf or onnx" in capsys.readouterr().err
     assert not (tmp_path / "x.gguf").exists()
 
 
