@@ -25,6 +25,7 @@ from lmlight.generation import (
     generate,
     generate_ids,
     generate_text,
+    sample_one_token,
     start_streams,
 )
 from lmlight.generation.cuda_graph import CudaGraphDecoder, StaticCache
@@ -504,6 +505,17 @@ def test_tokens_with_zero_probability_are_never_sampled():
     net.table.weight.data[:] = torch.tensor([-math.inf, 0.0, -math.inf, 1.0, 0.5, -math.inf])
     drawn = generate(net, torch.zeros(100, 1, dtype=torch.long), Sampling(max_new_tokens=60, top_k=2))
     assert set(drawn[:, 1:].flatten().tolist()) == {3, 4}
+
+
+def test_rounding_never_draws_a_token_of_zero_probability():
+    logits = torch.randn(64, 100, generator=torch.Generator().manual_seed(0))
+    logits[:, -1] = -math.inf
+    totals = logits.softmax(-1).double().sum(-1)
+    assert (totals < 1).any(), "float32 probabilities add up to less than 1 in some rows"
+    ids = sample_one_token(
+        logits, Sampling(temperature=1.0, min_p=None), torch.full((64, 1), 1 - 2**-53, dtype=torch.float64)
+    )
+    assert ids.max() == 98
 
 
 def test_control_characters_are_escaped():
