@@ -185,6 +185,7 @@ def test_model_card_and_files(tokenizers, tmp_path):
     assert {path.name for path in (tmp_path / "out").iterdir()} == hf.FILES
     generation = json.loads((tmp_path / "out" / "generation_config.json").read_text())
     assert (generation["temperature"], generation["min_p"]) == (0.8, Sampling().min_p), "what predict would use"
+    assert (generation["top_k"], generation["top_p"]) == (0, 1.0), "no filters, unlike the defaults of transformers"
     settings = {"data": {"corpus": "train.txt", "val_corpus": r"C:\Users\somebody\val.txt"}}
     model = Model(make(tokenizers["char"], {}), tokenizers["char"], {}, settings, {"val/nats_per_char": 1.5}, 9)
     assert "On a separate text, val.txt:" in hf.model_card(model, "mit")
