@@ -81,7 +81,8 @@ def make_optimizer(factory: Callable[[Any], Optimizer], net: Net | None = None, 
         ) from error
     if try_step and not losses:
         raise UserError(
-            f"{type(optimizer).__name__}.step must call its argument `closure`, which computes the loss and the gradients"
+            f"{type(optimizer).__name__}.step must call its argument `closure`, which computes the loss and the gradients, "
+            "inside torch.enable_grad()"
         )
     return optimizer
 

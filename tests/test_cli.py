@@ -416,7 +416,7 @@ MISTAKES = {
     "not UTF-8": (["fit", "--data.corpus=latin.txt"], "not utf-8 (byte 0xe9 at offset 3, line 1)"),
     "no such encoding": (["fit", "--data.encoding=rot13"], "data.encoding must be a text encoding"),
     "short text": (["fit", "--data.corpus=short.txt", "--data.tokenizer.kind=char"], "lower --data.block_size"),
-    "empty path": (["fit", "--ckpt_path="], "need a checkpoint, and got an empty string"),
+    "empty path": (["fit", "--ckpt_path="], "need a checkpoint, but got an empty string"),
     "workers": (["fit", "--data.num_workers=-1"], "num_workers must be at least 0, got -1"),
     "seed": (["fit", "--seed_everything=-1"], "-1 is not in bounds"),
     "large seed": (["fit", "--seed_everything=99999999999"], "99999999999 is not in bounds"),

@@ -91,10 +91,7 @@ def test_export_import_export_gives_the_same_bytes(name, tmp_path, corpus_text):
     for file in ("model.safetensors", "tokenizer.json", "tokenizer.model", "config.json", "tokenizer_config.json"):
         assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes(), file
     again = Model.read(tmp_path / "b.ckpt")
-    defaults = {size: getattr(net, size) for size in ("n_kv_head", "head_size", "intermediate_size")}
-    zeros = {"bias": True} if name == "gpt2, no bias" else {}
-    assert again.net.config | defaults == net.config | defaults | zeros
-    assert all(getattr(again.net, size) == value for size, value in defaults.items())
+    assert again.net.config == net.config | ({"bias": True} if name == "gpt2, no bias" else {})  # zeros
     assert again.tokenizer.fingerprint == tokenizer.fingerprint
 
 
@@ -261,13 +258,16 @@ def test_unsupported_or_damaged_model_is_refused(foreign, tmp_path, capsys):
         ({"hidden_act": "relu"}, "hidden_act relu"),
         ({"num_hidden_layers": 3}, "the weights lack model.layers.2."),
         ({"num_hidden_layers": 1}, "the weights include model.layers.1."),
-        ({"num_hidden_layers": "2"}, "describes no model that can be built"),
+        ({"num_hidden_layers": "2"}, "needs a number of at least 1 as num_hidden_layers, got '2'"),
         ({"intermediate_size": 96}, "expected 192 × 48 weights"),
         ({"hidden_size": 10**12}, "describes no model that can be built"),
         ({"rms_norm_eps": "small"}, "describes no model that can be built"),
         ({"rope_parameters": {"full_attention": {"rope_theta": 1e6}}}, "different rope_parameters in some layers"),
-        ({"tie_word_embeddings": True}, "config.json has tie_word_embeddings true, but lm_head.weight differs"),
-        ({"model_type": "mistral", "sliding_window": 1.5}, "a context of 1.5 tokens"),
+        (
+            {"tie_word_embeddings": True},
+            "config.json has tie_word_embeddings true, but lm_head.weight differs",
+        ),
+        ({"model_type": "mistral", "sliding_window": 1.5}, "needs a number of at least 1 as sliding_window, got 1.5"),
         ({"rope_parameters": ["yarn"]}, "describes no model that can be built"),
         ({"num_key_value_heads": 3}, "n_head must be a multiple of n_kv_head"),
     ):
@@ -275,12 +275,9 @@ def test_unsupported_or_damaged_model_is_refused(foreign, tmp_path, capsys):
         refused(message)
         (theirs / "config.json").write_text(config)
     for damaged, message in (
-        (
-            '{"model_type": "llama"}',
-            "describes no model that can be built, so download it again: KeyError: 'num_hidden_layers'",
-        ),
+        ('{"model_type": "llama"}', "needs a number of at least 1 as hidden_size, got None"),
         (config[:50], "cannot be read"),
-        ("[]", "cannot be read"),
+        ("[]", "not an object"),
     ):
         (theirs / "config.json").write_text(damaged)
         refused(message)
@@ -303,6 +300,8 @@ def test_unsupported_or_damaged_model_is_refused(foreign, tmp_path, capsys):
         refused(message)
     path.write_bytes(weights)
     whole = safetensors.load_file(path)
+    safetensors.save_file({**whole, "model.norm.weight": torch.ones(48, dtype=torch.int32)}, path)
+    refused("expected floating-point weights in model.norm.weight, got torch.int32")
     safetensors.save_file({**whole, "model.norm.weight": torch.full((48,), torch.nan)}, path)
     refused("weights in model.norm.weight are not finite numbers")
     safetensors.save_file({**whole, "model.embed_tokens.weight": torch.ones(VOCAB - 8, 48)}, path)

@@ -320,6 +320,7 @@ def test_trial_that_another_process_took_over_is_stopped(monkeypatch):
         ("a\nb\n", 1, "b"),
         ("", 3, "exit status 3"),
         ("", -9, "ended by SIGKILL (perhaps out of memory)"),
+        ("", -40, "ended by signal 40"),
     ],
 )
 def test_reason_of_a_failure(output, status, reason):

@@ -38,7 +38,7 @@ def read_pretrained(path: Path) -> Tokenizer:
         return HFTokenizer(json.dumps({**content, "lmlight_eos_id": ids.get(eos)}, ensure_ascii=False).encode())
     except UserError:
         raise
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except Exception as error:  # of the package tokenizers, or because the content is of another kind
         reason = getattr(error, "strerror", None) or error
     raise UserError(
         f"tokenizer '{path}' cannot be read ({reason}): pass a Hugging Face tokenizer.json, a SentencePiece .model file, "

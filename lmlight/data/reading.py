@@ -127,7 +127,8 @@ def file_format(name: str) -> tuple[str, str]:
 
 def is_text_file(name: str) -> bool:
     """Whether a file in a folder is read. A file that the user names is read whatever its name is."""
-    return file_format(name)[0] in TEXT_SUFFIXES + RECORD_SUFFIXES
+    suffix, compression = file_format(name)
+    return suffix in TEXT_SUFFIXES + RECORD_SUFFIXES and not (suffix == ".parquet" and compression)
 
 
 def read_error(source: object, error: OSError) -> UserError:
@@ -145,6 +146,8 @@ def read_file(path: Path, text_format: TextFormat, has_documents: bool, source: 
     name = source if path == Path(source).expanduser().absolute() else f"{source}: {path.name}"
     suffix, compression = file_format(path.name)
     text = _read_text(path, compression, text_format, name, by_line=suffix == ".jsonl")
+    if suffix == ".parquet" and compression:
+        raise UserError(f"corpus '{name}' is a compressed .parquet file, which is not supported: decompress it")
     if suffix == ".parquet":
         yield from _read_parquet(path, text_format, name)
     elif suffix == ".jsonl":
@@ -173,7 +176,8 @@ def _read_text(path: Path, compression: str, text_format: TextFormat, name: str,
                 offset = file.tell() - len(error.object) + error.start
                 with _opened(path, codec) as again:
                     blocks = (again.read(min(CHUNK_SIZE, offset - at)) for at in range(0, offset, CHUNK_SIZE))
-                    line = 1 + sum(block.count(b"\n") for block in blocks)
+                    decoder = codecs.getincrementaldecoder(encoding)("ignore")
+                    line = 1 + sum(decoder.decode(block).count("\n") for block in blocks)
                 where = f"byte 0x{error.object[error.start]:02x} at offset {offset:,}, line {line:,}"
                 raise UserError(
                     f"corpus '{name}' is not {encoding} ({where}): pass --data.encoding (cp1252 for most Western European "

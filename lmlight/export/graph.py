@@ -9,17 +9,18 @@ import io
 import json
 import logging
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.export import Dim, ExportedProgram
+from torch.export import Dim
 
 from lmlight.errors import UserError, first_line
 from lmlight.export.model import Model, require_extra
 from lmlight.export.tokenizer import tokenizer_json
-from lmlight.models import Transformer
+from lmlight.models import Net, Transformer
 from lmlight.models.kv_cache import Cache
 from lmlight.models.rope import apply_rope
 
@@ -122,6 +123,10 @@ def write_onnx(model: Model, path: Path, attention: bool = False) -> None:
     """
     *_, passes = require_extra("onnx", "onnx", "onnxscript", "onnx_ir.passes.common")
     net, size = model.net.float(), model.net.block_size
+    if size < 2:
+        raise UserError(
+            "a network with block_size 1 cannot be exported to ONNX: train one with a larger --data.block_size"
+        )
     if 4 * net.num_parameters > MAX_BYTES:
         raise UserError(
             f"the model has {net.num_parameters:,} parameters, too many for one ONNX file (2 GiB in float32): export it as "
@@ -137,14 +142,17 @@ def write_onnx(model: Model, path: Path, attention: bool = False) -> None:
         outputs += ["present", "attention"] if attention else ["present"]
         arguments.append(torch.zeros(len(net.blocks), 2, 2, net.n_kv_head, min(4, size), net.head_size))
         dynamic.append({2: BATCH, 4: Dim("past", max=size)})
-    traced = _trace(graph, arguments, dynamic)
-    with warnings.catch_warnings():
+    options: dict[str, Any] = {"input_names": inputs, "output_names": outputs, "dynamic_shapes": tuple(dynamic)}
+    options |= {"opset_version": OPSET, "external_data": False, "dynamo": True, "verbose": False}
+    with _tracing(net), torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the exporter's warnings about its own code
         logging.getLogger("torch.onnx").setLevel(logging.ERROR)
-        program = torch.onnx.export(
-            traced, input_names=inputs, output_names=outputs, opset_version=OPSET, verbose=False
-        )
-    assert program is not None
+        program = torch.onnx.export(graph.eval(), tuple(arguments), **options)
+        assert program is not None
+        # if torch.export rejects a constant size, the exporter's fallbacks may accept it
+        shapes = [value.shape for value in program.model.graph.inputs]
+        if any(shape is None or shape.is_static(axis) for shape, axes in zip(shapes, dynamic) for axis in axes):
+            raise ValueError("a size that should be dynamic is a constant")
     passes.ClearMetadataAndDocStringPass()(program.model)  # local paths of source files
     program.model.metadata_props.update(metadata(model))
     path.write_bytes(program.model_proto.SerializeToString())
@@ -158,10 +166,12 @@ def write_torch(model: Model, path: Path) -> None:
     Raises:
         UserError: the network cannot be traced.
     """
-    net, size = model.net.float(), model.net.block_size
+    net = model.net.float()
     graph = TransformerGraph(net) if isinstance(net, Transformer) else net
-    ids = torch.zeros(2, min(2, size), dtype=torch.int64)
-    program = _trace(graph, [ids], [{0: BATCH, 1: Dim("time", max=size)}])
+    sizes: dict[int, Any] = {0: BATCH} | ({1: Dim("time", max=net.block_size)} if net.block_size > 1 else {})
+    ids = torch.zeros(2, min(2, net.block_size), dtype=torch.int64)
+    with _tracing(net), torch.no_grad():
+        program = torch.export.export(graph.eval(), (ids,), dynamic_shapes=(sizes,), strict=False)
     for node in program.graph.nodes:
         node.meta.pop("stack_trace", None)  # local paths of source files
     archive = io.BytesIO()  # torch.export.save aborts the process when the disk is full
@@ -169,12 +179,15 @@ def write_torch(model: Model, path: Path) -> None:
     path.write_bytes(archive.getvalue())
 
 
-def _trace(graph: nn.Module, arguments: list[Tensor], dynamic: list[dict[int, Any]]) -> ExportedProgram:
+@contextlib.contextmanager
+def _tracing(net: Net) -> Iterator[None]:
+    """Raise any exception as a `UserError` that says what a user-defined network must not do."""
     try:
-        with torch.no_grad():
-            return torch.export.export(graph.eval(), tuple(arguments), dynamic_shapes=tuple(dynamic), strict=False)
+        yield
     except Exception as error:
+        if isinstance(net, Transformer):
+            raise
         raise UserError(
-            f"the network cannot be exported, because torch.export cannot trace its forward ({first_line(error)}): it "
-            "must not loop over the batch or the tokens in Python, or branch on their numbers or values"
+            f"{type(net).__name__} cannot be exported, because torch.export cannot trace its forward ({first_line(error)}): "
+            "it must not loop over the batch or the tokens in Python, or branch on their numbers or values"
         ) from error

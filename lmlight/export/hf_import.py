@@ -6,10 +6,7 @@
 """
 
 import json
-import math
-from collections.abc import Callable
 from contextlib import suppress
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +15,13 @@ from torch import Tensor
 
 from lmlight.data.hf_tokenizer import read_pretrained
 from lmlight.data.tokenizer import Tokenizer
-from lmlight.errors import UserError
+from lmlight.errors import UserError, first_line
 from lmlight.export.architectures import weight_names
 from lmlight.export.model import Model, require_extra
 from lmlight.models import GPT2, LLAMA, Transformer
-from lmlight.user_code import explained
+from lmlight.models.transformer import default_intermediate_size
 
 MODEL_TYPES = ("gpt2", "llama", "mistral", "qwen2", "qwen3")
-Weights = dict[str, Callable[[], Tensor]]  # by their names in transformers; a call reads the tensor
 
 
 def read(folder: Path) -> tuple[Model, list[str]]:
@@ -34,23 +30,37 @@ def read(folder: Path) -> tuple[Model, list[str]]:
     Raises:
         UserError: the folder is incomplete or damaged, or the model needs an option that `Transformer` lacks.
     """
-    path = folder / "config.json"
-    with explained(f"expected the folder of a Hugging Face model, and '{path}' cannot be read"):
-        config = json.loads(path.read_text(encoding="utf-8"))
-        model_type = config.get("model_type")
+    config = _read_json(folder / "config.json")
+    model_type = config.get("model_type")
     if model_type not in MODEL_TYPES:
         raise UserError(f"expected a model_type of {', '.join(MODEL_TYPES)}, got {model_type}: pass another model")
-    is_gpt2 = model_type == "gpt2"
     tokenizer, notes = _tokenizer(folder)
-    weights = _open_weights(folder, is_gpt2)
-    with explained(f"'{path}' describes no model that can be built, so download it again"):
-        options = (_gpt2_options if is_gpt2 else _llama_options)(config)
+    weights = Weights(folder, model_type == "gpt2")
+    try:
+        options = (_gpt2_options if model_type == "gpt2" else _llama_options)(config)
         net = Transformer(tokenizer.vocab_size, _block_size(config), **options).eval()
-    with explained(f"the weights in '{folder}' cannot be read, so download them again"):
-        rows = _load_weights(net, weights, is_gpt2)
+    except UserError:
+        raise
+    except (TypeError, ValueError, AttributeError, OverflowError, RuntimeError, MemoryError) as error:
+        raise UserError(
+            f"'{folder / 'config.json'}' describes no model that can be built ({first_line(error)}): download it again"
+        ) from None
+    if options["mlp"] == "relu2" and not weights.gates_are_equal():
+        raise UserError("the model has hidden_act relu, which lmlight does not support: pass another model")
+    rows = weights.load_into(net)
     if rows > tokenizer.vocab_size:
         notes.append(f"{rows - tokenizer.vocab_size:,} embedding rows without a token were left out")
     return Model(net, tokenizer, {}, {"data": {"block_size": net.block_size}}, {}, 0), notes
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(content, dict):
+            raise ValueError("not an object")
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"'{path}' cannot be read ({error}): pass the folder of a Hugging Face model") from None
+    return content
 
 
 def _tokenizer(folder: Path) -> tuple[Tokenizer, list[str]]:
@@ -68,12 +78,19 @@ def _tokenizer(folder: Path) -> tuple[Tokenizer, list[str]]:
 
 def _block_size(config: dict[str, Any]) -> int:
     if config["model_type"] == "gpt2":
-        return int(config["n_positions"])
-    uses_window = config["model_type"] == "mistral" or config.get("use_sliding_window")
-    window = config.get("sliding_window") if uses_window else None
-    size = min(config["max_position_embeddings"], window or math.inf)
-    _require((isinstance(size, int), f"a context of {size} tokens"))
-    return int(size)
+        return _size(config, "n_positions")
+    positions = _size(config, "max_position_embeddings")
+    has_window = config.get("sliding_window") and (
+        config["model_type"] == "mistral" or config.get("use_sliding_window")
+    )
+    return min(positions, _size(config, "sliding_window")) if has_window else positions
+
+
+def _size(config: dict[str, Any], name: str) -> int:
+    value = config.get(name)
+    if type(value) is not int or value < 1:
+        raise UserError(f"config.json needs a number of at least 1 as {name}, got {value!r}: download it again")
+    return value
 
 
 def _require(*conditions: tuple[bool, str]) -> None:
@@ -83,19 +100,26 @@ def _require(*conditions: tuple[bool, str]) -> None:
 
 
 def _gpt2_options(config: dict[str, Any]) -> dict[str, Any]:
-    """The `Transformer` arguments other than `vocab_size` and `block_size`."""
+    """The `Transformer` arguments other than `vocab_size` and `block_size`.
+
+    Raises:
+        UserError: the model needs an option that `Transformer` lacks.
+    """
     activation = config.get("activation_function", "gelu_new")
     _require(
         (activation in ("gelu_new", "gelu_pytorch_tanh"), f"activation_function {activation}"),
-        (config.get("scale_attn_weights", True), "scale_attn_weights false"),
+        (config.get("scale_attn_weights", True) is True, "scale_attn_weights false"),
         (not config.get("scale_attn_by_inverse_layer_idx"), "scale_attn_by_inverse_layer_idx"),
         (not config.get("add_cross_attention"), "add_cross_attention"),
     )
+    width = _size(config, "n_embd")
     return {
         **GPT2,
-        **{name: config[name] for name in ("n_layer", "n_head", "n_embd")},
+        "n_layer": _size(config, "n_layer"),
+        "n_head": _size(config, "n_head"),
+        "n_embd": width,
         "tie": config.get("tie_word_embeddings", True),
-        "intermediate_size": config.get("n_inner"),
+        "intermediate_size": None if config.get("n_inner") in (None, 4 * width) else _size(config, "n_inner"),
         "norm_eps": config.get("layer_norm_epsilon", 1e-5),
     }
 
@@ -105,81 +129,113 @@ def _llama_options(config: dict[str, Any]) -> dict[str, Any]:
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
     rope_type = rope.get("rope_type", rope.get("type", "default"))
     rotary_factor = rope.get("partial_rotary_factor", config.get("partial_rotary_factor", 1.0))
-    model_type, activation = config["model_type"], config.get("hidden_act", "silu")
-    bias = config.get("attention_bias", False)
+    width, heads = _size(config, "hidden_size"), _size(config, "num_attention_heads")
+    hidden, kv_heads = _size(config, "intermediate_size"), config.get("num_key_value_heads") or heads
+    head_size, kind = config.get("head_dim"), config["model_type"]
+    activation = config.get("hidden_act", "silu")
+    bias = bool(config.get("attention_bias", False))
     _require(
         (rope_type == "default", f"rope_type {rope_type}"),
         (not any(isinstance(value, dict) for value in rope.values()), "different rope_parameters in some layers"),
         (rotary_factor == 1, f"partial_rotary_factor {rotary_factor}"),
-        (model_type == "qwen2" or bias == config.get("mlp_bias", False), "a bias in attention or MLP only"),
+        (kind == "qwen2" or bias == bool(config.get("mlp_bias", False)), "a bias in attention or MLP only"),
         (activation in ("silu", "relu"), f"hidden_act {activation}"),
     )
+    mlp = "swiglu" if activation == "silu" else "relu2"  # a gated ReLU with equal gate and value is ReLU²
     return {
         **LLAMA,
-        "n_layer": config["num_hidden_layers"],
-        "n_head": config["num_attention_heads"],
-        "n_embd": config["hidden_size"],
-        "n_kv_head": config.get("num_key_value_heads"),
-        "head_size": config.get("head_dim"),
-        "mlp": "swiglu" if activation == "silu" else "relu2",  # a gated ReLU with equal gate and value is ReLU²
-        "qk_norm": model_type == "qwen3",
-        "bias": "qkv" if model_type == "qwen2" else bias,
+        "n_layer": _size(config, "num_hidden_layers"),
+        "n_head": heads,
+        "n_embd": width,
+        "n_kv_head": None if kv_heads == heads else kv_heads,
+        "head_size": None if head_size in (None, width // heads) else _size(config, "head_dim"),
+        "mlp": mlp,
+        "qk_norm": kind == "qwen3",
+        "bias": "qkv" if kind == "qwen2" else bias,
         "tie": config.get("tie_word_embeddings", False),
-        "intermediate_size": config["intermediate_size"],
+        "intermediate_size": None if hidden == default_intermediate_size(mlp, width) else hidden,
         "norm_eps": config.get("rms_norm_eps", 1e-6),  # the default of transformers
         "rope_theta": float(rope.get("rope_theta", config.get("rope_theta", 10000.0))),
     }
 
 
-def _open_weights(folder: Path, gpt2: bool) -> Weights:
-    """The weights in the safetensors files of a folder."""
-    (safetensors,) = require_extra("hf", "safetensors")
-    # other names are of copies, such as Mistral's consolidated.safetensors
-    if not (paths := sorted(folder.glob("model*.safetensors"))):
-        hint = "weights in another format may run code when they are read"
-        raise UserError(f"'{folder}' has no model.safetensors: pass one that does ({hint})")
-    weights: Weights = {}
-    for path in paths:
-        with explained(f"'{path}' cannot be read, so download it again"):
-            file = safetensors.safe_open(path, framework="pt")
-            weights |= {name: partial(file.get_tensor, name) for name in file.keys()}  # noqa: SIM118  (cannot be iterated)
-    if gpt2 and "wte.weight" in weights:  # the names on the hub
-        return {f"transformer.{name}": read_one for name, read_one in weights.items()}
-    return weights
+class Weights:
+    """The tensors in the safetensors files of a folder, read when they are needed.
 
+    Args:
+        folder: the folder.
+        gpt2: whether names and matrices are those of GPT-2.
 
-def _load_weights(net: Transformer, weights: Weights, gpt2: bool) -> int:
-    """Copies the weights into `net`; returns the number of rows of the embedding."""
-    buffers = (".rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias")  # of old versions of transformers
-    unused, rows = {name for name in weights if not name.endswith(buffers)}, 0
-    for name, parameter in net.state_dict().items():  # shares memory with the network
-        names = [hf for hf, _ in weight_names(name, gpt2)]
-        unused -= {*names}
-        is_tied = name == "head.weight" and net.config["tie"]
-        if is_tied and names[0] not in weights:
-            continue
-        if missing := [hf for hf in names if hf not in weights]:
-            raise UserError(f"the weights lack {missing[0]}, which config.json requires: download the folder again")
-        values = [weights[hf]() for hf in names]
-        if name in ("embedding.weight", "head.weight"):
-            rows = len(values[0])
-            values[0] = values[0][: net.vocab_size]
-        if gpt2 and ".h." in names[0] and values[0].ndim == 2:
-            values[0] = values[0].mT  # GPT-2's Conv1D stores (in, out)
-        if ".mlp.up." in name and net.config["mlp"] == "relu2":
-            gate, up = values
-            _require((torch.equal(gate, up), "hidden_act relu"))
-            values = [up]
-        value = torch.cat(values)
-        if value.shape != parameter.shape:
-            expected, found = (" × ".join(map(str, shape)) for shape in (parameter.shape, value.shape))
-            raise UserError(
-                f"expected {expected} weights in {', '.join(names)}, got {found}: download the folder again"
-            )
-        if is_tied and not torch.equal(value.float(), parameter):  # transformers does not tie them then
-            raise UserError(f"config.json has tie_word_embeddings true, but {names[0]} differs: set it to false")
-        if not parameter.copy_(value).isfinite().all():
-            raise UserError(f"weights in {', '.join(names)} are not finite numbers: pass another model")
-    if unused:
-        raise UserError(f"the weights include {min(unused)}, which lmlight does not support: pass another model")
-    return rows
+    Raises:
+        UserError: a file is missing or damaged.
+    """
+
+    def __init__(self, folder: Path, gpt2: bool) -> None:
+        (safetensors,) = require_extra("hf", "safetensors")
+        self._gpt2, self._files = gpt2, dict[str, Any]()
+        # files with other names are copies, such as Mistral's consolidated.safetensors
+        if not (paths := sorted(folder.glob("model*.safetensors"))):
+            hint = "weights in another format may run code when they are read"
+            raise UserError(f"'{folder}' has no model.safetensors: pass a folder that has one ({hint})")
+        for path in paths:
+            try:
+                file = safetensors.safe_open(path, framework="pt")
+                self._files |= dict.fromkeys(file.keys(), file)
+            except Exception as error:  # safetensors has its own type
+                raise UserError(f"'{path}' cannot be read ({error}): download it again") from None
+        self._prefix = "transformer." if gpt2 and "wte.weight" in self._files else ""  # left out on the hub
+        self._files = {f"{self._prefix}{name}": file for name, file in self._files.items()}
+
+    def gates_are_equal(self) -> bool:
+        """Whether every gate is equal to the projection that it multiplies."""
+        gates = [name for name in self._files if ".mlp.gate_proj." in name]
+        return all(torch.equal(self._read(name), self._read(name.replace("gate_proj", "up_proj"))) for name in gates)
+
+    def load_into(self, net: Transformer) -> int:
+        """Copies the weights into `net`; returns the number of rows of the embedding.
+
+        Raises:
+            UserError: the tensors are not those of such a network.
+        """
+        # buffers of old versions of transformers
+        buffers = (".rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias")
+        unused = {name for name in self._files if not name.endswith(buffers)}
+        rows = 0
+        for name, parameter in net.state_dict().items():  # shares memory with the network
+            names = [hf for hf, _ in weight_names(name, self._gpt2)]
+            unused -= {*names}
+            is_tied = name == "head.weight" and net.config["tie"]
+            if is_tied and names[0] not in self._files:
+                continue
+            if missing := [hf for hf in names if hf not in self._files]:
+                raise UserError(f"the weights lack {missing[0]}, which config.json requires: download the folder again")
+            if ".mlp.up." in name and net.config["mlp"] == "relu2":
+                names = names[1:]  # the gate is the same
+            values = [self._read(hf) for hf in names]
+            if name in ("embedding.weight", "head.weight"):
+                rows = len(values[0])
+                values[0] = values[0][: net.vocab_size]
+            if self._gpt2 and ".h." in names[0] and values[0].ndim == 2:
+                values[0] = values[0].mT  # GPT-2's Conv1D stores (in, out)
+            value = values[0] if len(values) == 1 else torch.cat(values)
+            if value.shape != parameter.shape:
+                expected, found = (" × ".join(map(str, shape)) for shape in (parameter.shape, value.shape))
+                raise UserError(
+                    f"expected {expected} weights in {', '.join(names)}, got {found}: download the folder again"
+                )
+            if is_tied and not torch.equal(value.float(), parameter):
+                raise UserError(f"config.json has tie_word_embeddings true, but {names[0]} differs: set it to false")
+            if not parameter.copy_(value).isfinite().all():
+                raise UserError(f"weights in {', '.join(names)} are not finite numbers: pass another model")
+        if unused:
+            raise UserError(f"the weights include {min(unused)}, which lmlight does not support: pass another model")
+        return rows
+
+    def _read(self, name: str) -> Tensor:
+        try:
+            value: Tensor = self._files[name].get_tensor(name.removeprefix(self._prefix))
+        except Exception as error:  # safetensors has its own type
+            raise UserError(f"weights {name} cannot be read ({error}): download the folder again") from None
+        if not value.is_floating_point() or value.ndim == 0:
+            raise UserError(f"expected floating-point weights in {name}, got {value.dtype}: pass another model")
+        return value

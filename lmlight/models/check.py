@@ -63,9 +63,8 @@ def check_net(make_net: Callable[[int, int], Net], block_size: int, check_causal
             int(net.flops_per_token())
         with torch.enable_grad(), explained(f"{name}.loss failed"):
             loss = net.loss(idx, other)
-            frozen = net.requires_grad_(False).loss(idx, other)
         check_loss(loss, f"{name}.loss")
-        if frozen.requires_grad:
+        if not _leaves(loss) <= set(net.parameters()):
             raise UserError(
                 f"{name} computes with weights that are not among its parameters, so they would be neither trained nor "
                 "saved: assign layers to attributes, and use nn.ModuleList or nn.ParameterList in place of a list"
@@ -127,3 +126,18 @@ def _run(net: Net, idx: Tensor) -> Tensor:
 
 def _equal(a: Tensor, b: Tensor) -> bool:
     return torch.allclose(a, b, rtol=1e-3, atol=1e-4, equal_nan=True)  # training reports NaN
+
+
+def _leaves(loss: Tensor) -> set[Tensor]:
+    """The tensors that a loss depends on and that collect gradients."""
+    nodes, found = {loss.grad_fn}, set[Tensor]()
+    waiting = list(nodes)
+    while waiting:
+        if (node := waiting.pop()) is None:
+            continue
+        if hasattr(node, "variable"):
+            found.add(node.variable)
+        new = {function for function, _ in node.next_functions} - nodes
+        nodes |= new
+        waiting += new
+    return found

@@ -40,6 +40,11 @@ def make_norm(name: NormName, size: int, eps: float, bias: bool) -> nn.Module:
     return RMSNorm(size, eps=eps) if name == "rmsnorm" else nn.LayerNorm(size, eps=eps, bias=bias)
 
 
+def default_intermediate_size(kind: str, n_embd: int) -> int:
+    """Return 4 C; for SwiGLU, which has a third matrix, 8/3 C in multiples of 8."""
+    return 8 * round(n_embd / 3) if kind == "swiglu" else 4 * n_embd
+
+
 class MLP(nn.Module):
     """Two linear layers with an activation between them."""
 
@@ -135,8 +140,7 @@ class Transformer(Net):
             )
         self.rope_theta = rope_theta
         self.n_head, self.n_kv_head, self.dropout = n_head, n_kv_head or n_head, dropout
-        # SwiGLU has a third matrix, so a third less of each: 8/3 C, in multiples of 8
-        self.intermediate_size = intermediate_size or (8 * round(n_embd / 3) if mlp == "swiglu" else 4 * n_embd)
+        self.intermediate_size = intermediate_size or default_intermediate_size(mlp, n_embd)
         self.embedding = nn.Embedding(vocab_size, n_embd)
         self.positions = nn.Embedding(block_size, n_embd) if positions == "learned" else None
         rope = rope_cache(block_size, self.head_size, rope_theta) if positions == "rotary" else None

@@ -119,7 +119,8 @@ def _reason(status: int, output: str) -> str:
     """Why a run failed, from what it printed: an error message, or the last line."""
     if status < 0:
         hint = " (perhaps out of memory)" if -status == getattr(signal, "SIGKILL", 0) else ""
-        return f"ended by {signal.Signals(-status).name}{hint}"
+        names = {number.value: number.name for number in signal.Signals}  # not those of real-time signals
+        return f"ended by {names.get(-status, f'signal {-status}')}{hint}"
     lines = [line for line in output.splitlines() if line.strip()]
     errors = [line for line in lines if re.match(r"lmlight: error: |[\w.]+(Error|Exception)\b", line)]
     return (errors or lines or [f"exit status {status}"])[-1].removeprefix("lmlight: error: ").strip()

@@ -104,8 +104,11 @@ class LmlightCLI(LightningCLI):
         yaml.SafeDumper.add_multi_representer(Enum, lambda dumper, member: dumper.represent_data(member.value))
         self.command, *rest = args
         self.source, self.named, words = find_source(self.command, rest)
-        model = import_class("--model", self.named.get("model", "LanguageModel"), LanguageModel)
-        data = import_class("--data", self.named.get("data", "TextDataModule"), LightningDataModule)
+        # full names: a user's class may have the same last name
+        defaults = {"model": full_name(LanguageModel), "data": full_name(TextDataModule)}
+        named = defaults | self.named
+        model = import_class("--model", named["model"], LanguageModel)
+        data = import_class("--data", named["data"], LightningDataModule)
         self.has_text = issubclass(data, TextDataModule)
         if self.source.run is None and not self.has_text:
             self.source.settings.pop("data", None)  # `TextDataModule`'s
@@ -270,7 +273,7 @@ class LmlightCLI(LightningCLI):
         print_summary(self.trainer, self.model, self.datamodule, self.source.step)
 
 
-def _make_model(extra: dict[str, Any], kind: type[LanguageModel], **flags: Any) -> LanguageModel:
+def _make_model(extra: dict[str, Any], kind: type[LanguageModel], /, **flags: Any) -> LanguageModel:
     return kind(**flags, **extra)
 
 

@@ -75,7 +75,7 @@ def find_source(command: str, args: Sequence[str]) -> tuple[Source, dict[str, st
     net, tokenizer = checkpoints.import_classes(classes.get("model.net"), classes.get("data.tokenizer"))
     classes |= {name: full_name(kind) for name, kind in (("model.net", net), ("data.tokenizer", tokenizer)) if kind}
     source = _source(command, given, net)
-    stored = source.settings.get("model", {}).get("net", {})
+    stored = _section(_section(source.settings, "model"), "net")
     if net is not None and str(stored.get("class_path")).rpartition(".")[2] == net.__name__:
         stored["class_path"] = full_name(net)  # its module may have been moved since the run began
     words = [f"--config={config}" for config in configs]
@@ -101,14 +101,20 @@ def flatten(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def named_classes(settings: dict[str, Any]) -> dict[str, str]:
     """The classes that flattened settings name, keyed by flag (`CLASSES`)."""
-    named = {name: settings.get(name, settings.get(f"{name}_class")) for name in CLASSES}
+    named = {name: settings.get(name) or settings.get(f"{name}_class") for name in CLASSES}
     return {name: value for name, value in named.items() if isinstance(value, str) and is_class_name(value)}
+
+
+def _section(settings: dict[str, Any], name: str) -> dict[str, Any]:
+    """Settings inside others; empty if they are something else, which the parser reports later."""
+    section = settings.get(name)
+    return section if isinstance(section, dict) else {}
 
 
 def _source(command: str, given: dict[str, Any], net: type[Net] | None) -> Source:
     ckpt_path, init_from = given.get("ckpt_path"), given.get("init_from")
     if "" in (init_from, ckpt_path):
-        raise UserError("--ckpt_path and --init_from need a checkpoint, and got an empty string: pass best, or a file")
+        raise UserError("--ckpt_path and --init_from need a checkpoint, but got an empty string: pass best, or a file")
     if ckpt_path is not None and init_from is not None:
         raise UserError("--ckpt_path resumes a run and --init_from starts a new one: pass only one")
     name = init_from if ckpt_path is None else ckpt_path
@@ -162,7 +168,7 @@ def _from_run(checkpoint: Path, content: dict[str, Any], runs: Path) -> dict[str
             f"trust it, pass --trainer.default_root_dir {run.parent}"
         )
     settings.pop("ckpt_path", None)
-    settings.get("trainer", {}).pop("max_time", None)  # it limits one process
+    _section(settings, "trainer").pop("max_time", None)  # it limits one process
     return settings
 
 
