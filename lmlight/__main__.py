@@ -71,7 +71,7 @@ def bound_spinning(command: str) -> None:
     spins). libgomp reads the bound when torch is imported.
     """
     if not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & os.environ.keys():
-        # generation has short products between barriers: 3.0 ms a token instead of 3.6 to 6
+        # generation computes only small products between barriers: a token takes 3.0 ms, against 3.6 to 6 with 1,000 spins
         os.environ["GOMP_SPINCOUNT"] = "10000" if command in ("chat", "predict") else "1000"
 
 

@@ -30,7 +30,7 @@ METADATA_KEY = "lmlight"
 FORMAT_VERSION = 4  # incremented when older files can no longer be read
 FOLDER = "checkpoints"  # inside a run's folder
 NET_PREFIX = "net."  # of the network's weights in the LightningModule's state dict
-ADAPTER = "lora_"  # in the names of adapters' weights, as peft has them
+ADAPTER = "lora_"  # in the names of adapter weights, following peft
 
 
 def model_metadata(
@@ -40,7 +40,7 @@ def model_metadata(
     settings: Mapping[str, Any] = {},
     optimizer: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """The `lmlight` entry of a checkpoint; `LanguageModel` adds `metrics` if these weights have been validated.
+    """The `lmlight` entry of a checkpoint. `LanguageModel` adds `metrics` if these weights have been validated.
 
     Args:
         net: The network; its class is stored by name.
@@ -82,7 +82,7 @@ def write(content: dict[str, Any], path: str | Path) -> None:
 
 
 def read(path: str | Path) -> dict[str, Any]:
-    """Read a checkpoint onto the CPU, with its absolute path as `path`. Adapters are merged into their weights.
+    """Read a checkpoint onto the CPU, with its absolute path as `path`. Adapters are merged into the base model's weights.
 
     Raises:
         UserError: The file is missing or damaged, is not an lmlight checkpoint or has another format version; it holds a
@@ -110,7 +110,8 @@ def read_base(content: dict[str, Any]) -> dict[str, Any]:
     """
     adapter = content[METADATA_KEY]["adapter"]
     base = adapter["base"]
-    if fingerprint(base) != adapter["fingerprint"]:  # before it is read: it could name itself as its base
+    # checked before reading: a checkpoint that names itself as its base would be read forever
+    if fingerprint(base) != adapter["fingerprint"]:
         raise UserError(
             f"the checkpoint holds adapters for '{base}', which is missing or has changed since: put that checkpoint back"
         )
@@ -188,7 +189,7 @@ def find(name: str | Path, runs: str | Path, prefer: Literal["best", "last"]) ->
     path = Path(name).expanduser()
     if str(name) in ("best", "last"):
         found = _newest_first(Path(runs).glob(f"*/{FOLDER}/{name}.ckpt"))
-        hint = f"no run in '{runs}' has a checkpoint '{name}' yet: start one with `lmlight fit`, try best or last"
+        hint = f"no run in '{runs}' has a checkpoint '{name}' yet: start one with `lmlight fit`"
     elif path.is_dir():
         found = [file for folder in (path, path / FOLDER) if (file := folder / f"{prefer}.ckpt").is_file()]
         hint = f"folder '{path}' has no checkpoint '{prefer}.ckpt': pass a run's folder"
@@ -293,7 +294,7 @@ def changed(kind: type[Net], error: Exception) -> UserError:
 
 
 def check_compatible(checkpoint: dict[str, Any], net: Net) -> None:
-    """Check that the checkpoint's weights fit `net`; its dropout may differ.
+    """Check that the checkpoint's weights have the names and shapes of those of `net`. Its dropout may differ.
 
     Raises:
         UserError: The class or a size differs.

@@ -1,4 +1,7 @@
-"""The table of `lmlight` commands, its help, and an argument parser with one-line errors. Imports only light modules."""
+"""The table of `lmlight` commands, its help, and an argument parser with one-line errors.
+
+Imports only lightweight modules.
+"""
 
 import argparse
 import os

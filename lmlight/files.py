@@ -42,7 +42,7 @@ def whole(path: Path, shared: bool = False) -> Iterator[Path]:
         yield beside
         _flush(beside)
         if shared:
-            with suppress(OSError):  # another process was first, or this disk has no links
+            with suppress(OSError):  # another process was first, or the file system has no hard links
                 os.link(beside, path)
         if not (shared and path.exists()):
             _move(beside, path)
@@ -86,7 +86,7 @@ def _move(source: Path, target: Path) -> None:
         try:
             source.replace(target)
             return
-        except PermissionError:  # on Windows, while another process has one of them open, such as a virus scanner
+        except PermissionError:  # on Windows, while another process, such as a virus scanner, has one of them open
             time.sleep(seconds)
     source.replace(target)
 

@@ -203,10 +203,10 @@ def hyperparameters(optimizer: Optimizer) -> list[dict[str, Any]]:
 
 
 def apply_changes(scheduler: LRScheduler, now: list[dict[str, Any]], before: list[dict[str, Any]]) -> None:
-    """Give a resumed run the optimizer arguments that changed since it began.
+    """Give a resumed run the optimizer arguments that have changed since its checkpoint was written.
 
-    Loading the states of the optimizer and the scheduler has restored the old ones. `now` has the `hyperparameters` of the
-    new optimizer before that, and `before` those of the optimizer with which the run began.
+    Loading the states of the optimizer and the scheduler has restored the old ones. `now` holds the `hyperparameters` of
+    the new optimizer from before loading, `before` those that the checkpoint stores.
     """
     for number, (group, new, old) in enumerate(zip(scheduler.optimizer.param_groups, now, before)):
         changed = {name: value for name, value in new.items() if old.get(name) != value}

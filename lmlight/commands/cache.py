@@ -1,4 +1,4 @@
-"""`lmlight cache` lists and clears the cache folder (`lmlight.data.cache`)."""
+"""`lmlight cache` lists or clears the cache folder (`lmlight.data.cache`)."""
 
 import json
 import shutil

@@ -1,4 +1,7 @@
-"""`lmlight chat CHECKPOINT`: streams a continuation of each line that you type. Does not wait for Lightning."""
+"""`lmlight chat CHECKPOINT`: streams a continuation of each line that you type.
+
+Does not import Lightning, which takes seconds.
+"""
 
 import contextlib
 import io

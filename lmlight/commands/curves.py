@@ -18,7 +18,7 @@ def main(args: Sequence[str]) -> None:
     parser.add_argument("--output", type=Path, default=Path("curves.png"), help="the figure: .png, .svg or .pdf")
     options = parser.parse_args(args)
     runs = {}
-    # the shell of Windows leaves patterns to the program; Path.glob takes no absolute ones
+    # the Windows shell does not expand patterns, and Path.glob takes no absolute ones
     for name in (found for pattern in options.runs for found in sorted(glob(pattern)) or [pattern]):  # noqa: PTH207
         if rows := read(Path(name), options.x):
             runs[name] = rows

@@ -3,7 +3,7 @@
     corpora/    built-in corpora
     downloads/  texts read from a URL, one folder for each version
     tokens/     token stores, each named after everything that its ids depend on
-    web/        libraries of the page of `lmlight export web`
+    web/        libraries for the page that `lmlight export web` writes
     peers/      what the benchmarks compare with
 
 In `downloads` and `tokens`, an edited text gets a new name, and its old entry can be cleared.

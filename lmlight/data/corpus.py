@@ -26,7 +26,7 @@ class Corpus:
         source: the name, path, glob pattern or URL that the user passed, for messages.
         files: the files with its text, in order.
         text_format: how they are read.
-        fingerprint: the SHA-256 of everything that the text depends on; part of the names of caches.
+        fingerprint: the SHA-256 of everything that the text depends on; part of its token store's cache key.
         has_documents: whether it consists of documents.
     """
 

@@ -158,7 +158,7 @@ class StatefulTrainLoader:
         self.data_wait_seconds = 0.0
 
     def state_dict(self) -> dict[str, Any]:
-        """The epoch, and the position in it in windows over all ranks, so that any number of processes can resume."""
+        """The epoch and the number of its windows seen by all ranks, so that any number of processes can resume."""
         seen = self._seen * self.sampler.windows_per_micro_batch
         return {"epoch": self._epoch, "windows": seen, "text": self._store.train_fingerprint}
 
@@ -207,7 +207,7 @@ class StatefulTrainLoader:
 
 def prefetch(batches: Iterator[Batch], device: torch.device) -> Iterator[Batch]:
     """The same batches, each of which is fetched in a thread while the one before it is in use."""
-    # without `set_device`, pinning memory in the thread would open a context on the first GPU
+    # without `set_device`, pinning memory in the thread would create a CUDA context on the first GPU
     with ThreadPoolExecutor(1, initializer=torch.cuda.set_device, initargs=(device,)) as thread:
         coming = thread.submit(next, batches, None)
         while (batch := coming.result()) is not None:

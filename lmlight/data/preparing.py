@@ -32,7 +32,7 @@ class CorpusSpec:
     """A corpus and how it becomes tokens. The arguments are those of `TextDataModule`.
 
     Raises:
-        UserError: a corpus that is empty, or neither a string nor a path; a `val_fraction` outside (0, 1).
+        UserError: a corpus is an empty string, or neither a string nor a path; `val_fraction` is outside (0, 1).
     """
 
     corpus: str
@@ -126,7 +126,7 @@ class CorpusSpec:
             return self.tokenizer.train(chunks, cut, add_eos=corpus.has_documents)
 
     def _check_settings(self, store: TokenStore, pretrained_tokenizer: Tokenizer | None) -> None:
-        """Refuses settings that a prepared store was not made with."""
+        """Refuses settings that are neither the defaults nor those that a prepared store was made with."""
         made_with, defaults = store.metadata["settings"], CorpusSpec("any").settings()
         for name, value in self.settings().items():
             if value not in (defaults[name], made := made_with.get(name, defaults[name])):

@@ -14,7 +14,7 @@ MAX_PROMPT_CHARS = 20
 
 
 def first_line(text: str) -> str:
-    """A prompt: the first words of the first whole line of `text`, without control and broken characters."""
+    """A prompt: the first words of the first whole line of `text`, without control characters and U+FFFD."""
     lines = [CONTROL_CHARACTERS.sub("", line).replace("\ufffd", "") for line in re.split("[\r\n]", text)]
     line = next((line for line in lines[1:-1] if line.strip()), lines[0])
     return textwrap.shorten(line, MAX_PROMPT_CHARS, placeholder="", break_on_hyphens=False) or line[:MAX_PROMPT_CHARS]

@@ -35,7 +35,7 @@ COMPRESSIONS = {".gz": "gzip", ".bz2": "bz2", ".xz": "xz", ".zst": "zstd"}  # fs
 SUPPORTED_FILES = f".txt, .md, .jsonl (also compressed: {', '.join(COMPRESSIONS)}), .parquet"
 
 SURROGATE = re.compile("[\ud800-\udfff]")
-HEAD_SIZE = 8192  # bytes at the beginning of a file in which binary files are detected
+HEAD_SIZE = 8192  # bytes at the beginning of a file that are examined to detect binary files
 
 
 class TextChunk(NamedTuple):

@@ -49,7 +49,7 @@ def write(store: TokenStore, target: Path) -> TokenStore:
         raise UserError("--format litdata needs a lossless tokenizer: leave out --data.tokenizer.lossless false")
     if len(train) < PAGE_TOKENS:
         raise UserError(
-            f"--format litdata needs {PAGE_TOKENS:,} training tokens, and this text has {len(train):,}: leave out --format"
+            f"--format litdata needs {PAGE_TOKENS:,} training tokens, but this text has {len(train):,}: leave out --format"
         )
     with store.copied(target, leave_out="train-*.npy") as folder:
         with warnings.catch_warnings():

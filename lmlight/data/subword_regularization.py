@@ -58,9 +58,9 @@ class SubwordSampling:
 class SubwordSampler:
     """Samples segmentations with a unigram model.
 
-    The lattice of all segmentations of a text is a chain of its words' lattices, and those of frequent words are cached.
-    Weights are summed from left to right, and a segmentation is sampled from right to left (forward filtering, backward
-    sampling): exactly SentencePiece's distribution.
+    The lattice of all segmentations of a text is a chain of its words' lattices, and those of recently used short words are
+    cached. Weights are summed from left to right, and a segmentation is sampled from right to left (forward filtering,
+    backward sampling): exactly SentencePiece's distribution.
 
     Raises:
         UserError: the tokenizer is not a unigram model.

@@ -129,7 +129,7 @@ class TokenizerConfig:
 
     Args:
         kind: SentencePiece's unigram or BPE model, or the set of characters.
-        vocab_size: number of pieces, including the 256 bytes of lossless tokenizers. A text that cannot fill them gets
+        vocab_size: number of pieces, including the 256 bytes of lossless tokenizers. A text too small for that many gets
             fewer. Ignored for characters.
         lossless: keep every character. False uses SentencePiece's default, which turns newlines into spaces.
         sample_chars: number of characters that SentencePiece is trained on. From a longer text, random lines are taken,
@@ -283,7 +283,7 @@ class SentencePieceTokenizer(Tokenizer):
             byte = int(self.pieces[index][3:5], 16)  # "<0xE2>"
             self.char_counts[index] = starts_character(byte)
         probe = "  a \n\n b "
-        ids = self.encode(probe)  # line by line: some models put a space before each
+        ids = self.encode(probe)  # line by line: a model that puts a space before each line is lossy
         if self.decode(ids) != probe or self.char_counts[ids].sum() != len(probe):
             self.lossless, self._newline = False, []
         eos = self._processor.eos_id()

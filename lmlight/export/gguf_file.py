@@ -107,7 +107,7 @@ def _add_byte_level_bpe(writer: Any, tokenizer: HFTokenizer) -> None:
     name, model = pre_tokenizer_name(tokenizer), tokenizer.content["model"]
     if name is None:
         raise UserError(
-            "GGUF export supports the pre-tokenizers of GPT-2, SmolLM2, Qwen2 and Llama 3, and this checkpoint's "
+            "GGUF export supports the pre-tokenizers of GPT-2, SmolLM2, Qwen2 and Llama 3, but this checkpoint's "
             "tokenizer.json has another one: export to hf or onnx"
         )
     pieces = {index: (f"<unused {index}>", UNUSED) for index in range(tokenizer.vocab_size)}

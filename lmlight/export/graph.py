@@ -25,7 +25,7 @@ from lmlight.models.kv_cache import Cache
 from lmlight.models.rope import apply_rope
 
 OPSET = 20
-MAX_BYTES = 2**31 - 2**20  # of weights: a file of Protocol Buffers holds less than 2 GiB
+MAX_BYTES = 2**31 - 2**20  # of weights: a protobuf file must be smaller than 2 GiB
 BATCH = Dim("batch")
 
 
@@ -104,7 +104,7 @@ def metadata(model: Model) -> dict[str, str]:
         "newline": model.tokenizer.newline,
         "supports_sliding_window": getattr(model.net, "positions", None) is None,
     }
-    with contextlib.suppress(UserError):  # a lossy tokenizer
+    with contextlib.suppress(UserError):  # a lossy or user-defined tokenizer
         # without special tokens, whose names the library would find in a text
         found["tokenizer.json"] = {**tokenizer_json(model.tokenizer), "added_tokens": []}
     return {name: json.dumps(value, ensure_ascii=False) for name, value in found.items()}

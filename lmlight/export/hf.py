@@ -131,7 +131,7 @@ def generation_config_json(model: Model) -> dict[str, Any]:
         "do_sample": sampling.temperature > 0,
     }
     if sampling.temperature > 0:
-        # always: the defaults of transformers would filter
+        # always written, because transformers filters by default (top_k 50)
         config |= {"temperature": sampling.temperature, "top_k": sampling.top_k or 0, "top_p": sampling.top_p or 1.0}
         if sampling.min_p:
             config["min_p"] = sampling.min_p

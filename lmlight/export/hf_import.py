@@ -221,7 +221,8 @@ class Weights:
             if value.shape != parameter.shape:
                 expected, found = (" × ".join(map(str, shape)) for shape in (parameter.shape, value.shape))
                 raise UserError(
-                    f"expected {expected} weights in {', '.join(names)}, got {found}: download the folder again"
+                    f"expected {expected} weights in {', '.join(names)}, got {found}: use this model's tokenizer and "
+                    "config.json"
                 )
             if is_tied and not torch.equal(value.float(), parameter):
                 raise UserError(f"config.json has tie_word_embeddings true, but {names[0]} differs: set it to false")

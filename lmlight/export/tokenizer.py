@@ -6,8 +6,8 @@ literal `<s>`:
 - Pieces are written with spaces in place of SentencePiece's ▁, so nothing needs normalizing. A literal ▁ in a text is a
   character that no piece covers: three byte pieces, as in SentencePiece.
 - End of text is the only special token, and `split_special_tokens` keeps transformers from finding it in a text.
-- Pieces that no text may produce (`<s>`, `<0x41>`) score lower than their characters one by one. This needs an entry for
-  each ASCII character: one that the training text lacks takes the place of its byte piece.
+- Pieces that no text may produce (`<s>`, `<0x41>`) score lower than the sum of their characters' scores. This needs an
+  entry for each ASCII character: one that the training text lacks takes the place of its byte piece.
 """
 
 import warnings

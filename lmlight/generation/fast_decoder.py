@@ -1,8 +1,8 @@
 """A hand-optimized decode step for `Transformer`: the arithmetic of its `forward`, in fewer and faster calls.
 
 For one token, calling modules takes as long as the arithmetic: the plain cached step takes 1.5 times as long for the default
-network, and 1.9 times for 6 layers of width 384 (one row, one CPU core). `torch.compile` of the plain step took 10 to 22 s,
-and 3 to 10 ms a token, because it copies the buffers that it cannot change in place.
+network, and 1.9 times for 6 layers of width 384 (one row, one CPU core). Compiling the plain step took 10 to 22 s, and a
+token then 3 to 10 ms, because `torch.compile` copies the buffers that it cannot change in place.
 
 Axes: B batch, C = n_embd channels, H query heads, H_kv key/value heads, D channels of a head, V vocabulary.
 """

@@ -35,7 +35,7 @@ class StreamingDecoder:
         self._pending: list[int] = []
 
     def push(self, index: int) -> str:
-        """The text that is complete with this id."""
+        """Add an id; return the text that it completes."""
         self._pending.append(index)
         text = self._text()
         return "" if text.endswith("\ufffd") else self._release(text)
@@ -93,7 +93,7 @@ class TextStream:
         self._decoder = StreamingDecoder(tokenizer, self.ids if prompt else ())
 
     def push(self, index: int) -> str:
-        """Add a token; return the text that has become certain."""
+        """Add a token; return the text that is now final."""
         self.tokens.append(index)
         text = self._release(self._decoder.push(index))
         return text + self._finish("stop") if index == self._eos_id else text

@@ -104,7 +104,7 @@ def _arguments(cls: type[Net], args: tuple[Any, ...], kwargs: dict[str, Any]) ->
         if not _is_plain(value):
             raise UserError(
                 f"{cls.__name__} cannot be stored in a checkpoint: its argument {name} is a {type(value).__name__}, and "
-                "only plain values can be (numbers, strings, booleans, None, and lists or dicts of them)"
+                "only plain values can be stored (numbers, strings, booleans, None, and lists or dicts of them)"
             )
     return copy.deepcopy(config)  # the network may change a list that it was given
 

@@ -1,4 +1,4 @@
-"""Checks of a network before it is trained: does it keep the contract of `Net`?"""
+"""Checks of a network before it is trained: does it satisfy the contract of `Net`?"""
 
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -42,15 +42,15 @@ def check_net(make_net: Callable[[int, int], Net], block_size: int, check_causal
             raise UserError(f"{name} has no parameters to train: assign its layers to attributes in __init__")
         if not check_causality:
             return
-        for parameter in net.parameters():  # layers that start as zero would hide what they will depend on
+        for parameter in net.parameters():  # zero-initialized layers would hide what their outputs will depend on
             parameter.add_(torch.randn_like(parameter), alpha=0.02)
         T = min(MAX_TOKENS, block_size)
         idx, other = torch.randint(VOCAB_SIZE, (2, 2, T))
         logits = _run(net, idx)
         if not _equal(logits, _run(net, idx)):
             raise UserError(
-                f"{name} returns different logits when it is called again with the same ids: it must not keep a state "
-                "between calls, and must take random numbers from torch; correct it, or pass --model.check_causality false"
+                f"{name} returns different logits when it is called again with the same ids: it must keep no state "
+                "between calls and must use torch's random numbers; correct it, or pass --model.check_causality false"
             )
         _run(net, idx[:, :1])  # generation starts with short contexts
         for t in range(1, T):  # replace all tokens from position t on

@@ -22,9 +22,9 @@ try:
 except ImportError as error:
     raise missing_extra(f"lmlight sweep needs the package {error.name}", "sweep") from None
 
-DESCRIPTION = """Trains each of several settings with the same seeds, or searches for the best setting, and reports which is
-better. Options that are not listed here are those of `lmlight fit`. The same command continues an interrupted sweep. Run it
-in a second terminal, or on another machine that shares the folder, to share the trials."""
+DESCRIPTION = """Trains a model with each of several settings and the same seeds, or searches for the best setting, and
+reports which is better. Options that are not listed here are those of `lmlight fit`. The same command continues an
+interrupted sweep. Run it in a second terminal, or on another machine that shares the folder, to share the trials."""
 Distribution = CategoricalDistribution | FloatDistribution | IntDistribution
 MAX_SEED = 2**32 - 1
 MIN_VALIDATIONS = 5  # of a run that may be pruned
@@ -47,7 +47,7 @@ def main(args: Sequence[str]) -> int:
     add("--trials", type=int, metavar="N", help="number of trials of a search (default: 30)")
     add("--prune", action="store_true", help="stop trials whose loss is above the median of the others at that step")
     add("--on", choices=("val", "tune"), help="score the validation text (default) or the tuning text")
-    add("--study", type=Path, metavar="FOLDER", help="folder of the sweep (default: in sweeps/, named by its settings)")
+    add("--study", type=Path, metavar="FOLDER", help="folder of the sweep (default: sweeps/NAME, after its settings)")
     add("--retry", action="store_true", help="run failed trials again")
     add("--report", type=Path, metavar="FOLDER", help="only print the report of a sweep")
     options, fit = parser.parse_known_args(args)
@@ -56,7 +56,7 @@ def main(args: Sequence[str]) -> int:
     if options.search and (options.vary or options.seeds):
         raise UserError("--search uses one seed: use --vary and --seeds afterwards, to compare the best settings")
     if not options.search and (options.prune or options.trials):
-        raise UserError("--trials and --prune belong to --search: a comparison trains every setting with every seed")
+        raise UserError("--trials and --prune belong to --search: a comparison runs every setting with every seed")
     for name in ("seeds", "trials"):
         if (value := getattr(options, name)) is not None and value < 1:
             raise UserError(f"--{name} must be at least 1, got {value}")
@@ -143,7 +143,7 @@ def check(fit: Sequence[str], params: Params) -> dict[str, Any]:
 
 
 def parse_values(name: str, text: str, flag: str = "vary") -> list[str]:
-    """The values of `--vary NAME=TEXT`, as they are written: separated by commas, which brackets and quotes protect."""
+    """The values of `--vary NAME=TEXT`, as strings. A comma inside brackets or quotes does not separate."""
     try:
         nodes = yaml.compose(f"[{text}]").value
     except (yaml.YAMLError, AttributeError):

@@ -66,7 +66,7 @@ def settings_of(study: Study) -> list[Setting]:
 
 def best_of(settings: Sequence[Setting]) -> Setting:
     """The best of those with the most finished runs: means of fewer seeds vary more, and some seeds may have diverged."""
-    return max(settings, key=lambda setting: len(setting.values))  # of several, the first, which is the best
+    return max(settings, key=lambda setting: len(setting.values))  # in a tie, the first, which is the best
 
 
 def write(study: Study) -> int:

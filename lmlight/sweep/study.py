@@ -56,7 +56,7 @@ class Study:
             raise UserError(f"there is no sweep in '{folder}': pass its folder, such as sweeps/NAME")
         optuna.logging.set_verbosity(optuna.logging.ERROR)
         self.folder = folder
-        # locks by links, Optuna's default, need a privilege on Windows
+        # Optuna's default, a symlink lock, needs a privilege on Windows
         self._lock = JournalFileOpenLock(str(folder / "claims"))
         self._last_beat: tuple[Path, str] | None = None
         journal = folder / JOURNAL

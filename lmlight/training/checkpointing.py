@@ -100,7 +100,8 @@ class BestLastCheckpoint(Checkpoint):
         if batches is not None and batches < trainer.num_training_batches:  # a fraction of the epoch
             self._check_interval(trainer, int(batches))
         loop = trainer.fit_loop.epoch_loop
-        # resumed from a validation at the end of an epoch; without one here, Lightning would end the next epoch at once
+        # resumed from a validation at the end of an epoch: if this run has none there, Lightning would end the next epoch
+        # at once
         at_end = loop.restarted_on_last and loop.batch_progress.is_last_batch
         if at_end and not loop._should_check_val_fx(None):  # type: ignore[arg-type]
             loop.batch_progress.reset_on_run()
@@ -159,7 +160,7 @@ class BestLastCheckpoint(Checkpoint):
         self._leave_if_agreed(trainer)
 
     def _agree_to_leave(self, trainer: Trainer) -> None:
-        """End all processes at this step if any of them got a signal. On a GPU, this waits for all work in progress."""
+        """Agree to end all processes after this step if any got a signal. On a GPU, waits for all work in progress."""
         self._agreed = self._signal
         if trainer.world_size > 1:
             number = torch.tensor(self._signal, device=trainer.strategy.root_device)

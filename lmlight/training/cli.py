@@ -95,7 +95,7 @@ def _explain(message: str) -> str:
 class LmlightCLI(LightningCLI):
     """Lightning's CLI with lmlight's defaults, and with the settings that a checkpoint or its run contributes.
 
-    Its arguments are a command, which is a method of `RunTrainer`, and the flags of that.
+    Its arguments are a command, which is a method of `RunTrainer`, and that command's flags.
     """
 
     def __init__(self, args: Sequence[str]) -> None:

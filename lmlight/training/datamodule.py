@@ -262,5 +262,5 @@ class TextDataModule(LightningDataModule):
 
 
 def _ranks(trainer: Trainer | None) -> tuple[int, int, int]:
-    """(rank, world_size, accumulate_grad_batches), for one process without a trainer."""
+    """(rank, world_size, accumulate_grad_batches); without a trainer, those of a single process."""
     return (trainer.global_rank, trainer.world_size, trainer.accumulate_grad_batches) if trainer else (0, 1, 1)

@@ -62,8 +62,8 @@ class LanguageModel(TextModel):
             keeping them: less memory, a third more time.
         check_causality: Before training, run the network on a small input and check that its logits have the right shape and
             do not depend on later tokens.
-        seed: Seed of dropout. Dropout depends only on the seed and the step, so a resumed run repeats it.
-        init_from: A checkpoint, from `checkpoint.read`, whose weights and tokenizer to start from.
+        seed: Seed of dropout, which depends only on it, the step, the micro-batch and the rank, so a resumed run repeats it.
+        init_from: A checkpoint, from `checkpoint.read`, that provides the initial weights and the tokenizer.
         settings: Plain values to log as hyperparameters; `data` is also stored in checkpoints.
 
     Attributes:
@@ -101,7 +101,7 @@ class LanguageModel(TextModel):
             self.vocab_size = init_from[checkpoints.METADATA_KEY]["net"]["config"]["vocab_size"]
             self.block_size = init_from[checkpoints.METADATA_KEY]["net"]["config"]["block_size"]
         self._hyperparameters: list[dict[str, Any]] = []  # of the optimizer as it was made
-        self._resumed_hyperparameters: list[dict[str, Any]] = []  # the same when the resumed run began
+        self._resumed_hyperparameters: list[dict[str, Any]] = []  # those in the checkpoint that the run resumes from
 
     @classmethod
     def load_from_checkpoint(  # type: ignore[override]

@@ -23,7 +23,8 @@ from lmlight.user_code import full_name, is_class_name
 
 CONFIG = "config.yaml"  # in a run's folder
 RUNS = "runs"  # the default folder of all runs
-LOCATING = ("ckpt_path", "init_from", "trainer.default_root_dir")  # flags that decide which settings others start from
+# flags that locate the checkpoint whose settings are the defaults
+LOCATING = ("ckpt_path", "init_from", "trainer.default_root_dir")
 # flags that may name a user-defined class
 CLASSES = ("model", "data", "model.net", "model.optimizer", "data.tokenizer")
 

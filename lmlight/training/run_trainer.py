@@ -29,7 +29,8 @@ from lmlight.user_code import full_name
 class RunTrainer(Trainer):
     """Lightning's Trainer.
 
-    Its methods are the subcommands of `lmlight`, and their arguments are the flags. The first line is a heading in the help.
+    Its methods are the subcommands of `lmlight`, and their arguments are the flags. The first line of this docstring is a
+    heading in the help.
     """
 
     run_folder: str | None = None  # set when all ranks first read `log_dir`

@@ -70,7 +70,7 @@ class TextModel(LightningModule):
 
     def on_test_epoch_end(self) -> None:
         self._report("test", self.test_loss)
-        if self.sliding_loss.update_called:  # not with one loader only
+        if self.sliding_loss.update_called:  # False if there is only one loader
             self._report("test_sliding", self.sliding_loss)
 
     def _report(self, stage: str, metric: TextLoss) -> dict[str, Tensor]:

@@ -20,7 +20,7 @@ from lmlight.training.module import LanguageModel
 
 
 class Throughput(FitCallback):
-    """Logs speed and memory; validations do not count.
+    """Logs speed and memory. The time spent in validation is excluded.
 
     - `throughput/tokens_per_second` and `characters_per_second`, over all devices;
     - `throughput/mfu`: model FLOP/s (`Net.flops_per_token`, times three for training) as a share of the devices' peak, for
@@ -49,7 +49,7 @@ class Throughput(FitCallback):
         self._paused_at = time.perf_counter()
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        if self._paused_at is not None:  # since the last batch: a validation with its callbacks and checkpoints
+        if self._paused_at is not None:  # excluded: a validation, with its callbacks and checkpoints
             self._began += time.perf_counter() - self._paused_at
             self._paused_at = None
 

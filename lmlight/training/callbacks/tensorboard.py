@@ -50,7 +50,7 @@ class SampleText(FitCallback):
         texts = model.generate(prompts, **options)  # on every rank, because weights may be sharded
         settings = f"temperature {temperature:g}, seed {model.sampling.seed}, step {trainer.global_step}"
         for prompt, text in zip(prompts, texts):
-            # indented by four spaces, Markdown keeps line breaks and symbols
+            # Markdown keeps line breaks and symbols in text that is indented by four spaces
             indented = "\n".join("    " + line for line in escape_control_characters(text).split("\n"))
             tag = f"samples/{' '.join(prompt.split()) or 'empty prompt'}"
             writer.add_text(tag, f"{settings}\n\n{indented}", trainer.global_step - 1)  # as Lightning numbers scalars
