@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import EMAWeightAveraging
+from lightning.pytorch.loggers import TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from lmlight import Bigram, LanguageModel, Transformer, checkpoint
@@ -464,6 +465,13 @@ def test_learning_curve_writes_table_and_figure(logged_run):
     assert float(rows[1]["seconds"]) > float(rows[0]["seconds"]) > 0
     assert {"train/loss", "val/bpc", "train_subset/nats_per_char", "gap/nats_per_char"} < rows[0].keys()
     assert (run / "curve.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_learning_curve_in_the_folder_of_any_logger(corpus_file, tmp_path):
+    logger = TensorBoardLogger(str(tmp_path), name="", version="")  # writes into `default_root_dir` itself
+    fit(corpus_file, tmp_path, [LearningCurve()], tiny.net, logger=logger, default_root_dir=tmp_path)
+    assert "val/nats_per_char" in (tmp_path / "metrics.csv").read_text()
+    assert (tmp_path / "curve.png").is_file()
 
 
 def test_learning_curve_that_cannot_be_written_is_a_warning(corpus_file, tmp_path):

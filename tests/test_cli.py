@@ -395,6 +395,7 @@ def test_same_seed_gives_the_same_run(corpus_file, capsys):
 
 @pytest.mark.parametrize(("given", "expected"), [("7", {7}), ("true", {0})], ids=["given", "Lightning's"])
 def test_seed_is_shared_by_model_data_and_sampling(corpus_file, monkeypatch, given, expected):
+    monkeypatch.delenv("PL_GLOBAL_SEED", raising=False)  # of an earlier test
     seeds = []
 
     def note(model):
@@ -503,7 +504,7 @@ def test_error_is_one_line_and_leaves_no_files(args, message, finished, corpus_t
     assert not list(tmp_path.glob("cache/tokens/.*")), "no unfinished store"
 
 
-def test_config_may_refer_to_another_file(corpus_text, capsys):
+def test_section_of_a_config_is_settings_or_a_file(corpus_text, capsys):
     Path("corpus.txt").write_bytes(corpus_text.encode())
     Path("data.yaml").write_text("corpus: corpus.txt\nbatch_size: 7\n")
     Path("config.yaml").write_text("data: data.yaml\n")
@@ -511,6 +512,12 @@ def test_config_may_refer_to_another_file(corpus_text, capsys):
         main(["fit", "--config=config.yaml", "--print_config"])
     data = yaml.safe_load(capsys.readouterr().out)["data"]
     assert (data["corpus"], data["batch_size"]) == ("corpus.txt", 7)
+    for section in ("trainer: 5", "model: [1]", "data: 0.5"):
+        Path("config.yaml").write_text(section)
+        assert main(["fit", "--config=config.yaml"]) == 2
+        name, _, value = section.partition(": ")
+        error = capsys.readouterr().err
+        assert error == f"lmlight: error: 'config.yaml': expected settings in {name}, got {value}\n"
 
 
 @pytest.mark.skipif(os.name != "posix", reason="closes a pipe as POSIX does")

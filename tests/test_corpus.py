@@ -209,6 +209,10 @@ def test_parquet_rows_are_documents(tmp_path):
     for name in ("broken.parquet", "broken.parquet.gz"):
         (tmp_path / name).write_bytes(b"PAR1 no")
         assert name in error_of(name)
+    (tmp_path / "folder").mkdir()
+    for name in ("a.parquet.gz", "b.txt"):
+        (tmp_path / "folder" / name).write_text("text")
+    assert chunks_of("folder") == [("text", False)]
 
 
 @pytest.mark.parametrize("name", ["a.txt.zst", "a.parquet"])
@@ -321,6 +325,9 @@ def test_invalid_bytes_of_another_encoding_are_refused_or_replaced(tmp_path):
     (tmp_path / "plain.txt").write_bytes(WESTERN.encode("utf-16-le"))
     with pytest.raises(UserError, match="is not utf-16 .*pass .*--data.encoding"):
         chunks_of("plain.txt", encoding="utf-16")
+    (tmp_path / "plain.txt").write_bytes("ਊ\n".encode("utf-16-le") * 9000 + b"\x00\xdc\x20\x00")  # ਊ: 0A 0A
+    with pytest.raises(UserError, match=r"at offset 36,000, line 9,001\)"):
+        chunks_of("plain.txt", encoding="utf-16-le")
 
 
 @pytest.mark.parametrize("encoding", ["rot13", "hex", "nonsense", "", "utf-8\0", "undefined"])

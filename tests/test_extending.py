@@ -345,6 +345,17 @@ def test_check_accepts_causal_networks_and_keeps_the_random_state(block_size):
     assert torch.equal(torch.rand(3), expected)
 
 
+def test_check_accepts_a_loss_with_inner_gradients():
+    class Penalized(Mine):
+        def loss(self, idx, targets):
+            logits = self(idx)
+            loss = nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten())
+            (gradient,) = torch.autograd.grad(loss, logits, create_graph=True)
+            return loss + gradient.square().sum()
+
+    check_net(Penalized, 16)
+
+
 def test_check_detects_layers_initialized_to_zero():
     class Zero(Future):
         def forward(self, idx):
@@ -521,6 +532,38 @@ def test_mistakes_in_an_objective_are_one_line(folder, model, says, capsys):
     assert main(["fit", f"--model=objectives.{model}", *SHORT]) == 2
     *_, line = capsys.readouterr().err.strip().splitlines()
     assert re.search(f"lmlight: error: {says}", line)
+
+
+TWINS = """
+import lmlight
+from mynet import Mine
+
+class LanguageModel(lmlight.LanguageModel):
+    def __init__(self, extra: float, kind: int = 0, **kwargs) -> None:
+        super().__init__(**kwargs)
+        print("the user's model,", extra, kind)
+
+class TextDataModule(lmlight.TextDataModule):
+    def __init__(self, corpus: str) -> None:
+        raise RuntimeError("the user's data")
+"""
+
+
+def test_classes_with_the_names_of_our_own_are_used_only_if_they_are_named(folder, capsys):
+    (folder / "twins.py").write_text(TWINS)
+    assert main(["fit", "--model.net=twins.Mine", *SHORT]) == 0
+    assert "the user's" not in capsys.readouterr().out
+    arguments = ["--model.extra=0.5", "--model.kind=3"]  # names that functions of the command line might have
+    assert main(["fit", "--model=twins.LanguageModel", *arguments, *SHORT]) == 0
+    assert "the user's model, 0.5 3" in capsys.readouterr().out
+
+
+def test_model_class_with_an_empty_section(folder, capsys):
+    (folder / "objectives.py").write_text(OBJECTIVES)
+    (folder / "empty.yaml").write_text("model_class: objectives.Raising\nmodel:\n")
+    with pytest.raises(SystemExit):
+        main(["fit", "--config=empty.yaml", "--print_config"])
+    assert yaml.safe_load(capsys.readouterr().out)["model_class"] == "objectives.Raising"
 
 
 def test_scheduler_cannot_change_on_resume(folder, capsys):
@@ -749,7 +792,14 @@ def unigram_file(tmp_path):
 
 @pytest.mark.parametrize(
     ("name", "content"),
-    [("no.json", None), ("bad.json", b"{}"), ("bad.json", b"[]"), ("no.model", b"x"), ("no.model", b"")],
+    [
+        ("no.json", None),
+        ("bad.json", b"{}"),
+        ("bad.json", b"[]"),
+        ("deep.json", b"[" * 100_000),
+        ("no.model", b"x"),
+        ("no.model", b""),
+    ],
 )
 def test_invalid_tokenizer_file_is_refused(name, content, tmp_path):
     pytest.importorskip("tokenizers")
@@ -757,6 +807,20 @@ def test_invalid_tokenizer_file_is_refused(name, content, tmp_path):
         (tmp_path / name).write_bytes(content)
     with pytest.raises(UserError, match=r"cannot be read \(.*\): pass a Hugging Face tokenizer.json"):
         read_pretrained(tmp_path / name)
+
+
+def test_unusable_tokenizer_json_is_refused(tmp_path):
+    tokenizers = pytest.importorskip("tokenizers")
+    model = tokenizers.models.Unigram([("a", -1.0), ("b", -2.0)], byte_fallback=False)  # no id for unknown characters
+    tokenizers.Tokenizer(model).save(str(tmp_path / "unigram.json"))
+    model = tokenizers.models.WordLevel({"a": 0, "b": 1}, unk_token="a")
+    content = json.loads(tokenizers.Tokenizer(model).to_str())
+    content["added_tokens"] = [{"id": 9, "content": "<eos>", "special": True}]
+    (tmp_path / "words.json").write_text(json.dumps(content))
+    (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "<eos>"}')
+    for name in ("unigram.json", "words.json"):
+        with pytest.raises(UserError, match=r"cannot be read \(.*\): pass a Hugging Face tokenizer.json"):
+            read_pretrained(tmp_path / name)
 
 
 # Data

@@ -212,6 +212,20 @@ def test_network_that_loops_over_tokens_is_refused(format, file, tokenizer, tmp_
     assert not (tmp_path / file).exists(), "the exporter would write a file for one number of tokens"
 
 
+class Bessel(Bigram):
+    def forward(self, idx):
+        return torch.special.bessel_j0(super().forward(idx))
+
+
+def test_operation_without_an_onnx_equivalent_is_refused(tokenizer, tmp_path, capsys):
+    pytest.importorskip("onnxscript", reason="needs the extra `engines`")
+    path = save(tmp_path / "x.ckpt", Bessel(tokenizer.vocab_size, BLOCK), tokenizer)
+    assert main(["export", "onnx", path, "x.onnx"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "Bessel cannot be exported" in line
+    assert not (tmp_path / "x.onnx").exists()
+
+
 def test_failed_export_leaves_no_files(tokenizer, tmp_path, monkeypatch, capsys):
     path = save(tmp_path / "x.ckpt", build("bigram", tokenizer), tokenizer)
     monkeypatch.setitem(sys.modules, "onnxscript", None)

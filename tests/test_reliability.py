@@ -480,6 +480,21 @@ def test_resume_without_config_is_refused(trained, tmp_path, capsys, damage):
     assert "config.yaml', are missing or damaged" in error
 
 
+@pytest.mark.parametrize("section", ["trainer", "model", "data"])
+def test_resume_with_a_broken_section_in_its_config_is_one_line(trained, tmp_path, capsys, section):
+    shutil.copytree(trained, tmp_path / "runs" / "copy")
+    config = tmp_path / "runs" / "copy" / "config.yaml"
+    for value in (None, 5, [1]):
+        config.write_text(yaml.safe_dump({**yaml.safe_load(config.read_text()), section: value}))
+        flags = [f"--data.corpus={trained.parents[2] / 'corpus.txt'}", "--trainer.max_steps=31"]
+        status = main(["fit", "--ckpt_path=last", f"--trainer.default_root_dir={tmp_path / 'runs'}", *flags])
+        error = capsys.readouterr().err
+        if (section, value) != ("trainer", None):  # which means the defaults
+            assert status == 2 and error.startswith("lmlight: error: ") and error.count("\n") == 1
+        if value is not None:
+            assert f"config.yaml': expected settings in {section}, got {value}" in error
+
+
 def test_a_run_from_elsewhere_cannot_name_code_to_import(trained, tmp_path, capsys, monkeypatch):
     """Its config.yaml is not a file that the user has passed, until `default_root_dir` names the folder of that run."""
     (tmp_path / "theirs.py").write_text(

@@ -62,9 +62,10 @@ def find_source(command: str, args: Sequence[str]) -> tuple[Source, dict[str, st
             raise UserError(f"--{name} {file}: expected a class in the file, such as {file.stem}.MyClass")
     given: dict[str, Any] = {}
     for config in configs:
+        loaded = None
         with suppress(OSError, TypeError, ValueError, yaml.YAMLError):  # reported when the whole command line is parsed
             loaded = yaml.safe_load(Path(config).expanduser().read_text("utf-8"))
-            given |= flatten(loaded) if isinstance(loaded, dict) else {}
+        given |= flatten(_checked(loaded, config)) if isinstance(loaded, dict) else {}
     trained = flags.get("data.tokenizer", given.get("data.tokenizer"))
     is_pretrained = isinstance(trained, str) and (is_class_name(trained) or trained.endswith((".json", ".model")))
     if is_pretrained and (wrong := [word for word in rest if word.startswith("--data.tokenizer.")]):
@@ -104,6 +105,14 @@ def named_classes(settings: dict[str, Any]) -> dict[str, str]:
     """The classes that flattened settings name, keyed by flag (`CLASSES`)."""
     named = {name: settings.get(name) or settings.get(f"{name}_class") for name in CLASSES}
     return {name: value for name, value in named.items() if isinstance(value, str) and is_class_name(value)}
+
+
+def _checked(settings: dict[str, Any], file: object) -> dict[str, Any]:
+    """Refuse numbers and lists in place of a section, which the parser would ignore."""
+    for name in ("model", "data", "trainer"):
+        if isinstance(value := settings.get(name), (int, float, list)):
+            raise UserError(f"'{file}': expected settings in {name}, got {value}")
+    return settings
 
 
 def _section(settings: dict[str, Any], name: str) -> dict[str, Any]:
@@ -168,7 +177,7 @@ def _from_run(checkpoint: Path, content: dict[str, Any], runs: Path) -> dict[str
             f"the run '{run}' is not in the folder of runs, '{runs}', and its {CONFIG} could name code to import: if you "
             f"trust it, pass --trainer.default_root_dir {run.parent}"
         )
-    settings.pop("ckpt_path", None)
+    _checked(settings, run / CONFIG).pop("ckpt_path", None)
     _section(settings, "trainer").pop("max_time", None)  # it limits one process
     return settings
 
