@@ -559,11 +559,11 @@ def test_classes_with_the_names_of_our_own_are_used_only_if_they_are_named(folde
 
 
 def test_model_class_with_an_empty_section(folder, capsys):
-    (folder / "objectives.py").write_text(OBJECTIVES)
-    (folder / "empty.yaml").write_text("model_class: objectives.Raising\nmodel:\n")
+    (folder / "twins.py").write_text(TWINS)
+    (folder / "empty.yaml").write_text("model_class: twins.LanguageModel\nmodel:\n")
     with pytest.raises(SystemExit):
-        main(["fit", "--config=empty.yaml", "--print_config"])
-    assert yaml.safe_load(capsys.readouterr().out)["model_class"] == "objectives.Raising"
+        main(["fit", "--config=empty.yaml", "--model.extra=0.5", "--print_config"])
+    assert yaml.safe_load(capsys.readouterr().out)["model"]["extra"] == 0.5
 
 
 def test_scheduler_cannot_change_on_resume(folder, capsys):
