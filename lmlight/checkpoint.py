@@ -294,10 +294,10 @@ def changed(kind: type[Net], error: Exception) -> UserError:
 
 
 def check_compatible(checkpoint: dict[str, Any], net: Net) -> None:
-    """Check that the checkpoint's weights have the names and shapes of those of `net`. Its dropout may differ.
+    """Check that the checkpoint's network has the same class and arguments as `net`. `dropout` may differ.
 
     Raises:
-        UserError: The class or a size differs.
+        UserError: The class or an argument differs.
     """
     metadata = checkpoint[METADATA_KEY]["net"]
     # without the module: a script's is `__main__` if it is run, its name if it is imported

@@ -74,7 +74,12 @@ def whole_folder(path: Path) -> Iterator[Path]:
         if path.exists():
             shutil.rmtree(before, ignore_errors=True)
             _move(path, before)
-        _move(beside, path)
+        try:
+            _move(beside, path)
+        except OSError:
+            if before.exists():
+                _move(before, path)
+            raise
         _flush_folder(path.parent)
         shutil.rmtree(before, ignore_errors=True)
     finally:

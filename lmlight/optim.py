@@ -48,7 +48,7 @@ def parameter_groups(net: Net) -> list[dict[str, Any]]:
 
 
 def make_optimizer(factory: Callable[[Any], Optimizer], net: Net | None = None, try_step: bool = False) -> Optimizer:
-    """Make an optimizer of a net's parameter groups, or of a few dummy parameters to check it.
+    """Make an optimizer for a net's parameter groups or, to check the factory, for a few dummy parameters.
 
     Args:
         factory: Takes parameter groups.

@@ -1,7 +1,8 @@
 """Matplotlib figures of a net and its training, from plain arrays. Independent of torch and Lightning.
 
-Each figure has a white background, to be readable on light and dark pages, and if possible is at most 350 pixels wide, the
-width of an image in TensorBoard. Each sets its own layout, because a notebook may have set another default for its figures.
+Each figure has a white background, to be readable on light and dark pages, and those for TensorBoard are, if possible, at
+most 350 pixels wide, the width of an image there. Each sets its own layout, because a notebook may have set another default
+for its figures.
 """
 
 import math

@@ -1,6 +1,6 @@
 """Classes that a user names, `--model.net my.module.MyNet`, and exceptions in their code.
 
-Nothing else imports code from outside lmlight.
+Other classes that flags and config files name, such as callbacks, are imported by jsonargparse.
 """
 
 import importlib

@@ -78,6 +78,20 @@ def test_replacing_waits_until_a_file_is_closed(tmp_path, monkeypatch):
         assert 1 < len(attempts) < 10
 
 
+def test_old_folder_returns_if_the_new_one_cannot_take_its_place(tmp_path, monkeypatch):
+    def fails(source, target):
+        if source.name == ".x.part":
+            raise PermissionError(errno.EACCES, "used by another process")
+        source.replace(target)
+
+    with files.whole_folder(tmp_path / "x") as beside:
+        (beside / "old").touch()
+    monkeypatch.setattr(files, "_move", fails)
+    with pytest.raises(PermissionError), files.whole_folder(tmp_path / "x") as beside:
+        (beside / "new").touch()
+    assert os.listdir(tmp_path) == ["x"] and os.listdir(tmp_path / "x") == ["old"]
+
+
 def test_path_on_another_drive_is_shown_as_it_is(tmp_path, monkeypatch):
     assert files.shown(tmp_path / "a b") == "a b"
     monkeypatch.setattr(os.path, "relpath", lambda path: ntpath.relpath(path, "C:\\here"))

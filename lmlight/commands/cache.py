@@ -15,7 +15,8 @@ from lmlight.errors import UserError
 def main(args: Sequence[str]) -> None:
     """Runs `lmlight cache`."""
     parser = Parser(
-        "lmlight cache", description="Lists or clears downloaded texts and tokens, which `fit` can make again."
+        "lmlight cache",
+        description="Lists or clears cached texts, tokens and web libraries, all of which can be made again.",
     )
     parser.add_argument("--clear", nargs="*", metavar="NAME", help="delete these entries; without names, all of them")
     parser.add_argument("--cache", metavar="FOLDER", help="the cache; default: $LMLIGHT_CACHE or the platform's folder")

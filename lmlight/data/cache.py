@@ -4,7 +4,7 @@
     downloads/  texts read from a URL, one folder for each version
     tokens/     token stores, each named after everything that its ids depend on
     web/        libraries for the page that `lmlight export web` writes
-    peers/      what the benchmarks compare with
+    peers/      other projects that the benchmarks compare lmlight with
 
 In `downloads` and `tokens`, an edited text gets a new name, and its old entry can be cleared.
 """

@@ -39,7 +39,8 @@ class Corpus:
     def chunks(self, start: int = 0, stop: int | None = None) -> Iterator[TextChunk]:
         """The characters `[start:stop]`, in chunks of about a megabyte.
 
-        Chunks end where tokenizers split text too, so encoding them one by one gives the same tokens as encoding the whole.
+        Chunks end only where `SentencePieceTokenizer` also splits text, so encoding them one by one gives the same tokens as
+        encoding the whole text.
 
         Raises:
             UserError: a file cannot be read, is binary or in another encoding, or lacks the field.

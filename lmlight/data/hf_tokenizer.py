@@ -14,8 +14,8 @@ from lmlight.errors import UserError, missing_extra
 # Detects, with and without spaces at its ends, every kind of lossy tokenizer that we know.
 PROBE = " a  b\n\n\tb e\u0301 \ufb01 \u00bd \u4e2d\U0001f642\u200d \u2581 <0x41> ##b <s> </s> A\r\nB 'S , "
 
-# Byte-level BPE (GPT-2) writes printable bytes as themselves and the others as U+0100 and up: here those of UTF-8 that
-# continue a character, 0x80 to 0xBF.
+# Byte-level BPE (GPT-2) writes printable bytes as themselves and the others as U+0100 and up. This pattern matches UTF-8
+# continuation bytes, 0x80 to 0xBF.
 CONTINUING = re.compile("[¡-¬®-¿\u0122-\u0143]")
 
 

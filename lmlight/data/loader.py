@@ -58,13 +58,15 @@ def as_batch(batch: Any) -> Batch:
         return batch
     try:
         inputs, targets = batch
-        assert inputs.ndim == 2 and inputs.shape == targets.shape
-        assert not (inputs.is_floating_point() or targets.is_floating_point())
-    except (TypeError, ValueError, AttributeError, AssertionError):
+        have_ids = not (inputs.is_floating_point() or targets.is_floating_point())
+        is_valid = have_ids and inputs.ndim == 2 and inputs.shape == targets.shape
+    except (TypeError, ValueError, AttributeError):
+        is_valid = False
+    if not is_valid:
         raise UserError(
             "a batch must be a pair (inputs, targets) of (B, T) tensors of token ids, where targets are the ids that "
             f"follow; got {_describe(batch)}"
-        ) from None
+        )
     return Batch(inputs, targets.long(), torch.zeros_like(targets))
 
 
@@ -181,8 +183,9 @@ class StatefulTrainLoader:
         return len(self.sampler)
 
     def __iter__(self) -> Iterator[Batch]:
-        # A generator, so that it starts at the first batch: Lightning calls `iter` before it restores the state. Epochs are
-        # counted here, because Lightning's count falls behind when a run is resumed twice at the end of an epoch.
+        # A generator, so that nothing runs until the first batch is requested: Lightning calls `iter` before it restores the
+        # state. Epochs are counted here, because Lightning's count falls behind when a run is resumed twice at the end of an
+        # epoch.
         if not self._resuming:
             self._epoch, self._seen = 0 if self._repeat else self._epoch + 1, 0
         self._resuming = False

@@ -95,9 +95,7 @@ class CorpusSpec:
             texts, cut = self._split(main, val, test)
             tokenizer = pretrained_tokenizer or read_tokenizer(folder) or self._train_tokenizer(main, cut)
             if main.has_documents and tokenizer.eos_id is None:
-                warnings.warn(
-                    "this tokenizer has no end-of-document token: documents follow each other without one", stacklevel=2
-                )
+                warnings.warn("this tokenizer has no EOS token: documents follow each other without one", stacklevel=2)
             metadata = {"corpus": self.corpus, "vocab_size": tokenizer.vocab_size, "settings": self.settings()}
             total = sum(corpus.n_chars for corpus in (main, val, test) if corpus)
             with writing_cache(folder):

@@ -89,7 +89,7 @@ def _end_of_part(line: str, start: int) -> int:
 
 
 def slice_chunks(chunks: Iterable[TextChunk], start: int, stop: int | None) -> Iterator[TextChunk]:
-    """The characters `[start:stop]` of a text in chunks. `ends_document` goes with the last character."""
+    """The characters `[start:stop]` of a text in chunks. `ends_document` stays with a chunk's last character."""
     position = 0
     for text, ends_document in chunks:
         first, position = position, position + len(text)

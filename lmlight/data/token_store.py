@@ -167,7 +167,9 @@ class TokenStore:
 
     @contextmanager
     def copied(self, target: Path, leave_out: str = "") -> Iterator[Path]:
-        """A copy of the folder without files called `leave_out`. It appears at `target` if the block does not raise.
+        """A copy of the folder without hidden files and files that match the pattern `leave_out`.
+
+        It appears at `target` if the block does not raise.
 
         Raises:
             UserError: `target` exists, or cannot be written.

@@ -1,6 +1,6 @@
 """The architectures that other engines have code for, and what they call a network's weights.
 
-Hugging Face export and import and GGUF export all use these two tables.
+Hugging Face and GGUF export use both tables; Hugging Face import uses only `MODULES`.
 """
 
 import re

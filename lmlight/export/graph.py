@@ -32,8 +32,8 @@ BATCH = Dim("batch")
 class ConcatCache(Cache):
     """A cache without branches that depend on a size: concatenates new keys and values to a past that the caller holds.
 
-    The past holds keys before RoPE, which are rotated by their index. So a caller slides the window by dropping the oldest
-    past positions, and tracks no index.
+    The past holds keys before RoPE; each call rotates them by their index in the window. So a caller slides the window by
+    dropping the oldest past positions, and tracks no index.
 
     Args:
         past: (L, 2, B, H_kv, P, D) keys and values.
@@ -119,7 +119,8 @@ def write_onnx(model: Model, path: Path, attention: bool = False) -> None:
     A network that is not a `Transformer` has `ids` and `logits` only.
 
     Raises:
-        UserError: onnx or onnxscript is not installed; the network cannot be traced.
+        UserError: onnx or onnxscript is not installed; `block_size` is 1; there are 2 GiB of weights; the network cannot be
+            traced.
     """
     *_, passes = require_extra("onnx", "onnx", "onnxscript", "onnx_ir.passes.common")
     net, size = model.net.float(), model.net.block_size

@@ -39,7 +39,7 @@ def write(model: Model, folder: Path, license: str) -> None:
     tokenizer_config: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast"}
     tokenizer_config["clean_up_tokenization_spaces"] = False
     if not isinstance(tokenizer, HFTokenizer):
-        tokenizer_config["split_special_tokens"] = True  # a text cannot contain them
+        tokenizer_config["split_special_tokens"] = True  # text that spells a special token is ordinary text
     elif tokenizer.eos_id is not None:
         tokenizer_config["eos_token"] = tokenizer.id_to_piece(tokenizer.eos_id)
     if not architecture.sliding_window:
@@ -142,7 +142,7 @@ def model_card(model: Model, license: str) -> str:
     """The content of `README.md`."""
     corpus, data = model.corpus_name(), model.settings.get("data", {})
     prompt = BUILTIN_CORPORA[corpus].sample_prompt if corpus in BUILTIN_CORPORA else "The "
-    origin = f"trained with lmlight {__version__} for {model.step:,} steps on {corpus or 'an unknown text'}"
+    origin = f"trained with lmlight for {model.step:,} steps on {corpus or 'an unknown text'}"
     if not (corpus or model.step):
         origin = f"imported and exported with lmlight {__version__}"
     held_out = f"the last {100 * data.get('val_fraction', 0.1):.3g}% of the text, which was not used for training"

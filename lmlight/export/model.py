@@ -22,7 +22,7 @@ class Model:
     net: Net  # in evaluation mode, on the CPU
     tokenizer: Tokenizer
     sampling: dict[str, Any]  # arguments of `Sampling`
-    settings: dict[str, Any]  # the run's `data` and `model` settings, plain values
+    settings: dict[str, Any]  # the run's `data` settings, plain values
     metrics: dict[str, float]  # validation metrics of these weights by log tag; empty if they were not validated
     step: int  # optimizer steps
 
@@ -58,8 +58,8 @@ class Model:
         return ids[0] if len(ids) == 1 else None
 
     def corpus_name(self, setting: str = "corpus") -> str:
-        """The file name of a corpus; empty if there was none. Its folder is private, and may be a Windows path."""
-        return PureWindowsPath(str(self.settings.get("data", {}).get(setting) or "")).name
+        """The file name of a corpus, without its folder, which is private; empty if there was none."""
+        return PureWindowsPath(str(self.settings.get("data", {}).get(setting) or "")).name  # splits at / and \
 
 
 def require_extra(extra: str, *modules: str) -> list[ModuleType]:

@@ -84,7 +84,7 @@ def tokenizer_json(tokenizer: Tokenizer) -> dict[str, Any]:
     """The content of `tokenizer.json`.
 
     Raises:
-        UserError: the tokenizer is lossy.
+        UserError: the tokenizer is a lossy SentencePiece model, or of a user-defined class.
     """
     if isinstance(tokenizer, HFTokenizer):
         return tokenizer.content

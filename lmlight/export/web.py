@@ -37,8 +37,9 @@ PAGE = Path(__file__).with_name("page")
 SOURCES = ("index.html", "style.css", "page.js", "model.js", "settings.js", "tokens.js", "attention.js")
 FILES = (*SOURCES, "model.onnx", "model.json", "engine", "notebooks")
 WEBGPU_FROM = 64 * 2**20  # size of an .onnx file from which WebGPU is worth its startup and per-token overhead
+# independent of the types that are configured on this machine
 TYPES = {".html": "text/html", ".css": "text/css", ".js": "text/javascript", ".mjs": "text/javascript"}
-TYPES |= {".json": "application/json", ".wasm": "application/wasm"}  # whatever this machine is configured with
+TYPES |= {".json": "application/json", ".wasm": "application/wasm"}
 CDN = "https://cdn.jsdelivr.net/npm"
 
 
@@ -103,7 +104,7 @@ def _sha256(content: bytes) -> str:
 
 
 def _download(package: str, names: list[str]) -> list[bytes]:
-    """Files of an npm package: with npm, which knows of mirrors, or else from a content delivery network."""
+    """Files of an npm package: with npm, which uses a configured mirror, or else from a content delivery network."""
     npm, quiet = shutil.which("npm"), subprocess.DEVNULL
     if npm:
         with tempfile.TemporaryDirectory() as folder, contextlib.suppress(Exception):  # whatever npm's problem is
@@ -139,7 +140,7 @@ class _Handler(http.server.SimpleHTTPRequestHandler):
 
 
 class _Server(http.server.ThreadingHTTPServer):
-    allow_reuse_address = os.name != "nt"  # which would let two servers share a port there
+    allow_reuse_address = os.name != "nt"  # on Windows, it would let two servers share a port
 
     def handle_error(self, *request: Any) -> None:
         if not isinstance(sys.exc_info()[1], ConnectionError):

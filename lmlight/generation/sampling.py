@@ -27,7 +27,7 @@ class Sampling:
         top_k: keep only the `top_k` likeliest tokens.
         top_p: keep the likeliest tokens that together reach this probability (Holtzman et al. 2019,
             https://arxiv.org/abs/1904.09751).
-        min_p: keep tokens at least this many times as likely as the likeliest (Nguyen et al. 2024,
+        min_p: keep tokens whose probability is at least `min_p` times that of the likeliest (Nguyen et al. 2024,
             https://arxiv.org/abs/2407.01082).
         repetition_penalty: divides positive and multiplies negative logits of tokens that occur already (Keskar et al. 2019,
             https://arxiv.org/abs/1909.05858). 1 disables it; above 1 repeats less.

@@ -62,7 +62,7 @@ class TextStream:
     Args:
         tokenizer: encodes the prompt and decodes the new tokens.
         prompt: text to continue, encoded with the line endings of the training text (`Tokenizer.encode_prompt`). An empty
-            one starts a document if the tokenizer has an end-of-text token, else a line.
+            one starts a document if the tokenizer has an EOS token, else a line.
         sampling: says where the text ends.
         seed: random seed of this text.
 

@@ -1,7 +1,7 @@
 """Attention, bottom up: the weights, the weighted sum, the module.
 
-A cache decides what each position attends to. With `causal=False` or `kv_input`, the module is also an encoder's attention
-or cross-attention.
+A cache decides what each position attends to. With `causal=False`, the module is an encoder's attention; with `kv_input` as
+well, cross-attention.
 
 Axes: B batch, T positions, S positions attended to, C = n_embd channels, H heads, H_kv key/value heads, D channels of a
 head.
@@ -49,7 +49,8 @@ def attention_weights(q: Tensor, k: Tensor, causal: bool, attn_mask: Tensor | No
     Returns:
         (B, H, T, S); each row sums to 1.
     """
-    # One product also scales and masks: each extra pass over the scores costs as much as one over the hidden states.
+    # `baddbmm` also scales and masks in the same pass: each extra pass over the scores costs as much as one over the hidden
+    # states.
     mask = q.new_zeros(q.size(-2), k.size(-2))
     if causal:
         mask = mask.fill_(-math.inf).triu(1)

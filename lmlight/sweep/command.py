@@ -88,7 +88,7 @@ def main(args: Sequence[str]) -> int:
         checked = [check(fit, params) for params in settings]
     described = {"fit": fit, "vary": values, "search": sorted(options.search), "prune": options.prune}
     identity = hashlib.sha256(json.dumps([described, checked], sort_keys=True).encode()).hexdigest()[:8]
-    configs = re.findall(r"(?:--config|-c)[= ](\S+)", " ".join(fit))
+    configs = re.findall(r"(?:^| )(?:--config|-c)[= ](\S+)", " ".join(fit))
     folder = options.study or Path("sweeps") / f"{Path(configs[0]).stem if configs else 'fit'}-{identity}"
     on = checked[0]["data"].get("validate_on", "val")
     study = Study(folder, {**described, "on": on, "identity": identity, "baseline": None if space else grid[0]})
@@ -96,7 +96,7 @@ def main(args: Sequence[str]) -> int:
     signal.signal(signal.SIGTERM, signal.default_int_handler)
 
     def is_unchanged(params: Params) -> bool:
-        """Whether no config file was edited since the start. For a search, compares its first settings."""
+        """Whether the config files are unchanged since the start. For a search, compares its first settings."""
         at = 0 if space else grid.index({name: params[name] for name in values})
         return check(fit, settings[at]) == checked[at]
 

@@ -239,8 +239,9 @@ class LmlightCLI(LightningCLI):
                     given += [] if any(isinstance(one, BestLastCheckpoint) for one in given) else [BestLastCheckpoint()]
         elif self.command == "predict":
             given.append(WritePredictions(self.config[self.command].output))
-        # WeightAveraging comes last because it removes the averaged weights at the end of a validation. The config is
-        # saved once the others have started. The last checkpoint contains the state of any ModelCheckpoint.
+        # WeightAveraging comes after the callbacks that need the averaged weights, which it removes at the end of a
+        # validation; then SaveConfig, once the others have started; then BestLastCheckpoint, whose file contains the state
+        # of any ModelCheckpoint.
         order = (BestLastCheckpoint, SaveConfig, WeightAveraging)
         options["callbacks"] = sorted(given, key=lambda callback: [isinstance(callback, kind) for kind in order])
         trainer = RunTrainer(**options)
@@ -321,7 +322,7 @@ def check_fit(args: Sequence[str]) -> dict[str, Any]:
 
 
 def main(args: Sequence[str] | None = None) -> int:
-    """Run the command and flags after `lmlight`, by default the process's; returns the exit status."""
+    """Run `lmlight` with these arguments (default: `sys.argv[1:]`) and return the exit status."""
     try:
         LmlightCLI(sys.argv[1:] if args is None else args)
     except Exception as error:

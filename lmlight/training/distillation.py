@@ -114,7 +114,10 @@ class DistilledModel(LanguageModel):
             )
 
     def training_loss(self, batch: Batch) -> Tensor:
-        """The cross-entropy with the mixed target. At least the target's entropy, so do not compare models by this loss."""
+        """The cross-entropy with the mixed target.
+
+        It cannot fall below the target's entropy, so do not compare models by this loss.
+        """
         idx, targets = batch.inputs, batch.targets.flatten()
         with torch.no_grad():
             target = sum(net(idx).flatten(0, 1).float().softmax(-1) for net, _ in self._teachers)

@@ -55,14 +55,16 @@ class LanguageModel(TextModel):
             Null means `schedule`.
         sampling: Defaults for `predict` and `generate`.
         matmul_precision: Precision of float32 matrix products during training, see `torch.set_float32_matmul_precision`.
-            `medium` allows tensor cores on GPUs and oneDNN on CPUs, up to twice as fast; `highest` is torch's default.
+            `medium` allows bfloat16 internally, up to twice as fast (tensor cores on GPUs, oneDNN on CPUs); `highest` is
+            torch's default.
         compile_net: Compile the network with `torch.compile`. The first steps take a minute or more and need a C++ compiler
             (CPU) or Triton (GPU). Pays off in long runs on GPUs.
         gradient_checkpointing: Recompute the activations of each block of a `Transformer` in the backward pass instead of
             keeping them: less memory, a third more time.
         check_causality: Before training, run the network on a small input and check that its logits have the right shape and
             do not depend on later tokens.
-        seed: Seed of dropout, which depends only on it, the step, the micro-batch and the rank, so a resumed run repeats it.
+        seed: Seed of dropout. The masks depend only on the seed, the step, the micro-batch and the rank, so a resumed run
+            draws the same ones.
         init_from: A checkpoint, from `checkpoint.read`, that provides the initial weights and the tokenizer.
         settings: Plain values to log as hyperparameters; `data` is also stored in checkpoints.
 

@@ -37,7 +37,7 @@ class RunTrainer(Trainer):
 
     @property
     def log_dir(self) -> str:
-        """The run's folder, with any logger; for its config, checkpoints and learning curve."""
+        """The run's folder, whichever logger is used. Holds its config, checkpoints and learning curve."""
         if self.run_folder is None:
             folder = str(self.default_root_dir)
             writes = not (self.fast_dev_run or self.barebones)  # type: ignore[attr-defined]  # Lightning sets them late

@@ -161,7 +161,7 @@ class HParamsLogger(Callback):
         assert isinstance(pl_module, LanguageModel) and pl_module.net is not None
         settings = pl_module.settings or {"model": {"net": pl_module.net.config}}
         params = {
-            "weights": pl_module.net.num_parameters,
+            "parameters": pl_module.net.num_parameters,
             "steps": pl_module.total_steps,
             "precision": str(trainer.precision),
             **flatten({section: settings.get(section, {}) for section in ("data", "model")}),
