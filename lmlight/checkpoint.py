@@ -21,7 +21,7 @@ from torch import Tensor
 
 from lmlight import files
 from lmlight.data.tokenizer import Tokenizer, deserialize, serialize
-from lmlight.errors import UserError
+from lmlight.errors import UserError, reason
 from lmlight.models import Net
 from lmlight.user_code import import_class, subclasses
 from lmlight.version import __version__
@@ -74,10 +74,10 @@ def write(content: dict[str, Any], path: str | Path) -> None:
     except torch.AcceleratorError:  # a RuntimeError, too
         raise
     except (OSError, RuntimeError) as error:  # torch raises RuntimeError on a full disk
-        reason = (isinstance(error, OSError) and error.strerror) or "the disk may be full"
+        cause = reason(error) if isinstance(error, OSError) else "the disk may be full"
         kept = "the previous file is unchanged" if path.exists() else "no file was written"
         raise UserError(
-            f"checkpoint '{path}' cannot be written ({reason}): free some space, or check the folder's permissions; {kept}"
+            f"checkpoint '{path}' cannot be written ({cause}): free some space, or check the folder's permissions; {kept}"
         ) from None
 
 
@@ -145,7 +145,7 @@ def load(path: str | Path) -> dict[str, Any]:
         raise UserError(f"no checkpoint at '{path}': pass the path that `lmlight fit` printed") from None
     except OSError as error:
         raise UserError(
-            f"checkpoint '{path}' cannot be read ({error.strerror}): pass the path of a .ckpt file"
+            f"checkpoint '{path}' cannot be read ({reason(error)}): pass the path of a .ckpt file"
         ) from None
     except pickle.UnpicklingError:
         raise UserError(

@@ -22,7 +22,7 @@ COMMANDS = {  # what each does, and the function that runs it
     "fit": ("Train a model, resume a run (--ckpt_path) or finetune (--init_from).", TRAINING),
     "prepare": ("Train the tokenizer and encode a text, so that fit starts at once.", TRAINING),
     "validate": ("Score a checkpoint on the validation text.", TRAINING),
-    "test": ("Score a checkpoint on the test text, also with a sliding window.", TRAINING),
+    "test": ("Score a checkpoint on the test text, with non-overlapping and with sliding windows.", TRAINING),
     "predict": ("Generate text from a checkpoint.", TRAINING),
     "play": ("Explore a model in a web page.", "lmlight.export.web:play"),
     "chat": ("Type prompts and watch the text stream.", "lmlight.commands.chat:main"),

@@ -11,7 +11,7 @@ class UserError(ValueError):
 
 
 def missing_extra(needs: str, extra: str) -> UserError:
-    """The error for a package that is not installed; `needs` begins the message: "reading x needs the package y"."""
+    """The error for a package that is not installed; `needs` begins the message: "reading x needs the y package"."""
     return UserError(f'{needs}, which is not installed: pip install "lmlight[{extra}]"')  # quotes for any shell
 
 
@@ -20,6 +20,6 @@ def say(error: Exception, kind: str = "error") -> None:
     print(f"lmlight: {kind}: {' '.join(str(error).split())}", file=sys.stderr)
 
 
-def first_line(error: Exception) -> str:
-    """The first line of another library's message, or the name of its class."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+def reason(error: Exception) -> str:
+    """The cause of another library's error on one line: the system's words, the message's first line, or the class name."""
+    return getattr(error, "strerror", None) or (str(error).strip() or type(error).__name__).splitlines()[0]

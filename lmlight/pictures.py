@@ -32,8 +32,8 @@ warnings.filterwarnings("ignore", message="Glyph .* missing from")
 def visible(piece: str, max_length: int = 12) -> str:
     """A token as a label, with symbols for white space and control characters."""
     symbols = [SYMBOLS.get(c, "·" if unicodedata.category(c).startswith("C") else c) for c in piece]
-    text = "".join(symbols).replace("$", r"\$")  # Matplotlib would start a formula
-    return text if len(text) <= max_length else text[: max_length - 1] + "…"
+    shown = symbols if len(symbols) <= max_length else [*symbols[: max_length - 1], "…"]
+    return "".join(shown).replace("$", r"\$")  # Matplotlib would start a formula
 
 
 def token_matrix(
@@ -52,7 +52,7 @@ def token_matrix(
     return figure
 
 
-def surprise(pieces: Sequence[str], nats: Floats, width: int = 42) -> Figure:
+def loss_by_token(pieces: Sequence[str], nats: Floats, width: int = 42) -> Figure:
     """Text with the loss of each token, (N,) nats, as background color."""
     lines: list[list[tuple[str, float]]] = [[]]
     nats = np.nan_to_num(nats, posinf=float(np.max(nats, initial=0, where=np.isfinite(nats))))
@@ -77,7 +77,7 @@ def surprise(pieces: Sequence[str], nats: Floats, width: int = 42) -> Figure:
         axes.text(0, row + 0.52, text, family="monospace", fontsize=fontsize, va="center", parse_math=False)
     axes.imshow(background, aspect="auto", extent=(0, width, len(lines), 0))
     axes.set_axis_off()
-    axes.set_title(f"nats per token: white 0, red {red:.0f}; mean {np.mean(nats):.2f}", fontsize=7, loc="left")
+    axes.set_title(f"nats per token: pale yellow 0, red {red:.0f}; mean {np.mean(nats):.2f}", fontsize=7, loc="left")
     return figure
 
 

@@ -22,7 +22,7 @@ LIBRARIES = Path(__file__).parent, sysconfig.get_path("stdlib")
 
 
 def subclasses(base: type[T]) -> dict[str, type[T]]:
-    """All classes derived from `base` that have been imported, by full name; of several with one name, the last."""
+    """All imported classes derived from `base`, by full name. If several have the same name, the last one wins."""
     found: dict[str, type[T]] = {}
     for kind in base.__subclasses__():
         found |= {full_name(kind): kind, **subclasses(kind)}

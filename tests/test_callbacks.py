@@ -284,7 +284,7 @@ def test_samples_keep_line_breaks_and_list_their_settings(logged_run):
 
 def test_pictures_draws_requested_heads_and_the_last_validation(logged_run):
     *_, events = logged_run
-    expected = {"attention/block 2 head 1", "attention/block 2 head 4", "loss by position", "surprise"}
+    expected = {"attention/block 2 head 1", "attention/block 2 head 4", "loss by position", "loss by token"}
     assert set(events.Tags()["images"]) == expected, "there is no head 9"
     for tag in expected:
         assert [image.step for image in events.Images(tag)][-1] == STEPS - 1, "the last validation is always drawn"
@@ -296,7 +296,7 @@ def drawn(monkeypatch):
     from lmlight import pictures
 
     seen = {}
-    for name in ("token_matrix", "surprise", "loss_by_position"):
+    for name in ("token_matrix", "loss_by_token", "loss_by_position"):
 
         def draw(*arrays, name=name, function=getattr(pictures, name), **options):
             seen.setdefault(name, []).append(arrays)
@@ -323,12 +323,12 @@ def test_pictures_show_values_of_the_net(corpus_file, tmp_path, drawn):
         nats[0, : losses.size(1)] += losses.sum(0).detach().numpy()
         nats[1, : losses.size(1)] += len(losses)
     assert drawn["loss_by_position"][-1][0] == pytest.approx(nats[0] / nats[1], rel=1e-5)
-    pieces, surprise = drawn["surprise"][-1]
+    pieces, loss = drawn["loss_by_token"][-1]
     first = next(iter(data.val_dataloader()))
     losses = F.cross_entropy(model.net(first.inputs[:1]).mT, first.targets[:1], reduction="none")[0]
-    assert surprise[:16] == pytest.approx(losses.detach().numpy(), rel=1e-5)
+    assert loss[:16] == pytest.approx(losses.detach().numpy(), rel=1e-5)
     assert pieces[:16] == [model.tokenizer.id_to_piece(index) for index in first.targets[0].tolist()]
-    assert len(drawn["surprise"]) == 4, "of five validations, the first, the second, the fourth and the last"
+    assert len(drawn["loss_by_token"]) == 4, "of five validations, the first, the second, the fourth and the last"
 
 
 def test_bigram_table_shows_probabilities(corpus_file, tmp_path, drawn):
@@ -451,7 +451,7 @@ def test_default_callbacks_skip_the_sanity_check(corpus_file, tmp_path):
     (run,) = (tmp_path / "runs").iterdir()
     events = EventAccumulator(str(run), size_guidance={"images": 0, "tensors": 0}).Reload()
     assert [event.step for event in events.Tensors("samples/empty prompt/text_summary")] == [3]
-    assert [image.step for image in events.Images("surprise")] == [3]
+    assert [image.step for image in events.Images("loss by token")] == [3]
     assert len((run / "metrics.csv").read_text().splitlines()) == 2
 
 

@@ -329,11 +329,14 @@ def test_validate_and_test_need_only_the_checkpoint(finished, capsys, monkeypatc
         (("test", "--data.validate_on=tune"), False),  # which scores the validation text
         (("test", "--data.val_corpus=corpus.txt"), True),
         (("test", "--data.test_corpus=corpus.txt"), True),
+        (("test", "--data.test_corpus=other.txt", "--data.val_fraction=0.2"), False),  # no text of the corpus is scored
+        (("validate", "--data.test_corpus=corpus.txt"), False),
     ],
 )
 def test_scoring_text_that_the_model_has_read_warns(finished, capsys, monkeypatch, recwarn, words, warns):
     folder, _, best = finished
     monkeypatch.chdir(folder)
+    Path("other.txt").write_text("The quick brown fox jumps over the lazy dog.\n" * 50)
     command, *flags = words
     assert main([command, f"--ckpt_path={best}", *flags]) == 0
     assert any("was trained on text that is scored now" in str(warning.message) for warning in recwarn) == warns

@@ -394,7 +394,9 @@ def test_chunks_join_to_the_text_and_end_at_token_borders(documents, piece, long
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(reading, "CHUNK_SIZE", longest + piece)
         patch.setattr(reading, "MAX_LINE", longest)
-        found = list(reading.split_between_lines(reading.slice_chunks(read, start, stop)))
+        sliced = list(reading.slice_chunks(read, start, stop))
+        assert all(chunk.text or chunk.ends_document for chunk in sliced)
+        found = list(reading.split_between_lines(sliced))
         assert "".join(text for text, _ in found) == whole[start:stop]
 
         def parts(text):

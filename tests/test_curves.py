@@ -73,7 +73,7 @@ def test_patterns_are_expanded(runs, capsys):
         (["nowhere"], "none of these can be plotted: pass the folders of runs"),
         (["bare", "words", "notes.txt"], "none of these can be plotted"),
         (["one", "--x=characters"], "none of these can be plotted"),
-        (["one", "--output=nowhere/figure.png"], "cannot be written ([Errno 2] No such file or directory"),
+        (["one", "--output=nowhere/figure.png"], "cannot be written (No such file or directory)"),
         (["one", "--output=figure.doc"], "is not supported"),
     ],
 )

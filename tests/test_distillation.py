@@ -143,7 +143,7 @@ def test_unusable_teachers_are_one_line(corpus_file, teachers, tmp_path, monkeyp
         (): "DistilledModel needs trained models: pass --model.teachers",
         ("--model.teachers=[missing.ckpt]",): "--model.teachers: no checkpoint at",
         ("--model.teachers=.",): "folder '.' has no checkpoint 'best.ckpt'",
-        (both, "--data.block_size=32"): "takes 16 tokens: lower data.block_size 32",
+        (both, "--data.block_size=32"): "takes at most 16 tokens, got data.block_size 32: lower it",
         (both, "--data.tokenizer.vocab_size=350"): "has a different tokenizer from this run",
         (both, "--model.teacher_weight=1.5"): "model.teacher_weight must lie in [0, 1], got 1.5",
     }.items():

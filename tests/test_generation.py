@@ -388,6 +388,15 @@ def test_eos_ends_the_text(stop):
     assert TextStream(tokenizer, "ab", Sampling(), 0).ids == [0, 1]
 
 
+def test_eos_after_an_incomplete_character_keeps_its_bytes(corpus_text):
+    tokenizer = TokenizerConfig("unigram", 400).train(corpus_text, add_eos=True)
+    pieces = [tokenizer.id_to_piece(index) for index in range(tokenizer.vocab_size)]
+    stream = TextStream(tokenizer, "a", Sampling(), 0)
+    ids = [pieces.index("<0xE2>"), tokenizer.eos_id]
+    assert [stream.push(index) for index in ids] == ["", "\ufffd"]
+    assert (stream.text, stream.finish_reason) == ("\ufffd", "stop")
+
+
 def test_stop_text_may_span_tokens(corpus_text):
     tokenizer = TokenizerConfig(vocab_size=400).train(corpus_text)
     text = corpus_text[200:260]

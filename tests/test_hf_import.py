@@ -258,7 +258,7 @@ def test_unsupported_or_damaged_model_is_refused(foreign, tmp_path, capsys):
         ({"hidden_act": "relu"}, "hidden_act relu"),
         ({"num_hidden_layers": 3}, "the weights lack model.layers.2."),
         ({"num_hidden_layers": 1}, "the weights include model.layers.1."),
-        ({"num_hidden_layers": "2"}, "needs a number of at least 1 as num_hidden_layers, got '2'"),
+        ({"num_hidden_layers": "2"}, "needs an integer of at least 1 as num_hidden_layers, got '2'"),
         ({"intermediate_size": 96}, "expected 192 × 48 weights"),
         ({"hidden_size": 10**12}, "describes no model that can be built"),
         ({"rms_norm_eps": "small"}, "describes no model that can be built"),
@@ -267,7 +267,7 @@ def test_unsupported_or_damaged_model_is_refused(foreign, tmp_path, capsys):
             {"tie_word_embeddings": True},
             "config.json has tie_word_embeddings true, but lm_head.weight differs",
         ),
-        ({"model_type": "mistral", "sliding_window": 1.5}, "needs a number of at least 1 as sliding_window, got 1.5"),
+        ({"model_type": "mistral", "sliding_window": 1.5}, "needs an integer of at least 1 as sliding_window, got 1.5"),
         ({"rope_parameters": ["yarn"]}, "describes no model that can be built"),
         ({"num_key_value_heads": 3}, "n_head must be a multiple of n_kv_head"),
     ):
@@ -275,7 +275,7 @@ def test_unsupported_or_damaged_model_is_refused(foreign, tmp_path, capsys):
         refused(message)
         (theirs / "config.json").write_text(config)
     for damaged, message in (
-        ('{"model_type": "llama"}', "needs a number of at least 1 as hidden_size, got None"),
+        ('{"model_type": "llama"}', "needs an integer of at least 1 as hidden_size, got None"),
         (config[:50], "cannot be read"),
         ("[]", "not an object"),
     ):

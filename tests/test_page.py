@@ -185,7 +185,7 @@ def test_greedy_text_is_the_same_beyond_block_size(name, tokenizers, opened, bro
 
 
 @pytest.mark.parametrize("name", NETS)
-def test_tokens_show_the_surprise_of_typed_text(name, tokenizers, opened, browser):
+def test_tokens_show_the_loss_of_typed_text(name, tokenizers, opened, browser):
     net, tokenizer = opened(name, *network(name, tokenizers))
     assert typed(browser, LONG) == "Ready."
     ids = tokenizer.encode(LONG)

@@ -25,7 +25,7 @@ def test_token_matrix_has_tokens_on_both_axes():
 
 
 def test_surprising_tokens_are_redder_and_lines_are_kept():
-    figure = pictures.surprise(["▁no", "▁way", "\n", "x"], np.array([0.0, 4.0, 0.0, 2.0]), width=12)
+    figure = pictures.loss_by_token(["▁no", "▁way", "\n", "x"], np.array([0.0, 4.0, 0.0, 2.0]), width=12)
     ground = image_of(figure)
     assert ground.shape[:2] == (2, 12)
     assert [text.get_text() for text in figure.axes[0].texts] == [" no way↵", "x"]
@@ -36,13 +36,13 @@ def test_surprising_tokens_are_redder_and_lines_are_kept():
 
 
 def test_values_that_are_not_finite_can_be_drawn():
-    ground = image_of(pictures.surprise(["a", "b", "c"], np.array([math.nan, math.inf, 1.0]), width=3))
+    ground = image_of(pictures.loss_by_token(["a", "b", "c"], np.array([math.nan, math.inf, 1.0]), width=3))
     assert (ground[0, 0] == ground[0, 0]).all() and ground[0, 1].tolist() == ground[0, 2].tolist()
-    pictures.surprise(["a"], np.array([math.nan]))
+    pictures.loss_by_token(["a"], np.array([math.nan]))
 
 
 def test_long_line_is_wrapped():
-    figure = pictures.surprise(["abcdefgh"], np.ones(1), width=5)
+    figure = pictures.loss_by_token(["abcdefgh"], np.ones(1), width=5)
     assert [text.get_text() for text in figure.axes[0].texts] == ["abcde", "fgh"]
 
 
@@ -71,7 +71,15 @@ def test_learning_curves_share_an_axis(x):
 
 @pytest.mark.parametrize(
     ("piece", "shown"),
-    [("\n", "↵"), ("▁the", "▁the"), ("a b", "a▁b"), ("\x00", "·"), ("$x$", r"\$x\$"), ("a" * 20, "a" * 11 + "…")],
+    [
+        ("\n", "↵"),
+        ("▁the", "▁the"),
+        ("a b", "a▁b"),
+        ("\x00", "·"),
+        ("$x$", r"\$x\$"),
+        ("a" * 20, "a" * 11 + "…"),
+        ("$" * 20, r"\$" * 11 + "…"),
+    ],
 )
 def test_labels_make_control_characters_visible(piece, shown):
     assert pictures.visible(piece) == shown
@@ -83,7 +91,7 @@ def test_labels_make_control_characters_visible(piece, shown):
     "draw",
     [
         lambda: pictures.token_matrix(np.eye(2), ["a", "b"], ""),
-        lambda: pictures.surprise(["a"], np.ones(1)),
+        lambda: pictures.loss_by_token(["a"], np.ones(1)),
         lambda: pictures.loss_by_position(np.ones(2)),
     ],
 )

@@ -5,6 +5,7 @@ import itertools
 import math
 import os
 import signal
+import threading
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -14,6 +15,7 @@ import processes
 import pytest
 import tiny
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
+from optuna.storages.journal import JournalFileOpenLock
 from optuna.trial import TrialState, create_trial
 from scipy import stats
 
@@ -126,7 +128,7 @@ def test_losses_of_different_texts_are_not_compared(compared, capsys):
     out = capsys.readouterr().out
     assert "settings are scored on different texts (see the characters in trials.csv)" in out
     (row,) = (line for line in out.splitlines() if line.startswith("| 5 "))
-    assert row.split("|")[-2].strip() == "scored on another text"
+    assert row.split("|")[-2].strip() == "scored on a different text"
     with Path("study/trials.csv").open(newline="", encoding="utf-8") as file:
         assert {trial["characters"] for trial in csv.DictReader(file)} == {"500", "900", ""}
 
@@ -414,6 +416,21 @@ def test_torn_journal_is_repaired_and_a_damaged_one_is_one_line(compared, capsys
     capsys.readouterr()
     assert main(["sweep", "--report", "study"]) == 2
     assert "the sweep in 'study' cannot be used" in capsys.readouterr().err
+
+
+def test_a_line_that_another_process_is_writing_is_not_cut_off(compared):
+    journal = Path("study/journal.log")
+    whole, lock = journal.read_bytes(), JournalFileOpenLock("study/journal.log")
+    lock.acquire()
+    journal.write_bytes(whole[:-9])
+    opening = threading.Thread(target=Study, args=(Path("study"), SETTINGS))
+    opening.start()
+    time.sleep(0.2)
+    assert journal.read_bytes() == whole[:-9]
+    journal.write_bytes(whole)
+    lock.release()
+    opening.join()
+    assert journal.read_bytes().startswith(whole)
 
 
 @pytest.mark.slow

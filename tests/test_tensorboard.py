@@ -87,7 +87,7 @@ def test_text(browser, address, sample_prompt):
 def test_images(browser, address):
     shows(browser, address, "images", "attention/block 1 head 1", "image 350 wide")
     shows(browser, address, "images&tagFilter=^loss", "loss by position", "image 350 wide")
-    shows(browser, address, "images&tagFilter=^surprise", "surprise", "image 346 wide")
+    shows(browser, address, "images&tagFilter=by.token", "loss by token", "image 346 wide")
 
 
 def test_projector(browser, address):

@@ -16,7 +16,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lmlight.data import token_store, token_writer
+from lmlight.data import reading, token_store, token_writer
 from lmlight.data.reading import TextChunk
 from lmlight.data.token_store import TokenArray, TokenStore
 from lmlight.data.token_writer import read_tokenizer, write_store
@@ -185,6 +185,26 @@ def test_interrupted_write_continues_with_the_next_shard(tmp_path, small_shards,
     write_store(tmp_path / "store", "print", {"train": pieces_of(corpus_text)}, tokenizer, processes=1)
     assert sum(saved) == len(corpus_text), "each shard is written once"
     assert TokenStore(tmp_path / "store", "print").ids["train"][:].tolist() == tokenizer.encode(corpus_text)
+
+
+@pytest.mark.parametrize(("content", "kept"), [(b"a drive fails", True), (b"not UTF-8: \xff", False)])
+def test_finished_shards_are_kept_only_if_the_text_may_be_readable(
+    tmp_path, small_shards, corpus_text, monkeypatch, content, kept
+):
+    def check_head(head, *rest):
+        if head == b"a drive fails":
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    def chunks():
+        yield from pieces_of(corpus_text)
+        yield from reading.read_file(tmp_path / "text.txt", reading.TextFormat(), False, "text.txt")
+
+    monkeypatch.setattr(reading, "_check_head", check_head)
+    (tmp_path / "text.txt").write_bytes(content)
+    tokenizer = CharTokenizer(sorted(set(corpus_text)))
+    with pytest.raises(UserError, match=os.strerror(errno.EIO) if kept else "not utf-8"):
+        write_store(tmp_path / "store", "print", {"train": chunks()}, tokenizer, processes=1)
+    assert (tmp_path / "store" / "train-00000.npy").exists() == kept
 
 
 KILLED = """

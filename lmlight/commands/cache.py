@@ -9,14 +9,14 @@ from pathlib import Path
 
 from lmlight.command_line import Parser
 from lmlight.data.cache import KINDS, cache_dir
-from lmlight.errors import UserError
+from lmlight.errors import UserError, reason
 
 
 def main(args: Sequence[str]) -> None:
     """Runs `lmlight cache`."""
     parser = Parser(
         "lmlight cache",
-        description="Lists or clears cached texts, tokens and web libraries, all of which can be made again.",
+        description="Lists or clears cached texts, tokens and web libraries, all of which can be recreated.",
     )
     parser.add_argument("--clear", nargs="*", metavar="NAME", help="delete these entries; without names, all of them")
     parser.add_argument("--cache", metavar="FOLDER", help="the cache; default: $LMLIGHT_CACHE or the platform's folder")
@@ -37,7 +37,7 @@ def main(args: Sequence[str]) -> None:
         try:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
         except OSError as error:
-            raise UserError(f"'{path}' cannot be deleted ({error.strerror}): check its permissions") from None
+            raise UserError(f"'{path}' cannot be deleted ({reason(error)}): check its permissions") from None
     print(f"Deleted {len(chosen)} of {len(found)} entries in {folder}")
 
 

@@ -15,7 +15,7 @@ from jsonargparse import ArgumentParser
 from lmlight import checkpoint as checkpoints
 from lmlight import files
 from lmlight.command_line import Parser
-from lmlight.errors import UserError, first_line
+from lmlight.errors import UserError, reason
 from lmlight.generation import Sampling, escape_control_characters, generate_text, start_streams
 
 with contextlib.suppress(ImportError):  # not on Windows
@@ -40,7 +40,7 @@ def main(args: Sequence[str]) -> None:
     try:
         net.to(device)
     except (RuntimeError, AssertionError) as error:  # torch raises either for a device that is not there
-        raise UserError(f"device '{device}' cannot be used ({first_line(error)}): pass another") from None
+        raise UserError(f"device '{device}' cannot be used ({reason(error)}): pass another") from None
     sampling = Sampling(**{**content[checkpoints.METADATA_KEY]["sampling"], "num_samples": 1})
     print(f"{files.shown(path)}: {net.num_parameters:,} parameters on {device}. /help lists the commands.")
     if isinstance(sys.stdin, io.TextIOWrapper):

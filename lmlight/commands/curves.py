@@ -7,7 +7,7 @@ from glob import glob
 from pathlib import Path
 
 from lmlight.command_line import Parser, counted
-from lmlight.errors import UserError, say
+from lmlight.errors import UserError, reason, say
 
 
 def main(args: Sequence[str]) -> None:
@@ -31,7 +31,7 @@ def main(args: Sequence[str]) -> None:
     try:
         pictures.learning_curves(runs, options.x).savefig(options.output)
     except (OSError, ValueError) as error:
-        raise UserError(f"'{options.output}' cannot be written ({error}): pass another --output") from None
+        raise UserError(f"'{options.output}' cannot be written ({reason(error)}): pass another --output") from None
     for name, rows in runs.items():
         losses = [row["val/nats_per_char"] for row in rows]
         print(

@@ -1,4 +1,4 @@
-"""The cache folder, for everything that can be made again.
+"""The cache folder, for everything that can be downloaded or computed again.
 
     corpora/    built-in corpora
     downloads/  texts read from a URL, one folder for each version
@@ -16,7 +16,7 @@ from pathlib import Path
 
 import platformdirs
 
-from lmlight.errors import UserError
+from lmlight.errors import UserError, reason
 
 # Only these folders are ever listed or cleared, in case LMLIGHT_CACHE is a folder with other files in it.
 KINDS = ("corpora", "downloads", "tokens", "web", "peers")
@@ -39,6 +39,6 @@ def writing_cache(folder: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise UserError(
-            f"cache folder '{folder}' cannot be written ({error.strerror}): free some space, or choose another folder with "
+            f"cache folder '{folder}' cannot be written ({reason(error)}): free some space, or choose another folder with "
             "--data.cache FOLDER or LMLIGHT_CACHE"
         ) from None

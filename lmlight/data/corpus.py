@@ -1,7 +1,7 @@
 """A corpus: a built-in one, a file, a folder, a glob pattern or a URL.
 
 - Its files are found, downloaded (`download`), hashed, and read in chunks (`reading`).
-- It is split by characters, before any tokenizer sees it.
+- It is split into training and validation text by character count, before tokenization.
 """
 
 import hashlib
@@ -37,7 +37,7 @@ class Corpus:
     has_documents: bool
 
     def chunks(self, start: int = 0, stop: int | None = None) -> Iterator[TextChunk]:
-        """The characters `[start:stop]`, in chunks of about a megabyte.
+        """The characters `[start:stop]`, in chunks that end with a document or after about `reading.CHUNK_SIZE` characters.
 
         Chunks end only where `SentencePieceTokenizer` also splits text, so encoding them one by one gives the same tokens as
         encoding the whole text.

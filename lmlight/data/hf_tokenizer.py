@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 
 from lmlight.data.tokenizer import SentencePieceTokenizer, Tokenizer, starts_character
-from lmlight.errors import UserError, missing_extra
+from lmlight.errors import UserError, missing_extra, reason
 
-# Detects, with and without spaces at its ends, every kind of lossy tokenizer that we know.
+# Detects, with and without spaces at its ends, every kind of lossy tokenizer that we know of.
 PROBE = " a  b\n\n\tb e\u0301 \ufb01 \u00bd \u4e2d\U0001f642\u200d \u2581 <0x41> ##b <s> </s> A\r\nB 'S , "
 
 # Byte-level BPE (GPT-2) writes printable bytes as themselves and the others as U+0100 and up. This pattern matches UTF-8
@@ -38,10 +38,10 @@ def read_pretrained(path: Path) -> Tokenizer:
         return HFTokenizer(json.dumps({**content, "lmlight_eos_id": ids.get(eos)}, ensure_ascii=False).encode())
     except UserError:
         raise
-    except Exception as error:  # of the package tokenizers, or because the content is of another kind
-        reason = getattr(error, "strerror", None) or error
+    except Exception as error:  # from the tokenizers package, or because the content is something else
+        cause = reason(error)
     raise UserError(
-        f"tokenizer '{path}' cannot be read ({reason}): pass a Hugging Face tokenizer.json, a SentencePiece .model file, "
+        f"tokenizer '{path}' cannot be read ({cause}): pass a Hugging Face tokenizer.json, a SentencePiece .model file, "
         "or the full name of your own class, such as my.module.MyTokenizer"
     )
 
@@ -66,7 +66,7 @@ class HFTokenizer(Tokenizer):
         try:
             import tokenizers
         except ModuleNotFoundError:
-            raise missing_extra("a tokenizer.json needs the package tokenizers", "hf") from None
+            raise missing_extra("a tokenizer.json needs the tokenizers package", "hf") from None
         self._data = data
         try:
             self.content: dict[str, Any] = json.loads(data)

@@ -23,8 +23,8 @@ from lmlight.errors import UserError
 
 # The target of a context-only position; the default `ignore_index` of `torch.nn.functional.cross_entropy`.
 IGNORE_INDEX = -100
-# Logits of an evaluation batch: 1 GiB in float32. `batch_size` counts a whole optimizer step, which may be many
-# micro-batches, and training does not hold all logits at once.
+# Logits of an evaluation batch: 1 GiB in float32. `batch_size` is the number of windows per optimizer step, which may be
+# many micro-batches, and training does not hold all logits at once.
 MAX_EVAL_LOGITS = 2**28
 
 
@@ -79,7 +79,7 @@ def _describe(batch: Any) -> str:
 
 
 class EvalLoader:
-    """One rank's batches of evaluation windows, each window once. A shorter one is a batch by itself.
+    """One rank's batches of evaluation windows, each window once. A shorter last window is a batch of its own.
 
     Args:
         ids: (N,) the tokens.
@@ -120,7 +120,7 @@ class EvalLoader:
 
 
 class WindowDataset(Dataset[Batch]):
-    """The training windows of one epoch; an item is the batch of the windows at several positions."""
+    """The training windows of one epoch. Indexed with a list of positions, it returns a batch."""
 
     def __init__(self, source: WindowSource, epoch: int, char_counts: npt.NDArray[np.number]) -> None:
         self.source, self.epoch, self.char_counts = source, epoch, char_counts

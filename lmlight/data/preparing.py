@@ -1,7 +1,7 @@
 """From a corpus to its token store.
 
-A store is named after the text and every setting that the tokens depend on, so a changed setting never meets a stale
-cache.
+A store is named after the text and every setting that the tokens depend on, so stale tokens are never used
+after a setting has changed.
 """
 
 import hashlib

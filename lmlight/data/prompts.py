@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from lmlight.data.tokenizer import CONTROL_CHARACTERS
-from lmlight.errors import UserError
+from lmlight.errors import UserError, reason
 
 # The default prompt appears as a tag in TensorBoard and in the command that `fit` prints at its end.
 MAX_PROMPT_CHARS = 20
@@ -41,8 +41,9 @@ def _read_lines(source: str, world_size: int) -> list[str]:
         content = sys.stdin.buffer.read() if source == "-" else Path(source).expanduser().read_bytes()
         lines = re.split("\r?\n", content.decode("utf-8-sig"))
     except (OSError, UnicodeDecodeError) as error:
+        cause = "not UTF-8" if isinstance(error, UnicodeDecodeError) else reason(error)
         raise UserError(
-            f"prompts file '{source}' cannot be read ({getattr(error, 'strerror', 'not UTF-8')}): pass a UTF-8 file with "
+            f"prompts file '{source}' cannot be read ({cause}): pass a UTF-8 file with "
             """one prompt per line, or a list: --data.prompts '["ROMEO:"]'"""
         ) from None
     return lines[:-1] if lines[-1] == "" else lines

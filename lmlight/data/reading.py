@@ -1,4 +1,4 @@
-"""Reads text from plain text files, `.jsonl` and `.parquet`, compressed or not.
+"""Reads text from plain text and `.jsonl` files, which may be compressed, and from `.parquet` files.
 
 - Text is exact: no newline is translated and no character dropped.
 - Files are UTF-8 unless an encoding is given. The error for other files suggests an encoding.
@@ -21,7 +21,7 @@ from typing import IO, Any, Literal, NamedTuple
 
 import fsspec
 
-from lmlight.errors import UserError, first_line, missing_extra
+from lmlight.errors import UserError, missing_extra, reason
 
 # Bytes read, and characters yielded, at a time.
 CHUNK_SIZE = 2**20
@@ -97,11 +97,14 @@ def slice_chunks(chunks: Iterable[TextChunk], start: int, stop: int | None) -> I
             return
         if position > start:
             part = text[max(0, start - first) : None if stop is None else stop - first]
-            yield TextChunk(part, ends_document and (stop is None or position <= stop))
+            ends_here = ends_document and (stop is None or position <= stop)
+            if part or ends_here:
+                yield TextChunk(part, ends_here)
 
 
 def split_between_lines(chunks: Iterable[TextChunk]) -> Iterator[TextChunk]:
-    """The same text in chunks of about `CHUNK_SIZE`, each ending after a newline or where `split_long_line` splits."""
+    """The same text in chunks that end with a document or, after about `CHUNK_SIZE` characters, at a newline or where
+    `split_long_line` splits."""
     pending = ""
     for text, ends_document in chunks:
         pending += text
@@ -133,12 +136,11 @@ def is_text_file(name: str) -> bool:
 
 def read_error(source: object, error: OSError) -> UserError:
     """The error for a file or folder that the system cannot read."""
-    reason = error.strerror or first_line(error)
-    return UserError(f"corpus '{source}' cannot be read ({reason}): check the file and its permissions")
+    return UserError(f"corpus '{source}' cannot be read ({reason(error)}): check the file and its permissions")
 
 
 def read_file(path: Path, text_format: TextFormat, has_documents: bool, source: str) -> Iterator[TextChunk]:
-    """The text of a file of the corpus `source`; with `has_documents`, a text file without separator is a document.
+    """The text of a file of the corpus `source`; with `has_documents`, a text file without a separator is one document.
 
     Raises:
         UserError: the file cannot be read or decompressed, is binary or in another encoding, or lacks the field.
@@ -189,8 +191,10 @@ def _read_text(path: Path, compression: str, text_format: TextFormat, name: str,
         raise
     except Exception as error:  # each decompressor raises its own
         if isinstance(error, OSError) and (error.errno or not codec):
-            raise read_error(name, error) from None
-        raise UserError(f"corpus '{name}' is not a complete {compression} file ({error}): download it again") from None
+            raise read_error(name, error) from error
+        raise UserError(
+            f"corpus '{name}' is not a complete {compression} file ({reason(error)}): download it again"
+        ) from None
 
 
 @contextmanager
@@ -243,7 +247,7 @@ def _read_parquet(path: Path, text_format: TextFormat, name: str) -> Iterator[Te
     try:
         from pyarrow import ArrowException, parquet
     except ImportError:
-        raise missing_extra(f"reading '{path}' needs the package pyarrow", "formats") from None
+        raise missing_extra(f"reading '{path}' needs the pyarrow package", "formats") from None
     try:
         with parquet.ParquetFile(path) as file:
             _check_field(file.schema_arrow.names, text_format, name, "its columns")
@@ -252,9 +256,7 @@ def _read_parquet(path: Path, text_format: TextFormat, name: str) -> Iterator[Te
             for row, value in enumerate(values, start=1):
                 yield from _document(value, text_format, name, f"row {row:,}")
     except (ArrowException, OSError) as error:
-        raise UserError(
-            f"corpus '{name}' is not readable as .parquet ({first_line(error)}): download it again"
-        ) from None
+        raise UserError(f"corpus '{name}' is not readable as .parquet ({reason(error)}): download it again") from None
 
 
 def _check_field(fields: Iterable[str], text_format: TextFormat, name: str, where: str) -> None:

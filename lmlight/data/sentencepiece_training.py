@@ -20,7 +20,7 @@ END_OF_TEXT = "<|endoftext|>"  # the name of the EOS token, as in GPT-2
 SPACE = "\u2581"  # "▁": how SentencePiece writes a space in its pieces
 UNKNOWN = "\u2585"  # "▅": how its trainer writes characters that it leaves out
 UNKNOWN_PENALTY = 10.0  # SentencePiece's kUnkPenalty: an unknown character scores this much below the lowest piece
-# The pieces that unigram training finds depend on it, so it is the same on every machine.
+# The pieces that unigram training finds depend on the number of threads, so it is the same on every machine.
 TRAINING_THREADS = 4
 # SentencePiece silently skips training lines over 4,192 bytes, and a character takes up to 4 bytes.
 MAX_TRAINING_LINE = 1000
@@ -97,7 +97,8 @@ def train_sentencepiece(
 
 
 def _remove_rare_characters(lines: list[str], vocab_size: int) -> list[str]:
-    """Splits lines at rare characters, which will be encoded as bytes, so that the others fill half of the vocabulary.
+    """Splits lines at rare characters, which will be encoded as bytes, so that the others fill at most half of the
+    pieces that are not bytes.
 
     SentencePiece itself can leave out 2% of a text at most.
     """

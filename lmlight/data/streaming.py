@@ -1,7 +1,8 @@
 """Training from object storage: a token store whose training text is a litdata dataset, read during training.
 
-- `train/` holds the training text in chunks for litdata's `TokensLoader`. The folder is also a token store whose training
-  shards are the last two only: for the context of the first validation token, and for the train/val gap.
+- `train/` holds the training text in chunks for litdata's `TokensLoader`. The folder around
+  it is also a token store, with only the last two training shards: the context of the first validation token, and text for
+  the train/val gap.
 - litdata fetches and caches the chunks. `WindowSource` orders the windows.
 
 litdata is an extra, imported on use.
@@ -22,7 +23,7 @@ import numpy as np
 
 from lmlight.data.token_store import INDEX, TokenArray, Tokens, TokenStore, shard_name
 from lmlight.data.windows import WindowSource
-from lmlight.errors import UserError, first_line, missing_extra
+from lmlight.errors import UserError, missing_extra, reason
 
 CHUNKS = "train"
 CHUNK_BYTES = 2**26  # litdata's recommendation for object storage
@@ -31,12 +32,12 @@ KEPT_SHARDS = 2
 
 
 def litdata() -> ModuleType:
-    """The litdata package, or a `UserError` where it is not installed."""
+    """Import litdata; raise a `UserError` if it is not installed."""
     os.environ.setdefault("LITDATA_DISABLE_VERSION_CHECK", "1")  # it would ask the package index at every start
     try:
         import litdata
     except ImportError:
-        raise missing_extra("streaming needs the package litdata", "streaming") from None
+        raise missing_extra("streaming needs the litdata package", "streaming") from None
     return litdata
 
 
@@ -105,7 +106,7 @@ def streamed_windows(store: TokenStore, place: str, block_size: int, seed: int, 
 def _readable(place: str) -> Iterator[None]:
     try:
         yield
-    except Exception as error:  # of any driver
+    except Exception as error:  # every driver raises its own
         raise UserError(
-            f"the chunks in '{place}' cannot be read ({first_line(error)}): copy or prepare them again"
+            f"the chunks in '{place}' cannot be read ({reason(error)}): copy or prepare them again"
         ) from None

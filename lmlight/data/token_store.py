@@ -22,7 +22,7 @@ import numpy.typing as npt
 
 from lmlight import files
 from lmlight.data.tokenizer import deserialize
-from lmlight.errors import UserError
+from lmlight.errors import UserError, reason
 
 # Part of every fingerprint; incremented when the same text and settings would give other files.
 FORMAT_VERSION = 6
@@ -113,7 +113,7 @@ class TokenStore:
         remedy = "delete that folder" if fingerprint else "copy it again, or prepare the text again"
         tokens = f"the tokens in '{folder}' are"
         if not TokenStore.is_finished(folder):
-            raise UserError(f"{tokens} unfinished (there is no {INDEX}): {remedy}")
+            raise UserError(f"{tokens} incomplete (there is no {INDEX}): {remedy}")
         try:
             index = json.loads((folder / INDEX).read_text("utf-8"))
             if index["format_version"] != FORMAT_VERSION:
@@ -158,7 +158,7 @@ class TokenStore:
 
     @cached_property
     def char_counts(self) -> dict[str, npt.NDArray[np.number]]:
-        """(V,) characters per id in each split. For a lossy tokenizer, scaled to add up to the original characters."""
+        """(V,) characters per id in each split. For a lossy tokenizer, scaled to add up to the length of the text."""
         counts = self.tokenizer.char_counts
         if self.tokenizer.lossless:
             return dict.fromkeys(self.ids, counts)
@@ -184,7 +184,7 @@ class TokenStore:
                 shutil.copytree(self.folder, folder, ignore=ignored, copy_function=shutil.copyfile, dirs_exist_ok=True)
                 yield folder
         except OSError as error:
-            raise UserError(f"folder '{target}' cannot be written ({error.strerror or error}): pass another") from None
+            raise UserError(f"folder '{target}' cannot be written ({reason(error)}): pass another") from None
 
     def copy(self, target: Path) -> TokenStore:
         """Copies the store to a new folder; raises like `copied`."""

@@ -50,7 +50,7 @@ def write_store(
         processes: worker processes for texts of more than one shard; None is one per core.
 
     Raises:
-        UserError: see `Tokenizer.encode`; the unfinished store is deleted.
+        UserError: the text cannot be read or encoded. The unfinished store is deleted, except after an OSError.
         OSError: the disk is full, or the folder is not writable; finished shards stay.
     """
     if TokenStore.is_finished(folder):
@@ -75,8 +75,9 @@ def write_store(
                 splits[split] = {"chars": sum(n for n, _ in written), "tokens": [n for _, n in written]}
         index = {"format_version": FORMAT_VERSION, "fingerprint": fingerprint, "dtype": dtype}
         _publish(folder / INDEX, json.dumps({**index, "splits": splits, "metadata": metadata}, indent=1).encode())
-    except ValueError:  # a second call would fail in the same way
-        if not TokenStore.is_finished(folder):
+    except ValueError as error:
+        is_temporary = isinstance(error.__cause__, OSError)  # a network drive, not the text or the tokenizer
+        if not is_temporary and not TokenStore.is_finished(folder):
             shutil.rmtree(folder, ignore_errors=True)
         raise
     finally:

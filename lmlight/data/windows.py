@@ -3,8 +3,9 @@
 - A training epoch is a random offset into the stream and a random permutation of the non-overlapping windows from there.
   In the order `epoch`, no token is a target twice; fewer than 2 T tokens at the ends are left out. Window borders move
   from epoch to epoch.
-- Training tokens come in shards. Stored tokens are one shard (`stored_windows`). Tokens that are resegmented or streamed
-  come in several: `subword_regularization.resegmented_windows`, `streaming.streamed_windows`.
+- Training tokens come in shards. Stored tokens are read as one shard, in however many files they are (`stored_windows`).
+  Tokens that are resegmented or streamed come in several: `subword_regularization.resegmented_windows`,
+  `streaming.streamed_windows`.
 - Evaluation scores every token exactly once.
 - Every rank takes its slice of one global order, so nothing depends on the number of processes or workers.
 
@@ -62,7 +63,7 @@ class WindowSource:
         seed: the run's seed.
         order: `epoch` or `random`, see `ORDERS`.
         pool: loads shards in the background; None loads each when it is needed.
-        ahead: number of shards, also of later epochs, that `pool` loads before they are needed.
+        ahead: number of shards, including those of later epochs, that `pool` loads before they are needed.
         num_workers: DataLoader processes that gather windows.
 
     Raises:

@@ -65,7 +65,7 @@ ARCHITECTURES = [
 
 
 def match_architecture(net: Net) -> Architecture:
-    """Returns the architecture that computes the same as `net`.
+    """Returns the architecture that is equivalent to `net`.
 
     Raises:
         UserError: there is none; the message names the nearest one and the options that differ.

@@ -8,7 +8,7 @@ from typing import NamedTuple
 from lmlight import checkpoint as checkpoints
 from lmlight import files
 from lmlight.command_line import Parser, join, program
-from lmlight.errors import UserError
+from lmlight.errors import UserError, reason
 from lmlight.export import gguf_file, graph, hf, hf_import, web
 from lmlight.export.model import Model
 
@@ -97,5 +97,6 @@ def _new(path: Path, force: bool, known: Collection[str] | None = None) -> Itera
         with (files.whole if known is None else files.whole_folder)(path) as temporary:
             yield temporary
     except OSError as error:
-        reason = error.strerror or str(error)
-        raise UserError(f"'{path}' cannot be written ({reason}): pass another path, or free some space") from None
+        raise UserError(
+            f"'{path}' cannot be written ({reason(error)}): pass another path, or free some space"
+        ) from None

@@ -22,7 +22,7 @@ from lmlight.export.model import Model, require_extra
 from lmlight.export.tokenizer import BYTE, CONTROL, NORMAL, UNUSED, USER_DEFINED, Piece, Vocabulary, pre_tokenizer_name
 from lmlight.models import Transformer
 
-# k of the module docstring. A power of two, so scaling is exact; √k divides both up and down, which keeps all matrices in
+# k in the module docstring. A power of two, so scaling is exact; √k divides both up and down, which keeps all matrices in
 # float16's range.
 SHARPNESS, ROOT = 4096.0, 64.0
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim
 
-from lmlight.errors import UserError, first_line
+from lmlight.errors import UserError, reason
 from lmlight.export.model import Model, require_extra
 from lmlight.export.tokenizer import tokenizer_json
 from lmlight.models import Net, Transformer
@@ -119,8 +119,8 @@ def write_onnx(model: Model, path: Path, attention: bool = False) -> None:
     A network that is not a `Transformer` has `ids` and `logits` only.
 
     Raises:
-        UserError: onnx or onnxscript is not installed; `block_size` is 1; there are 2 GiB of weights; the network cannot be
-            traced.
+        UserError: onnx or onnxscript is not installed; `block_size` is 1; the weights take 2 GiB or more; the network cannot
+            be traced.
     """
     *_, passes = require_extra("onnx", "onnx", "onnxscript", "onnx_ir.passes.common")
     net, size = model.net.float(), model.net.block_size
@@ -189,6 +189,6 @@ def _tracing(net: Net) -> Iterator[None]:
         if isinstance(net, Transformer):
             raise
         raise UserError(
-            f"{type(net).__name__} cannot be exported, because torch.export cannot trace its forward ({first_line(error)}): "
+            f"{type(net).__name__} cannot be exported, because torch.export cannot trace its forward ({reason(error)}): "
             "it must not loop over the batch or the tokens in Python, or branch on their numbers or values"
         ) from error

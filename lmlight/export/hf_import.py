@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lmlight.data.hf_tokenizer import read_pretrained
 from lmlight.data.tokenizer import Tokenizer
-from lmlight.errors import UserError, first_line
+from lmlight.errors import UserError, reason
 from lmlight.export.architectures import weight_names
 from lmlight.export.model import Model, require_extra
 from lmlight.models import GPT2, LLAMA, Transformer
@@ -43,7 +43,7 @@ def read(folder: Path) -> tuple[Model, list[str]]:
         raise
     except (TypeError, ValueError, AttributeError, OverflowError, RuntimeError, MemoryError) as error:
         raise UserError(
-            f"'{folder / 'config.json'}' describes no model that can be built ({first_line(error)}): download it again"
+            f"'{folder / 'config.json'}' describes no model that can be built ({reason(error)}): download it again"
         ) from None
     if options["mlp"] == "relu2" and not weights.gates_are_equal():
         raise UserError("the model has hidden_act relu, which lmlight does not support: pass another model")
@@ -59,7 +59,7 @@ def _read_json(path: Path) -> dict[str, Any]:
         if not isinstance(content, dict):
             raise ValueError("not an object")
     except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"'{path}' cannot be read ({error}): pass the folder of a Hugging Face model") from None
+        raise UserError(f"'{path}' cannot be read ({reason(error)}): pass the folder of a Hugging Face model") from None
     return content
 
 
@@ -89,7 +89,7 @@ def _block_size(config: dict[str, Any]) -> int:
 def _size(config: dict[str, Any], name: str) -> int:
     value = config.get(name)
     if type(value) is not int or value < 1:
-        raise UserError(f"config.json needs a number of at least 1 as {name}, got {value!r}: download it again")
+        raise UserError(f"config.json needs an integer of at least 1 as {name}, got {value!r}: download it again")
     return value
 
 
@@ -182,7 +182,7 @@ class Weights:
                 file = safetensors.safe_open(path, framework="pt")
                 self._files |= dict.fromkeys(file.keys(), file)
             except Exception as error:  # safetensors has its own type
-                raise UserError(f"'{path}' cannot be read ({error}): download it again") from None
+                raise UserError(f"'{path}' cannot be read ({reason(error)}): download it again") from None
         self._prefix = "transformer." if gpt2 and "wte.weight" in self._files else ""  # left out on the hub
         self._files = {f"{self._prefix}{name}": file for name, file in self._files.items()}
 
@@ -236,7 +236,7 @@ class Weights:
         try:
             value: Tensor = self._files[name].get_tensor(name.removeprefix(self._prefix))
         except Exception as error:  # safetensors has its own type
-            raise UserError(f"weights {name} cannot be read ({error}): download the folder again") from None
+            raise UserError(f"weights {name} cannot be read ({reason(error)}): download the folder again") from None
         if not value.is_floating_point() or value.ndim == 0:
             raise UserError(f"expected floating-point weights in {name}, got {value.dtype}: pass another model")
         return value

@@ -27,7 +27,7 @@ from lmlight import files
 from lmlight.command_line import Parser
 from lmlight.data.cache import cache_dir, writing_cache
 from lmlight.data.download import BUILTIN_CORPORA
-from lmlight.errors import UserError
+from lmlight.errors import UserError, reason
 from lmlight.export.graph import write_onnx
 from lmlight.export.model import Model
 from lmlight.export.tokenizer import tokenizer_json
@@ -37,7 +37,7 @@ PAGE = Path(__file__).with_name("page")
 SOURCES = ("index.html", "style.css", "page.js", "model.js", "settings.js", "tokens.js", "attention.js")
 FILES = (*SOURCES, "model.onnx", "model.json", "engine", "notebooks")
 WEBGPU_FROM = 64 * 2**20  # size of an .onnx file from which WebGPU is worth its startup and per-token overhead
-# independent of the types that are configured on this machine
+# MIME types, because those configured on this machine may differ
 TYPES = {".html": "text/html", ".css": "text/css", ".js": "text/javascript", ".mjs": "text/javascript"}
 TYPES |= {".json": "application/json", ".wasm": "application/wasm"}
 CDN = "https://cdn.jsdelivr.net/npm"
@@ -84,7 +84,7 @@ def _library(package: str, hashes: dict[str, str]) -> list[Path]:
     if missing := [name for name, content in found.items() if _sha256(content) != hashes[name]]:
         try:
             contents = _download(package, missing)
-        except OSError as error:  # those of requests, too
+        except OSError as error:  # includes the exceptions of requests
             raise UserError(
                 f"{package}, which the page needs, could be downloaded neither with npm nor from a content delivery network "
                 f"({type(error).__name__}): check the network connection"
@@ -144,14 +144,14 @@ class _Server(http.server.ThreadingHTTPServer):
 
     def handle_error(self, *request: Any) -> None:
         if not isinstance(sys.exc_info()[1], ConnectionError):
-            super().handle_error(*request)  # a browser that closes a connection is no error
+            super().handle_error(*request)  # a browser that closes a connection is not an error
 
 
 def play(args: Sequence[str]) -> None:
     """Runs `lmlight play`, until Ctrl-C."""
     parser = Parser("lmlight play", description="Explore a model in a web page, which only this machine can open.")
     parser.add_argument("checkpoint", nargs="?", default="best", help="a .ckpt file, a run's folder, `best` or `last`")
-    parser.add_argument("--port", type=int, default=8420, help="port of the page (default: 8420); 0 takes a free one")
+    parser.add_argument("--port", type=int, default=8420, help="port of the page (default: 8420); 0 picks a free one")
     parser.add_argument("--no-browser", action="store_true", help="only print the URL")
     parser.add_checkpoint_flags()
     options = parser.parse_args(args)
@@ -159,14 +159,14 @@ def play(args: Sequence[str]) -> None:
         try:
             server = _Server(("127.0.0.1", options.port), functools.partial(_Handler, directory=folder))
         except (OSError, OverflowError) as error:
-            raise UserError(f"port {options.port} cannot be used ({error}): pass another --port") from None
+            raise UserError(f"port {options.port} cannot be used ({reason(error)}): pass another --port") from None
         with server:
             source = checkpoints.find(options.checkpoint, options.runs, "best")
             print(f"Preparing the page of {files.shown(source)}", flush=True)
             trusted, _ = checkpoints.import_classes(options.net, options.tokenizer)
             write(Model.read(source, trusted), Path(folder))
             url = f"http://127.0.0.1:{server.server_port}/"
-            print(f"{url} (Ctrl-C ends it)", flush=True)
+            print(f"{url} (press Ctrl-C to stop)", flush=True)
             if not options.no_browser:
                 webbrowser.open(url)
             server.serve_forever()

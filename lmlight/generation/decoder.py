@@ -1,6 +1,6 @@
 """Decoding with any network: everything that exists only while generating.
 
-- The prompt is one forward pass; each further token is one step, in `FastDecoder` where it can be.
+- The prompt is one forward pass; each further token is one step, in `FastDecoder` if it supports the network.
 - A network without a cache recomputes its window, the last `block_size` tokens, at each step.
 - Beyond `block_size`, a cache drops the oldest token at each step if positions are rotary. Learned ones end there, so a full
   row restarts from the later half of its window.
@@ -46,7 +46,7 @@ class Decoder:
 
     @torch.no_grad()
     def prefill(self, prompts: Sequence[Sequence[int]]) -> Tensor:
-        """Process B prompts of at least one id each in one pass; of long ones, the last `block_size` ids."""
+        """Process B prompts of at least one id each in one pass. Only the last `block_size` ids of a prompt are used."""
         return self._start([list(prompt)[-self.net.block_size :] for prompt in prompts])
 
     @torch.no_grad()
@@ -99,7 +99,7 @@ class Decoder:
         return logits[torch.arange(B, device=device), lengths - 1]
 
     def _restart_full_rows(self) -> None:
-        """Keep the later half of the block in rows that are full, counting the token to come."""
+        """Keep only the later half of a block in rows that are full, or will be with the next token."""
         block_size = self.net.block_size
         if max(self._lengths) < block_size:
             return

@@ -29,7 +29,7 @@ class Sampling:
             https://arxiv.org/abs/1904.09751).
         min_p: keep tokens whose probability is at least `min_p` times that of the likeliest (Nguyen et al. 2024,
             https://arxiv.org/abs/2407.01082).
-        repetition_penalty: divides positive and multiplies negative logits of tokens that occur already (Keskar et al. 2019,
+        repetition_penalty: divides positive and multiplies negative logits of tokens that have occurred (Keskar et al. 2019,
             https://arxiv.org/abs/1909.05858). 1 disables it; above 1 repeats less.
         stop: stop strings. Generation ends before the first one. A line break in one matches `\\n` and `\\r\\n`.
         end_at_line: once 80% of `max_new_tokens` have been generated, end at the next line break that does not follow a

@@ -1,7 +1,8 @@
 """Text streams: text that can be shown while it is generated.
 
-- A stream holds back incomplete characters, and text that may be the start of a stop string. Its pieces add up to the text.
-- Streams that are generated together give the same texts as each alone.
+- A stream holds back incomplete characters, and text that may be the start of a stop string. Its pieces, joined, are the
+  text.
+- Streams generated together give the same texts as when they are generated one by one.
 """
 
 import math
@@ -20,7 +21,7 @@ LINE_END = re.compile(r"(?<=[^:\s])\r?\n")  # a colon announces the next line
 
 
 class StreamingDecoder:
-    """Decodes ids one by one. The texts that it returns add up to `tokenizer.decode` of all ids.
+    """Decodes ids one by one. Joined, the texts that it returns are `tokenizer.decode` of all ids.
 
     The bytes of a character are held back until it is complete or known to be invalid.
 
@@ -96,19 +97,18 @@ class TextStream:
         """Add a token; return the text that is now final."""
         self.tokens.append(index)
         text = self._release(self._decoder.push(index))
-        return text + self._finish("stop") if index == self._eos_id else text
+        if index == self._eos_id and self.finish_reason is None:
+            text += self.end("stop")
+        return text
 
-    def end(self) -> str:
+    def end(self, reason: Literal["length", "stop"] = "length") -> str:
         """Finish without further tokens; return the rest of the text."""
-        return self._release(self._decoder.flush()) + self._finish("length")
-
-    def _finish(self, reason: Literal["length", "stop"]) -> str:
-        """What is held back, unless the text has ended already."""
-        if self.finish_reason is not None:
-            return ""
-        self.finish_reason = reason
-        self.text += self._held
-        return self._held
+        text = self._release(self._decoder.flush())
+        if self.finish_reason is None:  # no stop string in the rest
+            self.finish_reason = reason
+            self.text += self._held
+            text += self._held
+        return text
 
     def _release(self, text: str) -> str:
         text = self._held + text

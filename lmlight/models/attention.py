@@ -62,7 +62,7 @@ def attention_weights(q: Tensor, k: Tensor, causal: bool, attn_mask: Tensor | No
 
 
 def scaled_dot_product_attention(q: Tensor, k: Tensor, v: Tensor, cache: Cache, dropout: float = 0.0) -> Tensor:
-    """Attend with queries (B, H, T, D) to keys and values (B, H_kv, S, D), masked as the cache says: (B, H, T, D)."""
+    """Attend with queries (B, H, T, D) to keys and values (B, H_kv, S, D), with the cache's mask; returns (B, H, T, D)."""
     group, maps = q.size(1) // k.size(1), cache.attention_maps
     if group > 1 and maps is None and not cache.is_causal and q.size(2) == 1:
         # with a single query position, fold grouped heads into the sequence dimension

@@ -50,7 +50,7 @@ class Net(nn.Module, ABC):
 
     @abstractmethod
     def forward(self, idx: Tensor) -> Tensor:
-        """Map token ids (B, T), T at most `block_size`, to the logits (B, T, V) of the tokens that follow each of them.
+        """Map token ids (B, T), with T at most `block_size`, to the logits (B, T, V) of each next token.
 
         The logits at a position must not depend on later ids.
         """
@@ -58,7 +58,7 @@ class Net(nn.Module, ABC):
     def make_cache(self, batch_size: int) -> Cache | None:
         """Make an empty cache, for a `forward(idx, cache=None)` that takes one.
 
-        With None, generation passes the whole context to `forward` for each new token.
+        If it is None, generation passes the whole context to `forward` for each new token.
         """
         return None
 

@@ -76,7 +76,7 @@ def check_loss(loss: object, method: str) -> None:
     """Check the loss that a method returned.
 
     Raises:
-        UserError: it is not a scalar tensor, or has no gradient.
+        UserError: it is not a scalar tensor, or does not require a gradient.
     """
     if not isinstance(loss, Tensor) or loss.dim() or not loss.requires_grad:
         found = f"a {type(loss).__name__}"
@@ -86,7 +86,7 @@ def check_loss(loss: object, method: str) -> None:
 
 
 def _check_cache(net: Net, idx: Tensor) -> None:
-    """Compare the logits with a cache and without one, in two rows, of which the second one is padded."""
+    """Compare the logits with and without a cache, for two rows, the second of which is padded."""
     name, T = type(net).__name__, idx.size(1)
     pad = min(2, T - 1)
     with explained(f"{name}.make_cache failed"):
@@ -101,7 +101,7 @@ def _check_cache(net: Net, idx: Tensor) -> None:
     if not _equal(logits[0], _run(net, idx[:1])[0, pad:]):
         raise UserError(
             f"{name} returns different logits with its cache than without it, so it would generate different text: keep "
-            "all that forward needs of earlier tokens in the cache"
+            "everything that forward needs from earlier tokens in the cache"
         )
     if not _equal(logits[1], _run(net, idx[1:, pad:])[0]):
         raise UserError(
@@ -129,7 +129,7 @@ def _equal(a: Tensor, b: Tensor) -> bool:
 
 
 def _leaves(loss: Tensor) -> set[Tensor]:
-    """The tensors that a loss depends on and that collect gradients."""
+    """The leaf tensors that a loss depends on, in which gradients accumulate."""
     nodes, found = {loss.grad_fn}, set[Tensor]()
     waiting = list(nodes)
     while waiting:

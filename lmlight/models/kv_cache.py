@@ -1,4 +1,4 @@
-"""Caches: what a forward pass keeps of earlier tokens, and what new tokens attend to.
+"""Caches: the state kept from earlier tokens, and the tokens that new ones attend to.
 
 Axes: B batch, T new tokens, S slots, H_kv key/value heads, D channels of a head.
 """
@@ -10,7 +10,7 @@ from lmlight.models.rope import rope_cache
 
 
 class Cache:
-    """What a forward pass keeps of earlier tokens. This base class keeps nothing.
+    """The state that forward passes keep from earlier tokens. This base class keeps nothing.
 
     A network without attention can subclass it to keep its own state (`Net.make_cache`). Generation calls
     `set_padding` once, then `forward(idx, cache=cache)` with the prompts and with each further token.

@@ -167,7 +167,7 @@ class Transformer(Net):
                 nn.init.normal_(parameter, std=0.0 if ends_branch else 0.02)
 
     def forward(self, idx: Tensor, cache: Cache | None = None) -> Tensor:
-        """Map token ids (B, T) to the logits (B, T, V) of the tokens that follow each of them.
+        """Map token ids (B, T) to the logits (B, T, V) of each next token.
 
         Args:
             idx: T is at most `block_size`.

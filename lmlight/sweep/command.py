@@ -20,7 +20,7 @@ try:
     from lmlight.sweep import report, worker
     from lmlight.sweep.study import SEED, Params, Plan, Study, flags
 except ImportError as error:
-    raise missing_extra(f"lmlight sweep needs the package {error.name}", "sweep") from None
+    raise missing_extra(f"lmlight sweep needs the {error.name} package", "sweep") from None
 
 DESCRIPTION = """Trains a model with each of several settings and the same seeds, or searches for the best setting, and
 reports which is better. Options that are not listed here are those of `lmlight fit`. The same command continues an
@@ -36,7 +36,12 @@ def main(args: Sequence[str]) -> int:
     parser = Parser("lmlight sweep", description=DESCRIPTION, allow_abbrev=False)
     add = parser.add_argument
     add("--vary", action="append", default=[], metavar="FLAG=A,B", help="values to compare; the first is the baseline")
-    add("--seeds", type=int, metavar="N", help="seeds for each setting, from --seed_everything on (default: 3)")
+    add(
+        "--seeds",
+        type=int,
+        metavar="N",
+        help="number of seeds for each setting, starting at --seed_everything (default: 3)",
+    )
     add(
         "--search",
         action="append",

@@ -13,7 +13,7 @@ from scipy import stats
 
 from lmlight import files, pictures
 from lmlight.command_line import join
-from lmlight.errors import UserError, say
+from lmlight.errors import UserError, reason, say
 from lmlight.sweep.study import SEED, Params, Study, flags
 from lmlight.sweep.trial import LOG, METRIC, validations
 
@@ -94,7 +94,7 @@ def write(study: Study) -> int:
         with study.locked():
             _write_files(study, settings, rows, commands)
     except OSError as error:
-        say(UserError(f"the report's files cannot be written to '{study.folder}' ({error})"), "warning")
+        say(UserError(f"the report's files cannot be written to '{study.folder}' ({reason(error)})"), "warning")
     return 0 if done else 1
 
 
@@ -153,7 +153,7 @@ def _difference(setting: Setting, baseline: Setting | None) -> str:
     if found is None or baseline is None:
         return "–"
     if setting.characters != baseline.characters:
-        return "scored on another text"
+        return "scored on a different text"
     if math.isinf(found.high):
         return f"{found.mean:+.4f}, one seed: no interval"
     pairs = len(setting.values.keys() & baseline.values.keys())

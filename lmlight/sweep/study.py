@@ -10,7 +10,7 @@ import os
 import socket
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,7 +22,7 @@ from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
 from optuna.trial import FrozenTrial, Trial, TrialState
 
 from lmlight import files
-from lmlight.errors import UserError
+from lmlight.errors import UserError, reason
 
 Params = Mapping[str, Any]  # the varied flags of a trial, by name, and `SEED`
 JOURNAL = "journal.log"
@@ -63,8 +63,7 @@ class Study:
         try:
             if settings is not None:
                 folder.mkdir(parents=True, exist_ok=True)
-                with self.locked():
-                    _repair(journal)
+                _repair(journal)
             storage = JournalStorage(JournalFileBackend(str(journal), JournalFileOpenLock(str(journal))))
             pruner = optuna.pruners.MedianPruner()
             if settings is None:
@@ -78,12 +77,12 @@ class Study:
                         self.optuna.set_user_attr("settings", settings)
             self.settings: dict[str, Any] = self.optuna.user_attrs["settings"]
         except (OSError, KeyError, ValueError, AssertionError) as error:  # of a damaged journal, too
-            raise UserError(f"the sweep in '{folder}' cannot be used ({error}): pass another folder") from None
+            raise UserError(f"the sweep in '{folder}' cannot be used ({reason(error)}): pass another folder") from None
         if settings is not None and settings["identity"] != self.settings["identity"]:
             raise UserError(f"'{folder}' is a sweep of other settings: pass another --study, or leave it out")
 
     def enqueue(self, grid: Sequence[Params], retry: bool = False) -> None:
-        """Queue the trials that the sweep lacks, and those that failed if `retry` says so."""
+        """Queue the trials that the sweep lacks and, with `retry`, those that failed."""
         with self.locked():
             if retry:
                 for trial in self.trials(TrialState.FAIL):
@@ -102,7 +101,7 @@ class Study:
             known = len(self.trials())
             if not self.trials(TrialState.WAITING) and known >= (plan.n_trials or 0):
                 return None
-            # another seed for each trial, because processes that start together would try the same values
+            # a different seed for each trial, because processes that start together would try the same values
             self.optuna.sampler = optuna.samplers.TPESampler(seed=plan.seed + known, constant_liar=True)
             trial = self.optuna.ask(dict(plan.space))
             self.beat(trial)
@@ -159,17 +158,21 @@ class Study:
         if not trial.state.is_finished():
             self.optuna.tell(trial.number, state=TrialState.FAIL)
 
-    @contextmanager
-    def locked(self) -> Iterator[None]:
-        self._lock.acquire()
-        try:
-            yield
-        finally:
-            self._lock.release()
+    def locked(self) -> AbstractContextManager[None]:
+        return _held(self._lock)
+
+
+@contextmanager
+def _held(lock: JournalFileOpenLock) -> Iterator[None]:
+    lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def _started(pid: int) -> str:
-    """When a process started, which tells it from a later one with the same number; empty if it is not alive."""
+    """When a process started, which distinguishes it from a later one with the same PID; empty if it is not alive."""
     try:
         process = psutil.Process(pid)
         return "" if process.status() == psutil.STATUS_ZOMBIE else str(process.create_time())
@@ -180,9 +183,10 @@ def _started(pid: int) -> str:
 def _repair(journal: Path) -> None:
     """Cut off a last line that a full disk or a power cut has left incomplete."""
     if journal.is_file():
-        content = journal.read_bytes()
-        if not content.endswith(b"\n"):
-            os.truncate(journal, content.rfind(b"\n") + 1)
+        with _held(JournalFileOpenLock(str(journal))):  # another process may be writing its last line
+            content = journal.read_bytes()
+            if not content.endswith(b"\n"):
+                os.truncate(journal, content.rfind(b"\n") + 1)
 
 
 def flags(params: Params) -> list[str]:

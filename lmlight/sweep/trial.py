@@ -73,7 +73,7 @@ def run_fit(folder: Path, args: Sequence[str], watch: Callable[[int, Validations
                 return None
             with suppress(subprocess.TimeoutExpired):
                 process.wait(0.5)
-    except BaseException as error:  # of any kind: the process must not go on without its sweep
+    except BaseException as error:  # of any kind: the process must not outlive its sweep
         if isinstance(error, KeyboardInterrupt):
             print("Stopping the run, which saves a checkpoint; another Ctrl-C ends it at once", flush=True)
         _stop(process)

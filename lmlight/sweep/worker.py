@@ -8,7 +8,7 @@ from optuna.exceptions import UpdateFinishedTrialError
 from optuna.trial import Trial, TrialState
 
 from lmlight.command_line import counted
-from lmlight.errors import UserError
+from lmlight.errors import UserError, reason
 from lmlight.sweep.report import best_of, brief, settings_of
 from lmlight.sweep.study import Plan, Study
 from lmlight.sweep.trial import METRIC, TrialFailed, Validations, run_fit
@@ -38,7 +38,9 @@ def work(study: Study, plan: Plan) -> bool:
         print(f"Interrupted; trials left: {left}. The same command continues them")
         return False
     except OSError as error:
-        raise UserError(f"the sweep in '{study.folder}' stopped ({error}): the same command continues it") from None
+        raise UserError(
+            f"the sweep in '{study.folder}' stopped ({reason(error)}): the same command continues it"
+        ) from None
     return True
 
 

@@ -43,7 +43,7 @@ class AtomicCheckpointIO(CheckpointIO):
         self, path: str | Path, map_location: Any = None, weights_only: bool | None = None
     ) -> dict[str, Any]:
         content = checkpoints.load(path)  # weights only, whatever the caller asked for
-        # with EXTRA_STATE, it is no checkpoint, but the state dict that a spawned or forked process returns
+        # with EXTRA_STATE, this is not a checkpoint but the state dict that a spawned or forked process returns
         return content if EXTRA_STATE in content else checkpoints.check(content, path)
 
     def remove_checkpoint(self, path: str | Path) -> None:
@@ -54,8 +54,8 @@ class BestLastCheckpoint(Checkpoint):
     """Keeps `checkpoints/best.ckpt` and `checkpoints/last.ckpt` in the run's folder.
 
     `best` has the lowest `val/nats_per_char`, or `val/loss` if characters are not counted. `last` is written at each
-    validation and at the end of the run, also on SIGTERM and Ctrl-C. The process then exits with 128 + the signal's number;
-    a second signal exits immediately. With several processes, signals are checked for at validations and every
+    validation and at the end of the run, including after SIGTERM or Ctrl-C. The process then exits with 128 + the signal's
+    number; a second signal exits immediately. With several processes, signals are checked for at validations and every
     `trainer.log_every_n_steps` steps only.
 
     Args:
@@ -76,7 +76,7 @@ class BestLastCheckpoint(Checkpoint):
         return {"best_score": self.best_score}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        # a run that continues in another folder leaves its best behind
+        # not if the run continues in another folder: its best.ckpt stays in the old one
         if (best := self._folder / "best.ckpt").is_file():
             self.best_score, self.best_model_path = state_dict["best_score"], str(best)
 
@@ -106,7 +106,7 @@ class BestLastCheckpoint(Checkpoint):
         if at_end and not loop._should_check_val_fx(None):  # type: ignore[arg-type]
             loop.batch_progress.reset_on_run()
         self._stop_asked, self._saved = False, trainer.global_step
-        self._signal = self._agreed = 0  # those of an earlier `fit`
+        self._signal = self._agreed = 0  # signals received in an earlier `fit` are forgotten
         if threading.current_thread() is threading.main_thread():  # signal.signal works only there
             for number in (signal.SIGINT, signal.SIGTERM):
                 self._handlers[number] = signal.signal(number, self._on_signal)
@@ -134,7 +134,7 @@ class BestLastCheckpoint(Checkpoint):
         over = trainer.should_stop or 0 < getattr(pl_module, "total_steps", 0) <= step
         loop = trainer.fit_loop.epoch_loop
         if loop.batch_progress.is_last_batch and not over:
-            return  # Lightning cannot resume exactly from between two epochs; the next step will do
+            return  # Lightning cannot resume exactly between two epochs, so leave after the next step
         if over or step % (trainer.log_every_n_steps or 50) == 0 or trainer.world_size == 1:  # type: ignore[attr-defined]
             self._agree_to_leave(trainer)
         # the argument only matters for training steps that take an iterator of batches
@@ -179,7 +179,7 @@ class BestLastCheckpoint(Checkpoint):
     def _save(self, trainer: Trainer, name: str) -> str:
         if trainer.fast_dev_run:  # type: ignore[attr-defined]  # set outside __init__
             return ""
-        # the largest absolute value of all weights: one answer to wait for instead of one per parameter
+        # the largest absolute weight: waits for the device once, not once per parameter
         if not total_norm(trainer.lightning_module.parameters(), math.inf).isfinite():
             raise non_finite_error("a weight", trainer)
         path = self._folder / f"{name}.ckpt"

@@ -53,7 +53,7 @@ TRAINER_DEFAULTS: dict[str, Any] = {
 
 
 class OneLineParser(LightningArgumentParser):
-    """Reports an error in one line, and lists the flags of the default network and optimizer in its help."""
+    """Reports an error on one line, and lists the flags of the default network and optimizer in its help."""
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         raise UserError(f"{_explain(message)}; see `{self.prog.replace(' [options]', '')} --help`")
@@ -71,8 +71,8 @@ class OneLineParser(LightningArgumentParser):
 
 
 def _explain(message: str) -> str:
-    """Shorten an error of jsonargparse, which lists all types and parsers that it tried."""
-    message = re.sub("; see `.*? --help`", "", message)  # of a parser inside another
+    """Shorten a message of jsonargparse, which lists every type and parser it tried."""
+    message = re.sub("; see `.*? --help`", "", message)  # added by a nested parser
     if not (key := re.search('Parser key "(.*?)":', message)):
         return message
     flag = f"--{key[1]}"
@@ -104,7 +104,7 @@ class LmlightCLI(LightningCLI):
         yaml.SafeDumper.add_multi_representer(Enum, lambda dumper, member: dumper.represent_data(member.value))
         self.command, *rest = args
         self.source, self.named, words = find_source(self.command, rest)
-        # full names: a user's class may have the same last name
+        # fully qualified: a user's class may have the same name as the default one
         defaults = {"model": full_name(LanguageModel), "data": full_name(TextDataModule)}
         named = defaults | self.named
         model = import_class("--model", named["model"], LanguageModel)
@@ -165,7 +165,7 @@ class LmlightCLI(LightningCLI):
             raise UserError(f"{self.command} needs a model: --ckpt_path best, or runs/.../checkpoints/best.ckpt")
         if config.get("init_from") and self.source.run is None:
             config.init_from = str(self.source.path)
-        # Lightning would read settings from the checkpoint, and `--config config.yaml` should start a new run
+        # reset, because Lightning would read settings from the checkpoint and `--config config.yaml` would resume the run
         if "ckpt_path" in config:
             config.ckpt_path = None
 
@@ -204,7 +204,11 @@ class LmlightCLI(LightningCLI):
     def _check_split(self, content: dict[str, Any]) -> None:
         """Warn if a model was trained on text that is scored now."""
         before = content[checkpoints.METADATA_KEY]["settings"].get("data", {})
-        now = (self.settings.get("data") or {}) | ({"validate_on": "val"} if self.command == "test" else {})
+        now = self.settings.get("data") or {}
+        if self.command == "test":
+            now = {**now, "validate_on": "val", "val_corpus": now.get("test_corpus") or now.get("val_corpus")}
+        elif self.command == "validate":
+            now = {**now, "test_corpus": None}
         scores = self.command in ("validate", "test") or (self.command == "fit" and self.source.run is None)
         if scores and scores_text_read_by(before, now):
             rank_zero_warn(
@@ -285,8 +289,8 @@ def _as_list(value: Any) -> list[Any]:
 def _mistake(error: Exception) -> Exception:
     """The user's mistake behind an error, which is raised again if it looks like a bug.
 
-    The parser wraps the exception of a class in others, which name the class and list the types that it tried. Lightning
-    rejects settings with a `MisconfigurationException` or a built-in exception.
+    jsonargparse wraps an exception that a class raises in its own exceptions, which name the class and list the types it
+    tried. Lightning rejects settings with a `MisconfigurationException` or a built-in exception.
     """
     chain = [error]
     while isinstance(chain[-1].__cause__, Exception):

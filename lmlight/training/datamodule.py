@@ -34,8 +34,8 @@ class TextDataModule(LightningDataModule):
 
     Args:
         corpus: name of a corpus (`tinyshakespeare`), a file, a folder, a glob pattern (`books/**/*.txt`), or a URL that
-            fsspec opens (`https://`, `s3://`, `hf://`). Files are text or `.jsonl`, optionally compressed as `.gz`,
-            `.bz2`, `.xz` or `.zst`, or `.parquet`. Also the folder that `lmlight prepare --to` wrote, or a copy of it.
+            fsspec opens (`https://`, `s3://`, `hf://`). Files are `.parquet`, or text or `.jsonl`, which may be
+            compressed (`.gz`, `.bz2`, `.xz`, `.zst`). Also the folder that `lmlight prepare --to` wrote, or a copy of it.
         block_size: tokens per window, the longest context of the net.
         batch_size: windows per optimizer step, over all devices and accumulated batches together.
         val_fraction: share of the characters, from the end, for validation.
@@ -117,7 +117,7 @@ class TextDataModule(LightningDataModule):
         self._train_loader: StatefulTrainLoader | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "trainer": None, "_train_loader": None}  # as a LightningModule is pickled
+        return {**self.__dict__, "trainer": None, "_train_loader": None}  # like `LightningModule.__getstate__`
 
     @property
     def tokenizer(self) -> Tokenizer | None:
@@ -217,7 +217,7 @@ class TextDataModule(LightningDataModule):
     def train_subset_dataloader(self, windows: int) -> EvalLoader:
         """Up to `windows` evenly spaced windows of the training text, scored like the validation text.
 
-        Of a streamed training text, only the end is used.
+        If the training text is streamed, only its end is used.
         """
         ids = self.store.ids["train"]
         chosen = subset_windows(len(ids), self.block_size, windows)
@@ -242,7 +242,7 @@ class TextDataModule(LightningDataModule):
 
     @property
     def sample_prompt(self) -> str:
-        """A prompt for samples: that of a built-in corpus, or the first whole line of the validation text."""
+        """A prompt for samples: the built-in corpus's own, or the first whole line of the validation text."""
         if self.corpus in BUILTIN_CORPORA:
             return BUILTIN_CORPORA[self.corpus].sample_prompt
         return first_line(self.store.tokenizer.decode(self.val_ids[1:129].tolist()))

@@ -65,7 +65,9 @@ class DistilledModel(LanguageModel):
                 content = checkpoints.read(path)
                 net = checkpoints.net_of(content, self.teacher_net).eval().requires_grad_(False)
                 if block_size is not None and block_size > net.block_size:
-                    raise UserError(f"'{name}' takes {net.block_size} tokens: lower data.block_size {block_size}")
+                    raise UserError(
+                        f"'{name}' takes at most {net.block_size} tokens, got data.block_size {block_size}: lower it"
+                    )
                 before = content[checkpoints.METADATA_KEY]["settings"].get("data", {})
                 # comparing tokenizers would not show it: a character or pretrained one may not depend on the split
                 if scores_text_read_by(before, self.settings.get("data") or {}):
@@ -87,7 +89,7 @@ class DistilledModel(LanguageModel):
         super().setup(stage)
         for path, (net, tokenizer) in zip(self._paths, self._teachers if stage == "fit" else []):
             if self.tokenizer is None or tokenizer is None:
-                is_same = self.vocab_size == net.vocab_size  # there is no more to compare
+                is_same = self.vocab_size == net.vocab_size  # there is nothing else to compare
             else:
                 is_same = self.tokenizer.fingerprint == tokenizer.fingerprint
             if not is_same:

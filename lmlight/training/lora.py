@@ -40,7 +40,7 @@ class LoRAModel(LanguageModel):
     ) -> None:
         super().__init__(**kwargs)
         if importlib.util.find_spec("peft") is None:
-            raise missing_extra("LoRAModel needs the package peft", "lora")
+            raise missing_extra("LoRAModel needs the peft package", "lora")
         if rank < 1 or alpha <= 0 or not 0 <= adapter_dropout < 1:
             raise UserError(
                 f"expected model.rank of at least 1, model.alpha above 0 and model.adapter_dropout in [0, 1), got {rank}, "

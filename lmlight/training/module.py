@@ -48,7 +48,8 @@ class LanguageModel(TextModel):
     The network is built once the vocabulary and block size are known, from the trainer's datamodule or a checkpoint.
 
     Args:
-        net: The network, without its vocabulary and block size. As an attribute, the network itself; None until built.
+        net: A class or function that builds the network, called as `net(vocab_size, block_size)`. The attribute `net` is
+            the network itself; None until built.
         optimizer: The optimizer. Weight decay applies to parameters of two or more dimensions.
         schedule: Learning-rate schedule.
         lr_scheduler: A torch scheduler, such as `torch.optim.lr_scheduler.StepLR`, called after each optimizer step.
@@ -63,7 +64,7 @@ class LanguageModel(TextModel):
             keeping them: less memory, a third more time.
         check_causality: Before training, run the network on a small input and check that its logits have the right shape and
             do not depend on later tokens.
-        seed: Seed of dropout. The masks depend only on the seed, the step, the micro-batch and the rank, so a resumed run
+        seed: Seed for dropout. The masks depend only on the seed, the step, the micro-batch and the rank, so a resumed run
             draws the same ones.
         init_from: A checkpoint, from `checkpoint.read`, that provides the initial weights and the tokenizer.
         settings: Plain values to log as hyperparameters; `data` is also stored in checkpoints.
@@ -184,7 +185,7 @@ class LanguageModel(TextModel):
         elif stage == "fit":
             rank_zero_warn(
                 f"{type(data).__name__} is not a TextDataModule: a resumed run may see different batches, and losses are "
-                "per character only if its batches count characters"
+                "per character only if its batches have character counts"
             )
 
     def configure_model(self) -> None:

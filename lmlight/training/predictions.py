@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from lmlight import files
 from lmlight.command_line import counted
-from lmlight.errors import UserError
+from lmlight.errors import UserError, reason
 from lmlight.generation import TextStream, escape_control_characters
 from lmlight.training.module import LanguageModel
 
@@ -19,7 +19,7 @@ from lmlight.training.module import LanguageModel
 class WritePredictions(Callback):
     """Prints the texts of `predict`, batch by batch and with a line between them; or writes them to a JSON Lines file.
 
-    Texts are in the order of their prompts, also with several processes, which print or write them at the end.
+    Texts are in the order of their prompts. With several processes, rank 0 prints or writes them at the end.
 
     Args:
         output: JSON Lines file, with `prompt`, `completion`, `tokens`, `logprobs`, `seed` and `finish_reason` of each text;
@@ -79,5 +79,5 @@ class WritePredictions(Callback):
                     record |= {name: getattr(stream, name) for name in ("tokens", "logprobs", "seed", "finish_reason")}
                     file.write(json.dumps(record, ensure_ascii=False) + "\n")
         except OSError as error:
-            raise UserError(f"output '{output}' cannot be written ({error.strerror}): pass another path") from None
+            raise UserError(f"output '{output}' cannot be written ({reason(error)}): pass another path") from None
         print(f"{counted(len(streams), 'text')} in {output}")

@@ -18,7 +18,7 @@ import yaml
 
 from lmlight import checkpoint as checkpoints
 from lmlight.command_line import Parser, join, program
-from lmlight.errors import UserError
+from lmlight.errors import UserError, reason
 from lmlight.models import Net, architecture_kwargs
 from lmlight.user_code import full_name, is_class_name
 
@@ -45,8 +45,8 @@ def find_source(command: str, args: Sequence[str]) -> tuple[Source, dict[str, st
     """Find the checkpoint and the classes that flags or `--config` files name.
 
     Returns:
-        The checkpoint; the classes, keyed by flag (`CLASSES`); and the words for the parser, in which files come first and a
-        class comes before the flags for its arguments, which it would reset.
+        The checkpoint; the classes, keyed by flag (`CLASSES`); and the arguments for the parser: config files first, and
+        each class before the flags for its own arguments, because naming a class resets them.
 
     Raises:
         UserError: There is no such checkpoint or class, or it cannot be used for this command.
@@ -117,7 +117,7 @@ def _checked(settings: dict[str, Any], file: object) -> dict[str, Any]:
 
 
 def _section(settings: dict[str, Any], name: str) -> dict[str, Any]:
-    """Settings inside others; empty if they are something else, which the parser reports later."""
+    """A section of the settings; empty if it is not a mapping, which the parser reports later."""
     section = settings.get(name)
     return section if isinstance(section, dict) else {}
 
@@ -184,7 +184,7 @@ def _from_run(checkpoint: Path, content: dict[str, Any], runs: Path) -> dict[str
 
 
 def scores_text_read_by(before: dict[str, Any], now: dict[str, Any]) -> bool:
-    """Whether data settings score a part of the corpus that a model with the settings `before` was trained on."""
+    """Whether a run with data settings `now` scores text that a model with data settings `before` was trained on."""
     corpus = before.get("corpus")
     longer = corpus == now.get("corpus") and _end(before) > _end(now)
     return corpus is not None and (longer or corpus in (now.get("val_corpus"), now.get("test_corpus")))
@@ -210,7 +210,7 @@ def make_run_dir(runs: Path) -> Path:
             number += 1
     except OSError as error:
         raise UserError(
-            f"the run's folder cannot be made in '{runs}' ({error.strerror}): pass another --trainer.default_root_dir"
+            f"the run's folder cannot be made in '{runs}' ({reason(error)}): pass another --trainer.default_root_dir"
         ) from None
 
 

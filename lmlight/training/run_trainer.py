@@ -101,7 +101,7 @@ class RunTrainer(Trainer):
         self._print_metrics()
 
     def test(self, model: LanguageModel, datamodule: TextDataModule, ckpt_path: str | None = None) -> None:  # type: ignore[override]
-        """Score a checkpoint on the test text, also with a sliding window.
+        """Score a checkpoint on the test text, with non-overlapping and with sliding windows.
 
         Args:
             ckpt_path: A file, a run's folder, or `best` or `last` of the newest run that has one.
@@ -206,7 +206,7 @@ class SaveConfig(Callback):
 
 
 def quiet() -> None:
-    """Hide Lightning's tips, and print warnings in one line each."""
+    """Hide Lightning's tips, and print warnings on one line each."""
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
     logging.getLogger("lightning.pytorch.profilers").setLevel(logging.INFO)  # what `--trainer.profiler simple` prints

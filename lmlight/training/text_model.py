@@ -1,4 +1,4 @@
-"""The part of `LanguageModel` that needs no training: its network and tokenizer, scoring and generation."""
+"""The part of `LanguageModel` that is not about training: its network and tokenizer, scoring and generation."""
 
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -123,7 +123,7 @@ class TextModel(LightningModule):
         return self._complete(batch, self.sampling, self.logprobs)
 
     def get_extra_state(self) -> dict[str, Any]:
-        """What a state dict needs besides weights to be loaded into a model without a network.
+        """Metadata for loading a state dict into a model whose network has not been built.
 
         `ddp_spawn`, `ddp_fork` and `ddp_notebook` return the trained model to the calling process as a state dict.
         """
@@ -185,7 +185,7 @@ class TextModel(LightningModule):
 
     def _tokenizer(self) -> Tokenizer:
         if self.tokenizer is None:
-            self._net()  # which is missing, too, before training
+            self._net()  # before training, the network is missing too, and this raises first
             raise UserError("this model has no tokenizer, as the data of its run had none: pass token ids to generate")
         return self.tokenizer
 

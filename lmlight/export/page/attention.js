@@ -1,4 +1,4 @@
-/** Shows attention weights: as lines from the selected token to those before it, and as a map. */
+/** Shows attention weights: as lines from the selected token to those that it attends to, and as a map. */
 export class AttentionView {
   /**
    * @param page - The elements of the page by id.

@@ -2,10 +2,10 @@
  * A language model in a browser, from a file that `lmlight export web` wrote.
  *
  * - The metadata of the ONNX file has the sizes and the tokenizer.
- * - The graph maps (ids, past) to (logits, present, attention). Networks of the user's own have logits only.
+ * - The graph maps (ids, past) to (logits, present, attention). User-defined networks have logits only.
  * - Probabilities, and greedy text, equal those of lmlight. Sampled text differs, because the random numbers differ.
  *
- * Axes: T new positions, S positions with those of the past, V vocabulary.
+ * Axes: T new positions, V vocabulary.
  */
 import { Tokenizer } from "./engine/tokenizers.min.mjs";
 
@@ -31,7 +31,7 @@ export class Model {
    */
   static async open(file, executionProviders) {
     const metadata = readMetadata(file);
-    if (!metadata.block_size) throw new Error("not a file of lmlight export");
+    if (!metadata.block_size) throw new Error("this file was not written by lmlight export");
     if (!metadata["tokenizer.json"]) throw new Error("the model's tokenizer is lossy, so it is not in the file");
     return new Model(await ort.InferenceSession.create(file, { executionProviders }), metadata);
   }
@@ -80,7 +80,7 @@ export class Model {
     return text.includes("\ufffd") && byte ? `‹${byte[1]}›` : text;
   }
 
-  /** Runs the graph: ids of T new tokens, after a past or undefined, to the outputs with these names. */
+  /** Runs the graph on the ids of T new tokens, after a past if there is one. Returns the outputs with these names. */
   run(ids, past, outputs) {
     const input = new ort.Tensor("int64", BigInt64Array.from(ids, BigInt), [1, ids.length]);
     const names = outputs.filter((name) => this.session.outputNames.includes(name));
@@ -188,7 +188,7 @@ export function draw(probability, random) {
 }
 
 /** Nats of a token: the negative logarithm of its probability. */
-export function surprise(logits, id) {
+export function loss(logits, id) {
   const highest = logits[argmax(logits)];
   let total = 0;
   for (const logit of logits) total += Math.exp(logit - highest);

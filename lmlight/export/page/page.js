@@ -5,7 +5,7 @@
  * appends to it.
  */
 import { AttentionView } from "./attention.js";
-import { Model, Stream, draw, probabilities, randomNumbers, startEngine, surprise } from "./model.js";
+import { Model, Stream, draw, loss, probabilities, randomNumbers, startEngine } from "./model.js";
 import { openSettings, settings } from "./settings.js";
 import { showBars, showTokens } from "./tokens.js";
 
@@ -16,7 +16,7 @@ const page = Object.fromEntries([...document.querySelectorAll("[id]")].map((elem
 
 let info; // model.json
 let model;
-let attention; // undefined for a network without
+let attention; // undefined for a network without attention
 let tokens = [];
 let next = null; // the logits of the next token
 let selected = -1;
@@ -68,7 +68,7 @@ async function read() {
   show();
 }
 
-/** Makes the text before an edit or a generation one that can be brought back. */
+/** Keeps the text before an edit or a generation, for `undo`. */
 function keepEarlier() {
   if (page.text.value === current) return;
   earlier.push(current);
@@ -86,7 +86,7 @@ function undo() {
   reading = read();
 }
 
-/** Reads what has been typed until now. */
+/** Reads what has been typed so far. */
 function readTyped() {
   clearTimeout(editing);
   if (editing) reading = read();
@@ -96,7 +96,7 @@ function readTyped() {
 
 /** Records the logits that predicted a token. The first one is not scored: nothing is before it. */
 function score(at, logits) {
-  if (at > 0) tokens[at].nats = surprise(logits, tokens[at].id);
+  if (at > 0) tokens[at].nats = loss(logits, tokens[at].id);
   tokens[at].logits = logits;
   const forgotten = at - Math.floor(KEPT_LOGITS / model.vocab_size);
   if (forgotten >= 0) tokens[forgotten].logits = undefined;
@@ -159,7 +159,7 @@ async function generate(most) {
         drawnAt = performance.now();
       }
     }
-    if (end >= 0) ending = "Done, at a line's end";
+    if (end >= 0) ending = "Done, at the end of a line";
     ending = `${ending}: ${speed(count, performance.now() - began)}`;
     text = model.decode(ids);
     if (end >= 0) generation = null;
@@ -178,7 +178,7 @@ async function generate(most) {
   }
 }
 
-/** Where lmlight would end the text, with its option `end_at_line`, in what is new from `before` on; -1 if it goes on. */
+/** The index, from `before` on, at which lmlight's option `end_at_line` would end the text; -1 if there is none. */
 function endOfLine(text, before) {
   const from = Math.max(0, before - 1);
   const at = text.slice(from).search(LINE_END);
@@ -278,7 +278,8 @@ async function showSelected() {
   if (token) page.chips.children[selected + 1]?.setAttribute("aria-selected", true);
   if (token) page.view.setAttribute("aria-activedescendant", `token-${selected}`);
   else page.view.removeAttribute("aria-activedescendant");
-  const nats = token?.nats === undefined ? "the first token is not scored" : `${token.nats.toFixed(4)} nats`;
+  const unscored = selected > 0 ? "not scored yet" : "the first token is not scored";
+  const nats = token?.nats === undefined ? unscored : `${token.nats.toFixed(4)} nats`;
   page["instead-title"].textContent = token ? `“${token.text.replaceAll("\n", "↵")}”: ${nats}` : "Selected token";
   await showInstead();
   await attention?.show(tokens, selected);
@@ -333,7 +334,7 @@ async function start() {
   model = await Model.open(new Uint8Array(await answer.arrayBuffer()), providers);
   const ignored = [info.sampling.repetition_penalty !== 1 && "repetition_penalty", info.sampling.stop.length && "stop"];
   const without = ignored.filter(Boolean).join(" and ");
-  if (without) page.facts.textContent += `. The page ignores the setting ${without} of the model`;
+  if (without) page.facts.textContent += `. This page ignores the model's ${without}`;
   page.engine.textContent = `Engine: onnxruntime-web, ${providers[0]}${crossOriginIsolated ? ", threads" : ""}.`;
   page.attention.hidden = page.heads.hidden = !model.hasAttention;
   if (model.hasAttention) {

@@ -20,7 +20,7 @@ export function showTokens(chips, tokens) {
     if (chip.nats !== token.nats) {
       chip.nats = token.nats;
       chip.classList.toggle("unscored", token.nats === undefined);
-      chip.style.setProperty("--surprise", Math.min(1, (token.nats ?? 0) / RED).toFixed(3));
+      chip.style.setProperty("--loss", Math.min(1, (token.nats ?? 0) / RED).toFixed(3));
     }
   });
 }
@@ -53,7 +53,7 @@ function percent(probability) {
   return `${(100 * probability).toFixed(1)}%`;
 }
 
-/** A text with symbols for line breaks and for spaces at its end, or at its start, too. */
+/** A text with symbols for line breaks, tabs and spaces at its end; with `start`, also for those at its start. */
 function visible(text, start = false) {
   return text.split(start ? /(\n|\t|^ +| +$)/ : /(\n|\t| +$)/).filter(Boolean).map((part) => {
     if (!/^\s+$/.test(part)) return part;

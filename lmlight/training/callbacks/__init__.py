@@ -1,4 +1,4 @@
-"""Callbacks that log, plot and print. `trainer.callbacks` lists those of a run with their settings."""
+"""Callbacks that log, plot and print. In `config.yaml`, `trainer.callbacks` lists a run's callbacks and their arguments."""
 
 from lmlight.training.callbacks.run import LearningCurve, RunLogger, RunProgress
 from lmlight.training.callbacks.scalars import Throughput, TrainSubsetEval, UpdateRatio

@@ -54,6 +54,6 @@ def summary_writer(trainer: Trainer) -> SummaryWriter | None:
 def run_folder(trainer: Trainer) -> Path | None:
     """The run's folder; None if it has none of its own, as with `fast_dev_run`. Call it on every rank."""
     folder = None if trainer.fast_dev_run else trainer.log_dir  # type: ignore[attr-defined]  # set outside __init__
-    # without a logger, Lightning's Trainer has no folder for a run, but ours has
+    # without a logger, Lightning's Trainer has no folder for a run, but ours does
     is_own = trainer.logger is not None or Path(folder or ".") != Path(trainer.default_root_dir)
     return Path(folder) if folder and is_own else None

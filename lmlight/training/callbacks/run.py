@@ -16,6 +16,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from tqdm import tqdm
 
 from lmlight import files, pictures
+from lmlight.errors import reason
 from lmlight.training.callbacks.base import run_folder, text_data, validates_fit
 from lmlight.training.module import LanguageModel
 from lmlight.training.run_settings import make_run_dir
@@ -161,4 +162,4 @@ def _writing(path: Path) -> Iterator[Path]:
         with files.whole(path) as beside:
             yield beside
     except OSError as error:
-        warnings.warn(f"'{path}' cannot be written ({error.strerror}): training continues", stacklevel=2)
+        warnings.warn(f"'{path}' cannot be written ({reason(error)}): training continues", stacklevel=2)

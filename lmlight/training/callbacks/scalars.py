@@ -94,8 +94,8 @@ def _peak_flops_per_second(device: torch.device, precision: str) -> float:
 class UpdateRatio(FitCallback):
     """Logs `update_ratio/<part>`: the norm of an optimizer step over the norm of the weights, for each part of the net.
 
-    A part is a block or another child module, such as the embedding, the final norm or the head. About 1e-3 is usual; much
-    less learns slowly, much more is unstable.
+    A part is a block or another child module, such as the embedding, the final norm or the head. About 1e-3 is usual. Far
+    below it, learning is slow; far above, training is unstable.
     """
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
@@ -109,7 +109,7 @@ class UpdateRatio(FitCallback):
             before = self._before.pop(part)
             step = [new.detach() - old for new, old in zip(weights, before)]
             ratios[f"update_ratio/{part}"] = total_norm(step) / total_norm(before).clamp(min=1e-12)
-        # Lightning launches some ten kernels for each value on a GPU, which has no other work meanwhile
+        # for each value on a GPU, Lightning launches about ten kernels, while the GPU is otherwise idle
         model.log_dict({name: ratio.cpu() for name, ratio in ratios.items()})
 
 

@@ -26,12 +26,12 @@ PROJECTOR_TOKENS = 2048  # the files for the Projector are text, 20 bytes a numb
 
 
 class SampleText(FitCallback):
-    """Generates text for TensorBoard's Text page at each validation, with the same prompts and seed each time.
+    """Generates text for TensorBoard's Text dashboard at each validation, with the same prompts and seed each time.
 
     Args:
-        prompts: the prompts; null takes an empty one and the data's `sample_prompt`.
+        prompts: the prompts; null uses an empty one and the data's `sample_prompt`.
         max_new_tokens: tokens to generate for each prompt.
-        temperature: see `Sampling`; null takes the model's own.
+        temperature: see `Sampling`; null uses the model's own.
     """
 
     def __init__(
@@ -57,19 +57,19 @@ class SampleText(FitCallback):
 
 
 class Pictures(FitCallback):
-    """Draws figures of the net for TensorBoard's Images page at validations 1, 2, 4, 8, ... and the last one, and puts the
-    embeddings of the 2,048 most frequent tokens on its Projector page at the end.
+    """Draws figures of the net for TensorBoard's Images dashboard at validations 1, 2, 4, 8, ... and the last one. At the
+    end, puts the embeddings of the 2,048 most frequent tokens in its Projector.
 
     - `attention`: attention weights over a line of text, one figure per head, with the tokens on both axes;
     - `bigram`: the probabilities in a bigram table, for the most frequent tokens;
     - `loss by position`: the validation loss at each position of the block;
-    - `surprise`: the beginning of the validation text, each token colored by its loss.
+    - `loss by token`: the beginning of the validation text, each token colored by its loss.
 
     Skipped if the net is sharded over devices (FSDP).
 
     Args:
-        line: text for `attention`, of which the first 20 tokens are used; null takes the beginning of the validation text.
-        blocks: blocks for `attention`, counted from 1; null takes the first and the last.
+        line: text for `attention`, of which the first 20 tokens are used; null uses the beginning of the validation text.
+        blocks: blocks for `attention`, counted from 1; null uses the first and the last.
         heads: heads for `attention`, counted from 1.
     """
 
@@ -142,7 +142,7 @@ class Pictures(FitCallback):
         rows = max(1, 256 // targets.size(1))  # whole windows: at most 256 tokens, but at least one window
         scored = targets[:rows] != IGNORE_INDEX
         pieces = [tokenizer.id_to_piece(index) for index in targets[:rows][scored].tolist()]
-        yield "surprise", pictures.surprise(pieces, nats[:rows][scored].cpu().numpy())
+        yield "loss by token", pictures.loss_by_token(pieces, nats[:rows][scored].cpu().numpy())
 
 
 def ids_by_frequency(data: TextDataModule, vocab_size: int) -> list[int]:
