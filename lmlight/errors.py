@@ -1,6 +1,8 @@
 """`UserError`, the one exception for user errors, and how it is printed."""
 
 import sys
+from collections.abc import Callable, Mapping
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 
 class UserError(ValueError):
@@ -13,6 +15,17 @@ class UserError(ValueError):
 def missing_extra(needs: str, extra: str) -> UserError:
     """The error for a package that is not installed; `needs` begins the message: "reading x needs the y package"."""
     return UserError(f'{needs}, which is not installed: pip install "lmlight[{extra}]"')  # quotes for any shell
+
+
+def check_literals(annotated: Callable[..., Any], values: Mapping[str, Any], prefix: str = "") -> None:
+    """Raise a `UserError` if a value is none of those in the `Literal` annotation of its name in a class or function."""
+    for name, hint in get_type_hints(annotated).items():
+        kinds = (hint, *get_args(hint))  # with those of a union
+        expected = [value for kind in kinds if get_origin(kind) is Literal for value in get_args(kind)]
+        others = tuple(kind for kind in kinds if isinstance(kind, type))
+        if expected and values[name] not in expected and not isinstance(values[name], others):
+            expected += [kind.__name__ for kind in others]
+            raise UserError(f"{prefix}{name} must be one of {', '.join(map(str, expected))}, got {values[name]!r}")
 
 
 def say(error: Exception, kind: str = "error") -> None:

@@ -4,6 +4,7 @@ They are written under a hidden name in the same folder, flushed to the disk, an
 moment leaves what was there before. (Replacing a folder is not quite atomic, see `whole_folder`.)
 """
 
+import errno
 import os
 import shutil
 import sys
@@ -105,10 +106,13 @@ def _flush(path: Path) -> None:
 
 
 def _flush_folder(folder: Path) -> None:
-    """Makes a rename in `folder` survive a loss of power. Windows has no such call."""
+    """Makes a rename in `folder` survive a loss of power. Windows has no such call, nor have some network drives."""
     if os.name == "posix":
         descriptor = os.open(folder, os.O_RDONLY)
         try:
             os.fsync(descriptor)
+        except OSError as error:  # the same exceptions as in PostgreSQL's `fsync_fname`
+            if error.errno not in (errno.EBADF, errno.EINVAL):
+                raise
         finally:
             os.close(descriptor)

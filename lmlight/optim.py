@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from lmlight.errors import UserError
+from lmlight.errors import UserError, check_literals
 from lmlight.models.base import Net
 from lmlight.user_code import describe
 
@@ -228,7 +228,7 @@ class Schedule:
         final_factor: Factor at step `total_steps`, one past the last step.
 
     Raises:
-        UserError: `warmup_steps` is negative, or a fraction or factor is outside [0, 1].
+        UserError: `shape` is another word, `warmup_steps` is negative, or a fraction or factor is outside [0, 1].
     """
 
     shape: Literal["linear", "cosine", "decay", "constant"] = "linear"
@@ -237,6 +237,7 @@ class Schedule:
     final_factor: float = 0.0
 
     def __post_init__(self) -> None:
+        check_literals(Schedule, vars(self), "schedule.")
         if self.warmup_steps < 0:
             raise UserError(f"schedule.warmup_steps must be 0 or more, got {self.warmup_steps}")
         for name, value in (("decay_fraction", self.decay_fraction), ("final_factor", self.final_factor)):

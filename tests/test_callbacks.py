@@ -536,3 +536,10 @@ def test_training_without_a_logger_names_no_folder(corpus_file, tmp_path, capsys
     assert f"Training {model.net.num_parameters:,} parameters on cpu\n" in capsys.readouterr().out
     fit(corpus_file, tmp_path / "runs", [RunProgress()], tiny.net, max_steps=1, default_root_dir=tmp_path)
     assert re.search(r" parameters on cpu in \S*runs\S+\n", capsys.readouterr().out)
+
+
+def test_learning_curve_has_only_training_losses_of_its_own_steps(corpus_file, tmp_path):
+    curve = LearningCurve()
+    options = {"max_steps": 15, "val_check_interval": 3, "log_every_n_steps": 10}
+    fit(corpus_file, tmp_path / "runs", [curve], tiny.net, **options)
+    assert [row["step"] for row in curve.state_dict()["rows"] if "train/loss" in row] == [12]

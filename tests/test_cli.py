@@ -729,3 +729,32 @@ def test_docstrings_document_every_argument():
         }
         assert names["Args"] == set(inspect.signature(kind).parameters)
         assert not names["Args"] & names.get("Attributes", set())
+
+
+def test_arguments_of_the_run_logger_are_refused(corpus_file, capsys):
+    assert main(["fit", f"--data.corpus={corpus_file}", *TINY, "--trainer.logger.version=baseline"]) == 2
+    assert "--trainer.logger.version cannot be set" in capsys.readouterr().err
+
+
+def test_a_resumed_run_with_another_validation_text_chooses_the_best_anew(corpus_file, tmp_path):
+    Path("easy.txt").write_bytes(Path(corpus_file).read_bytes()[:2000])
+    Path("hard.txt").write_text("".join(chr(33 + n * n % 89) for n in range(1500)))
+    words = [f"--data.corpus={corpus_file}", *TINY, "--trainer.val_check_interval=2"]
+    assert main(["fit", *words, "--trainer.max_steps=4", "--data.val_corpus=easy.txt"]) == 0
+    (best,) = tmp_path.glob("runs/*/checkpoints/best.ckpt")
+    resumed = ["fit", f"--ckpt_path={best.with_name('last.ckpt')}", "--data.val_corpus=hard.txt"]
+    with pytest.warns(UserWarning, match="another validation text is scored now: best.ckpt is chosen anew"):
+        assert main([*resumed, "--trainer.max_steps=8"]) == 0
+    assert checkpoint.read(best)["global_step"] > 4
+
+
+def test_a_resumed_run_with_another_interval_logs_the_right_steps(corpus_file, tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    words = [f"--data.corpus={corpus_file}", *TINY, "--trainer.max_steps=4", "--trainer.val_check_interval=2"]
+    assert main(["fit", *words]) == 0
+    (last,) = tmp_path.glob("runs/*/checkpoints/last.ckpt")
+    assert main(["fit", f"--ckpt_path={last}", "--trainer.max_steps=8", "--trainer.val_check_interval=8"]) == 0
+    events = EventAccumulator(str(last.parents[1])).Reload()
+    assert [event.step for event in events.Scalars("val/loss")] == [1, 3, 7]
+    assert [event.step for event in events.Scalars("train/loss")] == list(range(8))

@@ -13,11 +13,13 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+import aiohttp
 import fsspec
 import pytest
 from hypothesis import given
@@ -215,6 +217,14 @@ def test_parquet_rows_are_documents(tmp_path):
     assert chunks_of("folder") == [("text", False)]
 
 
+def test_parquet_with_invalid_utf8_is_refused_or_replaced(tmp_path):
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    texts = pyarrow.array([b"fine", b"caf\xe9 hello"], pyarrow.binary()).view(pyarrow.string())
+    parquet.write_table(pyarrow.table({"text": texts}), tmp_path / "a.parquet")
+    assert "'a.parquet' is not utf-8 (byte 0xe9 in row 2)" in error_of("a.parquet")
+    assert chunks_of("a.parquet", errors="replace") == ended("fine", "caf\ufffd hello")
+
+
 @pytest.mark.parametrize("name", ["a.txt.zst", "a.parquet"])
 def test_format_without_its_extra_says_what_to_install(tmp_path, monkeypatch, name):
     monkeypatch.setitem(sys.modules, "pyarrow", None)
@@ -233,12 +243,14 @@ def test_folder_is_its_text_files_in_name_order(tmp_path):
         "b/code.py": "import this",
         ".git/notes.txt": "hidden",
         "d.txt": "",
+        ".venv/code.py": "import hidden",
     }.items():
         (tmp_path / "books" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "books" / name).write_text(text)
     assert chunks_of("books") == ended("zeroth", "first", "second", "third", "fourth")
     assert chunks_of("books/**/*.py") == [("import this", False)]
     assert chunks_of("books/b/*.[mt]*") == ended("first", "second")
+    assert chunks_of("books/.venv/*.py") == chunks_of("books/.*/*.py") == [("import hidden", False)]
 
 
 def test_folder_with_one_file_is_one_text(tmp_path):
@@ -259,6 +271,15 @@ def test_error_names_the_file_in_a_folder(tmp_path):
     (tmp_path / "b.txt").write_bytes(b"caf\xe9")
     message = error_of(tmp_path)
     assert "b.txt" in message and "offset 3" in message
+
+
+@pytest.mark.skipif(os.name == "nt", reason="symbolic links need a privilege")
+def test_error_names_a_dangling_link(tmp_path):
+    for name in ("a.txt", "b.txt"):
+        (tmp_path / name).write_bytes(b"fine")
+    (tmp_path / "c.txt").symlink_to("missing")
+    for source in (tmp_path, tmp_path / "*.txt"):
+        assert ": c.txt' cannot be read" in error_of(source)
 
 
 @given(st.lists(st.text("ab<|>", max_size=12), max_size=8), st.integers(1, 5))
@@ -445,6 +466,12 @@ def test_fingerprint_covers_files_and_options(tmp_path):
     assert len(set(found)) == len(found)
 
 
+def test_a_download_has_no_time_limit_as_long_as_data_comes(served, monkeypatch):
+    monkeypatch.setattr(aiohttp.client, "DEFAULT_TIMEOUT", aiohttp.ClientTimeout(total=0.3))
+    served.files["/input.txt"], served.seconds = CONTENT, 0.6
+    assert corpus.load(served.url).text.encode() == CONTENT
+
+
 def test_url_is_cached_and_downloaded_again_when_it_changes(tmp_path, served, monkeypatch):
     served.files["/input.txt"], served.modified = CONTENT, "Thu, 26 Nov 2026 08:00:00 GMT"
     assert corpus.load(served.url).text.encode() == CONTENT
@@ -551,13 +578,14 @@ def served():
             content = server.files.get(self.path)
             self.send_response(404 if content is None else 200)
             self.end_headers()
+            time.sleep(server.seconds)
             self.wfile.write(content or b"")
 
         def log_message(self, *args):
             pass
 
     with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-        server.files, server.hits, server.together, server.modified = {}, [], None, None
+        server.files, server.hits, server.together, server.modified, server.seconds = {}, [], None, None, 0
         server.url = f"http://127.0.0.1:{server.server_port}/input.txt"
         thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
         thread.start()

@@ -3,6 +3,7 @@
 import itertools
 import json
 import mmap
+import re
 from types import SimpleNamespace
 
 import numpy as np
@@ -319,10 +320,16 @@ def test_text_without_documents_has_no_eos(corpus_file):
     assert "<|endoftext|>" not in tokenizer.pieces
 
 
+def test_validation_documents_without_eos_warn(corpus_file):
+    data = TextDataModule(corpus_file, val_corpus=stories_file(), block_size=16)
+    with pytest.warns(UserWarning, match="no EOS token"):
+        data.prepare_data()
+
+
 def test_given_tokenizer_without_eos_warns():
     data = TextDataModule(stories_file(), block_size=16)
     data.tokenizer = CharTokenizer(sorted(set("".join(STORIES))))
-    with pytest.warns(UserWarning, match="end-of-document token"):
+    with pytest.warns(UserWarning, match="no EOS token"):
         data.prepare_data()
     data.setup("fit")
     assert (
@@ -453,6 +460,27 @@ def test_repetitive_texts_train_with_the_default_tokenizer(text):
 def test_invalid_sizes_are_refused(setting, value):
     with pytest.raises(UserError, match=f"data.{setting} must.*{value}"):
         TextDataModule("text.txt", **{setting: value})
+
+
+@pytest.mark.parametrize(
+    ("make", "says"),
+    [
+        (
+            lambda: TextDataModule("text.txt", validate_on="tuning"),
+            "data.validate_on must be one of val, tune, got 'tuning'",
+        ),
+        (
+            lambda: TextDataModule("text.txt", errors="ignore"),
+            "data.errors must be one of strict, replace, got 'ignore'",
+        ),
+        (lambda: TextDataModule("text.txt", windows="shuffled"), "data.windows must be one of epoch, random"),
+        (lambda: TokenizerConfig("word"), "tokenizer.kind must be one of unigram, bpe, char, got 'word'"),
+    ],
+)
+def test_options_with_unknown_words_are_refused(make, says):
+    """jsonargparse checks those of the command line."""
+    with pytest.raises(UserError, match=re.escape(says)):
+        make()
 
 
 # Prompts
@@ -636,6 +664,8 @@ def test_sample_prompt_without_spaces_has_20_characters(letters, kind):
         ("But soft, what lights", "But soft, what"),
         ("But soft", "But soft"),
         ("漢" * 30, "漢" * 20),
+        ("吾輩！\u3000猫である", "吾輩！\u3000猫である"),  # a space would be unknown to a character tokenizer
+        (" a\tb" * 9, "a\tb" + " a\tb" * 4),
     ],
 )
 def test_the_beginning_of_a_line_ends_between_words(line, beginning):

@@ -24,7 +24,9 @@ from lmlight.data.hf_tokenizer import HFTokenizer, read_pretrained
 from lmlight.data.tokenizer import Tokenizer, TokenizerConfig, deserialize, serialize
 from lmlight.errors import UserError
 from lmlight.models.check import check_net
+from lmlight.training.callbacks import Throughput
 from lmlight.training.checkpointing import AtomicCheckpointIO, BestLastCheckpoint
+from lmlight.training.cli import check_fit
 
 PAGE = (Path(__file__).parents[1] / "docs" / "extending.md").read_text("utf-8")
 BLOCKS = re.findall(r"^```(python|sh)\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL)
@@ -894,3 +896,99 @@ def test_data_without_sizes_is_refused():
 
     with pytest.raises(UserError, match="the sizes of the network are not known"):
         pl.Trainer(**tiny.QUIET, max_steps=1, enable_checkpointing=False).fit(LanguageModel(net=tiny.net), Sizeless())
+
+
+def test_validations_that_would_interrupt_a_step_are_refused():
+    data = Counting((torch.arange(9) + torch.arange(20)[:, None]) % 10)  # five batches
+    settings = {**tiny.QUIET, "check_val_every_n_epoch": None, "val_check_interval": 2, "accumulate_grad_batches": 2}
+
+    def fit(steps):
+        pl.Trainer(**settings, max_steps=steps, fast_dev_run=False, callbacks=[BestLastCheckpoint()]).fit(
+            LanguageModel(net=tiny.net), data
+        )
+
+    with pytest.raises(UserError, match="an epoch has 5 batches, which is not a multiple of .* 2"):
+        fit(3)
+    fit(2)  # within the first epoch
+
+
+def test_an_epoch_of_unknown_length_may_end_within_a_step(tmp_path):
+    """Its last step has fewer micro-batches, the loss is their mean, and no checkpoint falls within a step."""
+
+    class Unknown(torch.utils.data.IterableDataset):
+        def __iter__(self):
+            ids = (torch.arange(9) + torch.arange(20)[:, None]) % 10
+            return iter(zip(ids[:, :-1], ids[:, 1:]))
+
+    class Constant(LanguageModel):
+        def training_loss(self, batch):
+            return 1 + 0 * super().training_loss(batch)
+
+    class Recorder(pl.Callback):
+        def __init__(self):
+            self.losses = []
+
+        def on_train_batch_end(self, trainer, *_):
+            if "train/loss" in trainer.callback_metrics:
+                self.losses.append(float(trainer.callback_metrics["train/loss"]))
+
+    class Keeper(BestLastCheckpoint):
+        def _save(self, trainer, name):
+            saved.append(trainer.fit_loop.epoch_loop.batch_progress.current.processed)
+            return super()._save(trainer, name)
+
+    saved = []
+    data, recorder = Counting(), Recorder()
+    data.train_dataloader = lambda: torch.utils.data.DataLoader(Unknown(), batch_size=4)
+    settings = {**tiny.QUIET, "check_val_every_n_epoch": None, "val_check_interval": 2, "accumulate_grad_batches": 2}
+    settings |= {"max_steps": 9, "log_every_n_steps": 1, "default_root_dir": str(tmp_path)}
+    trainer = pl.Trainer(**settings, callbacks=[recorder, Keeper()], plugins=[AtomicCheckpointIO()])
+    trainer.fit(Constant(net=tiny.net), data)
+    assert recorder.losses == pytest.approx([1.0] * len(recorder.losses)) and len(recorder.losses) > 9
+    assert len(saved) > 3 and set(saved) <= {2, 4, 5}
+
+
+def test_several_processes_divide_custom_data(folder):
+    words = ["--data=my_data.Counting", "--data.length=64"]
+    assert check_fit(words)["trainer"]["use_distributed_sampler"] is True
+    assert check_fit([])["trainer"]["use_distributed_sampler"] is False, "TextDataModule does it itself"
+
+
+def test_custom_data_has_no_invented_throughput():
+    settings = {**tiny.QUIET, "max_steps": 2, "log_every_n_steps": 1, "enable_checkpointing": False}
+    trainer = pl.Trainer(**settings, callbacks=[Throughput()])
+    trainer.fit(LanguageModel(net=tiny.net), Counting())
+    found = {name for name in trainer.callback_metrics if name.startswith("throughput/")}
+    assert found - {"throughput/mfu"} == {"throughput/tokens_per_second"}
+
+
+def test_own_validation_and_a_checkpoint_of_custom_data(folder, capsys):
+    code = """
+from lmlight import LanguageModel
+
+class Own(LanguageModel):
+    def validation_step(self, batch, batch_idx):
+        nats = super().validation_step(batch, batch_idx)
+        self.log("val/loss", nats.mean())
+        return nats
+
+    def on_validation_epoch_end(self):
+        pass
+"""
+    (folder / "own_validation.py").write_text(code)
+    words = ["--trainer.accelerator=cpu", "--trainer.max_steps=2", "--trainer.val_check_interval=2"]
+    words += ["--data=my_data.Counting", "--data.length=64"]
+    assert main(["fit", "--model=own_validation.Own", *words]) == 0
+    assert re.search(r"\d nats per token", capsys.readouterr().out)
+    (checkpoint,) = folder.glob("runs/*/checkpoints/best.ckpt")
+    for words in (
+        ["validate", f"--ckpt_path={checkpoint}"],
+        ["fit", f"--init_from={checkpoint}", *SHORT, "--data.block_size=8"],
+    ):
+        assert "data without a tokenizer: pass its --data" in error_of(capsys, *words)
+
+
+def test_scheduler_that_ends_before_the_run_is_a_one_line_error(folder, capsys):
+    words = ["--model.lr_scheduler=torch.optim.lr_scheduler.OneCycleLR", "--model.lr_scheduler.max_lr=0.01"]
+    words += ["--model.lr_scheduler.total_steps=3", *SHORT, "--trainer.max_steps=4", "--trainer.val_check_interval=4"]
+    assert "model.lr_scheduler failed after step 4" in error_of(capsys, "fit", *words)

@@ -4,8 +4,9 @@ import errno
 import ntpath
 import os
 import shutil
+import stat
 import sys
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from pathlib import Path
 
 import processes
@@ -143,6 +144,25 @@ def test_a_kill_at_any_step_leaves_the_old_folder_or_the_new_one(tmp_path):
             break
     assert found[0]["a"] == "old" and found[-1]["a"] == "new" and len(found) > 6
     assert os.listdir(tmp_path) == ["x"], "the last write deletes temporary files"
+
+
+@pytest.mark.skipif(os.name != "posix", reason="folders cannot be flushed")
+@pytest.mark.parametrize(("code", "fails"), [(errno.EINVAL, False), (errno.EIO, True)])
+def test_a_drive_that_cannot_flush_folders_is_written(tmp_path, monkeypatch, code, fails):
+    fsync = os.fsync
+
+    def fsync_files(descriptor):
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(code, os.strerror(code))
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fsync_files)
+    with (
+        pytest.raises(OSError, match=os.strerror(code)) if fails else nullcontext(),
+        files.whole(tmp_path / "x") as beside,
+    ):
+        beside.write_text("new")
+    assert (tmp_path / "x").read_text() == "new"
 
 
 def test_a_folder_s_files_are_on_the_disk_before_it_takes_its_place(tmp_path, monkeypatch):

@@ -342,6 +342,10 @@ def test_flops_match_torch_flop_counter():
         ({"dropout": 1.0}, "got 1.0"),
         ({"norm_eps": 0.0}, "norm_eps must be above 0, got 0.0"),
         ({"rope_theta": -1.0}, "rope_theta must be above 0, got -1.0"),
+        ({"positions": "rope"}, "positions must be one of rotary, learned, got 'rope'"),
+        ({"norm": "RMSNorm"}, "norm must be one of rmsnorm, layernorm, got 'RMSNorm'"),
+        ({"mlp": "silu"}, "mlp must be one of gelu, relu2, swiglu, got 'silu'"),
+        ({"bias": "QKV"}, "bias must be one of qkv, bool, got 'QKV'"),
     ],
 )
 def test_invalid_options_are_refused(options, says):

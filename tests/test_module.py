@@ -574,3 +574,10 @@ def test_checkpoint_has_the_metrics_of_its_own_weights(data, tmp_path):
     metrics = Model.read(tmp_path / "end.ckpt").metrics
     assert metrics["val/nats_per_char"] == trainer.callback_metrics["val/nats_per_char"].item()
     assert {"val/bpc", "val/perplexity"} < metrics.keys()
+
+
+def test_options_with_unknown_words_are_refused():
+    with pytest.raises(UserError, match="model.matmul_precision must be one of highest, high, medium, got 'low'"):
+        LanguageModel(matmul_precision="low")
+    with pytest.raises(UserError, match="schedule.shape must be one of linear, cosine, decay, constant, got 'cosin'"):
+        Schedule("cosin")

@@ -19,6 +19,7 @@ from optuna.storages.journal import JournalFileOpenLock
 from optuna.trial import TrialState, create_trial
 from scipy import stats
 
+from lmlight import checkpoint
 from lmlight.__main__ import main
 from lmlight.errors import UserError
 from lmlight.sweep import command, report, worker
@@ -473,3 +474,39 @@ def wait_for(condition):
                 return
         time.sleep(0.1)
     raise AssertionError("waited for a minute")
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        (["--trainer.max_time=00:00:01:00"], "trainer.max_time cannot be used in a sweep"),
+        (
+            ["--trainer.max_epochs=1", "--trainer.max_steps=-1"],
+            "trainer.max_epochs 1 may end a run between two validations",
+        ),
+    ],
+)
+def test_runs_whose_results_could_not_be_compared_are_refused(flags, says, capsys):
+    assert main(["sweep", "--vary=model.optimizer.lr=0.1,0.2", *flags]) == 2
+    assert says in capsys.readouterr().err
+
+
+def test_parameters_are_counted_without_buffers_and_a_logger_may_have_a_folder(tmp_path, corpus_file, monkeypatch):
+    code = """
+import torch
+from lmlight import Bigram
+
+class Masked(Bigram):
+    def __init__(self, vocab_size, block_size):
+        super().__init__(vocab_size, block_size)
+        self.register_buffer("mask", torch.ones(block_size, block_size))
+"""
+    (tmp_path / "masked.py").write_text(code)
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")]))
+    words = [word for word in tiny.FLAGS if not word.startswith("--model")] + [f"--data.corpus={corpus_file}"]
+    words += ["--model.net=masked.Masked", "--trainer.max_steps=2", "--trainer.val_check_interval=2"]
+    found = trials.run_fit(tmp_path / "trial", [*words, "--trainer.logger=true"], lambda *_: True)
+    vocab_size = checkpoint.tokenizer_of(
+        checkpoint.read(trials.run_folder(tmp_path / "trial") / trials.LAST)
+    ).vocab_size
+    assert found["parameters"] == vocab_size**2

@@ -21,6 +21,7 @@ from lmlight.data.reading import TextChunk
 from lmlight.data.token_store import TokenArray, TokenStore
 from lmlight.data.token_writer import read_tokenizer, write_store
 from lmlight.data.tokenizer import CharTokenizer, TokenizerConfig
+from lmlight.data.workers import process_pool
 from lmlight.errors import UserError
 
 ABC = CharTokenizer("abc\n")
@@ -310,3 +311,13 @@ def test_pages_that_were_read_are_not_kept_mapped(tmp_path):
     for begin in range(0, len(ids), 2**17):
         ids[begin : begin + 2**17]
         assert resident(tmp_path) == 0
+
+
+def test_windows_gets_no_more_processes_than_it_can_wait_for(monkeypatch):
+    pool = process_pool(2)
+    pool.shutdown()
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "platform", "win32")
+        with pytest.raises(ValueError, match="61"):
+            type(pool)(100)
+        process_pool(100).shutdown()

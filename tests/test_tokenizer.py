@@ -425,9 +425,9 @@ def test_a_lossy_draw_decodes_to_what_its_encode_does(lossy, text):
 
 def test_a_lossy_draw_keeps_unknown_characters_unknown(corpus_text):
     """Stored ids are decoded before they are segmented anew; `decode` writes ⁇ for characters without a piece."""
-    tokenizer = TokenizerConfig("unigram", 200, lossless=False).train(corpus_text)
-    ids = np.array(tokenizer.encode("river漢字stone 漢 morning"))
-    assert tokenizer.unknown_id in ids
+    tokenizer = TokenizerConfig("unigram", 200, lossless=False).train(corpus_text + "\ue000 icon " * 50)
+    ids = np.array(tokenizer.encode("river漢字stone 漢 \ue000 morning"))
+    assert ids.tolist().count(tokenizer.unknown_id) == 2
     sampler = SubwordSampler(tokenizer, SubwordSampling(1e3))
     assert sampler.sample(_decode_chunks(tokenizer, ids), 0, 0).tolist() == ids.tolist()
 
@@ -493,6 +493,7 @@ def test_invalid_alpha_is_refused(alpha):
 def test_a_tokenizer_knows_the_line_endings_of_its_text(kind, newline, corpus_text):
     text = corpus_text.replace("\n", newline) + "\r\n\r\n\n\n\r"  # a few others do not matter
     trained = TokenizerConfig(kind, 400).train(text)
+    assert TokenizerConfig(kind, 400).train(["A title", text]).newline == newline, "not of the first document only"
     for tokenizer in (trained, deserialize(serialize(trained))):
         assert tokenizer.newline == newline
         assert tokenizer.decode(tokenizer.encode(text)) == text

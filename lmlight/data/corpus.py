@@ -95,7 +95,8 @@ def open_files(source: str, files: list[Path], text_format: TextFormat = TextFor
         with ThreadPoolExecutor() as pool:  # hashing releases the GIL
             hashes = list(pool.map(_sha256, files))
     except OSError as error:
-        raise reading.read_error(source, error) from None
+        name = source if len(files) == 1 else f"{source}: {Path(error.filename).name}"
+        raise reading.read_error(name, error) from None
     formats = [reading.file_format(path.name) for path in files]
     has_records = any(suffix in reading.RECORD_SUFFIXES for suffix, _ in formats)
     has_documents = has_records or len(files) > 1 or text_format.separator is not None

@@ -34,7 +34,7 @@ CONNECT_TIMEOUT, READ_TIMEOUT, PIP_TIMEOUT = 3.05, 20, 120
 # Metadata of fsspec's file systems that changes when a file changes.
 VERSION_METADATA = (
     *("size", "sha256", "md5Hash", "Content-MD5", "Digest", "blob_id", "lfs", "generation"),
-    *("ETag", "etag", "mtime", "LastModified", "last_modified", "Last-Modified"),
+    *("ETag", "etag", "mtime", "LastModified", "last_modified", "Last-Modified", "modify", "modificationTime", "sha"),
 )
 
 # A folder with a file of this name is a token store.
@@ -131,7 +131,7 @@ def find_files(source: str, cache: str | None = None) -> list[Path]:
     folder, key = cache_dir(cache) / "downloads", _sha256(source.encode())[:16]
     try:
         filesystem, places = _find(source)
-        infos = [filesystem.info(place) for place in places]
+        infos = [filesystem.info(place) for place in places if "://" in source or len(places) == 1]
     except Exception as error:  # each of fsspec's drivers raises its own
         if "://" not in source:
             raise UserError(
@@ -177,11 +177,14 @@ def store_folder(files: list[Path]) -> Path | None:
 
 
 def _find(source: str) -> tuple[Any, list[str]]:
-    """The filesystem of a source, and its files in order."""
-    filesystem, path = fsspec.core.url_to_fs(source)
+    """The filesystem of a source, and its files in order, without hidden ones unless the pattern names them."""
+    filesystem, path = fsspec.core.url_to_fs(source, **_options(source))
     is_pattern = glob.has_magic(path.partition("?")[0] if path.startswith("http") else path)
     if is_pattern and not filesystem.exists(path):
-        return filesystem, sorted(place for place in filesystem.glob(path) if not filesystem.isdir(place))
+        fixed = re.split(r"[*?[]", path)[0].rpartition("/")[0]
+        found = (place for place in filesystem.glob(path) if not filesystem.isdir(place))
+        hidden = "/." in path.removeprefix(fixed)
+        return filesystem, sorted(place for place in found if hidden or "/." not in place.removeprefix(fixed))
     if is_text_file(urlsplit(path).path) or not filesystem.isdir(path):
         return filesystem, [path]
     inside = [place for place in filesystem.ls(path, detail=False) if not filesystem.isdir(place)]
@@ -189,6 +192,16 @@ def _find(source: str) -> tuple[Any, list[str]]:
         shown = (place for place in filesystem.find(path) if "/." not in place.removeprefix(path.rstrip("/")))
         inside = [place for place in shown if is_text_file(place)]
     return filesystem, sorted(inside)
+
+
+def _options(source: str) -> dict[str, Any]:
+    """Options for fsspec. Over HTTP, a download takes at most five minutes by default."""
+    if not source.startswith(("http://", "https://")):
+        return {}
+    import aiohttp  # takes a tenth of a second
+
+    timeout = aiohttp.ClientTimeout(total=None, sock_connect=READ_TIMEOUT, sock_read=READ_TIMEOUT)
+    return {"client_kwargs": {"timeout": timeout}}
 
 
 def _local_names(places: list[str]) -> list[str]:

@@ -23,7 +23,7 @@ from lmlight.data.reading import TextChunk, TextFormat
 from lmlight.data.token_store import FORMAT_VERSION, TokenStore
 from lmlight.data.token_writer import read_tokenizer, write_store
 from lmlight.data.tokenizer import Tokenizer, TokenizerConfig, check_tokenizer
-from lmlight.errors import UserError
+from lmlight.errors import UserError, check_literals
 from lmlight.user_code import full_name
 
 
@@ -32,7 +32,8 @@ class CorpusSpec:
     """A corpus and how it becomes tokens. The arguments are those of `TextDataModule`.
 
     Raises:
-        UserError: a corpus is an empty string, or neither a string nor a path; `val_fraction` is outside (0, 1).
+        UserError: a corpus is an empty string, or neither a string nor a path; `val_fraction` is outside (0, 1);
+            `validate_on` is another word.
     """
 
     corpus: str
@@ -51,6 +52,7 @@ class CorpusSpec:
                 expected = "a path, a pattern, a URL or the name of a corpus"
                 raise UserError(f"data.{name} must be {expected}, got {given!r}")
             object.__setattr__(self, name, given and os.fspath(given))
+        check_literals(CorpusSpec, vars(self), "data.")
         if not 0 < self.val_fraction < 1:
             raise UserError(f"data.val_fraction must be between 0 and 1, got {self.val_fraction}")
 
@@ -94,7 +96,8 @@ class CorpusSpec:
         if not TokenStore.is_finished(folder):
             texts, cut = self._split(main, val, test)
             tokenizer = pretrained_tokenizer or read_tokenizer(folder) or self._train_tokenizer(main, cut)
-            if main.has_documents and tokenizer.eos_id is None:
+            has_documents = any(corpus.has_documents for corpus in (main, val, test) if corpus)
+            if has_documents and tokenizer.eos_id is None:
                 warnings.warn("this tokenizer has no EOS token: documents follow each other without one", stacklevel=2)
             metadata = {"corpus": self.corpus, "vocab_size": tokenizer.vocab_size, "settings": self.settings()}
             total = sum(corpus.n_chars for corpus in (main, val, test) if corpus)

@@ -2,7 +2,6 @@
 
 import re
 import sys
-import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -16,8 +15,11 @@ MAX_PROMPT_CHARS = 20
 def first_line(text: str) -> str:
     """A prompt: the first words of the first whole line of `text`, without control characters and U+FFFD."""
     lines = [CONTROL_CHARACTERS.sub("", line).replace("\ufffd", "") for line in re.split("[\r\n]", text)]
-    line = next((line for line in lines[1:-1] if line.strip()), lines[0])
-    return textwrap.shorten(line, MAX_PROMPT_CHARS, placeholder="", break_on_hyphens=False) or line[:MAX_PROMPT_CHARS]
+    line = next((line for line in lines[1:-1] if line.strip()), lines[0]).strip()
+    words = re.match(
+        rf".{{1,{MAX_PROMPT_CHARS}}}(?!\S)", line
+    )  # only the text's own white space: others may be unknown
+    return words[0].rstrip() if words else line[:MAX_PROMPT_CHARS]
 
 
 def prompt_batches(prompts: Sequence[str] | str, batch_size: int, rank: int, world_size: int) -> list[list[str]]:

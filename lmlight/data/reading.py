@@ -21,7 +21,7 @@ from typing import IO, Any, Literal, NamedTuple
 
 import fsspec
 
-from lmlight.errors import UserError, missing_extra, reason
+from lmlight.errors import UserError, check_literals, missing_extra, reason
 
 # Bytes read, and characters yielded, at a time.
 CHUNK_SIZE = 2**20
@@ -55,7 +55,7 @@ class TextFormat:
     """How files are read as text. The arguments are those of `TextDataModule`; `encoding` becomes the codec's name.
 
     Raises:
-        UserError: the separator is empty, or the encoding is unknown.
+        UserError: the separator is empty, the encoding is unknown, or `errors` is another word.
     """
 
     field: str = "text"
@@ -64,6 +64,7 @@ class TextFormat:
     encoding: str = "utf-8"
 
     def __post_init__(self) -> None:
+        check_literals(TextFormat, vars(self), "data.")
         if self.separator == "":
             raise UserError("data.separator must have at least one character, or be null; got an empty string")
         try:
@@ -252,9 +253,17 @@ def _read_parquet(path: Path, text_format: TextFormat, name: str) -> Iterator[Te
         with parquet.ParquetFile(path) as file:
             _check_field(file.schema_arrow.names, text_format, name, "its columns")
             batches = file.iter_batches(batch_size=256, columns=[text_format.field])
-            values = chain.from_iterable(batch.column(0).to_pylist() for batch in batches)
-            for row, value in enumerate(values, start=1):
-                yield from _document(value, text_format, name, f"row {row:,}")
+            for row, value in enumerate(chain.from_iterable(batch.column(0) for batch in batches), start=1):
+                try:
+                    text = value.as_py()
+                except UnicodeDecodeError as error:
+                    if text_format.errors == "strict":
+                        raise UserError(
+                            f"corpus '{name}' is not utf-8 (byte 0x{error.object[error.start]:02x} in row {row:,}): pass "
+                            "--data.errors replace to read invalid bytes as U+FFFD"
+                        ) from None
+                    text = error.object.decode("utf-8", "replace")
+                yield from _document(text, text_format, name, f"row {row:,}")
     except (ArrowException, OSError) as error:
         raise UserError(f"corpus '{name}' is not readable as .parquet ({reason(error)}): download it again") from None
 

@@ -27,9 +27,6 @@ from lmlight.errors import UserError
 # Lattices of short words are kept, at most about 15 kB each. In a text without spaces, a word may be a whole line.
 MAX_CACHED_WORDS, MAX_CACHED_LENGTH = 30_000, 32
 
-# Stands for the characters without a piece in a lossy tokenizer's text. From a private use area, so it has no piece itself.
-UNKNOWN = "\ue000"
-
 # Pieces do not cross spaces, so a text is sampled word by word.
 WORD = re.compile(f"{SPACE}?[^{SPACE}]+|{SPACE}")
 
@@ -172,7 +169,9 @@ def _decode_chunks(tokenizer: SentencePieceTokenizer, ids: Tokens) -> Iterator[T
         ends_document = document[-1] == tokenizer.eos_id
         if (document == tokenizer.unknown_id).any():  # which `decode` would write as ⁇
             known = document[:-1] if ends_document else document
-            pieces = (UNKNOWN if index == tokenizer.unknown_id else tokenizer.pieces[index] for index in known)
+            # written as a character that is in no piece either, from a private use area
+            unknown = min(set(map(chr, range(0xE000, 0xF900))).difference(*tokenizer.pieces))
+            pieces = (unknown if index == tokenizer.unknown_id else tokenizer.pieces[index] for index in known)
             yield TextChunk("".join(pieces).replace(SPACE, " "), ends_document)
         else:
             yield TextChunk(tokenizer.decode(document.tolist()), ends_document)

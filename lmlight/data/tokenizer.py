@@ -16,7 +16,7 @@ import importlib
 import json
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any, Literal
@@ -27,7 +27,7 @@ import sentencepiece as spm
 
 from lmlight.data.reading import TextChunk
 from lmlight.data.sentencepiece_training import END_OF_TEXT, SPACE, split_chunks, train_sentencepiece
-from lmlight.errors import UserError
+from lmlight.errors import UserError, check_literals
 from lmlight.user_code import explained, full_name, subclasses
 
 # Could move a terminal's cursor or reorder text: control characters except tab and line feed, line and paragraph
@@ -136,7 +136,7 @@ class TokenizerConfig:
             always the same ones. 10 million take about 20 s and 300 MB.
 
     Raises:
-        UserError: a size is not positive.
+        UserError: `kind` is another word, or a size is not positive.
     """
 
     kind: Literal["unigram", "bpe", "char"] = "unigram"
@@ -145,6 +145,7 @@ class TokenizerConfig:
     sample_chars: int = 10_000_000
 
     def __post_init__(self) -> None:
+        check_literals(TokenizerConfig, vars(self), "tokenizer.")
         for name in ("vocab_size", "sample_chars"):
             if getattr(self, name) < 1:
                 raise UserError(f"tokenizer.{name} must be at least 1, got {getattr(self, name)}")
@@ -160,16 +161,21 @@ class TokenizerConfig:
         Raises:
             UserError: `vocab_size` is too small for the characters of the text, or the text has nothing to train on.
         """
-        chunks = iter([text] if isinstance(text, str) else text)
-        first = next(chunks, "")
-        chunks = chain([first], chunks)
-        is_crlf = 2 * first.count("\r\n") > first.count("\n")
+        crlf = lf = 0
+
+        def counted() -> Iterator[str]:
+            nonlocal crlf, lf
+            for chunk in [text] if isinstance(text, str) else text:
+                crlf += chunk.count("\r\n")
+                lf += chunk.count("\n")
+                yield chunk
+
         if self.kind == "char":
-            characters = sorted(set(chain.from_iterable(chunks)))
-            return CharTokenizer(characters, add_eos, "\r\n" if is_crlf else "\n")
+            characters = sorted(set(chain.from_iterable(counted())))
+            return CharTokenizer(characters, add_eos, "\r\n" if 2 * crlf > lf else "\n")
         share = min(1.0, self.sample_chars / chars) if chars else 1.0
-        model = train_sentencepiece(chunks, self.kind, self.vocab_size, self.lossless, add_eos, share)
-        return SentencePieceTokenizer(model + CRLF_FIELD if self.lossless and is_crlf else model)
+        model = train_sentencepiece(counted(), self.kind, self.vocab_size, self.lossless, add_eos, share)
+        return SentencePieceTokenizer(model + CRLF_FIELD if self.lossless and 2 * crlf > lf else model)
 
 
 def starts_character(byte: int) -> bool:

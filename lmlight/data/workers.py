@@ -18,6 +18,8 @@ def process_pool(processes: int) -> ProcessPoolExecutor:
 
     Except on Linux, processes are spawned and import the main module: a script needs `if __name__ == "__main__"`.
     """
+    if sys.platform == "win32":
+        processes = min(processes, 61)  # the limit of ProcessPoolExecutor there
     context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
     return ProcessPoolExecutor(processes, context, _start)
 

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from lmlight.errors import UserError
+from lmlight.errors import UserError, check_literals
 from lmlight.models.attention import Attention, RMSNorm, apply_dropout
 from lmlight.models.base import Net
 from lmlight.models.kv_cache import Cache, KeyValueCache
@@ -104,7 +104,7 @@ class Transformer(Net):
             backward pass (gradient checkpointing): less memory, a third more time.
 
     Raises:
-        UserError: a value is out of range, or sizes do not match.
+        UserError: a value is out of range or another word, or sizes do not match.
     """
 
     recomputes_blocks = False
@@ -130,6 +130,7 @@ class Transformer(Net):
         rope_theta: float = 10000.0,
     ) -> None:
         super().__init__()
+        check_literals(Transformer.__init__, locals())
         positive: dict[str, float | None] = {"n_layer": n_layer, "n_head": n_head, "n_embd": n_embd}
         positive |= {"n_kv_head": n_kv_head, "head_size": head_size, "intermediate_size": intermediate_size}
         _check(positive | {"norm_eps": norm_eps, "rope_theta": rope_theta}, dropout)

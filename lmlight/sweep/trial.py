@@ -86,16 +86,15 @@ def run_fit(folder: Path, args: Sequence[str], watch: Callable[[int, Validations
     if not (run and rows):
         raise TrialFailed(f"there is no {METRIC} in the run's metrics.csv")
     watch(process.pid, rows)
-    tensors = checkpoint.read(run / LAST)["state_dict"].values() if (run / LAST).is_file() else []
-    parameters = sum({tensor.data_ptr(): tensor.numel() for tensor in tensors}.values()) or None
+    metadata = checkpoint.read(run / LAST)[checkpoint.METADATA_KEY] if (run / LAST).is_file() else {}
     last = rows[-1]
     values = {METRIC: last[METRIC], "characters": last.get("val/characters"), "seconds": last["seconds"]}
-    return {**values, "parameters": parameters}
+    return {**values, "parameters": metadata.get("num_parameters")}
 
 
 def run_folder(folder: Path) -> Path | None:
-    """The folder of a trial's run."""
-    return max((path for path in folder.glob("*") if path.is_dir()), default=None)
+    """The folder of a trial's run, which is named after the time. A logger may have one beside it."""
+    return max((path for path in folder.glob("[0-9]*") if path.is_dir()), default=None)
 
 
 def validations(folder: Path) -> Validations:

@@ -23,6 +23,7 @@ from lightning.fabric.plugins import CheckpointIO
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
@@ -65,20 +66,22 @@ class BestLastCheckpoint(Checkpoint):
     def __init__(self, every_n_steps: int = 0) -> None:
         self.every_n_steps = every_n_steps
         self.best_score: float | None = None
+        self._best_characters: float | None = None  # that were scored
         self.best_model_path = ""
         self.last_model_path = ""
         self._signal = self._agreed = 0  # received by this process; by any
         self._step = self._saved = 0  # before the batch; of the newest checkpoint
-        self._stop_asked = False  # between the micro-batches of a step
+        self._within_step = self._stop_asked = False  # between the micro-batches of a step
         self._handlers: dict[int, Any] = {}
 
     def state_dict(self) -> dict[str, Any]:
-        return {"best_score": self.best_score}
+        return {"best_score": self.best_score, "characters": self._best_characters}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         # not if the run continues in another folder: its best.ckpt stays in the old one
         if (best := self._folder / "best.ckpt").is_file():
             self.best_score, self.best_model_path = state_dict["best_score"], str(best)
+            self._best_characters = state_dict["characters"]
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._folder = Path(trainer.log_dir or trainer.default_root_dir) / checkpoints.FOLDER
@@ -95,17 +98,30 @@ class BestLastCheckpoint(Checkpoint):
                 f"trainer.val_check_interval must be a multiple of trainer.accumulate_grad_batches {accumulate}, got {found}"
             )
 
+    def _check_epoch(self, trainer: Trainer, total_steps: int) -> None:
+        """The same across epochs, if validations count batches across them."""
+        accumulate, batches = trainer.accumulate_grad_batches, trainer.num_training_batches
+        counts = trainer.check_val_every_n_epoch is None and trainer.limit_val_batches and math.isfinite(batches)
+        if counts and batches % accumulate and not 0 < total_steps * accumulate <= batches:
+            raise UserError(
+                f"an epoch has {batches} batches, which is not a multiple of trainer.accumulate_grad_batches {accumulate}: "
+                "change the batch size or trainer.limit_train_batches, or set --trainer.check_val_every_n_epoch 1, because "
+                "validations may not interrupt a step"
+            )
+
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._check_epoch(trainer, getattr(pl_module, "total_steps", 0))
         batches = trainer.val_check_batch  # None if the interval is a duration
         if batches is not None and batches < trainer.num_training_batches:  # a fraction of the epoch
             self._check_interval(trainer, int(batches))
         loop = trainer.fit_loop.epoch_loop
-        # resumed from a validation at the end of an epoch: if this run has none there, Lightning would end the next epoch
-        # at once
-        at_end = loop.restarted_on_last and loop.batch_progress.is_last_batch
-        if at_end and not loop._should_check_val_fx(None):  # type: ignore[arg-type]
-            loop.batch_progress.reset_on_run()
-        self._stop_asked, self._saved = False, trainer.global_step
+        # resumed from a validation, where this run has none because of another interval
+        if loop.restarted_on_last and not loop._should_check_val_fx(None):  # type: ignore[arg-type]
+            # the step of logged values, which Lightning would count after that validation
+            loop.on_load_checkpoint({"_batches_that_stepped": trainer.global_step})
+            if loop.batch_progress.is_last_batch:  # Lightning would end the next epoch at once
+                loop.batch_progress.reset_on_run()
+        self._within_step, self._stop_asked, self._saved = False, False, trainer.global_step
         self._signal = self._agreed = 0  # signals received in an earlier `fit` are forgotten
         if threading.current_thread() is threading.main_thread():  # signal.signal works only there
             for number in (signal.SIGINT, signal.SIGTERM):
@@ -127,7 +143,8 @@ class BestLastCheckpoint(Checkpoint):
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         step = trainer.global_step
-        if step == self._step:  # a request to stop waits for the step's remaining micro-batches
+        self._within_step = step == self._step
+        if self._within_step:  # a request to stop waits for the remaining micro-batches
             self._stop_asked, trainer.should_stop = self._stop_asked or trainer.should_stop, False
             return
         self._stop_asked, trainer.should_stop = False, trainer.should_stop or self._stop_asked
@@ -148,8 +165,15 @@ class BestLastCheckpoint(Checkpoint):
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.state.fn != TrainerFn.FITTING or trainer.sanity_checking:
             return
+        if self._within_step:  # because an epoch of unknown length has ended within one
+            return
         metrics = trainer.callback_metrics
         score = metrics.get("val/nats_per_char", metrics.get("val/loss"))
+        characters = float(metrics.get("val/characters", 0))
+        if self.best_score is not None and characters != self._best_characters:
+            rank_zero_warn("another validation text is scored now: best.ckpt is chosen anew")
+            self.best_score = None
+        self._best_characters = characters
         if score is not None and score.isfinite() and (self.best_score is None or score.item() < self.best_score):
             self.best_score = score.item()
             self.best_model_path = self._save(trainer, "best")

@@ -34,6 +34,7 @@ from lmlight.training.checkpointing import AtomicCheckpointIO, BestLastCheckpoin
 from lmlight.training.datamodule import TextDataModule
 from lmlight.training.module import PYTHON_ONLY, LanguageModel
 from lmlight.training.predictions import WritePredictions
+from lmlight.training.run_checks import check_loggers
 from lmlight.training.run_settings import RUNS, differences, find_source, scores_text_read_by
 from lmlight.training.run_trainer import RunTrainer, SaveConfig, TimeLimit, print_summary, quiet
 from lmlight.user_code import describe, full_name, import_class, user_frame
@@ -46,7 +47,6 @@ TRAINER_DEFAULTS: dict[str, Any] = {
     "log_every_n_steps": 10,
     "gradient_clip_val": 1.0,
     "enable_model_summary": False,
-    "use_distributed_sampler": False,  # the data splits itself among the ranks
     "logger": {"class_path": "lmlight.training.callbacks.RunLogger"},
     "default_root_dir": RUNS,
 }
@@ -150,6 +150,9 @@ class LmlightCLI(LightningCLI):
                 raise UserError(f"{name}.__init__ must take **kwargs and call super().__init__(**kwargs)") from None
         watching = [full_name(kind) for kind in (LearningRateMonitor, *callbacks.DEFAULT)]
         defaults = {**TRAINER_DEFAULTS, "callbacks": [{"class_path": path} for path in watching]}
+        defaults[
+            "use_distributed_sampler"
+        ] = not self.has_text  # TextDataModule divides its windows among the ranks itself
         if self.command != "fit":  # the others print their result or write it to a file
             defaults |= {"logger": False, "callbacks": None, "enable_progress_bar": False}
         parser.set_defaults({f"trainer.{name}": value for name, value in defaults.items()})
@@ -228,6 +231,7 @@ class LmlightCLI(LightningCLI):
         if not isinstance(options["logger"], bool):
             loggers = _as_list(options["logger"])
             options["logger"] = [RunLogger(*where) if isinstance(one, RunLogger) else one for one in loggers]
+            check_loggers(_as_list(self.settings["trainer"]["logger"]))
         given: list[Callback] = _as_list(options["callbacks"])
         if not options["logger"]:  # LearningRateMonitor raises an error if there is no logger
             given = [callback for callback in given if not isinstance(callback, LearningRateMonitor)]

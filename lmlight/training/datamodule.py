@@ -22,7 +22,7 @@ from lmlight.data.subword_regularization import SubwordSampling, resegmented_win
 from lmlight.data.token_store import TokenArray, TokenStore
 from lmlight.data.tokenizer import Tokenizer, TokenizerConfig
 from lmlight.data.windows import TrainBatchSampler, WindowSource, eval_windows, stored_windows, subset_windows
-from lmlight.errors import UserError
+from lmlight.errors import UserError, check_literals
 from lmlight.user_code import explained, import_class, is_class_name
 
 
@@ -86,6 +86,7 @@ class TextDataModule(LightningDataModule):
         seed: int = 1337,
     ) -> None:
         super().__init__()
+        check_literals(TextDataModule.__init__, locals(), "data.")
         minima = {"block_size": 1, "batch_size": 1, "prompt_batch_size": 1, "num_workers": 0}
         for name, minimum in minima.items():
             if (value := locals()[name]) < minimum:

@@ -22,7 +22,7 @@ from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
 from lmlight import checkpoint as checkpoints
 from lmlight.data.loader import Batch, as_batch
-from lmlight.errors import UserError
+from lmlight.errors import UserError, check_literals, reason
 from lmlight.generation import Sampling
 from lmlight.models import Net, Transformer, architecture_kwargs
 from lmlight.models.check import MAX_TOKENS, check_loss, check_net
@@ -91,6 +91,7 @@ class LanguageModel(TextModel):
         init_from: dict[str, Any] | None = None,
         settings: dict[str, Any] | None = None,
     ) -> None:
+        check_literals(LanguageModel.__init__, locals(), "model.")
         super().__init__(sampling)
         self.seed, self.matmul_precision = seed, matmul_precision
         self.compile_net, self.gradient_checkpointing = compile_net, gradient_checkpointing
@@ -178,10 +179,10 @@ class LanguageModel(TextModel):
         if (longer := getattr(data, "block_size", 0)) > block_size:
             raise UserError(f"data.block_size {longer} is longer than the {block_size} tokens of this model: lower it")
         if isinstance(data, TextDataModule):
-            if data.tokenizer is not None and data.tokenizer.fingerprint != self._tokenizer().fingerprint:
-                raise UserError(
-                    "the datamodule and the model use different tokenizers: set datamodule.tokenizer = model.tokenizer"
-                )
+            if self.tokenizer is None:
+                raise UserError("the model was trained on data without a tokenizer: pass its --data my.module.MyData")
+            if data.tokenizer is not None and data.tokenizer.fingerprint != self.tokenizer.fingerprint:
+                raise UserError("the data module has another tokenizer: set datamodule.tokenizer = model.tokenizer")
         elif stage == "fit":
             rank_zero_warn(
                 f"{type(data).__name__} is not a TextDataModule: a resumed run may see different batches, and losses are "
@@ -221,6 +222,7 @@ class LanguageModel(TextModel):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def on_train_start(self) -> None:
+        self.step_loss, self.step_is_logged = torch.zeros((), device=self.device), False
         if self._make_scheduler is None:
             self.schedule.check_end(self.total_steps)
         if self._resumed_hyperparameters:
@@ -229,6 +231,12 @@ class LanguageModel(TextModel):
             if self._make_scheduler is None:  # the number of steps may have changed since
                 for group, rate in zip(scheduler.optimizer.param_groups, scheduler.base_lrs):
                     group["lr"] = rate * self.schedule.factor(self.global_step, self.total_steps)
+
+    def lr_scheduler_step(self, scheduler: Any, metric: Any) -> None:
+        try:
+            super().lr_scheduler_step(scheduler, metric)
+        except ValueError as error:  # of OneCycleLR, after its last step
+            raise UserError(f"model.lr_scheduler failed after step {self.global_step}: {reason(error)}") from error
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> int | None:
         micro_batch = batch_idx % self.trainer.accumulate_grad_batches
@@ -258,7 +266,8 @@ class LanguageModel(TextModel):
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         loss = self.training_loss(as_batch(batch))
         check_loss(loss, f"{type(self).__name__}.training_loss")
-        self.step_loss += loss.detach() / self.trainer.accumulate_grad_batches
+        micro_batches = 1 + batch_idx % self.trainer.accumulate_grad_batches
+        self.step_loss += (loss.detach() - self.step_loss) / micro_batches  # the mean so far: an epoch may end here
         return loss
 
     def configure_gradient_clipping(

@@ -1,9 +1,13 @@
 """Checks before a run prepares data or writes anything."""
 
+from collections.abc import Sequence
+from typing import Any
+
 from lightning.pytorch import Callback, Trainer, callbacks
 
 from lmlight.errors import UserError
 from lmlight.optim import Schedule
+from lmlight.training.run_settings import RUNS
 
 UNSUPPORTED: dict[type[Callback], str] = {
     callbacks.BaseFinetuning: "it freezes modules before the network is built; override LanguageModel.configure_model",
@@ -28,3 +32,14 @@ def check_run(trainer: Trainer, schedule: Schedule | None) -> None:
         raise UserError(f"trainer.check_val_every_n_epoch must be at least 1, got {epochs}")
     if schedule and trainer.max_steps < 0 and (trainer.max_epochs is None or trainer.max_epochs < 0):
         schedule.check_end(0)
+
+
+def check_loggers(loggers: Sequence[Any]) -> None:
+    """Refuse arguments of `RunLogger`, given as settings, because the command line chooses them."""
+    for settings in (one for one in loggers if isinstance(one, dict) and one["class_path"].endswith(".RunLogger")):
+        for name, value in settings.get("init_args", {}).items():
+            if value not in (None, RUNS):
+                raise UserError(
+                    f"--trainer.logger.{name} cannot be set, because lmlight names the folders of runs: leave it out, or "
+                    "pass --trainer.default_root_dir"
+                )

@@ -147,9 +147,9 @@ def print_summary(
     path = files.shown(keeper.best_model_path)
     best = checkpoints.read(path)
     print(f"\nBest checkpoint: {path} (step {best['global_step']})")
-    metrics = best[checkpoints.METADATA_KEY]["metrics"]
+    metrics = best[checkpoints.METADATA_KEY].get("metrics", {})
     name, unit = ("val/nats_per_char", "character") if "val/nats_per_char" in metrics else ("val/loss", "token")
-    nats = metrics[name]
+    nats = metrics.get(name, keeper.best_score)  # without metrics if a subclass has its own validation
     text = "tuning" if model.settings.get("data", {}).get("validate_on") == "tune" else "validation"
     print(f"  {nats:.4f} nats per {unit}, {nats / math.log(2):.4f} bits per {unit} on the {text} text")
     final = trainer.callback_metrics.get(name)

@@ -186,7 +186,9 @@ class TextModel(LightningModule):
     def _tokenizer(self) -> Tokenizer:
         if self.tokenizer is None:
             self._net()  # before training, the network is missing too, and this raises first
-            raise UserError("this model has no tokenizer, as the data of its run had none: pass token ids to generate")
+            raise UserError(
+                "this model has no tokenizer, as the data of its run had none: pass token ids to generate, in Python"
+            )
         return self.tokenizer
 
     def _net(self) -> Net:

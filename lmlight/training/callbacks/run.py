@@ -138,6 +138,10 @@ class LearningCurve(Callback):
             row["characters"] = data.characters_seen(trainer.global_step)
         sections = ("train/", "val/", "train_subset/", "gap/")
         row |= {k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith(sections)}
+        every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]  # set outside __init__
+        previous = self._rows[-1]["step"] if self._rows else 0.0
+        if every and row["step"] // every == previous // every:
+            row.pop("train/loss", None)  # of an earlier row, and missing in a run that was resumed since
         self._rows.append(row)
         if self._folder is None:
             return

@@ -25,7 +25,7 @@ class Throughput(FitCallback):
     - `throughput/tokens_per_second` and `characters_per_second`, over all devices;
     - `throughput/mfu`: model FLOP/s (`Net.flops_per_token`, times three for training) as a share of the devices' peak, for
       GPUs whose peak Lightning knows;
-    - `throughput/waiting_for_data`: share of the time spent waiting for the next batch;
+    - `throughput/waiting_for_data`: with `TextDataModule`, share of the time spent waiting for the next batch;
     - `throughput/memory_gib`: the run's peak on CUDA, the driver's current memory on MPS.
     """
 
@@ -66,11 +66,11 @@ class Throughput(FitCallback):
         seconds = time.perf_counter() - self._began
         tokens_per_second = trainer.world_size * self._tokens / seconds
         device = trainer.strategy.root_device
-        metrics = {
-            "tokens_per_second": tokens_per_second,
-            "characters_per_second": trainer.world_size * characters / seconds,
-            "waiting_for_data": (getattr(trainer.train_dataloader, "data_wait_seconds", 0.0) - self._waited) / seconds,
-        }
+        metrics = {"tokens_per_second": tokens_per_second}
+        if characters:  # not counted by every data module
+            metrics["characters_per_second"] = trainer.world_size * characters / seconds
+        if (waited := getattr(trainer.train_dataloader, "data_wait_seconds", None)) is not None:
+            metrics["waiting_for_data"] = (waited - self._waited) / seconds
         if device.type == "cuda":
             metrics["memory_gib"] = torch.cuda.max_memory_allocated(device) / 2**30
         elif device.type == "mps":
