@@ -105,7 +105,7 @@ def learning_curves(runs: Mapping[str, Sequence[Mapping[str, float]]], x: str = 
     unit = "character" if any("val/nats_per_char" in row for rows in runs.values() for row in rows) else "token"
     loss = "val/nats_per_char" if unit == "character" else "val/loss"
     for number, (name, rows) in enumerate(runs.items()):
-        for column, style, label in ((loss, ".-", name), ("train_subset/nats_per_char", ".--", None)):
+        for column, style, label in ((loss, ".-", _label(name, 200)), ("train_subset/nats_per_char", ".--", None)):
             points = [(row[x], row[column]) for row in rows if math.isfinite(row.get(column, math.nan))]
             if points:
                 axes.plot(*zip(*points), style, color=f"C{number}", label=label)
@@ -160,5 +160,6 @@ def mean_curves(settings: Sequence[tuple[str, Sequence[Sequence[Mapping[str, flo
     return figure
 
 
-def _label(name: str) -> str:
-    return visible(name or "all runs", 60).replace(SYMBOLS[" "], " ")
+def _label(name: str, max_length: int = 60) -> str:
+    label = visible(name or "all runs", max_length).replace(SYMBOLS[" "], " ")
+    return f"\u200b{label}" if label.startswith("_") else label  # Matplotlib hides labels that start with _

@@ -1,5 +1,7 @@
 """`lmlight cache` lists cached data and deletes nothing else."""
 
+import os
+
 import processes
 import pytest
 
@@ -64,3 +66,14 @@ def test_cache_command_does_not_import_torch(filled):
     )
     out, _ = processes.run_afresh(code=code)
     assert "tokens/abc" in out
+
+
+@pytest.mark.skipif(os.name == "nt", reason="symbolic links need a privilege")
+def test_links_are_listed_and_cleared(filled, tmp_path, capsys):
+    (tmp_path / "own").mkdir()
+    (filled / "tokens" / "link").symlink_to(tmp_path / "own")
+    (filled / "tokens" / "broken").symlink_to("nowhere")
+    assert main(["cache"]) == 0
+    assert main(["cache", "--clear", "tokens/link", "tokens/broken", "tokens/link"]) == 0
+    assert "Deleted 2 of 5 entries" in capsys.readouterr().out
+    assert (tmp_path / "own").is_dir() and not (filled / "tokens" / "broken").is_symlink()

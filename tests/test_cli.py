@@ -246,6 +246,13 @@ def crlf(tmp_path):
     return tmp_path / "crlf.ckpt"
 
 
+def test_chat_goes_on_after_the_largest_seed(crlf, monkeypatch, capsys):
+    lines = iter([f"/seed {2**64 - 1}", "a", "a", "/quit"])
+    monkeypatch.setattr("builtins.input", lambda prompt: next(lines))
+    chat.main([str(crlf), "--device=cpu"])
+    assert "seed" not in capsys.readouterr().out
+
+
 def test_chat_prints_crlf_as_line_breaks(crlf, monkeypatch, capsys):
     lines = iter(["a", "a\\n", "/quit"])
     monkeypatch.setattr("builtins.input", lambda prompt: next(lines))

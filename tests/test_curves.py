@@ -83,3 +83,17 @@ def test_error_is_one_line(runs, arguments, message, capsys):
     *skipped, error = err.splitlines()
     assert out == "" and all(line.startswith("lmlight: skipped: ") for line in skipped)
     assert error.startswith("lmlight: error: ") and message in error
+
+
+def test_runs_with_unusual_names_and_a_figure_without_suffix(tmp_path, capsys, recwarn):
+    for name in ("_run", "a$x^$b"):
+        add_run(tmp_path / name, TABLE)
+    assert main(["curves", "_run", "a$x^$b", "--output=figure"]) == 0
+    assert capsys.readouterr().out.endswith("Figure: figure.png\n") and (tmp_path / "figure.png").exists()
+    assert not [one for one in recwarn if "legend" in str(one.message)]
+
+
+def test_rows_without_characters_do_not_warn(tmp_path, capsys):
+    add_run(tmp_path / "one", "step,val/nats_per_char,val/characters\n1,2.5,\n2,2.4,\n3,2.3,700\n")
+    assert main(["curves", "one"]) == 0
+    assert not capsys.readouterr().err

@@ -82,13 +82,38 @@ def test_each_byte_level_bpe_matches_in_llama_cpp(kind, tmp_path, corpus_text):
             assert engine.ids(text) == tokenizer.encode(text), text
 
 
-def test_unknown_pre_tokenizer_is_refused(tmp_path, corpus_text, capsys):
+def test_a_byte_level_bpe_without_eos_ends_no_text(tmp_path, corpus_text):
+    """llama.cpp's default is id 11, which the network predicts here."""
     content = json.loads(byte_level_bpe(corpus_text).to_str())
-    content["pre_tokenizer"]["add_prefix_space"] = True
+    for token in content["added_tokens"]:
+        content["model"]["vocab"].pop(token["content"])
+    content["added_tokens"] = []
+    content["model"]["vocab"] = {piece: at for at, piece in enumerate(content["model"]["vocab"])}
+    del content["pre_tokenizer"]["use_regex"]  # as in files of old versions
+    tokenizer = HFTokenizer(json.dumps(content).encode())
+    assert tokenizer.eos_id is None
+    net = make(tokenizer, OPTIONS["llama"], BLOCK)
+    ids, sampling = tokenizer.encode(corpus_text)[:8], Sampling(max_new_tokens=24, temperature=0)
+    likely = generate(net, torch.tensor([ids]), sampling)[0, 12].item()
+    for weight in (net.embedding.weight, net.head.weight):  # exchange the ids
+        weight.data[[11, likely]] = weight.data[[likely, 11]]
+    ids = [{11: likely, likely: 11}.get(index, index) for index in ids]
+    written = generate(net, torch.tensor([ids]), sampling)[0].tolist()
+    assert written[12] == 11
+    assert main(["export", "gguf", save(tmp_path / "x.ckpt", net, tokenizer), "x.gguf"]) == 0
+    assert Engine(tmp_path / "x.gguf").greedy(ids, 24) == written[8:]
+
+
+@pytest.mark.parametrize(
+    "change", [{"pre_tokenizer": {"add_prefix_space": True}}, {"normalizer": {"type": "Lowercase"}}]
+)
+def test_unknown_pre_tokenizer_is_refused(tmp_path, corpus_text, capsys, change):
+    content = json.loads(byte_level_bpe(corpus_text).to_str())
+    content |= {name: {**(content[name] or {}), **value} for name, value in change.items()}
     tokenizer = HFTokenizer(json.dumps(content).encode())
     checkpoint = save(tmp_path / "x.ckpt", make(tokenizer, OPTIONS["llama"], BLOCK), tokenizer)
     assert main(["export", "gguf", checkpoint, "x.gguf"]) == 2
-    assert "has another one: export to hf or onnx" in capsys.readouterr().err
+    assert "has another one, or a normalizer: export to hf or onnx" in capsys.readouterr().err
     assert not (tmp_path / "x.gguf").exists()
 
 

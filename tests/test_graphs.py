@@ -7,10 +7,11 @@ import numpy as np
 import processes
 import pytest
 import torch
-from exporting import documented, make, save, shipped, shrunk
+from exporting import byte_level_bpe, documented, make, save, shipped, shrunk
 
 from lmlight import checkpoint
 from lmlight.__main__ import main
+from lmlight.data.hf_tokenizer import HFTokenizer
 from lmlight.data.tokenizer import CharTokenizer, TokenizerConfig
 from lmlight.export import graph
 from lmlight.export.graph import metadata
@@ -193,6 +194,31 @@ def test_metadata(tokenizer):
     about = metadata(Model(build("gpt2", tokenizer), tokenizer, {}, {}, {}, 0))
     names = "bos_id", "eos_id", "supports_sliding_window"
     assert [json.loads(about[name]) for name in names] == [*tokenizer.encode("\n"), None, False]
+
+
+def test_the_tokenizer_of_a_graph_encodes_as_lmlight_does(corpus_text):
+    """Without what a tokenizer.json adds, cuts off and pads; literal added tokens stay."""
+    tokenizers = pytest.importorskip("tokenizers", reason="needs the extra `hf`")
+    content = json.loads(byte_level_bpe(corpus_text).to_str())
+    content["added_tokens"].append({**content["added_tokens"][0], "id": len(content["model"]["vocab"])})
+    content["added_tokens"][-1] |= {"content": "    ", "special": False}
+    start = {"<|endoftext|>": {"id": "<|endoftext|>", "ids": [0], "tokens": ["<|endoftext|>"]}}
+    single = [{"SpecialToken": {"id": "<|endoftext|>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}]
+    content["post_processor"] = {
+        "type": "TemplateProcessing",
+        "single": single,
+        "pair": single,
+        "special_tokens": start,
+    }
+    content["truncation"] = {"direction": "Right", "max_length": 8, "strategy": "LongestFirst", "stride": 0}
+    content["padding"] = {"strategy": {"Fixed": 24}, "direction": "Right", "pad_to_multiple_of": None, "pad_id": 0}
+    content["padding"] |= {"pad_type_id": 0, "pad_token": "<|endoftext|>"}
+    tokenizer = HFTokenizer(json.dumps(content).encode())
+    about = metadata(Model(Bigram(tokenizer.vocab_size, BLOCK), tokenizer, {}, {}, {}, 0))
+    theirs = tokenizers.Tokenizer.from_str(about["tokenizer.json"])
+    text = "MIRA:\n    the    river flows, <|endoftext|> and flows"
+    assert theirs.encode(text).ids == tokenizer.encode(text)
+    assert theirs.decode(tokenizer.encode(text)) == text
 
 
 class Loop(Bigram):

@@ -20,7 +20,7 @@ from lmlight.export import hf
 from lmlight.export.architectures import match_architecture
 from lmlight.export.model import Model
 from lmlight.generation import Sampling, generate
-from lmlight.models import Bigram
+from lmlight.models import Bigram, Transformer
 
 transformers = pytest.importorskip("transformers", reason="needs the extra `engines`")
 pytestmark = pytest.mark.filterwarnings("ignore:vocab_size")
@@ -189,6 +189,10 @@ def test_model_card_and_files(tokenizers, tmp_path):
     settings = {"data": {"corpus": "train.txt", "val_corpus": r"C:\Users\somebody\val.txt"}}
     model = Model(make(tokenizers["char"], {}), tokenizers["char"], {}, settings, {"val/nats_per_char": 1.5}, 9)
     assert "On a separate text, val.txt:" in hf.model_card(model, "mit")
+    for url, name in {"https://u:pw@host/a/my.txt?token=pw": "my.txt", "https://u:pw@host/": "an unknown text"}.items():
+        model = dataclasses.replace(model, settings={"data": {"corpus": url}})
+        assert name in (card := hf.model_card(model, "mit")) and "pw" not in card
+    assert "max_new_tokens" not in hf.generation_config_json(dataclasses.replace(model, sampling={"max_new_tokens": 0}))
     model = dataclasses.replace(model, settings={"data": {"corpus": "tinyshakespeare", "validate_on": "tune"}})
     assert "On a part of the text that was set aside for tuning:" in (card := hf.model_card(model, "mit"))
     assert '(".")("ROMEO:")' in card.replace('"text-generation", ', "")
@@ -198,11 +202,17 @@ def test_model_card_and_files(tokenizers, tmp_path):
     assert "ROMEO" not in imported
 
 
+class Capped(Transformer):
+    def forward(self, idx, cache=None):
+        return super().forward(idx, cache).tanh()
+
+
 def test_failed_export_is_a_one_line_error_and_leaves_no_files(tokenizers, tmp_path, capsys, corpus_text):
     lossy = TokenizerConfig("unigram", 200, lossless=False).train(corpus_text)
     unigram = tokenizers["unigram"]
     cases = {
         "a Bigram cannot be exported": save(tmp_path / "1.ckpt", Bigram(unigram.vocab_size, 8), unigram),
+        "a Capped cannot be exported": save(tmp_path / "4.ckpt", Capped(unigram.vocab_size, 8, n_layer=1), unigram),
         "--model.net.mlp=relu2": save(tmp_path / "2.ckpt", make(unigram, {"mlp": "gelu"}), unigram),
         "tokenizer is lossy": save(tmp_path / "3.ckpt", make(lossy, {}), lossy),
         "no checkpoint at": "nowhere.ckpt",
@@ -228,7 +238,19 @@ def test_existing_files_are_replaced_only_with_force(tokenizers, tmp_path, capsy
     assert "contains 'thesis.tex', which is not part of an export" in capsys.readouterr().err
     assert (tmp_path / "out" / "thesis.tex").exists()
     assert main(["export", "hf", path, "x.ckpt", "--force"]) == 2
+    assert main(["export", "onnx", path, "./x.ckpt", "--force"]) == 2
+    assert "is the checkpoint itself" in capsys.readouterr().err
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["out", "x.ckpt"]
+
+
+def test_the_current_folder_is_no_target(tokenizers, tmp_path, monkeypatch, capsys):
+    path = save(tmp_path / "x.ckpt", make(tokenizers["char"], {}), tokenizers["char"])
+    (tmp_path / "out" / "in").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "out" / "in")
+    for target in (".", ".."):
+        assert main(["export", "hf", path, target]) == 2
+        assert "is the current folder or contains it" in capsys.readouterr().err
+    assert list((tmp_path / "out" / "in").iterdir()) == []
 
 
 def test_qwen2_needs_a_tokenizer_that_splits_as_its_own(tokenizers, tmp_path, capsys):

@@ -11,7 +11,7 @@ from exporting import OPTIONS, UNUSUAL, VOCAB, byte_level_bpe, make, save
 
 from lmlight import checkpoint
 from lmlight.__main__ import main
-from lmlight.data.tokenizer import TokenizerConfig
+from lmlight.data.tokenizer import CharTokenizer, TokenizerConfig
 from lmlight.export.model import Model
 from lmlight.generation import Sampling, generate
 from lmlight.training import cli
@@ -328,3 +328,15 @@ def test_existing_checkpoint_is_replaced_only_with_force(foreign, tmp_path, caps
     assert (tmp_path / "x.ckpt").read_text() == "precious"
     assert main(["import", "hf", "theirs", "x.ckpt", "--force"]) == 0
     assert Model.read(tmp_path / "x.ckpt").step == 0
+
+
+@pytest.mark.parametrize("add_eos", [False, True])
+def test_a_character_model_travels_back(add_eos, tmp_path, corpus_text):
+    tokenizer = CharTokenizer(sorted(set(corpus_text)), add_eos)
+    net = make(tokenizer, {})
+    assert main(["export", "hf", save(tmp_path / "x.ckpt", net, tokenizer), "out"]) == 0
+    assert main(["import", "hf", "out", "back.ckpt"]) == 0
+    content = checkpoint.read(tmp_path / "back.ckpt")
+    back = checkpoint.tokenizer_of(content)
+    assert (back.encode(corpus_text), back.eos_id) == (tokenizer.encode(corpus_text), tokenizer.eos_id)
+    assert all(torch.equal(content["state_dict"][f"net.{name}"], value) for name, value in net.state_dict().items())

@@ -418,6 +418,23 @@ def test_line_endings_are_those_of_the_training_text(corpus_text, opened, browse
     ours = "".join(piece for _, piece in generate_text(net, [stream], sampling))
     assert generated(browser, prompt, temperature=0, tokens=10) == ours.replace("\r\n", "\n").rstrip("\ufffd")
     assert len(chips(browser)) == len(stream.ids) + len(stream.tokens)
+    ids = tokenizer.encode(text := "MIRA: the\r\nriver\r\nflows")
+    assert typed(browser, text.replace("\r\n", "\n")) == "Ready."
+    nats = -logits_of(net, ids)[:-1].log_softmax(-1).gather(1, torch.tensor(ids[1:])[:, None])
+    check_total(browser, tokenizer, text, nats)
+
+
+def test_a_line_break_in_the_last_fifth_ends_the_text(opened, browser):
+    tokenizer = CharTokenizer("abcdef\n")
+    net = Bigram(tokenizer.vocab_size, BLOCK)
+    net.table.weight.data = 9 * torch.eye(7).roll(1, 1)  # the letters in order, and again
+    opened("lines", net, tokenizer, end_at_line=True)
+    for tokens in (10, 30, 40, 41, 42):
+        (stream,) = start_streams(
+            tokenizer, ["ab"], sampling := Sampling(max_new_tokens=tokens, temperature=0, end_at_line=True)
+        )
+        ours = "".join(piece for _, piece in generate_text(net, [stream], sampling))
+        assert generated(browser, "ab", temperature=0, tokens=tokens) == ours
 
 
 def test_stop_keeps_what_is_written(tokenizers, opened, browser):

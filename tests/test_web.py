@@ -77,6 +77,15 @@ def test_export_writes_a_whole_page(libraries, checkpoint, capsys):
     assert "contains 'mine.html'" in capsys.readouterr().err
 
 
+def test_own_files_in_the_folders_of_a_page_stay(libraries, checkpoint, tmp_path, capsys):
+    for folder in ("notebooks", "engine"):
+        (tmp_path / folder / folder).mkdir(parents=True)
+        (tmp_path / folder / folder / "mine.ipynb").write_text("precious")
+        assert main(["export", "web", checkpoint, folder, "--force"]) == 2
+        assert f"contains '{folder}/mine.ipynb', which is not part of an export" in capsys.readouterr().err
+        assert (tmp_path / folder / folder / "mine.ipynb").exists()
+
+
 def test_large_model_gets_the_engine_with_webgpu(libraries, checkpoint, monkeypatch):
     monkeypatch.setattr(web, "WEBGPU_FROM", 1)
     assert main(["export", "web", checkpoint, "site"]) == 0

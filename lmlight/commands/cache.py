@@ -25,17 +25,17 @@ def main(args: Sequence[str]) -> None:
     found = entries(folder)
     if options.clear is None:
         for name, size in found.items():
-            day = time.strftime("%Y-%m-%d", time.localtime((folder / name).stat().st_mtime))
+            day = time.strftime("%Y-%m-%d", time.localtime((folder / name).lstat().st_mtime))
             print(f"{_megabytes(size)}  {day}  {name:<32} {_about(folder / name)}".rstrip())
         print(f"{_megabytes(sum(found.values()))}  in all, in {folder}")
         return
     if missing := [name for name in options.clear if name not in found]:
         raise UserError(f"nothing in the cache is called '{missing[0]}': `lmlight cache` lists what there is")
-    chosen = options.clear or list(found)
+    chosen = list(dict.fromkeys(options.clear or found))
     for name in chosen:
         path = folder / name
         try:
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
+            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
         except OSError as error:
             raise UserError(f"'{path}' cannot be deleted ({reason(error)}): check its permissions") from None
     print(f"Deleted {len(chosen)} of {len(found)} entries in {folder}")

@@ -71,7 +71,7 @@ def main(args: Sequence[str]) -> None:
         except KeyboardInterrupt:
             pass  # stops this text only
         print("\n")
-        sampling = replace(sampling, seed=sampling.seed + 1)  # the same line again gives another text
+        sampling = replace(sampling, seed=(sampling.seed + 1) % 2**64)  # the same line again gives another text
 
 
 def _changed(sampling: Sampling, line: str) -> Sampling:

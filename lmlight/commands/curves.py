@@ -17,6 +17,7 @@ def main(args: Sequence[str]) -> None:
     parser.add_argument("--x", choices=("step", "characters", "seconds"), default="step", help="the horizontal axis")
     parser.add_argument("--output", type=Path, default=Path("curves.png"), help="the figure: .png, .svg or .pdf")
     options = parser.parse_args(args)
+    output = options.output if options.output.suffix else options.output.with_suffix(".png")
     runs = {}
     # the Windows shell does not expand patterns, and Path.glob takes no absolute ones
     for name in (found for pattern in options.runs for found in sorted(glob(pattern)) or [pattern]):  # noqa: PTH207
@@ -29,17 +30,18 @@ def main(args: Sequence[str]) -> None:
     from lmlight import pictures  # Matplotlib takes a third of a second to import
 
     try:
-        pictures.learning_curves(runs, options.x).savefig(options.output)
+        pictures.learning_curves(runs, options.x).savefig(output)
     except (OSError, ValueError) as error:
-        raise UserError(f"'{options.output}' cannot be written ({reason(error)}): pass another --output") from None
+        raise UserError(f"'{output}' cannot be written ({reason(error)}): pass another --output") from None
     for name, rows in runs.items():
         losses = [row["val/nats_per_char"] for row in rows]
         print(
             f"{name}: last {losses[-1]:.4f}, best {min(losses):.4f} nats per character; {counted(len(rows), 'validation')}"
         )
-    if len({row["val/characters"] for rows in runs.values() for row in rows if "val/characters" in row}) > 1:
+    counts = {row.get("val/characters", math.nan) for rows in runs.values() for row in rows}
+    if len(set(filter(math.isfinite, counts))) > 1:
         say(UserError("these runs are scored on different texts, so their losses are not comparable"), "warning")
-    print(f"Figure: {options.output}")
+    print(f"Figure: {output}")
 
 
 def read(run: Path, x: str) -> list[dict[str, float]]:

@@ -70,8 +70,11 @@ def match_architecture(net: Net) -> Architecture:
     Raises:
         UserError: there is none; the message names the nearest one and the options that differ.
     """
-    if not isinstance(net, Transformer):
-        raise UserError(f"a {type(net).__name__} cannot be exported to this format: pass a Transformer")
+    if type(net) is not Transformer:  # a subclass may compute something else
+        raise UserError(
+            f"a {type(net).__name__} cannot be exported to this format, which is for Transformer only: export to onnx or "
+            "torch"
+        )
     n_head, width = net.config["n_head"], net.config["n_embd"]
     options = net.config | {"n_kv_head": None if net.n_kv_head == n_head else net.n_kv_head}
     options["head_size"] = None if net.head_size * n_head == width else net.head_size

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,7 +20,7 @@ class Format(NamedTuple):
     target: str
     description: str
     write: Callable[..., None]  # of the model, the path and the format's options
-    files: Collection[str] | None = None  # the files of a folder
+    files: Collection[str] | None = None  # patterns of the files of a folder
 
 
 FORMATS = {
@@ -49,6 +50,8 @@ def export(args: Sequence[str]) -> None:
             subparser.add_argument("--license", default="unknown", help=help_)
     options = parser.parse_args(args)
     source, chosen = checkpoints.find(options.checkpoint, options.runs, "best"), FORMATS[options.format]
+    if options.force and options.target.expanduser().resolve() == source.resolve():
+        raise UserError(f"'{options.target}' is the checkpoint itself: pass another path")
     with _new(options.target, options.force, chosen.files) as path:
         trusted, _ = checkpoints.import_classes(options.net, options.tokenizer)
         own = {name: value for name, value in vars(options).items() if name in ("precision", "license")}
@@ -76,6 +79,10 @@ def import_(args: Sequence[str]) -> None:
     print(f"Finetune: {program()} {join(['fit', *flags])}")
 
 
+def _matches(name: str, pattern: str) -> bool:
+    return fnmatchcase(name, pattern) and name.count("/") == pattern.count("/")
+
+
 @contextmanager
 def _new(path: Path, force: bool, known: Collection[str] | None = None) -> Iterator[Path]:
     """Yields a temporary path, which becomes `path` when the block ends without an exception.
@@ -86,8 +93,11 @@ def _new(path: Path, force: bool, known: Collection[str] | None = None) -> Itera
     try:
         if path.exists() and path.is_dir() == (known is None):
             raise UserError(f"'{path}' is a {'folder' if path.is_dir() else 'file'}: pass another path")
-        inside = {entry.name for entry in path.iterdir()} if path.is_dir() else set()
-        if unknown := inside.difference(known or ()):
+        if known is not None and path in (Path.cwd(), *Path.cwd().parents):
+            raise UserError(f"'{path}' is the current folder or contains it: pass a new folder")
+        entries = (entry for entry in path.rglob("*") if not entry.is_dir()) if path.is_dir() else ()
+        inside = {entry.relative_to(path).as_posix() for entry in entries}
+        if unknown := [name for name in inside if not any(_matches(name, pattern) for pattern in known or ())]:
             raise UserError(
                 f"folder '{path}' contains '{min(unknown)}', which is not part of an export: pass another folder"
             )

@@ -108,21 +108,25 @@ def _add_byte_level_bpe(writer: Any, tokenizer: HFTokenizer) -> None:
     if name is None:
         raise UserError(
             "GGUF export supports the pre-tokenizers of GPT-2, SmolLM2, Qwen2 and Llama 3, but this checkpoint's "
-            "tokenizer.json has another one: export to hf or onnx"
+            "tokenizer.json has another one, or a normalizer: export to hf or onnx"
         )
     pieces = {index: (f"<unused {index}>", UNUSED) for index in range(tokenizer.vocab_size)}
     pieces |= {index: (text, NORMAL) for text, index in model["vocab"].items()}
     for token in tokenizer.content.get("added_tokens", []):
         pieces[token["id"]] = token["content"], CONTROL if token["special"] else USER_DEFINED
+    # by default, llama.cpp ends a text at id 11, an ordinary token; byte 0xFF is in no text
+    never = next((index for index, (_, kind) in pieces.items() if kind in (CONTROL, UNUSED)), model["vocab"].get("ÿ"))
+    end = never if tokenizer.eos_id is None else tokenizer.eos_id
+    if end is None:
+        raise UserError("GGUF export needs a tokenizer with an EOS token: export to hf or onnx")
     texts, types = map(list, zip(*pieces.values()))
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre(name)
     writer.add_token_list(texts)
     writer.add_token_types(types)
     writer.add_token_merges([merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]])
-    if tokenizer.eos_id is not None:
-        writer.add_bos_token_id(tokenizer.eos_id)
-        writer.add_eos_token_id(tokenizer.eos_id)
+    writer.add_bos_token_id(end)
+    writer.add_eos_token_id(end)
 
 
 def interleave_rope(rows: Tensor, head_size: int) -> Tensor:

@@ -105,8 +105,11 @@ def metadata(model: Model) -> dict[str, str]:
         "supports_sliding_window": getattr(model.net, "positions", None) is None,
     }
     with contextlib.suppress(UserError):  # a lossy or user-defined tokenizer
-        # without special tokens, whose names the library would find in a text
-        found["tokenizer.json"] = {**tokenizer_json(model.tokenizer), "added_tokens": []}
+        content = tokenizer_json(model.tokenizer)
+        # without special tokens, whose names the library would find in a text, and without what adds or removes tokens
+        literal = [token for token in content.get("added_tokens", []) if not token["special"]]
+        unused = dict.fromkeys(("post_processor", "truncation", "padding"))
+        found["tokenizer.json"] = {**content, **unused, "added_tokens": literal}
     return {name: json.dumps(value, ensure_ascii=False) for name, value in found.items()}
 
 
@@ -171,7 +174,8 @@ def write_torch(model: Model, path: Path) -> None:
     graph = TransformerGraph(net) if isinstance(net, Transformer) else net
     sizes: dict[int, Any] = {0: BATCH} | ({1: Dim("time", max=net.block_size)} if net.block_size > 1 else {})
     ids = torch.zeros(2, min(2, net.block_size), dtype=torch.int64)
-    with _tracing(net), torch.no_grad():
+    with _tracing(net), torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # about attributes that forward sets
         program = torch.export.export(graph.eval(), (ids,), dynamic_shapes=(sizes,), strict=False)
     for node in program.graph.nodes:
         node.meta.pop("stack_trace", None)  # local paths of source files

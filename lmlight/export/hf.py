@@ -126,10 +126,11 @@ def generation_config_json(model: Model) -> dict[str, Any]:
     config = {
         "bos_token_id": model.bos_id,
         "eos_token_id": model.tokenizer.eos_id,
-        "max_new_tokens": sampling.max_new_tokens,
         "repetition_penalty": sampling.repetition_penalty,
         "do_sample": sampling.temperature > 0,
     }
+    if sampling.max_new_tokens:  # transformers refuses 0
+        config["max_new_tokens"] = sampling.max_new_tokens
     if sampling.temperature > 0:
         # always written, because transformers filters by default (top_k 50)
         config |= {"temperature": sampling.temperature, "top_k": sampling.top_k or 0, "top_p": sampling.top_p or 1.0}

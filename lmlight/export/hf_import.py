@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from lmlight.data.hf_tokenizer import read_pretrained
-from lmlight.data.tokenizer import Tokenizer
+from lmlight.data.tokenizer import CharTokenizer, Tokenizer
 from lmlight.errors import UserError, reason
 from lmlight.export.architectures import weight_names
 from lmlight.export.model import Model, require_extra
@@ -71,6 +71,10 @@ def _tokenizer(folder: Path) -> tuple[Tokenizer, list[str]]:
             return own, []
     if not (general := folder / "tokenizer.json").is_file():
         raise UserError(f"'{folder}' has no tokenizer.json: save the tokenizer with a current version of transformers")
+    content = _read_json(general)
+    model, added = content.get("model") or {}, content.get("added_tokens") or []
+    if model.get("type") == "Unigram" and not any(score for _, score in model["vocab"]):  # lmlight's characters
+        return CharTokenizer([character for character, _ in model["vocab"]], bool(added)), []
     tokenizer = read_pretrained(general)
     lossy = "the tokenizer is lossy: it changes spaces or characters of a text"
     return tokenizer, [] if tokenizer.lossless else [lossy]

@@ -8,6 +8,7 @@ from importlib.metadata import version
 from pathlib import Path, PureWindowsPath
 from types import ModuleType
 from typing import Any
+from urllib.parse import urlsplit
 
 from lmlight import checkpoint as checkpoints
 from lmlight.data.tokenizer import Tokenizer
@@ -58,8 +59,9 @@ class Model:
         return ids[0] if len(ids) == 1 else None
 
     def corpus_name(self, setting: str = "corpus") -> str:
-        """The file name of a corpus, without its folder, which is private; empty if there was none."""
-        return PureWindowsPath(str(self.settings.get("data", {}).get(setting) or "")).name  # splits at / and \
+        """The file name of a corpus, without its folder and a URL's query, which are private; empty if there was none."""
+        name = str(self.settings.get("data", {}).get(setting) or "")
+        return PureWindowsPath(urlsplit(name).path if "://" in name else name).name  # splits at / and \
 
 
 def require_extra(extra: str, *modules: str) -> list[ModuleType]:

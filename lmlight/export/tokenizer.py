@@ -114,10 +114,12 @@ def pre_tokenizer_name(tokenizer: Tokenizer) -> str | None:
     steps = pre["pretokenizers"] if pre.get("type") == "Sequence" else [pre]
     if tokenizer.content["model"].get("type") != "BPE" or any(step.get("add_prefix_space") for step in steps):
         return None
+    if tokenizer.content.get("normalizer") not in (None, {"type": "NFC"}):  # NFC is Qwen2's, and changes few texts
+        return None
     rules = []
     for step in steps:
         pattern = step.get("pattern")
-        rule = pattern.get("Regex") if pattern else step.get("individual_digits", step.get("use_regex"))
+        rule = pattern.get("Regex") if pattern else step.get("individual_digits", step.get("use_regex", True))
         rules.append((step.get("type"), rule))
     return PRE_TOKENIZERS.get(tuple(rules))
 

@@ -35,7 +35,7 @@ from lmlight.generation import Sampling
 
 PAGE = Path(__file__).with_name("page")
 SOURCES = ("index.html", "style.css", "page.js", "model.js", "settings.js", "tokens.js", "attention.js")
-FILES = (*SOURCES, "model.onnx", "model.json", "engine", "notebooks")
+FILES = (*SOURCES, "model.onnx", "model.json", "engine/*.mjs", "engine/*.wasm", "notebooks/0?-*.ipynb")
 WEBGPU_FROM = 64 * 2**20  # size of an .onnx file from which WebGPU is worth its startup and per-token overhead
 # MIME types, because those configured on this machine may differ
 TYPES = {".html": "text/html", ".css": "text/css", ".js": "text/javascript", ".mjs": "text/javascript"}

@@ -14,7 +14,7 @@ from lightning.pytorch.callbacks import Timer
 
 from lmlight import checkpoint as checkpoints
 from lmlight import files
-from lmlight.command_line import join, program
+from lmlight.command_line import counted, join, program
 from lmlight.data import streaming
 from lmlight.errors import UserError
 from lmlight.generation import escape_control_characters
@@ -155,6 +155,15 @@ def print_summary(
     final = trainer.callback_metrics.get(name)
     if final is not None and f"{final:.4f}" != f"{nats:.4f}":  # the best was an earlier one
         print(f"  {final:.4f} nats per {unit} at the last validation")
+    accumulate, interval = trainer.accumulate_grad_batches, trainer.val_check_batch  # None if it is a duration
+    if (
+        trainer.check_val_every_n_epoch is None
+        and isinstance(interval, int)
+        and (later := step * accumulate % interval)
+    ):
+        print(
+            f"  {counted(later // accumulate, 'step')} after the last validation: last.ckpt, the final model, is not scored"
+        )
     if not isinstance(datamodule, TextDataModule):
         return
     if datamodule.trainer is None:  # another process trained, as with `ddp_spawn`

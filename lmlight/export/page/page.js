@@ -147,9 +147,10 @@ async function generate(most) {
       tokens.push({ id, text: model.label(id) });
       score(tokens.length - 1, next);
       next = await stream.next();
-      const [before, now] = [text.length, performance.now()];
+      const now = performance.now();
       const isDue = now - drawnAt > 30;
       const mayEnd = info.sampling.end_at_line && count >= Math.ceil(0.8 * most);
+      const before = mayEnd ? model.decode(ids.slice(0, -1)).length : 0; // `text` may be older
       if (isDue || mayEnd) text = model.decode(ids);
       if (mayEnd) end = endOfLine(text, before);
       if (isDue && end < 0) {
@@ -241,7 +242,9 @@ function show() {
 function showText() {
   showTokens(page.chips, tokens);
   const total = tokens.reduce((sum, { nats }) => sum + (nats ?? 0), 0);
-  const scored = tokens.length ? [...page.text.value].length - [...model.decode([tokens[0].id])].length : 0;
+  // of the decoded text: in the box, a line break is always one character
+  const [all, first] = [tokens, tokens.slice(0, 1)].map((some) => [...model.decode(some.map(({ id }) => id))].length);
+  const scored = all - first;
   page.total.textContent = tokens.length
     ? `${counted(tokens.length)}, ${total.toFixed(4)} nats` +
       (scored > 0 ? `, ${(total / scored).toFixed(4)} nats per character, without the first token` : "")
