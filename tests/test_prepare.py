@@ -161,7 +161,7 @@ def garble(path):
 
 @pytest.mark.parametrize(
     ("damage", "name", "said"),
-    [(Path.unlink, "index.json", "unfinished"), (garble, "val-00000.npy", "damaged"), (garble, "tokenizer", "damaged")],
+    [(Path.unlink, "index.json", "incomplete"), (garble, "val-00000.npy", "damaged"), (garble, "tokenizer", "damaged")],
 )
 @pytest.mark.parametrize("elsewhere", [False, True])
 def test_incomplete_store_is_a_one_line_error(copied, damage, name, said, elsewhere, capsys):

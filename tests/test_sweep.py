@@ -332,8 +332,8 @@ def test_reason_of_a_failure(output, status, reason):
 
 def test_value_of_a_trial_is_that_of_its_last_validation(tmp_path, monkeypatch):
     def train(*_, **__):
-        (tmp_path / "run").mkdir()
-        (tmp_path / "run/metrics.csv").write_text(f"step,seconds,{METRIC}\n1,1,3.0\n2,2,1.0\n3,3,2.0\n")
+        (tmp_path / "2026").mkdir()
+        (tmp_path / "2026/metrics.csv").write_text(f"step,seconds,{METRIC}\n1,1,3.0\n2,2,1.0\n3,3,2.0\n")
         return SimpleNamespace(pid=1, returncode=0, poll=lambda: 0)
 
     monkeypatch.setattr(trials.subprocess, "Popen", train)

@@ -81,7 +81,7 @@ class BestLastCheckpoint(Checkpoint):
         # not if the run continues in another folder: its best.ckpt stays in the old one
         if (best := self._folder / "best.ckpt").is_file():
             self.best_score, self.best_model_path = state_dict["best_score"], str(best)
-            self._best_characters = state_dict["characters"]
+            self._best_characters = state_dict.get("characters")
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._folder = Path(trainer.log_dir or trainer.default_root_dir) / checkpoints.FOLDER
