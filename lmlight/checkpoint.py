@@ -53,7 +53,7 @@ def model_metadata(
         "lmlight_version": __version__,
         "format_version": FORMAT_VERSION,
         "net": {"class": net.class_name, "config": net.config},
-        "num_parameters": net.num_parameters,
+        "num_parameters": sum(parameter.numel() for parameter in net.parameters()),
         "tokenizer": torch.frombuffer(bytearray(serialize(tokenizer)), dtype=torch.uint8) if tokenizer else None,
         "sampling": dict(sampling),
         "settings": dict(settings),

@@ -22,7 +22,7 @@ def check_literals(annotated: Callable[..., Any], values: Mapping[str, Any], pre
     for name, hint in get_type_hints(annotated).items():
         kinds = (hint, *get_args(hint))  # with those of a union
         expected = [value for kind in kinds if get_origin(kind) is Literal for value in get_args(kind)]
-        others = tuple(kind for kind in kinds if isinstance(kind, type))
+        others = tuple(kind for kind in kinds if isinstance(kind, type) and get_origin(kind) is None)
         if expected and values[name] not in expected and not isinstance(values[name], others):
             expected += [kind.__name__ for kind in others]
             raise UserError(f"{prefix}{name} must be one of {', '.join(map(str, expected))}, got {values[name]!r}")
@@ -35,4 +35,4 @@ def say(error: Exception, kind: str = "error") -> None:
 
 def reason(error: Exception) -> str:
     """The cause of another library's error on one line: the system's words, the message's first line, or the class name."""
-    return getattr(error, "strerror", None) or (str(error).strip() or type(error).__name__).splitlines()[0]
+    return (getattr(error, "strerror", None) or str(error).strip() or type(error).__name__).splitlines()[0]

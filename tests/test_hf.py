@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 import json
 import re
+import shutil
 import sys
 
 import pytest
@@ -233,6 +234,10 @@ def test_existing_files_are_replaced_only_with_force(tokenizers, tmp_path, capsy
     assert main(["export", "hf", path, "out"]) == 2
     assert "--force" in capsys.readouterr().err
     assert main(["export", "hf", path, "out", "--force"]) == 0
+    (tmp_path / "links").mkdir()
+    (tmp_path / "links" / "own").mkdir()
+    assert main(["export", "hf", path, "links", "--force"]) == 2
+    shutil.rmtree(tmp_path / "links")
     (tmp_path / "out" / "thesis.tex").write_text("years of work")
     assert main(["export", "hf", path, "out", "--force"]) == 2
     assert "contains 'thesis.tex', which is not part of an export" in capsys.readouterr().err

@@ -340,3 +340,12 @@ def test_a_character_model_travels_back(add_eos, tmp_path, corpus_text):
     back = checkpoint.tokenizer_of(content)
     assert (back.encode(corpus_text), back.eos_id) == (tokenizer.encode(corpus_text), tokenizer.eos_id)
     assert all(torch.equal(content["state_dict"][f"net.{name}"], value) for name, value in net.state_dict().items())
+
+
+@pytest.mark.parametrize("model", ["x", {"type": "Unigram"}, {"type": "Unigram", "vocab": [1, 2]}, {"vocab": []}])
+def test_damaged_tokenizer_is_refused(model, tmp_path, corpus_text, capsys):
+    tokenizer = CharTokenizer(sorted(set(corpus_text)))
+    assert main(["export", "hf", save(tmp_path / "x.ckpt", make(tokenizer, {}), tokenizer), "out"]) == 0
+    change(tmp_path / "out" / "tokenizer.json", model=model)
+    assert main(["import", "hf", "out", "back.ckpt"]) == 2
+    assert "tokenizer.json' cannot be read" in capsys.readouterr().err

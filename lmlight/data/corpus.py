@@ -95,7 +95,7 @@ def open_files(source: str, files: list[Path], text_format: TextFormat = TextFor
         with ThreadPoolExecutor() as pool:  # hashing releases the GIL
             hashes = list(pool.map(_sha256, files))
     except OSError as error:
-        name = source if len(files) == 1 else f"{source}: {Path(error.filename).name}"
+        name = f"{source}: {Path(error.filename).name}" if error.filename and len(files) > 1 else source
         raise reading.read_error(name, error) from None
     formats = [reading.file_format(path.name) for path in files]
     has_records = any(suffix in reading.RECORD_SUFFIXES for suffix, _ in formats)

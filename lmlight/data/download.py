@@ -183,8 +183,8 @@ def _find(source: str) -> tuple[Any, list[str]]:
     if is_pattern and not filesystem.exists(path):
         fixed = re.split(r"[*?[]", path)[0].rpartition("/")[0]
         found = (place for place in filesystem.glob(path) if not filesystem.isdir(place))
-        hidden = "/." in path.removeprefix(fixed)
-        return filesystem, sorted(place for place in found if hidden or "/." not in place.removeprefix(fixed))
+        hidden = "/." in f"/{path.removeprefix(fixed)}"
+        return filesystem, sorted(place for place in found if hidden or "/." not in f"/{place.removeprefix(fixed)}")
     if is_text_file(urlsplit(path).path) or not filesystem.isdir(path):
         return filesystem, [path]
     inside = [place for place in filesystem.ls(path, detail=False) if not filesystem.isdir(place)]
@@ -200,8 +200,10 @@ def _options(source: str) -> dict[str, Any]:
         return {}
     import aiohttp  # takes a tenth of a second
 
-    timeout = aiohttp.ClientTimeout(total=None, sock_connect=READ_TIMEOUT, sock_read=READ_TIMEOUT)
-    return {"client_kwargs": {"timeout": timeout}}
+    options: dict[str, Any] = {"timeout": aiohttp.ClientTimeout(total=None, sock_connect=READ_TIMEOUT, sock_read=300)}
+    for protocol in ("http", "https"):  # the user's, which ours would replace
+        options |= fsspec.config.conf.get(protocol, {}).get("client_kwargs", {})
+    return {"client_kwargs": options}
 
 
 def _local_names(places: list[str]) -> list[str]:

@@ -15,7 +15,6 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from itertools import chain
 from pathlib import Path, PurePath
 from typing import IO, Any, Literal, NamedTuple
 
@@ -253,19 +252,30 @@ def _read_parquet(path: Path, text_format: TextFormat, name: str) -> Iterator[Te
         with parquet.ParquetFile(path) as file:
             _check_field(file.schema_arrow.names, text_format, name, "its columns")
             batches = file.iter_batches(batch_size=256, columns=[text_format.field])
-            for row, value in enumerate(chain.from_iterable(batch.column(0) for batch in batches), start=1):
+            before = 0
+            for column in (batch.column(0) for batch in batches):
                 try:
-                    text = value.as_py()
-                except UnicodeDecodeError as error:
-                    if text_format.errors == "strict":
-                        raise UserError(
-                            f"corpus '{name}' is not utf-8 (byte 0x{error.object[error.start]:02x} in row {row:,}): pass "
-                            "--data.errors replace to read invalid bytes as U+FFFD"
-                        ) from None
-                    text = error.object.decode("utf-8", "replace")
-                yield from _document(text, text_format, name, f"row {row:,}")
+                    values = column.to_pylist()
+                except UnicodeDecodeError:
+                    values = [_decoded(value, text_format, name, row) for row, value in enumerate(column, before + 1)]
+                for row, value in enumerate(values, before + 1):
+                    yield from _document(value, text_format, name, f"row {row:,}")
+                before += len(values)
     except (ArrowException, OSError) as error:
-        raise UserError(f"corpus '{name}' is not readable as .parquet ({reason(error)}): download it again") from None
+        raise UserError(f"corpus '{name}' is not readable as .parquet ({reason(error)}): download it again") from error
+
+
+def _decoded(value: Any, text_format: TextFormat, name: str, row: int) -> Any:
+    """A value of a .parquet file whose strings may be invalid."""
+    try:
+        return value.as_py()
+    except UnicodeDecodeError as error:
+        if text_format.errors == "replace":
+            return error.object.decode("utf-8", "replace")
+        raise UserError(
+            f"corpus '{name}' is not utf-8 (byte 0x{error.object[error.start]:02x} in row {row:,}): pass --data.errors "
+            "replace to read invalid bytes as U+FFFD"
+        ) from None
 
 
 def _check_field(fields: Iterable[str], text_format: TextFormat, name: str, where: str) -> None:

@@ -164,13 +164,14 @@ def _sampler(tokenizer: bytes, sampling: SubwordSampling) -> SubwordSampler:
 
 def _decode_chunks(tokenizer: SentencePieceTokenizer, ids: Tokens) -> Iterator[TextChunk]:
     """The text of `ids`, one chunk per document."""
+    unknown = ""
+    if (ids == tokenizer.unknown_id).any():  # written as a character from a private use area that is in no piece either
+        unknown = min(set(map(chr, range(0xE000, 0xF900))).difference(*tokenizer.pieces))
     ends = ids == (-1 if tokenizer.eos_id is None else tokenizer.eos_id)
     for document in filter(len, np.split(ids, np.flatnonzero(ends) + 1)):
         ends_document = document[-1] == tokenizer.eos_id
         if (document == tokenizer.unknown_id).any():  # which `decode` would write as ⁇
             known = document[:-1] if ends_document else document
-            # written as a character that is in no piece either, from a private use area
-            unknown = min(set(map(chr, range(0xE000, 0xF900))).difference(*tokenizer.pieces))
             pieces = (unknown if index == tokenizer.unknown_id else tokenizer.pieces[index] for index in known)
             yield TextChunk("".join(pieces).replace(SPACE, " "), ends_document)
         else:

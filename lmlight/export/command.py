@@ -95,9 +95,12 @@ def _new(path: Path, force: bool, known: Collection[str] | None = None) -> Itera
             raise UserError(f"'{path}' is a {'folder' if path.is_dir() else 'file'}: pass another path")
         if known is not None and path in (Path.cwd(), *Path.cwd().parents):
             raise UserError(f"'{path}' is the current folder or contains it: pass a new folder")
-        entries = (entry for entry in path.rglob("*") if not entry.is_dir()) if path.is_dir() else ()
-        inside = {entry.relative_to(path).as_posix() for entry in entries}
-        if unknown := [name for name in inside if not any(_matches(name, pattern) for pattern in known or ())]:
+        inside = {entry.relative_to(path).as_posix() for entry in path.rglob("*")} if path.is_dir() else set()
+        folders = {
+            pattern.rpartition("/")[0] for pattern in known or () if (path / pattern.rpartition("/")[0]).is_dir()
+        }
+        patterns = [*(known or ()), *folders]
+        if unknown := [name for name in inside if not any(_matches(name, pattern) for pattern in patterns)]:
             raise UserError(
                 f"folder '{path}' contains '{min(unknown)}', which is not part of an export: pass another folder"
             )

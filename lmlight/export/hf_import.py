@@ -71,13 +71,25 @@ def _tokenizer(folder: Path) -> tuple[Tokenizer, list[str]]:
             return own, []
     if not (general := folder / "tokenizer.json").is_file():
         raise UserError(f"'{folder}' has no tokenizer.json: save the tokenizer with a current version of transformers")
-    content = _read_json(general)
-    model, added = content.get("model") or {}, content.get("added_tokens") or []
-    if model.get("type") == "Unigram" and not any(score for _, score in model["vocab"]):  # lmlight's characters
-        return CharTokenizer([character for character, _ in model["vocab"]], bool(added)), []
-    tokenizer = read_pretrained(general)
+    try:
+        tokenizer = read_pretrained(general)
+    except UserError:
+        if (characters := _characters(_read_json(general))) is None:
+            raise
+        tokenizer = characters
     lossy = "the tokenizer is lossy: it changes spaces or characters of a text"
     return tokenizer, [] if tokenizer.lossless else [lossy]
+
+
+def _characters(content: dict[str, Any]) -> CharTokenizer | None:
+    """The character tokenizer that lmlight exported as `tokenizer.json`, which cannot encode other characters."""
+    try:
+        vocab = content["model"]["vocab"]
+        if all(len(piece) == 1 and score == 0 for piece, score in vocab) and vocab:
+            return CharTokenizer([piece for piece, _ in vocab], add_eos=bool(content["added_tokens"]))
+    except (KeyError, TypeError, ValueError):
+        pass
+    return None
 
 
 def _block_size(config: dict[str, Any]) -> int:

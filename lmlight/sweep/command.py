@@ -146,11 +146,6 @@ def check(fit: Sequence[str], params: Params) -> dict[str, Any]:
             f"trainer.max_steps {trainer['max_steps']} is not a multiple of trainer.val_check_interval {interval}, so the "
             "final model would not be scored: change one of them"
         )
-    if isinstance(interval, int) and (trainer["max_epochs"] or -1) > 0:
-        raise UserError(
-            f"trainer.max_epochs {trainer['max_epochs']} may end a run between two validations, so the final model would "
-            "not be scored: add --trainer.check_val_every_n_epoch 1 and --trainer.val_check_interval 1.0"
-        )
     return checked
 
 

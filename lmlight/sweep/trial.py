@@ -86,10 +86,13 @@ def run_fit(folder: Path, args: Sequence[str], watch: Callable[[int, Validations
     if not (run and rows):
         raise TrialFailed(f"there is no {METRIC} in the run's metrics.csv")
     watch(process.pid, rows)
-    metadata = checkpoint.read(run / LAST)[checkpoint.METADATA_KEY] if (run / LAST).is_file() else {}
-    last = rows[-1]
+    last, final = rows[-1], checkpoint.read(run / LAST) if (run / LAST).is_file() else None
+    if final and final["global_step"] > last["step"]:  # with max_epochs, for example
+        raise TrialFailed(
+            f"the final model, at step {final['global_step']}, was not validated: change val_check_interval"
+        )
     values = {METRIC: last[METRIC], "characters": last.get("val/characters"), "seconds": last["seconds"]}
-    return {**values, "parameters": metadata.get("num_parameters")}
+    return {**values, "parameters": final[checkpoint.METADATA_KEY].get("num_parameters") if final else None}
 
 
 def run_folder(folder: Path) -> Path | None:

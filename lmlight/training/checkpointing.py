@@ -66,7 +66,9 @@ class BestLastCheckpoint(Checkpoint):
     def __init__(self, every_n_steps: int = 0) -> None:
         self.every_n_steps = every_n_steps
         self.best_score: float | None = None
-        self._best_characters: float | None = None  # that were scored
+        # the number that the last validation scored, here and in the run that this one resumes
+        self._characters = 0.0
+        self._resumed_characters: float | None = None
         self.best_model_path = ""
         self.last_model_path = ""
         self._signal = self._agreed = 0  # received by this process; by any
@@ -75,13 +77,13 @@ class BestLastCheckpoint(Checkpoint):
         self._handlers: dict[int, Any] = {}
 
     def state_dict(self) -> dict[str, Any]:
-        return {"best_score": self.best_score, "characters": self._best_characters}
+        return {"best_score": self.best_score, "characters": self._characters}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         # not if the run continues in another folder: its best.ckpt stays in the old one
         if (best := self._folder / "best.ckpt").is_file():
             self.best_score, self.best_model_path = state_dict["best_score"], str(best)
-            self._best_characters = state_dict.get("characters")
+            self._resumed_characters = state_dict.get("characters")
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._folder = Path(trainer.log_dir or trainer.default_root_dir) / checkpoints.FOLDER
@@ -101,8 +103,8 @@ class BestLastCheckpoint(Checkpoint):
     def _check_epoch(self, trainer: Trainer, total_steps: int) -> None:
         """The same across epochs, if validations count batches across them."""
         accumulate, batches = trainer.accumulate_grad_batches, trainer.num_training_batches
-        counts = trainer.check_val_every_n_epoch is None and trainer.limit_val_batches and math.isfinite(batches)
-        if counts and batches % accumulate and not 0 < total_steps * accumulate <= batches:
+        counts = trainer.check_val_every_n_epoch is None and trainer.enable_validation and math.isfinite(batches)
+        if counts and batches % accumulate and not 0 < total_steps <= math.ceil(batches / accumulate):
             raise UserError(
                 f"an epoch has {batches} batches, which is not a multiple of trainer.accumulate_grad_batches {accumulate}: "
                 "change the batch size or trainer.limit_train_batches, or set --trainer.check_val_every_n_epoch 1, because "
@@ -169,11 +171,11 @@ class BestLastCheckpoint(Checkpoint):
             return
         metrics = trainer.callback_metrics
         score = metrics.get("val/nats_per_char", metrics.get("val/loss"))
-        characters = float(metrics.get("val/characters", 0))
-        if self.best_score is not None and characters != self._best_characters:
+        self._characters, before = float(metrics.get("val/characters", 0)), self._resumed_characters
+        if before is not None and not math.isclose(self._characters, before, rel_tol=1e-4):  # devices round differently
             rank_zero_warn("another validation text is scored now: best.ckpt is chosen anew")
             self.best_score = None
-        self._best_characters = characters
+        self._resumed_characters = None
         if score is not None and score.isfinite() and (self.best_score is None or score.item() < self.best_score):
             self.best_score = score.item()
             self.best_model_path = self._save(trainer, "best")

@@ -150,9 +150,8 @@ class LmlightCLI(LightningCLI):
                 raise UserError(f"{name}.__init__ must take **kwargs and call super().__init__(**kwargs)") from None
         watching = [full_name(kind) for kind in (LearningRateMonitor, *callbacks.DEFAULT)]
         defaults = {**TRAINER_DEFAULTS, "callbacks": [{"class_path": path} for path in watching]}
-        defaults[
-            "use_distributed_sampler"
-        ] = not self.has_text  # TextDataModule divides its windows among the ranks itself
+        # TextDataModule divides its windows among the ranks itself; a sampler would change the order of predicted texts
+        defaults["use_distributed_sampler"] = not self.has_text and self.command != "predict"
         if self.command != "fit":  # the others print their result or write it to a file
             defaults |= {"logger": False, "callbacks": None, "enable_progress_bar": False}
         parser.set_defaults({f"trainer.{name}": value for name, value in defaults.items()})
@@ -294,7 +293,7 @@ def _mistake(error: Exception) -> Exception:
     """The user's mistake behind an error, which is raised again if it looks like a bug.
 
     jsonargparse wraps an exception that a class raises in its own exceptions, which name the class and list the types it
-    tried. Lightning rejects settings with a `MisconfigurationException` or a built-in exception.
+    tried. Lightning and torch's schedulers reject settings with a `MisconfigurationException` or a built-in exception.
     """
     chain = [error]
     while isinstance(chain[-1].__cause__, Exception):
@@ -307,8 +306,8 @@ def _mistake(error: Exception) -> Exception:
     if named := re.findall(r"given class_path '([^']+)'", " ".join(map(str, chain))):
         return UserError(f"{named[-1]} cannot be created: {str(cause) or type(cause).__name__}")
     *_, (last, _) = traceback.walk_tb(cause.__traceback__)
-    from_lightning = str(last.f_globals.get("__name__", "")).startswith("lightning.")
-    if from_lightning and isinstance(cause, (ValueError, TypeError, RuntimeError, ImportError)):
+    module, built_in = str(last.f_globals.get("__name__", "")), (ValueError, TypeError, RuntimeError, ImportError)
+    if module.startswith(("lightning.", "torch.optim.lr_scheduler")) and isinstance(cause, built_in):
         return cause
     raise error
 

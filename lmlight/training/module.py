@@ -22,7 +22,7 @@ from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
 from lmlight import checkpoint as checkpoints
 from lmlight.data.loader import Batch, as_batch
-from lmlight.errors import UserError, check_literals, reason
+from lmlight.errors import UserError, check_literals
 from lmlight.generation import Sampling
 from lmlight.models import Net, Transformer, architecture_kwargs
 from lmlight.models.check import MAX_TOKENS, check_loss, check_net
@@ -231,12 +231,6 @@ class LanguageModel(TextModel):
             if self._make_scheduler is None:  # the number of steps may have changed since
                 for group, rate in zip(scheduler.optimizer.param_groups, scheduler.base_lrs):
                     group["lr"] = rate * self.schedule.factor(self.global_step, self.total_steps)
-
-    def lr_scheduler_step(self, scheduler: Any, metric: Any) -> None:
-        try:
-            super().lr_scheduler_step(scheduler, metric)
-        except ValueError as error:  # of OneCycleLR, after its last step
-            raise UserError(f"model.lr_scheduler failed after step {self.global_step}: {reason(error)}") from error
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> int | None:
         micro_batch = batch_idx % self.trainer.accumulate_grad_batches

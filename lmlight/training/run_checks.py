@@ -36,7 +36,7 @@ def check_run(trainer: Trainer, schedule: Schedule | None) -> None:
 
 def check_loggers(loggers: Sequence[Any]) -> None:
     """Refuse arguments of `RunLogger`, given as settings, because the command line chooses them."""
-    for settings in (one for one in loggers if isinstance(one, dict) and one["class_path"].endswith(".RunLogger")):
+    for settings in (one for one in loggers if isinstance(one, dict) and one["class_path"].startswith("lmlight.")):
         for name, value in settings.get("init_args", {}).items():
             if value not in (None, RUNS):
                 raise UserError(
