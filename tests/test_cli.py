@@ -765,3 +765,14 @@ def test_a_resumed_run_with_another_interval_logs_the_right_steps(corpus_file, t
     events = EventAccumulator(str(last.parents[1])).Reload()
     assert [event.step for event in events.Scalars("val/loss")] == [1, 3, 7]
     assert [event.step for event in events.Scalars("train/loss")] == list(range(8))
+
+
+@pytest.mark.parametrize(("interval", "later"), [(2, "1 step"), (5, "")])
+def test_summary_says_if_the_final_model_is_not_scored(corpus_file, capsys, interval, later):
+    words = [f"--data.corpus={corpus_file}", *TINY, "--trainer.max_steps=5", "--trainer.callbacks=null"]
+    words += ["--trainer.accumulate_grad_batches=2", f"--trainer.val_check_interval={2 * interval}"]
+    assert main(["fit", *words]) == 0
+    found = re.findall(
+        "  (.*) after the last validation: last.ckpt, the final model, is not scored", capsys.readouterr().out
+    )
+    assert found == ([later] if later else [])

@@ -16,9 +16,8 @@ def first_line(text: str) -> str:
     """A prompt: the first words of the first whole line of `text`, without control characters and U+FFFD."""
     lines = [CONTROL_CHARACTERS.sub("", line).replace("\ufffd", "") for line in re.split("[\r\n]", text)]
     line = next((line for line in lines[1:-1] if line.strip()), lines[0]).strip()
-    words = re.match(
-        rf".{{1,{MAX_PROMPT_CHARS}}}(?!\S)", line
-    )  # only the text's own white space: others may be unknown
+    # keeps the text's own white space: a character tokenizer may not know a space
+    words = re.match(rf".{{1,{MAX_PROMPT_CHARS}}}(?!\S)", line)
     return words[0].rstrip() if words else line[:MAX_PROMPT_CHARS]
 
 

@@ -101,7 +101,7 @@ class BestLastCheckpoint(Checkpoint):
             )
 
     def _check_epoch(self, trainer: Trainer, total_steps: int) -> None:
-        """The same across epochs, if validations count batches across them."""
+        """Validations must fall between two steps in later epochs, too, if batches are counted across epochs."""
         accumulate, batches = trainer.accumulate_grad_batches, trainer.num_training_batches
         counts = trainer.check_val_every_n_epoch is None and trainer.enable_validation and math.isfinite(batches)
         if counts and batches % accumulate and not 0 < total_steps <= math.ceil(batches / accumulate):
