@@ -1,8 +1,7 @@
 """Training from object storage: a token store whose training text is a litdata dataset, read during training.
 
-- `train/` holds the training text in chunks for litdata's `TokensLoader`. The folder around
-  it is also a token store, with only the last two training shards: the context of the first validation token, and text for
-  the train/val gap.
+- `train/` holds the training text in chunks for litdata's `TokensLoader`. The folder around it is also a token store, with
+  only the last two training shards: the context of the first validation token, and text for the train/val gap.
 - litdata fetches and caches the chunks. `WindowSource` orders the windows.
 
 litdata is an extra, imported on use.

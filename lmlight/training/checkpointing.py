@@ -117,7 +117,8 @@ class BestLastCheckpoint(Checkpoint):
         if batches is not None and batches < trainer.num_training_batches:  # a fraction of the epoch
             self._check_interval(trainer, int(batches))
         loop = trainer.fit_loop.epoch_loop
-        # resumed from a validation, where this run has none because of another interval
+        # Resumed from a validation, where this run has none because of another interval. As below, the argument does not
+        # matter, because no training step takes an iterator.
         if loop.restarted_on_last and not loop._should_check_val_fx(None):  # type: ignore[arg-type]
             # the step of logged values, which Lightning would count after that validation
             loop.on_load_checkpoint({"_batches_that_stepped": trainer.global_step})
