@@ -12,7 +12,7 @@ from lmlight.command_line import COMMANDS, TRAINING, usage
 from lmlight.errors import UserError, say
 from lmlight.version import __version__
 
-M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's malloc.h
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # from glibc's malloc.h
 
 
 def main(args: Sequence[str] | None = None) -> int:

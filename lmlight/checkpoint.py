@@ -177,7 +177,7 @@ def check(content: dict[str, Any], path: str | Path) -> dict[str, Any]:
 
 
 def find(name: str | Path, runs: str | Path, prefer: Literal["best", "last"]) -> Path:
-    """The file that a checkpoint's name on the command line stands for.
+    """Resolve a checkpoint argument of the command line to a file.
 
     Args:
         name: A file; a run's folder or its `checkpoints` folder; or `best` or `last` of the newest run that has one.
@@ -325,7 +325,7 @@ def _damaged(path: Path) -> UserError:
     run = path.absolute().parent.parent
     others = _newest_first(path.parent.glob("*.ckpt")) + _newest_first(run.parent.glob(f"*/{FOLDER}/*.ckpt"))
     intact = next((other for other in others if other != path and _is_intact(other)), None)
-    remedy = f"an intact one is '{intact}'" if intact else "there is no intact one nearby"
+    remedy = f"an intact one is '{intact}'" if intact else "no intact checkpoint was found in this or a sibling run"
     return UserError(f"'{path}' is not a checkpoint, or is truncated or damaged: {remedy}")
 
 

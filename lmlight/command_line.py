@@ -48,7 +48,7 @@ commands:
 
 
 def program(name: str = "lmlight") -> str:
-    """The shell command for a program of this environment, activated or not."""
+    """The shell command for a program installed in this environment, activated or not."""
     started = Path(sys.argv[0])
     if started.stem != "lmlight":  # python -m lmlight, or a notebook
         return join([sys.executable, "-m", "tensorboard.main" if name == "tensorboard" else name])

@@ -18,9 +18,9 @@ def missing_extra(needs: str, extra: str) -> UserError:
 
 
 def check_literals(annotated: Callable[..., Any], values: Mapping[str, Any], prefix: str = "") -> None:
-    """Raise a `UserError` if a value is none of those in the `Literal` annotation of its name in a class or function."""
+    """Raise a `UserError` if a value is not one that the `Literal` annotation of its parameter or field allows."""
     for name, hint in get_type_hints(annotated).items():
-        kinds = (hint, *get_args(hint))  # with those of a union
+        kinds = (hint, *get_args(hint))  # including a union's members
         expected = [value for kind in kinds if get_origin(kind) is Literal for value in get_args(kind)]
         others = tuple(kind for kind in kinds if isinstance(kind, type) and get_origin(kind) is None)
         if expected and values[name] not in expected and not isinstance(values[name], others):
@@ -34,5 +34,5 @@ def say(error: Exception, kind: str = "error") -> None:
 
 
 def reason(error: Exception) -> str:
-    """The cause of another library's error on one line: the system's words, the message's first line, or the class name."""
+    """The cause of a library's error on one line: the OS error message, the message's first line, or the class name."""
     return (getattr(error, "strerror", None) or str(error).strip() or type(error).__name__).splitlines()[0]

@@ -1,7 +1,7 @@
 """Files and folders that appear complete, or not at all.
 
 They are written under a hidden name in the same folder, flushed to the disk, and renamed, so a kill or a full disk at any
-moment leaves what was there before. (Replacing a folder is not quite atomic, see `whole_folder`.)
+moment leaves the previous version intact. (Replacing a folder is not quite atomic, see `whole_folder`.)
 """
 
 import errno
@@ -106,7 +106,7 @@ def _flush(path: Path) -> None:
 
 
 def _flush_folder(folder: Path) -> None:
-    """Makes a rename in `folder` survive a loss of power. Windows has no such call, nor have some network drives."""
+    """Makes a rename in `folder` survive a power loss. Windows and some network drives do not support this."""
     if os.name == "posix":
         descriptor = os.open(folder, os.O_RDONLY)
         try:

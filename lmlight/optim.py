@@ -96,8 +96,8 @@ class Muon(Optimizer):
     Args:
         params: groups from `parameter_groups`. Muon updates the group named `hidden`; AdamW updates every other group.
         lr: Learning rate of both.
-        weight_decay: Decoupled weight decay of both. The default is for a small text that is read many times (Kim et al.
-            2025, https://arxiv.org/abs/2509.14786); one that is read once or twice needs less than 1.
+        weight_decay: Decoupled weight decay of both. The default suits many epochs on a small text (Kim et al. 2025,
+            https://arxiv.org/abs/2509.14786); for one or two epochs, use less than 1.
         momentum: Muon's Nesterov momentum, in [0, 1).
         betas: Coefficients of AdamW's running averages.
         eps: AdamW's epsilon.
@@ -221,14 +221,14 @@ class Schedule:
     """Learning-rate schedule, as a factor of the optimizer's `lr`.
 
     Args:
-        shape: After the warmup, `linear` and `cosine` decay until the end; `decay` stays at 1 and decays linearly over
-            the last `decay_fraction` of the run; `constant` stays at 1.
+        shape: After the warmup, `linear` and `cosine` decay until the end; `decay` (warmup-stable-decay) stays
+            at 1, then decays linearly over the last `decay_fraction` of the run; `constant` stays at 1.
         warmup_steps: Steps of linear warmup.
         decay_fraction: Fraction of the steps over which `decay` decays.
         final_factor: Factor at step `total_steps`, one past the last step.
 
     Raises:
-        UserError: `shape` is another word, `warmup_steps` is negative, or a fraction or factor is outside [0, 1].
+        UserError: `shape` is not a valid choice, `warmup_steps` is negative, or a fraction or factor is outside [0, 1].
     """
 
     shape: Literal["linear", "cosine", "decay", "constant"] = "linear"

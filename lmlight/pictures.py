@@ -1,8 +1,8 @@
 """Matplotlib figures of a net and its training, from plain arrays. Independent of torch and Lightning.
 
-Each figure has a white background, to be readable on light and dark pages, and those for TensorBoard are, if possible, at
-most 350 pixels wide, the width of an image there. Each sets its own layout, because a notebook may have set another default
-for its figures.
+Each figure has a white background, so that it is readable on light and dark pages. Figures for TensorBoard are at most
+350 pixels wide where possible, the width at which it shows images. Each figure sets its own layout, because a notebook may
+have changed the default.
 """
 
 import math
@@ -97,7 +97,7 @@ def learning_curves(runs: Mapping[str, Sequence[Mapping[str, float]]], x: str = 
     """The validation loss of one or more runs and, dashed, the loss on a subset of the training text.
 
     Args:
-        runs: for each run's name, its validations, each of which maps the names of metrics, and `x`, to values.
+        runs: the validations of each run, by run name; a validation maps `x` and metric names to values.
         x: `step`, `characters` or `seconds`.
     """
     figure = Figure(figsize=(7.5, 4.5), dpi=100, facecolor="white", layout="constrained")

@@ -67,7 +67,7 @@ def import_class(flag: str, name: str, base: type[T]) -> type[T]:
     found = getattr(module, class_name, None)
     if not (isinstance(found, type) and issubclass(found, base)):
         there = sorted(kind.__name__ for kind in subclasses(base).values() if kind.__module__ == module.__name__)
-        instead = f"; it has {' or '.join(there)}" if there else ""
+        instead = f"; it has {', '.join(there)}" if there else ""
         problem = f"is not derived from {base.__name__}" if found is not None else f"is not in {module_name}{instead}"
         raise UserError(f"{flag} {name}: {class_name} {problem}")
     return found

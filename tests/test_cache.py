@@ -51,7 +51,7 @@ def test_clear_by_name_and_clear_all(filled, capsys):
     assert main(["cache", "--clear", "tokens/half"]) == 0
     assert cache.entries(filled).keys() == {"tokens/abc", "corpora/play.txt"}
     assert main(["cache", "--clear", "tokens/abc", "nothing"]) == 2
-    assert "nothing in the cache is called 'nothing'" in capsys.readouterr().err
+    assert "there is no cache entry 'nothing'" in capsys.readouterr().err
     assert len(cache.entries(filled)) == 2
     assert main(["cache", "--clear"]) == 0
     assert cache.entries(filled) == {}

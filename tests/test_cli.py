@@ -147,7 +147,7 @@ def test_predict_prints_the_same_texts_as_its_output_file(finished, capsys, tmp_
     for name, more in (("batch.jsonl", []), ("alone.jsonl", ["--data.prompt_batch_size=1"])):
         assert main([*arguments, f"--output={name}", *more]) == 0
         out, err = capsys.readouterr()
-        assert out == f"6 texts in {name}\n"
+        assert out == f"Wrote 6 texts to {name}\n"
         assert err == ""
     texts = [json.loads(line) for line in Path("batch.jsonl").read_text("utf-8").split("\n")[:-1]]
     alone = [json.loads(line) for line in Path("alone.jsonl").read_text("utf-8").split("\n")[:-1]]
@@ -346,14 +346,14 @@ def test_scoring_text_that_the_model_has_read_warns(finished, capsys, monkeypatc
     Path("other.txt").write_text("The quick brown fox jumps over the lazy dog.\n" * 50)
     command, *flags = words
     assert main([command, f"--ckpt_path={best}", *flags]) == 0
-    assert any("was trained on text that is scored now" in str(warning.message) for warning in recwarn) == warns
+    assert any("was trained on some of the text to be scored" in str(warning.message) for warning in recwarn) == warns
 
 
 def test_finetuning_on_another_split_warns(finished, monkeypatch, tmp_path):
     folder, _, best = finished
     monkeypatch.chdir(folder)
     words = ["--data.corpus=corpus.txt", "--data.validate_on=tune", f"--trainer.default_root_dir={tmp_path}"]
-    with pytest.warns(UserWarning, match="was trained on text that is scored now"):
+    with pytest.warns(UserWarning, match="was trained on some of the text to be scored"):
         assert main(["fit", f"--init_from={best}", *words, "--trainer.fast_dev_run=true"]) == 0
 
 
@@ -743,14 +743,14 @@ def test_arguments_of_the_run_logger_are_refused(corpus_file, capsys):
     assert "--trainer.logger.version cannot be set" in capsys.readouterr().err
 
 
-def test_a_resumed_run_with_another_validation_text_chooses_the_best_anew(corpus_file, tmp_path):
+def test_a_resumed_run_with_another_validation_text_selects_the_best_from_scratch(corpus_file, tmp_path):
     Path("easy.txt").write_bytes(Path(corpus_file).read_bytes()[:2000])
     Path("hard.txt").write_text("".join(chr(33 + n * n % 89) for n in range(1500)))
     words = [f"--data.corpus={corpus_file}", *TINY, "--trainer.val_check_interval=2"]
     assert main(["fit", *words, "--trainer.max_steps=4", "--data.val_corpus=easy.txt"]) == 0
     (best,) = tmp_path.glob("runs/*/checkpoints/best.ckpt")
     resumed = ["fit", f"--ckpt_path={best.with_name('last.ckpt')}", "--data.val_corpus=hard.txt"]
-    with pytest.warns(UserWarning, match="another validation text is scored now: best.ckpt is chosen anew"):
+    with pytest.warns(UserWarning, match="the validation text has changed: best.ckpt is selected from scratch"):
         assert main([*resumed, "--trainer.max_steps=8"]) == 0
     assert checkpoint.read(best)["global_step"] > 4
 

@@ -260,15 +260,15 @@ def test_unsupported_or_damaged_model_is_refused(foreign, tmp_path, capsys):
         ({"num_hidden_layers": 1}, "the weights include model.layers.1."),
         ({"num_hidden_layers": "2"}, "needs an integer of at least 1 as num_hidden_layers, got '2'"),
         ({"intermediate_size": 96}, "expected 192 × 48 weights"),
-        ({"hidden_size": 10**12}, "describes no model that can be built"),
-        ({"rms_norm_eps": "small"}, "describes no model that can be built"),
+        ({"hidden_size": 10**12}, "is not a valid model configuration"),
+        ({"rms_norm_eps": "small"}, "is not a valid model configuration"),
         ({"rope_parameters": {"full_attention": {"rope_theta": 1e6}}}, "different rope_parameters in some layers"),
         (
             {"tie_word_embeddings": True},
             "config.json has tie_word_embeddings true, but lm_head.weight differs",
         ),
         ({"model_type": "mistral", "sliding_window": 1.5}, "needs an integer of at least 1 as sliding_window, got 1.5"),
-        ({"rope_parameters": ["yarn"]}, "describes no model that can be built"),
+        ({"rope_parameters": ["yarn"]}, "is not a valid model configuration"),
         ({"num_key_value_heads": 3}, "n_head must be a multiple of n_kv_head"),
     ):
         change(theirs / "config.json", **values)

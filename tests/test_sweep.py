@@ -108,7 +108,7 @@ def test_report_says_that_no_difference_is_shown_and_how_many_pairs_there_are(co
     compared.optuna.add_trial(finished(0.1, 3, 1.40))
     compared.optuna.add_trial(finished(0.1, 4, 1.40))  # its partner is missing
     report.write(compared)
-    assert ", 4 pairs: no difference shown" in capsys.readouterr().out
+    assert ", 4 pairs: no significant difference" in capsys.readouterr().out
 
 
 def test_setting_that_often_fails_is_not_the_best(compared, capsys):

@@ -27,10 +27,10 @@ def main(args: Sequence[str]) -> None:
         for name, size in found.items():
             day = time.strftime("%Y-%m-%d", time.localtime((folder / name).lstat().st_mtime))
             print(f"{_megabytes(size)}  {day}  {name:<32} {_about(folder / name)}".rstrip())
-        print(f"{_megabytes(sum(found.values()))}  in all, in {folder}")
+        print(f"{_megabytes(sum(found.values()))}  total in {folder}")
         return
     if missing := [name for name in options.clear if name not in found]:
-        raise UserError(f"nothing in the cache is called '{missing[0]}': `lmlight cache` lists what there is")
+        raise UserError(f"there is no cache entry '{missing[0]}': run `lmlight cache` for a list")
     chosen = list(dict.fromkeys(options.clear or found))
     for name in chosen:
         path = folder / name

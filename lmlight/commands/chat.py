@@ -1,6 +1,6 @@
 """`lmlight chat CHECKPOINT`: streams a continuation of each line that you type.
 
-Does not import Lightning, which takes seconds.
+Avoids importing Lightning, which takes seconds.
 """
 
 import contextlib
@@ -71,7 +71,7 @@ def main(args: Sequence[str]) -> None:
         except KeyboardInterrupt:
             pass  # stops this text only
         print("\n")
-        sampling = replace(sampling, seed=(sampling.seed + 1) % 2**64)  # the same line again gives another text
+        sampling = replace(sampling, seed=(sampling.seed + 1) % 2**64)  # repeating a line generates different text
 
 
 def _changed(sampling: Sampling, line: str) -> Sampling:

@@ -1,1 +1,1 @@
-"""From text to batches of tokens. Only `loader` and `streaming` import torch, so worker processes start quickly."""
+"""From text to batches of tokens. Only `loader` imports torch, so worker processes start quickly."""

@@ -32,7 +32,7 @@ def writing_cache(folder: Path) -> Iterator[None]:
     """Creates a folder in the cache, to be filled in the `with` block.
 
     Raises:
-        UserError: the file system does not let it be created or filled.
+        UserError: the folder cannot be created or written.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)

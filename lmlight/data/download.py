@@ -43,7 +43,7 @@ STORE_MARK = "tokenizer"
 
 @dataclass(frozen=True)
 class BuiltinCorpus:
-    """A corpus that is known by name: the only content accepted, and where to find it."""
+    """A corpus known by name: the SHA-256 that its content must have, and where to download it."""
 
     sha256: str
     url: str
@@ -82,7 +82,7 @@ def fetch(name: str, cache: str | None = None) -> Path:
                 content = download(corpus)
                 if _sha256(content) != corpus.sha256:
                     raise OSError("its content does not have the expected SHA-256")
-            except requests.RequestException as error:  # with a long message
+            except requests.RequestException as error:  # whose message is too long to print
                 failures.append(f"{source}: {type(error).__name__}")
             except (OSError, KeyError, zipfile.BadZipFile, subprocess.TimeoutExpired) as error:
                 failures.append(f"{source}: {reason(error)}")
@@ -195,7 +195,7 @@ def _find(source: str) -> tuple[Any, list[str]]:
 
 
 def _options(source: str) -> dict[str, Any]:
-    """Options for fsspec. Over HTTP, a download takes at most five minutes by default."""
+    """Options for fsspec, which by default aborts an HTTP download after five minutes."""
     if not source.startswith(("http://", "https://")):
         return {}
     import aiohttp  # takes a tenth of a second

@@ -72,7 +72,7 @@ class HFTokenizer(Tokenizer):
             self.content: dict[str, Any] = json.loads(data)
             self.eos_id = self.content.pop("lmlight_eos_id", None)
             self._tokenizer = tokenizers.Tokenizer.from_str(json.dumps(self.content))
-        except Exception as error:  # the library raises plain ones
+        except Exception as error:  # the library raises bare `Exception`s
             raise ValueError(f"not a tokenizer.json: {error}") from None
         self._tokenizer.encode_special_tokens = True
         self._tokenizer.no_truncation()

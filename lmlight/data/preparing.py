@@ -33,7 +33,7 @@ class CorpusSpec:
 
     Raises:
         UserError: a corpus is an empty string, or neither a string nor a path; `val_fraction` is outside (0, 1);
-            `validate_on` is another word.
+            `validate_on` is not a valid choice.
     """
 
     corpus: str

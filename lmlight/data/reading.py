@@ -54,7 +54,7 @@ class TextFormat:
     """How files are read as text. The arguments are those of `TextDataModule`; `encoding` becomes the codec's name.
 
     Raises:
-        UserError: the separator is empty, the encoding is unknown, or `errors` is another word.
+        UserError: the separator is empty, the encoding is unknown, or `errors` is not a valid choice.
     """
 
     field: str = "text"
@@ -207,7 +207,7 @@ def _opened(path: Path, codec: str | None) -> Iterator[IO[bytes]]:
 def _check_head(head: bytes, encoding: str, name: str) -> None:
     if encoding == "utf-8" and head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
         raise UserError(f"corpus '{name}' looks like utf-16, not utf-8: pass --data.encoding utf-16")
-    # Texts may have a stray NUL. UTF-16, archives and programs have many more, though much of them is valid UTF-8.
+    # Texts may have a stray NUL. UTF-16, archives and programs have many more, though they are mostly valid UTF-8.
     nuls = head.decode(encoding, "ignore").count("\0")
     if nuls > len(head) / 100:
         raise UserError(

@@ -77,7 +77,7 @@ class Tokenizer(ABC):
         Raises:
             ValueError: `data` is not such a tokenizer.
         """
-        return cls(data)  # type: ignore[call-arg]  # of a subclass
+        return cls(data)  # type: ignore[call-arg]  # a subclass's constructor takes the bytes
 
     def __reduce__(self) -> tuple[Any, ...]:  # for worker processes: a library's own pickling may be incomplete
         return type(self).from_bytes, (self.to_bytes(),)
@@ -128,15 +128,15 @@ class TokenizerConfig:
     """Which tokenizer to train on the training text.
 
     Args:
-        kind: SentencePiece's unigram or BPE model, or the set of characters.
-        vocab_size: number of pieces, including the 256 bytes of lossless tokenizers. A text too small for that many gets
-            fewer. Ignored for characters.
+        kind: a SentencePiece unigram or BPE model, or a character vocabulary.
+        vocab_size: number of pieces, including the 256 bytes of lossless tokenizers; fewer if the text is too small.
+            Ignored if `kind` is `char`.
         lossless: keep every character. False uses SentencePiece's default, which turns newlines into spaces.
         sample_chars: number of characters that SentencePiece is trained on. From a longer text, random lines are taken,
             always the same ones. 10 million take about 20 s and 300 MB.
 
     Raises:
-        UserError: `kind` is another word, or a size is not positive.
+        UserError: `kind` is not a valid choice, or a size is not positive.
     """
 
     kind: Literal["unigram", "bpe", "char"] = "unigram"

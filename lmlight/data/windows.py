@@ -1,8 +1,8 @@
 """The order of training and evaluation windows, as pure functions of (seed, epoch, position).
 
 - A training epoch is a random offset into the stream and a random permutation of the non-overlapping windows from there.
-  In the order `epoch`, no token is a target twice; fewer than 2 T tokens at the ends are left out. Window borders move
-  from epoch to epoch.
+  In the order `epoch`, no token is a target twice; fewer than 2 T tokens at the ends are left out. Window boundaries
+  move from epoch to epoch.
 - Training tokens come in shards. Stored tokens are read as one shard, in however many files they are (`stored_windows`).
   Tokens that are resegmented or streamed come in several: `subword_regularization.resegmented_windows`,
   `streaming.streamed_windows`.
@@ -124,7 +124,7 @@ class WindowSource:
         if self._pool is None:
             self._ids = self._load(*wanted[0])
         else:
-            for visit in self._requested.keys() - wanted:  # of an epoch that was left early
+            for visit in self._requested.keys() - wanted:  # left over from an epoch that ended early
                 self._requested.pop(visit).cancel()
             for visit in wanted:
                 if visit not in self._requested:

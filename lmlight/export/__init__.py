@@ -1,1 +1,1 @@
-"""Export to Hugging Face, GGUF, ONNX and torch.export; import from Hugging Face. Does not import lightning."""
+"""Export to Hugging Face, GGUF, ONNX, torch.export and a web page; import from Hugging Face, both without Lightning."""

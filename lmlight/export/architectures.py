@@ -1,4 +1,4 @@
-"""The architectures that other engines have code for, and what they call a network's weights.
+"""The architectures that other engines support, and their names for a network's weights.
 
 Hugging Face and GGUF export use both tables; Hugging Face import uses only `MODULES`.
 """
@@ -40,7 +40,7 @@ MODULES = [
 
 
 class Architecture(NamedTuple):
-    """An architecture that both transformers and llama.cpp have code for."""
+    """An architecture that both transformers and llama.cpp support."""
 
     model_type: str  # its name in transformers
     class_name: str  # the class of its language model in transformers

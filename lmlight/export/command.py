@@ -19,7 +19,7 @@ class Format(NamedTuple):
 
     target: str
     description: str
-    write: Callable[..., None]  # of the model, the path and the format's options
+    write: Callable[..., None]  # takes the model, the path and the format's options
     files: Collection[str] | None = None  # patterns of the files of a folder
 
 

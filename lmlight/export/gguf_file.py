@@ -30,11 +30,11 @@ SHARPNESS, ROOT = 4096.0, 64.0
 def write(model: Model, path: Path, precision: str = "f32") -> None:
     """Writes a `.gguf` file.
 
-    `precision` (f32, f16 or q8_0) is that of the matrices; everything else is float32. With q8_0, matrices whose row length
+    `precision` (f32, f16 or q8_0) applies to matrices; everything else is float32. With q8_0, matrices whose row length
     is not a multiple of 32 are float16.
 
     Raises:
-        UserError: llama.cpp has no such network or tokenizer; gguf is not installed.
+        UserError: llama.cpp does not support the network or the tokenizer; gguf is not installed.
     """
     (gguf,) = require_extra("gguf", "gguf")
     architecture, net = match_architecture(model.net), model.net

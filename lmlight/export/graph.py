@@ -106,7 +106,7 @@ def metadata(model: Model) -> dict[str, str]:
     }
     with contextlib.suppress(UserError):  # a lossy or user-defined tokenizer
         content = tokenizer_json(model.tokenizer)
-        # without special tokens, whose names the library would find in a text, and without what adds or removes tokens
+        # without special tokens, which the library would match in ordinary text, and steps that add or remove tokens
         literal = [token for token in content.get("added_tokens", []) if not token["special"]]
         unused = dict.fromkeys(("post_processor", "truncation", "padding"))
         found["tokenizer.json"] = {**content, **unused, "added_tokens": literal}
@@ -194,5 +194,5 @@ def _tracing(net: Net) -> Iterator[None]:
             raise
         raise UserError(
             f"{type(net).__name__} cannot be exported, because torch.export cannot trace its forward ({reason(error)}): "
-            "it must not loop over the batch or the tokens in Python, or branch on their numbers or values"
+            "it must not loop over the batch or the tokens in Python, or branch on their sizes or values"
         ) from error

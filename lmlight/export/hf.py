@@ -162,7 +162,7 @@ tags:
 - lmlight
 ---
 
-# A small language model{f" of {corpus}" if corpus else ""}
+# A small language model{f" trained on {corpus}" if corpus else ""}
 
 {model.net.num_parameters:,} parameters (`{match_architecture(model.net).model_type}`), {origin}, \
 with a context of {model.net.block_size} tokens. \

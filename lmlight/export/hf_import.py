@@ -43,7 +43,7 @@ def read(folder: Path) -> tuple[Model, list[str]]:
         raise
     except (TypeError, ValueError, AttributeError, OverflowError, RuntimeError, MemoryError) as error:
         raise UserError(
-            f"'{folder / 'config.json'}' describes no model that can be built ({reason(error)}): download it again"
+            f"'{folder / 'config.json'}' is not a valid model configuration ({reason(error)}): download it again"
         ) from None
     if options["mlp"] == "relu2" and not weights.gates_are_equal():
         raise UserError("the model has hidden_act relu, which lmlight does not support: pass another model")
@@ -197,7 +197,7 @@ class Weights:
             try:
                 file = safetensors.safe_open(path, framework="pt")
                 self._files |= dict.fromkeys(file.keys(), file)
-            except Exception as error:  # safetensors has its own type
+            except Exception as error:  # safetensors raises its own exception type
                 raise UserError(f"'{path}' cannot be read ({reason(error)}): download it again") from None
         self._prefix = "transformer." if gpt2 and "wte.weight" in self._files else ""  # left out on the hub
         self._files = {f"{self._prefix}{name}": file for name, file in self._files.items()}
@@ -211,7 +211,7 @@ class Weights:
         """Copies the weights into `net`; returns the number of rows of the embedding.
 
         Raises:
-            UserError: the tensors are not those of such a network.
+            UserError: the tensors do not match the network.
         """
         # buffers of old versions of transformers
         buffers = (".rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias")
@@ -251,7 +251,7 @@ class Weights:
     def _read(self, name: str) -> Tensor:
         try:
             value: Tensor = self._files[name].get_tensor(name.removeprefix(self._prefix))
-        except Exception as error:  # safetensors has its own type
+        except Exception as error:  # safetensors raises its own exception type
             raise UserError(f"weights {name} cannot be read ({reason(error)}): download the folder again") from None
         if not value.is_floating_point() or value.ndim == 0:
             raise UserError(f"expected floating-point weights in {name}, got {value.dtype}: pass another model")

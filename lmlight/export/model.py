@@ -73,4 +73,4 @@ def require_extra(extra: str, *modules: str) -> list[ModuleType]:
     try:
         return [importlib.import_module(module) for module in modules]
     except ModuleNotFoundError as error:
-        raise missing_extra(f"this needs the {error.name} package", extra) from None
+        raise missing_extra(f"this command needs the {error.name} package", extra) from None

@@ -21,7 +21,7 @@ from lmlight.errors import UserError
 # ModelProto.SentencePiece.Type; llama.cpp uses the same numbers
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
 
-# How byte-level BPE tokenizers split a text before their merges, and what llama.cpp calls it.
+# Pre-tokenizers of byte-level BPE, and their names in llama.cpp.
 _QWEN2 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}%s| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
@@ -70,7 +70,7 @@ class Vocabulary:
         self.is_unigram = proto.trainer_spec.model_type == 1
         self.pieces = [Piece(piece.piece, piece.score, piece.type) for piece in proto.pieces]
         self.unknown_id = next(index for index, piece in enumerate(self.pieces) if piece.type == UNKNOWN)
-        # what a unigram segmentation pays for a character that no piece matches
+        # the score, in a unigram segmentation, of a character that no piece matches
         self.unknown_score = min(piece.score for piece in self.pieces if piece.type == NORMAL) - UNKNOWN_PENALTY
         texts = {piece.text for piece in self.pieces}
         for index, piece in enumerate(self.pieces):
@@ -107,7 +107,7 @@ def tokenizer_json(tokenizer: Tokenizer) -> dict[str, Any]:
 
 
 def pre_tokenizer_name(tokenizer: Tokenizer) -> str | None:
-    """llama.cpp's name for the way in which a byte-level BPE tokenizer splits a text; None for any other tokenizer."""
+    """llama.cpp's name for the pre-tokenizer of a byte-level BPE tokenizer; None if it has no name there."""
     if not isinstance(tokenizer, HFTokenizer):
         return None
     pre = tokenizer.content.get("pre_tokenizer") or {}

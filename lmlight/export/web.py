@@ -36,7 +36,7 @@ from lmlight.generation import Sampling
 PAGE = Path(__file__).with_name("page")
 SOURCES = ("index.html", "style.css", "page.js", "model.js", "settings.js", "tokens.js", "attention.js")
 FILES = (*SOURCES, "model.onnx", "model.json", "engine/*.mjs", "engine/*.wasm", "notebooks/0?-*.ipynb")
-WEBGPU_FROM = 64 * 2**20  # size of an .onnx file from which WebGPU is worth its startup and per-token overhead
+WEBGPU_FROM = 64 * 2**20  # above this .onnx file size, WebGPU is worth its startup and per-token overhead
 # MIME types, because those configured on this machine may differ
 TYPES = {".html": "text/html", ".css": "text/css", ".js": "text/javascript", ".mjs": "text/javascript"}
 TYPES |= {".json": "application/json", ".wasm": "application/wasm"}
@@ -49,7 +49,7 @@ def write(model: Model, folder: Path) -> None:
     Raises:
         UserError: The network or the tokenizer cannot be exported; the libraries cannot be downloaded.
     """
-    tokenizer_json(model.tokenizer)  # `write_onnx` would leave out a lossy one
+    tokenizer_json(model.tokenizer)  # raises if it is lossy; `write_onnx` would omit it
     write_onnx(model, folder / "model.onnx", attention=True)
     engine = "webgpu" if (folder / "model.onnx").stat().st_size > WEBGPU_FROM else "wasm"
     for name in SOURCES:
@@ -129,7 +129,7 @@ class _Handler(http.server.SimpleHTTPRequestHandler):
         return super().send_head()
 
     def end_headers(self) -> None:
-        # an isolated page may use threads
+        # only a cross-origin isolated page may use threads
         self.send_header("Cross-Origin-Opener-Policy", "same-origin")
         self.send_header("Cross-Origin-Embedder-Policy", "require-corp")
         self.send_header("Cache-Control", "no-store")

@@ -108,7 +108,7 @@ class Decoder:
 
 
 class GenerationStep(NamedTuple):
-    """One more token in each row: the B ids, and the network's logits (B, V) before any processor."""
+    """One more token in each row: the B ids, and the network's logits (B, V) before any logits processor."""
 
     ids: list[int]
     logits: Tensor

@@ -17,7 +17,7 @@ from lmlight.generation.decoder import generate_ids
 from lmlight.generation.sampling import Sampling
 from lmlight.models import Net
 
-LINE_END = re.compile(r"(?<=[^:\s])\r?\n")  # a colon announces the next line
+LINE_END = re.compile(r"(?<=[^:\s])\r?\n")  # a colon introduces the next line
 
 
 class StreamingDecoder:
@@ -73,7 +73,7 @@ class TextStream:
         ids: token ids of the prompt.
         text: the generated text, without the prompt and without the stop string or line break that ended it.
         tokens: the generated ids, up to the one that ended the text.
-        logprobs: log-probability of each token, in nats and before any processor; empty unless requested.
+        logprobs: log-probability of each token, in nats, before any logits processor; empty unless requested.
         finish_reason: `length`, or `stop` at a stop string, a line break or the end of a document; None while generating.
 
     Raises:

@@ -96,7 +96,7 @@ class Attention(nn.Module):
         n_head: H.
         n_kv_head: H_kv, which divides H; None means H.
         dropout: dropout probability of attention weights and outputs.
-        bias: use a bias in both linear layers, or in that of queries, keys and values only (`qkv`).
+        bias: use a bias in both linear layers; `qkv`: in the query/key/value projection only.
         qk_norm: apply RMSNorm to the queries and keys of each head.
         norm_eps: epsilon of that norm.
         head_size: D; None means C / H.

@@ -10,7 +10,7 @@ from lmlight.errors import UserError
 from lmlight.models.base import Net
 from lmlight.user_code import explained
 
-VOCAB_SIZE, MAX_TOKENS = 32, 8  # of the small input
+VOCAB_SIZE, MAX_TOKENS = 32, 8  # sizes of the small network and its input
 
 
 def check_net(make_net: Callable[[int, int], Net], block_size: int, check_causality: bool = True) -> None:
@@ -50,7 +50,7 @@ def check_net(make_net: Callable[[int, int], Net], block_size: int, check_causal
         if not _equal(logits, _run(net, idx)):
             raise UserError(
                 f"{name} returns different logits when it is called again with the same ids: it must keep no state "
-                "between calls and must use torch's random numbers; correct it, or pass --model.check_causality false"
+                "between calls and must use torch's global RNG; correct it, or pass --model.check_causality false"
             )
         _run(net, idx[:, :1])  # generation starts with short contexts
         for t in range(1, T):  # replace all tokens from position t on

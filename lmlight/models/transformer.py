@@ -24,7 +24,7 @@ from lmlight.models.base import Net
 from lmlight.models.kv_cache import Cache, KeyValueCache
 from lmlight.models.rope import rope_cache
 
-# From this many logits on (512 MiB in float32), the loss is computed in chunks, if torch has `linear_cross_entropy`.
+# At or above this many logits (512 MiB in float32), compute the loss in chunks, if torch has `linear_cross_entropy`.
 CHUNKED_LOSS_MIN_LOGITS = 2**27
 
 GPT2: dict[str, Any] = dict(norm="layernorm", positions="learned", mlp="gelu", qk_norm=False, bias=True, tie=True)
@@ -88,7 +88,7 @@ class Transformer(Net):
         n_embd: width of the residual stream.
         n_kv_head: key/value heads (grouped-query attention); must divide `n_head`. Null means `n_head`.
         head_size: channels of a head. Null means `n_embd` / `n_head`.
-        dropout: dropout probability after the embedding, in attention and after each half of a block.
+        dropout: dropout probability of embeddings, attention weights and the output of each sublayer.
         norm: RMSNorm or LayerNorm.
         positions: rotary position embeddings, or learned ones that are added to the token embeddings.
         mlp: activation of the MLP: GELU, ReLU² or SwiGLU.
@@ -104,7 +104,7 @@ class Transformer(Net):
             backward pass (gradient checkpointing): less memory, a third more time.
 
     Raises:
-        UserError: a value is out of range or another word, or sizes do not match.
+        UserError: a value is out of range or not a valid choice, or sizes do not match.
     """
 
     recomputes_blocks = False

@@ -1,4 +1,4 @@
-"""`lmlight sweep`: compares settings over several seeds, or searches for the best, and reports which is better."""
+"""`lmlight sweep`: compares settings over several seeds, or searches for the best, and reports the results."""
 
 import hashlib
 import itertools
@@ -23,11 +23,11 @@ except ImportError as error:
     raise missing_extra(f"lmlight sweep needs the {error.name} package", "sweep") from None
 
 DESCRIPTION = """Trains a model with each of several settings and the same seeds, or searches for the best setting, and
-reports which is better. Options that are not listed here are those of `lmlight fit`. The same command continues an
+reports which is best. Options that are not listed here are those of `lmlight fit`. The same command continues an
 interrupted sweep. Run it in a second terminal, or on another machine that shares the folder, to share the trials."""
 Distribution = CategoricalDistribution | FloatDistribution | IntDistribution
 MAX_SEED = 2**32 - 1
-MIN_VALIDATIONS = 5  # of a run that may be pruned
+MIN_VALIDATIONS = 5  # per run, if trials may be pruned
 FOLDERS = ("ckpt_path", "trainer.default_root_dir")  # flags that the sweep sets itself
 
 
@@ -139,7 +139,7 @@ def check(fit: Sequence[str], params: Params) -> dict[str, Any]:
             "--trainer.barebones"
         )
     if trainer["max_time"]:
-        raise UserError("trainer.max_time cannot be used in a sweep: a trial that continues would not keep to it")
+        raise UserError("trainer.max_time cannot be used in a sweep: it would start over when a trial is resumed")
     steps, interval = trainer["max_steps"] * trainer["accumulate_grad_batches"], trainer["val_check_interval"]
     if isinstance(interval, int) and steps > 0 and steps % interval:
         raise UserError(

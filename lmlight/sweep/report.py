@@ -160,7 +160,7 @@ def _difference(setting: Setting, baseline: Setting | None) -> str:
     text = f"{found.mean:+.4f} ({found.low:+.4f} to {found.high:+.4f})"
     if pairs < max(len(setting.values), len(baseline.values)):
         text += f", {pairs} pairs"
-    return f"{text}: no difference shown" if found.low <= 0 <= found.high else text
+    return f"{text}: no significant difference" if found.low <= 0 <= found.high else text
 
 
 def markdown(rows: Sequence[Sequence[str]]) -> str:

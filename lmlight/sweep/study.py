@@ -76,7 +76,7 @@ class Study:
                     if "settings" not in self.optuna.user_attrs:
                         self.optuna.set_user_attr("settings", settings)
             self.settings: dict[str, Any] = self.optuna.user_attrs["settings"]
-        except (OSError, KeyError, ValueError, AssertionError) as error:  # of a damaged journal, too
+        except (OSError, KeyError, ValueError, AssertionError) as error:  # also from a damaged journal
             raise UserError(f"the sweep in '{folder}' cannot be used ({reason(error)}): pass another folder") from None
         if settings is not None and settings["identity"] != self.settings["identity"]:
             raise UserError(f"'{folder}' is a sweep of other settings: pass another --study, or leave it out")
@@ -128,7 +128,7 @@ class Study:
         return [*self.settings["fit"], *flags(params)]
 
     def beat(self, trial: Trial, pid: int | None = None) -> None:
-        """Show that this process, and process `pid`, run a trial."""
+        """Update the trial's heartbeat, which shows that this process and process `pid` are running it."""
         path = self.trial_folder(trial) / "heartbeat"
         beat = path, " ".join([HOST, *(f"{one}:{_started(one)}" for one in (os.getpid(), pid or os.getpid()))])
         if beat == self._last_beat:
@@ -141,12 +141,12 @@ class Study:
 
     def _is_stale(self, trial: FrozenTrial) -> bool:
         path, clock = self.trial_folder(trial) / "heartbeat", self.folder / "clock"
-        clock.touch()  # by the clock of the file system, which may be another machine's
+        clock.touch()  # sets it to the file system's time, which may be another machine's
         try:
             host, *processes = path.read_text("utf-8").split() or [""]
             age = clock.stat().st_mtime - path.stat().st_mtime
         except OSError:
-            return True  # its process died before the first beat, because this one has the lock
+            return True  # its process died before the first beat: a claim holds the lock until then
         if host == HOST:  # a suspended process is alive
             return not any(started == _started(int(pid)) for pid, started in (one.split(":") for one in processes))
         return not host or age > STALE_SECONDS

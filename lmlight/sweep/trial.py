@@ -64,7 +64,7 @@ def run_fit(folder: Path, args: Sequence[str], watch: Callable[[int, Validations
             stderr=log,
             start_new_session=True,
             creationflags=getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0),  # the same on Windows
-            env={**os.environ, "PYTHONIOENCODING": "utf-8"},  # of the log
+            env={**os.environ, "PYTHONIOENCODING": "utf-8"},  # encoding of the log
         )
     try:
         while process.poll() is None:
@@ -73,7 +73,7 @@ def run_fit(folder: Path, args: Sequence[str], watch: Callable[[int, Validations
                 return None
             with suppress(subprocess.TimeoutExpired):
                 process.wait(0.5)
-    except BaseException as error:  # of any kind: the process must not outlive its sweep
+    except BaseException as error:  # any exception: the process must not outlive its sweep
         if isinstance(error, KeyboardInterrupt):
             print("Stopping the run, which saves a checkpoint; another Ctrl-C ends it at once", flush=True)
         _stop(process)

@@ -59,7 +59,7 @@ def run_trial(study: Study, trial: Trial, plan: Plan) -> str:
     state, value = TrialState.COMPLETE, None
     try:
         if not plan.is_unchanged(trial.params):
-            raise UserError("a config file has changed since the sweep began: undo that, or start the sweep again")
+            raise UserError("a config file has changed since the sweep began: undo the change, or start a new sweep")
         metrics = run_fit(study.trial_folder(trial), study.fit_args(trial.params), watch)
         if metrics is None:
             state, result = TrialState.PRUNED, f"pruned at step {max(reported, default=0)}"

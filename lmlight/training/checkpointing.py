@@ -66,7 +66,7 @@ class BestLastCheckpoint(Checkpoint):
     def __init__(self, every_n_steps: int = 0) -> None:
         self.every_n_steps = every_n_steps
         self.best_score: float | None = None
-        # the number that the last validation scored, here and in the run that this one resumes
+        # characters scored by the last validation, in this run and in the run that it resumes
         self._characters = 0.0
         self._resumed_characters: float | None = None
         self.best_model_path = ""
@@ -117,10 +117,10 @@ class BestLastCheckpoint(Checkpoint):
         if batches is not None and batches < trainer.num_training_batches:  # a fraction of the epoch
             self._check_interval(trainer, int(batches))
         loop = trainer.fit_loop.epoch_loop
-        # Resumed from a validation, where this run has none because of another interval. As below, the argument does not
-        # matter, because no training step takes an iterator.
+        # Resumed from a checkpoint at a validation that this run lacks, because its interval differs. As below, the
+        # argument does not matter, because no training step takes an iterator.
         if loop.restarted_on_last and not loop._should_check_val_fx(None):  # type: ignore[arg-type]
-            # the step of logged values, which Lightning would count after that validation
+            # the loggers' step, which Lightning would increment only after that validation
             loop.on_load_checkpoint({"_batches_that_stepped": trainer.global_step})
             if loop.batch_progress.is_last_batch:  # Lightning would end the next epoch at once
                 loop.batch_progress.reset_on_run()
@@ -168,13 +168,13 @@ class BestLastCheckpoint(Checkpoint):
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.state.fn != TrainerFn.FITTING or trainer.sanity_checking:
             return
-        if self._within_step:  # because an epoch of unknown length has ended within one
+        if self._within_step:  # an epoch of unknown length has ended in the middle of a step
             return
         metrics = trainer.callback_metrics
         score = metrics.get("val/nats_per_char", metrics.get("val/loss"))
         self._characters, before = float(metrics.get("val/characters", 0)), self._resumed_characters
         if before is not None and not math.isclose(self._characters, before, rel_tol=1e-4):  # devices round differently
-            rank_zero_warn("another validation text is scored now: best.ckpt is chosen anew")
+            rank_zero_warn("the validation text has changed: best.ckpt is selected from scratch")
             self.best_score = None
         self._resumed_characters = None
         if score is not None and score.isfinite() and (self.best_score is None or score.item() < self.best_score):

@@ -1,6 +1,6 @@
 """The command line: `lmlight fit | prepare | validate | test | predict`, on Lightning's CLI.
 
-A user's mistake is one line on stderr and exit status 2.
+A user error prints one line on stderr and exits with status 2.
 """
 
 import json
@@ -214,8 +214,8 @@ class LmlightCLI(LightningCLI):
         scores = self.command in ("validate", "test") or (self.command == "fit" and self.source.run is None)
         if scores and scores_text_read_by(before, now):
             rank_zero_warn(
-                "the checkpoint was trained on text that is scored now, so its losses are too low: leave data.val_fraction, "
-                "data.val_corpus and data.validate_on as they were"
+                "the checkpoint was trained on some of the text to be scored, so its losses are too low: keep its "
+                "data.val_fraction, data.val_corpus and data.validate_on"
             )
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
@@ -263,7 +263,7 @@ class LmlightCLI(LightningCLI):
         changed = differences(self.source.settings, self.settings)
         for name in ("data.tokenizer", "model.lr_scheduler"):  # the checkpoint has its state
             if lost := [change for change in changed if change.startswith((f"{name}.", f"{name}:"))]:
-                raise UserError(f"{name} of a run cannot change ({lost[0]}): leave that out, or start a new run")
+                raise UserError(f"a resumed run cannot change {name} ({lost[0]}): leave that out, or start a new run")
         if self.trainer.is_global_zero:
             changes = f", with {', '.join(changed)}" if changed else ""
             print(f"Resuming {files.shown(self.source.run)} at step {self.source.step}{changes}")

@@ -38,7 +38,7 @@ class TextDataModule(LightningDataModule):
             compressed (`.gz`, `.bz2`, `.xz`, `.zst`). Also the folder that `lmlight prepare --to` wrote, or a copy of it.
         block_size: tokens per window, the longest context of the net.
         batch_size: windows per optimizer step, over all devices and accumulated batches together.
-        val_fraction: share of the characters, from the end, for validation.
+        val_fraction: fraction of the characters, at the end of the text, held out for validation.
         val_corpus: another corpus for validation. All of `corpus` is then for training.
         test_corpus: another corpus for `test`. `null` uses the validation text.
         validate_on: `tune` validates on the last `val_fraction` of the training split and trains on the rest of it, so that
@@ -46,7 +46,7 @@ class TextDataModule(LightningDataModule):
         field: the field of `.jsonl` and `.parquet` records that holds the text.
         separator: string between two documents in text files, such as `<|endoftext|>`. `null` reads a file as one text.
         errors: what to do with invalid bytes: `strict` raises, `replace` inserts U+FFFD.
-        encoding: encoding of text files and `.jsonl`, any that Python knows. `utf-8-sig` drops a byte order mark.
+        encoding: encoding of text and `.jsonl` files; any that Python supports. `utf-8-sig` drops a byte order mark.
         cache: folder for downloads and tokens. `null` uses `$LMLIGHT_CACHE` or the platform's cache folder.
         tokenizer: the tokenizer to train, or a trained one: a Hugging Face `tokenizer.json`, a SentencePiece `.model`
             file, or the full name of your own `Tokenizer` class. From Python, you can also set the attribute `tokenizer`.

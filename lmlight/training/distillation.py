@@ -30,7 +30,7 @@ class DistilledModel(LanguageModel):
         teachers: Checkpoints of the teachers, or folders of their runs. They must have been trained with the same tokenizer
             and at least the same block size, and not on text that this run scores; their networks may differ.
         teacher_net: Class of the teachers' networks, if it is your own.
-        teacher_weight: Share of the teachers' mean probabilities in the target; the rest is the token in the text.
+        teacher_weight: Weight of the teachers' mean probabilities in the target; the rest is on the token in the text.
         kwargs: Arguments of `LanguageModel`.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Low-rank adapters (LoRA) through the `peft` library: finetuning that trains and stores a small part of the weights."""
+"""Low-rank adapters (LoRA) through the `peft` library: finetuning that trains and stores only small added matrices."""
 
 import importlib.util
 from collections.abc import Sequence
@@ -49,7 +49,7 @@ class LoRAModel(LanguageModel):
         self.rank, self.alpha, self.adapter_dropout, self.targets = rank, alpha, adapter_dropout, targets
         init_from = kwargs.get("init_from")
         self._base: str | None = None if init_from is None else init_from.get("path")
-        # of the file that was read: it could be replaced during the run
+        # taken when the file is read, because it could be replaced during the run
         self._fingerprint = checkpoints.fingerprint(self._base) if self._base else ""
 
     def check(self, block_size: int | None, trainer: Trainer | None = None) -> None:
@@ -103,7 +103,9 @@ class LoRAModel(LanguageModel):
             raise UserError("the checkpoint has no adapters that LoRAModel could resume: pass it as --init_from")
         adapters = {name: value.shape for name, value in checkpoint["state_dict"].items()}
         if adapters != {name: value.shape for name, value in self.state_dict().items() if checkpoints.ADAPTER in name}:
-            raise UserError("model.rank and model.targets of a run cannot change: leave them out, or start a new run")
+            raise UserError(
+                "a resumed run cannot change model.rank or model.targets: leave them out or start a new run"
+            )
         base = checkpoints.read_base(checkpoint)
         self._base, self._fingerprint = base["path"], checkpoint[checkpoints.METADATA_KEY]["adapter"]["fingerprint"]
         for name in self.state_dict():

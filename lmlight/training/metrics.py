@@ -11,7 +11,7 @@ from torchmetrics import Metric
 
 from lmlight.data.loader import IGNORE_INDEX
 
-# MPS has no float64; sums of 100,000s of losses in float32 are good to 5 digits there.
+# MPS has no float64; there, float32 sums of hundreds of thousands of losses are accurate to 5 digits.
 SUM_DTYPE = torch.float32 if torch.backends.mps.is_available() else torch.float64
 
 

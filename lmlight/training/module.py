@@ -177,12 +177,12 @@ class LanguageModel(TextModel):
             make_optimizer(self._make_optimizer, try_step=True)
         data = getattr(self.trainer, "datamodule", None)
         if (longer := getattr(data, "block_size", 0)) > block_size:
-            raise UserError(f"data.block_size {longer} is longer than the {block_size} tokens of this model: lower it")
+            raise UserError(f"data.block_size {longer} exceeds this model's block_size {block_size}: lower it")
         if isinstance(data, TextDataModule):
             if self.tokenizer is None:
                 raise UserError("the model was trained on data without a tokenizer: pass its --data my.module.MyData")
             if data.tokenizer is not None and data.tokenizer.fingerprint != self.tokenizer.fingerprint:
-                raise UserError("the data module has another tokenizer: set datamodule.tokenizer = model.tokenizer")
+                raise UserError("the data module's tokenizer differs: set datamodule.tokenizer = model.tokenizer")
         elif stage == "fit":
             rank_zero_warn(
                 f"{type(data).__name__} is not a TextDataModule: a resumed run may see different batches, and losses are "

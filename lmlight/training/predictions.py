@@ -80,4 +80,4 @@ class WritePredictions(Callback):
                     file.write(json.dumps(record, ensure_ascii=False) + "\n")
         except OSError as error:
             raise UserError(f"output '{output}' cannot be written ({reason(error)}): pass another path") from None
-        print(f"{counted(len(streams), 'text')} in {output}")
+        print(f"Wrote {counted(len(streams), 'text')} to {output}")

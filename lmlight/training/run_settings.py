@@ -35,7 +35,7 @@ class Source(NamedTuple):
 
     settings: dict[str, Any]  # those that it contributes
     path: Path | None = None
-    is_found: bool = False  # `path` is what `best`, `last` or a folder stands for
+    is_found: bool = False  # `path` was resolved from `best`, `last` or a folder
     content: dict[str, Any] | None = None  # from `checkpoint.read`
     run: Path | None = None  # the folder of the run to resume
     step: int | None = None  # where to resume it
@@ -235,7 +235,7 @@ def _brief(value: Any) -> str:
 
 
 def resume_command(checkpoint: str) -> str:
-    """What to type to resume the run of a checkpoint."""
+    """The shell command that resumes the run of a checkpoint."""
     runs = Path(checkpoint).absolute().parents[2]
     where = [] if runs == Path(RUNS).absolute() else ["--trainer.default_root_dir", str(runs)]
     return f"{program()} {join(['fit', '--ckpt_path', checkpoint, *where])}"

@@ -1,4 +1,4 @@
-"""The Trainer of the command line: a folder for each run, its `config.yaml`, the subcommands, and what they print."""
+"""The Trainer of the command line: a folder for each run, its `config.yaml`, the subcommands, and their output."""
 
 import json
 import logging
@@ -80,7 +80,7 @@ class RunTrainer(Trainer):
             format: Format of the copy: `store` to read from a disk, `litdata` to stream while training.
         """
         if not isinstance(datamodule, TextDataModule):
-            raise UserError(f"prepare is for texts: {type(datamodule).__name__} is not a TextDataModule")
+            raise UserError(f"prepare needs a TextDataModule, got a {type(datamodule).__name__}")
         if format == "litdata" and to is None:
             raise UserError("--format litdata writes a folder of its own: pass --to FOLDER")
         store = datamodule.prepare()
@@ -129,7 +129,7 @@ class RunTrainer(Trainer):
 def print_summary(
     trainer: RunTrainer, model: LanguageModel, datamodule: LightningDataModule, resumed_step: int | None
 ) -> None:
-    """Print where the best checkpoint is, its score, a sample of text, and what to type next."""
+    """Print the best checkpoint's path and score, a text sample, and the commands to run next."""
     keeper = next((one for one in trainer.checkpoint_callbacks if isinstance(one, BestLastCheckpoint)), None)
     step = trainer.global_step
     if trainer.fast_dev_run or keeper is None:  # type: ignore[attr-defined]  # set outside __init__

@@ -186,9 +186,7 @@ class TextModel(LightningModule):
     def _tokenizer(self) -> Tokenizer:
         if self.tokenizer is None:
             self._net()  # before training, the network is missing too, and this raises first
-            raise UserError(
-                "this model has no tokenizer, as the data of its run had none: pass token ids to generate, in Python"
-            )
+            raise UserError("this model was trained without a tokenizer: call generate() in Python with token ids")
         return self.tokenizer
 
     def _net(self) -> Net:

@@ -1,4 +1,4 @@
-"""What the callbacks share: when they run, and where they write."""
+"""Code shared by the callbacks: when they run, and where they write."""
 
 from pathlib import Path
 from typing import Any
@@ -41,7 +41,7 @@ def validates_fit(trainer: Trainer) -> bool:
 
 
 def text_data(trainer: Trainer) -> TextDataModule | None:
-    """The run's data module if it is ours."""
+    """The run's data module if it is a `TextDataModule`, else None."""
     data = getattr(trainer, "datamodule", None)
     return data if isinstance(data, TextDataModule) else None
 

@@ -141,7 +141,7 @@ class LearningCurve(Callback):
         every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]  # set outside __init__
         previous = self._rows[-1]["step"] if self._rows else 0.0
         if every and row["step"] // every == previous // every:
-            row.pop("train/loss", None)  # of an earlier row, and missing in a run that was resumed since
+            row.pop("train/loss", None)  # last logged before the previous row; a run resumed since then lacks it
         self._rows.append(row)
         if self._folder is None:
             return

@@ -126,7 +126,7 @@ def _parts(model: LanguageModel) -> dict[str, list[Tensor]]:
 
 class TrainSubsetEval(FitCallback):
     """Logs `train_subset/nats_per_char`, the loss on a subset of the training text, measured like the validation loss, and
-    `gap/nats_per_char`, by how much the validation loss exceeds it.
+    `gap/nats_per_char`, the validation loss minus that loss.
 
     Args:
         windows: windows of `block_size` tokens to score, spread evenly over the training text.

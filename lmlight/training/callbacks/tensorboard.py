@@ -1,4 +1,4 @@
-"""TensorBoard's pages besides Scalars: samples of text, figures of the net, its token embedding, and settings."""
+"""TensorBoard dashboards besides Scalars: text samples, figures of the net, token embeddings, and hyperparameters."""
 
 import itertools
 from collections.abc import Iterator, Sequence
