@@ -248,8 +248,8 @@ class Schedule:
         """Raise a `UserError` if the shape decays and the run has no end, i.e. `total_steps` is less than 1."""
         if self.shape != "constant" and total_steps < 1:
             raise UserError(
-                f"a {self.shape} schedule ends at the run's last step, which is not known: set --trainer.max_steps "
-                "or --trainer.max_epochs, or --model.schedule.shape constant"
+                f"a {self.shape} schedule ends at the run's last step, which is not known: set --trainer.max_steps, "
+                "or --trainer.max_epochs if the data has a length, or --model.schedule.shape constant"
             )
 
     def factor(self, step: int, total_steps: int) -> float:

@@ -38,6 +38,18 @@ MEMBER = "tinypkg_of_lmlight_tests/input.txt"
 # Text files
 
 
+@pytest.mark.parametrize("name", ["live.txt", "folder"])
+def test_text_that_changes_while_it_is_read_is_refused(tmp_path, name):
+    path = tmp_path / name / "live.txt" if name == "folder" else tmp_path / name
+    path.parent.mkdir(exist_ok=True)
+    path.write_bytes(CONTENT)
+    loaded = corpus.load(name)
+    assert loaded.text.encode() == CONTENT
+    path.write_bytes(CONTENT + b"more")
+    with pytest.raises(UserError, match="has changed while it was read"):
+        list(loaded.chunks())
+
+
 def test_file_is_read_without_newline_translation(tmp_path):
     data = "first\r\nsecond\rthird\n\n  \tž 漢 👩‍👧\ufeff\n".encode()
     path = tmp_path / "mixed.txt"
@@ -147,7 +159,7 @@ def test_damaged_compressed_file_is_refused(tmp_path, suffix):
 
 
 def test_decompressor_need_not_seek(tmp_path, monkeypatch):
-    class Stream(gzip.GzipFile):  # as fsspec reads .zst with the package zstandard
+    class Stream(gzip.GzipFile):
         def seekable(self):
             return False
 
@@ -194,9 +206,13 @@ def test_invalid_json_lines_are_refused_with_their_line_number(tmp_path, line, m
     assert re.search(message, error_of("stories.jsonl"))
 
 
-def test_unpaired_surrogates_are_replaced_on_request(tmp_path):
+def test_unpaired_surrogates_are_refused_or_replaced(tmp_path):
     (tmp_path / "stories.jsonl").write_bytes(b'{"text": "\\ud83d!"}\n{"text": "caf\xe9"}\n')
     assert chunks_of("stories.jsonl", errors="replace") == ended("\ufffd!", "caf\ufffd")
+    (tmp_path / "a.txt").write_bytes(b"A +2AA- b")
+    with pytest.raises(UserError, match="an unpaired surrogate .*ud800.* in it: pass --data.errors"):
+        chunks_of("a.txt", encoding="utf-7")
+    assert chunks_of("a.txt", encoding="utf-7", errors="replace") == [("A \ufffd b", False)]
 
 
 def test_parquet_rows_are_documents(tmp_path):
@@ -233,6 +249,15 @@ def test_format_without_its_extra_says_what_to_install(tmp_path, monkeypatch, na
     assert 'pip install "lmlight[formats]"' in error_of(name)
 
 
+def test_zstandard_is_not_used_because_it_reads_incomplete_files(tmp_path, monkeypatch):
+    def zstandard_file(file, mode):  # fsspec's name
+        return file
+
+    monkeypatch.setitem(fsspec.compression.compr, "zstd", zstandard_file)
+    (tmp_path / "a.txt.zst").write_bytes(b"half of it")
+    assert 'pip install "lmlight[formats]"' in error_of("a.txt.zst")
+
+
 def test_folder_is_its_text_files_in_name_order(tmp_path):
     for name, text in {
         "b/2.md": "second",
@@ -253,10 +278,11 @@ def test_folder_is_its_text_files_in_name_order(tmp_path):
     assert chunks_of("books/.venv/*.py") == chunks_of("books/.*/*.py") == [("import hidden", False)]
 
 
-def test_folder_with_one_file_is_one_text(tmp_path):
-    (tmp_path / "book").mkdir()
-    (tmp_path / "book" / "all.txt").write_bytes(CONTENT)
-    assert chunks_of("book") == [(CONTENT.decode(), False)]
+@pytest.mark.parametrize("name", ["book", "book.txt"])
+def test_folder_with_one_file_is_one_text(tmp_path, name):
+    (tmp_path / name).mkdir()
+    (tmp_path / name / "all.txt").write_bytes(CONTENT)
+    assert chunks_of(name) == [(CONTENT.decode(), False)]
 
 
 def test_folder_without_text_and_pattern_without_match_are_refused(tmp_path):
@@ -505,6 +531,16 @@ def test_remote_folders_and_patterns_are_read_with_fsspec(tmp_path):
     finally:
         memory.rm("/lmlight-tests", recursive=True)
     assert "cannot be downloaded" in error_of("nosuchthing://a/b.txt")
+
+
+@pytest.mark.skipif(os.name == "nt", reason="file names cannot contain ?")
+def test_remote_names_may_contain_signs_of_urls(tmp_path):
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    (folder / "part#1.jsonl").write_text('{"text": "first"}\n')
+    (folder / "part?2.txt.gz").write_bytes(gzip.compress(b"second"))
+    assert chunks_of(f"file://{folder}") == chunks_of("folder") == ended("first", "second")
+    assert chunks_of(f"file://{folder}/part#1.jsonl") == ended("first")
 
 
 def test_copies_have_names_that_windows_allows():

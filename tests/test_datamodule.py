@@ -428,6 +428,13 @@ def test_unfinished_store_is_completed_with_its_own_tokenizer(corpus_text, corpu
 # Errors
 
 
+@pytest.mark.parametrize(("setting", "name"), [({"field": "story"}, "a.json"), ({"separator": "<|x|>"}, "a.jsonl")])
+def test_settings_of_other_kinds_of_files_are_refused(tmp_path, setting, name):
+    (tmp_path / name).write_text('{"text": "a b c"}\n' * 9)
+    with pytest.raises(UserError, match=f"data.{next(iter(setting))} is for"):
+        TextDataModule(name, block_size=4, **setting).prepare_data()
+
+
 @pytest.mark.parametrize("block_size", [16, 100])
 @pytest.mark.parametrize("n_chars", [1, 2, 9, 10, 17])
 def test_a_text_that_is_too_short_is_refused(n_chars, block_size):
@@ -516,6 +523,13 @@ def test_unreadable_prompts_file_is_refused(tmp_path, content):
     with pytest.raises(UserError, match=r"prompts\.txt.*cannot be read") as caught:
         prompts_of("prompts.txt")
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("prompts", [[], "prompts.txt"])
+def test_no_prompts_are_refused(tmp_path, prompts):
+    (tmp_path / "prompts.txt").touch()
+    with pytest.raises(UserError, match="there are no prompts"):
+        prompts_of(prompts)
 
 
 def test_predict_needs_no_corpus():

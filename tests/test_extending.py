@@ -750,6 +750,8 @@ def test_tokenizer_json_gives_the_same_ids_and_counts_characters(kind, lossless,
     assert (again.eos_id, tokenizer.eos_id) == ((0, 0) if lossless else (None, None))
     if lossless:
         assert 0 not in tokenizer.encode("a<|endoftext|>b"), "special tokens in a text are text"
+    else:
+        assert tokenizer.char_counts[tokenizer.encode("日")].tolist() == [1], "the unknown token stands for text"
 
 
 def test_hf_tokenizer_is_the_same_in_another_process(corpus_text, tmp_path):
@@ -863,7 +865,7 @@ def test_custom_data_trains_with_losses_per_token(tmp_path):
     assert set(metrics) == {"test/loss", "test/perplexity"}
     again = LanguageModel.load_from_checkpoint(keeper.last_model_path)
     assert torch.equal(again.generate(torch.tensor([[1, 2]])), model.generate(torch.tensor([[1, 2]])))
-    with pytest.raises(UserError, match="no tokenizer"):
+    with pytest.raises(UserError, match="without a tokenizer"):
         again.generate("a")
 
 
@@ -880,6 +882,32 @@ def test_batches_of_another_shape_are_refused(ids):
     data.train_dataloader = lambda: [ids]
     with pytest.raises(UserError, match="a batch must be a pair"):
         pl.Trainer(**tiny.QUIET, max_steps=1, enable_checkpointing=False).fit(LanguageModel(net=tiny.net), data)
+
+
+@pytest.mark.parametrize(
+    ("ids", "says"),
+    [
+        (torch.zeros(8, 10, dtype=torch.long), "windows of 9 tokens, but block_size is 8"),
+        (torch.full((8, 9), 10), "has the id 10, but ids must be from 0 to vocab_size - 1 = 9"),
+        (torch.full((8, 9), -1), "has the id -1"),
+    ],
+)
+def test_batches_that_the_network_cannot_take_are_refused(ids, says):
+    with pytest.raises(UserError, match=says):
+        pl.Trainer(**tiny.QUIET, max_steps=1, enable_checkpointing=False).fit(
+            LanguageModel(net=tiny.net), Counting(ids)
+        )
+
+
+def test_ids_may_be_of_any_integer_type():
+    losses = []
+    for dtype in (torch.uint8, torch.int32, torch.long):
+        ids = Counting().ids.to(dtype)
+        trainer = pl.Trainer(**{**tiny.QUIET, "max_steps": 2, "enable_checkpointing": False})
+        torch.manual_seed(0)
+        trainer.fit(LanguageModel(net=tiny.net), Counting(ids))
+        losses.append(trainer.validate(trainer.lightning_module, Counting(ids), verbose=False))
+    assert losses[0] == losses[1] == losses[2]
 
 
 def test_data_module_whose_constructor_is_not_called_is_refused(folder, capsys):

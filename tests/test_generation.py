@@ -373,6 +373,16 @@ def test_a_line_break_in_the_last_fifth_ends_the_text(newline, end_at_line):
         assert (stream.text, stream.finish_reason) == (text, "length")
 
 
+@pytest.mark.parametrize("stop", [[], ["\n\n"], ["\niabc"]])
+def test_stop_texts_do_not_change_where_a_line_ends_the_text(stop):
+    """The break comes before the last fifth, but may be the start of a stop text until then."""
+    stream = TextStream(CharTokenizer("\nabcdefghi"), "a", Sampling(max_new_tokens=10, stop=stop, end_at_line=True), 0)
+    for letter in "bcdefgh\nia":
+        stream.push("\nabcdefghi".index(letter))
+    stream.end()
+    assert (stream.text, stream.finish_reason) == ("bcdefgh\nia", "length")
+
+
 def test_stop_texts_in_the_prompt_are_ignored():
     _, stream = stream_of("ba", ["abb", "bb"])
     assert (stream.text, stream.finish_reason) == ("ba", "length")

@@ -7,7 +7,7 @@ import numpy as np
 import processes
 import pytest
 import torch
-from exporting import byte_level_bpe, documented, make, save, shipped, shrunk
+from exporting import byte_level_bpe, documented, make, perturbed, save, shipped, shrunk
 
 from lmlight import checkpoint
 from lmlight.__main__ import main
@@ -86,6 +86,39 @@ def test_each_shipped_network_matches_in_onnxruntime(name, tmp_path, corpus_text
     matches_in_onnxruntime(*shrunk(name, corpus_text, BLOCK), tmp_path, capfd)
 
 
+class Previous(Transformer):
+    """Also reads the token before each position, so it has no use for cached keys and values."""
+
+    def forward(self, idx, cache=None):
+        before = torch.cat((idx[:, :1], idx[:, :-1]), 1)
+        return super().forward(idx, cache) + self.embedding(before) @ self.head.weight.T
+
+    def make_cache(self, batch_size):
+        return None
+
+
+class Halved(Transformer):
+    def forward(self, idx):
+        return super().forward(idx) / 2
+
+    def make_cache(self, batch_size):
+        return None
+
+
+@pytest.mark.filterwarnings("ignore:vocab_size")
+@pytest.mark.parametrize("kind", [Previous, Halved])
+@pytest.mark.parametrize("positions", ["rotary", "learned"])
+def test_transformer_without_a_cache_matches_in_onnxruntime(kind, positions, tokenizer, tmp_path, capfd):
+    net = perturbed(kind, tokenizer.vocab_size, BLOCK, n_layer=1, n_head=2, n_embd=32, positions=positions)
+    matches_in_onnxruntime(net, tokenizer, tmp_path, capfd)
+    assert main(["export", "torch", "x.ckpt", "x.pt2"]) == 0
+    module = torch.export.load("x.pt2").module()
+    for size in SIZES:
+        ids = torch.randint(tokenizer.vocab_size, size)
+        torch.testing.assert_close(module(ids), net(ids), atol=1e-4, rtol=0)
+    assert json.loads(metadata(Model(net, tokenizer, {}, {}, {}, 0))["supports_sliding_window"])
+
+
 @pytest.mark.parametrize("block_size", [2, 3])
 def test_short_blocks_can_be_exported(block_size, tmp_path):
     pytest.importorskip("onnxscript", reason="needs the extra `engines`")
@@ -132,7 +165,8 @@ def matches_in_onnxruntime(net, tokenizer, tmp_path, capfd):
     assert has_no_source_paths(tmp_path / "x.onnx")
     session = onnxruntime.InferenceSession("x.onnx", providers=["CPUExecutionProvider"])
     assert session.get_modelmeta().custom_metadata_map["block_size"] == str(BLOCK)
-    cached = isinstance(net, Transformer)
+    cached = isinstance(net, Transformer) and net.make_cache(1) is not None
+    assert len(session.get_inputs()) == 1 + cached
 
     def run(ids, past=None):
         if not cached:

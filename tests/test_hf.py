@@ -1,6 +1,7 @@
 """Hugging Face export: transformers gives the same ids, logits and text."""
 
 import dataclasses
+import io
 import itertools
 import json
 import re
@@ -8,6 +9,7 @@ import shutil
 import sys
 
 import pytest
+import sentencepiece as spm
 import torch
 import yaml
 from exporting import BLOCK, OPTIONS, UNUSUAL, documented, make, random_texts, save, shipped, shrunk
@@ -15,7 +17,7 @@ from exporting import BLOCK, OPTIONS, UNUSUAL, documented, make, random_texts, s
 from lmlight import checkpoint
 from lmlight.__main__ import main
 from lmlight.data import corpus
-from lmlight.data.tokenizer import TokenizerConfig
+from lmlight.data.tokenizer import SentencePieceTokenizer, TokenizerConfig
 from lmlight.errors import UserError
 from lmlight.export import hf
 from lmlight.export.architectures import match_architecture
@@ -123,6 +125,30 @@ def test_ids_are_the_same_for_any_text(kind, tokenizers, tmp_path, corpus_text):
         assert ids == ours.encode(text), text
         assert theirs.decode(ids) == text
         assert theirs.decode(ids, skip_special_tokens=True) == text
+
+
+@pytest.mark.parametrize("kind", ["unigram", "bpe"])
+def test_user_defined_pieces_have_the_same_ids(kind, tmp_path, corpus_text):
+    model = io.BytesIO()
+    spm.SentencePieceTrainer.train(
+        sentence_iterator=iter(corpus_text.split("\n")),
+        model_writer=model,
+        model_type=kind,
+        vocab_size=400,
+        normalization_rule_name="identity",
+        add_dummy_prefix=False,
+        remove_extra_whitespaces=False,
+        byte_fallback=True,
+        user_defined_symbols=["\n", "<speaker>", "the river"],
+        minloglevel=2,
+    )
+    ours = SentencePieceTokenizer(model.getvalue())
+    assert ours.lossless
+    assert main(["export", "hf", save(tmp_path / "x.ckpt", make(ours, {}), ours), "out"]) == 0
+    theirs = transformers.AutoTokenizer.from_pretrained("out")
+    for text in ("<speaker>MIRA, the river<speaker>\nthe rivers rive", corpus_text, *UNUSUAL):
+        assert theirs(text)["input_ids"] == ours.encode(text), text
+        assert theirs.decode(ours.encode(text)) == text
 
 
 @pytest.mark.network

@@ -490,6 +490,26 @@ def test_load_from_checkpoint_arguments(data, tmp_path):
         LanguageModel.load_from_checkpoint(tmp_path / "x.ckpt", net=Bigram)
 
 
+def test_loaded_model_trains_with_dropout(data, tmp_path):
+    """`load_from_checkpoint` returns it in evaluation mode, which Lightning would keep."""
+    settings = {**tiny.QUIET, "max_steps": 2, "enable_checkpointing": False}
+    trainer = pl.Trainer(**settings)
+    trainer.fit(LanguageModel(net=lambda *sizes: tiny.net(*sizes, dropout=0.5)), data)
+    trainer.save_checkpoint(tmp_path / "x.ckpt")
+    seen = []
+
+    class Twice(LanguageModel):
+        def training_loss(self, batch):
+            loss = super().training_loss(batch)
+            seen.append(bool(loss == super().training_loss(batch)))
+            return loss
+
+    loaded = Twice.load_from_checkpoint(tmp_path / "x.ckpt")
+    assert not loaded.training
+    pl.Trainer(**settings).fit(loaded, data)
+    assert seen == [False, False]
+
+
 def test_model_and_data_can_be_pickled(data):
     again = pickle.loads(pickle.dumps((LanguageModel(), data)))
     assert again[0].net is None and again[1].block_size == 16

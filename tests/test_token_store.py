@@ -3,8 +3,10 @@
 import errno
 import json
 import mmap
+import multiprocessing
 import os
 import pickle
+import shutil
 import signal
 import subprocess
 import sys
@@ -206,6 +208,26 @@ def test_finished_shards_are_kept_only_if_the_text_may_be_readable(
     with pytest.raises(UserError, match=os.strerror(errno.EIO) if kept else "not utf-8"):
         write_store(tmp_path / "store", "print", {"train": chunks()}, tokenizer, processes=1)
     assert (tmp_path / "store" / "train-00000.npy").exists() == kept
+
+
+@pytest.mark.skipif(os.name != "posix", reason="kills as POSIX does")
+def test_killed_worker_is_reported_and_finished_shards_stay(tmp_path, small_shards):
+    def chunks():
+        yield from [TextChunk("abcd" * 250)] * 3
+        for child in multiprocessing.active_children():
+            os.kill(child.pid, signal.SIGKILL)
+        yield from [TextChunk("abcd" * 250)] * 10
+
+    with pytest.raises(UserError, match="a worker process was killed"):
+        write_store(tmp_path / "store", "print", {"train": chunks()}, CharTokenizer("abcd"), processes=2)
+    assert read_tokenizer(tmp_path / "store")
+
+
+def test_tokens_deleted_while_in_use_are_one_error(folder):
+    store = TokenStore(folder)
+    shutil.rmtree(folder)
+    with pytest.raises(UserError, match="were deleted while in use"):
+        store.ids["train"][:3]
 
 
 KILLED = """

@@ -456,21 +456,30 @@ def test_characters_are_collected_one_chunk_at_a_time():
     assert TokenizerConfig("char").train(chunks()).characters == list("abcdef")
 
 
-def test_model_that_puts_a_space_before_each_line_is_lossy(corpus_text):
-    """As Llama 2's `tokenizer.model`: it restores a text as a whole, but lmlight encodes line by line."""
+@pytest.mark.parametrize(
+    ("change", "lossless"),
+    [
+        ({}, True),
+        # as Llama 2's `tokenizer.model`: it restores a text as a whole, but lmlight encodes line by line
+        ({"add_dummy_prefix": True}, False),
+        ({"normalization_rule_name": "nfkc"}, False),
+        ({"byte_fallback": False, "vocab_size": 100}, False),
+    ],
+)
+def test_pretrained_model_that_changes_some_text_is_lossy(corpus_text, change, lossless):
     model = io.BytesIO()
-    options = {"add_dummy_prefix": True, "remove_extra_whitespaces": False, "byte_fallback": True}
+    options = {"add_dummy_prefix": False, "remove_extra_whitespaces": False, "byte_fallback": True}
+    options |= {"normalization_rule_name": "identity", "vocab_size": 400, "user_defined_symbols": ["\n"], **change}
     spm.SentencePieceTrainer.train(
         sentence_iterator=iter(corpus_text.split("\n")),
         model_writer=model,
         model_type="bpe",
-        vocab_size=400,
-        normalization_rule_name="identity",
         minloglevel=2,
         **options,
     )
     tokenizer = SentencePieceTokenizer(model.getvalue())
-    assert not tokenizer.lossless
+    assert tokenizer.lossless is lossless
+    assert tokenizer.char_counts[tokenizer.encode("日")].sum() <= 1 + change.get("add_dummy_prefix", False)
 
 
 @pytest.mark.parametrize("kind", ["bpe", "char"])

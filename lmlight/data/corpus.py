@@ -28,6 +28,7 @@ class Corpus:
         text_format: how they are read.
         fingerprint: the SHA-256 of everything that the text depends on; part of its token store's cache key.
         has_documents: whether it consists of documents.
+        states: of each file, its size and modification time when it was hashed; empty skips the check of them.
     """
 
     source: str
@@ -35,6 +36,7 @@ class Corpus:
     text_format: TextFormat
     fingerprint: str
     has_documents: bool
+    states: tuple[tuple[int, int], ...] = ()
 
     def chunks(self, start: int = 0, stop: int | None = None) -> Iterator[TextChunk]:
         """The characters `[start:stop]`, in chunks that end with a document or after about `reading.CHUNK_SIZE` characters.
@@ -43,7 +45,7 @@ class Corpus:
         encoding the whole text.
 
         Raises:
-            UserError: a file cannot be read, is binary or in another encoding, or lacks the field.
+            UserError: a file cannot be read, is binary or in another encoding, lacks the field, or has changed.
         """
         return reading.split_between_lines(reading.slice_chunks(self._read(), start, stop))
 
@@ -73,6 +75,8 @@ class Corpus:
                 if in_document and (text or ends_document):
                     yield TextChunk(text, ends_document)
                 in_document = in_document and not ends_document
+            if self.states and _state(path) != self.states[self.files.index(path)]:
+                raise UserError(f"corpus '{self.source}' has changed while it was read ({path.name}): try again")
 
 
 def load(source: str, text_format: TextFormat = TextFormat(), cache: str | None = None) -> Corpus:
@@ -92,6 +96,7 @@ def load(source: str, text_format: TextFormat = TextFormat(), cache: str | None 
 def open_files(source: str, files: list[Path], text_format: TextFormat = TextFormat()) -> Corpus:
     """The corpus in `files`, see `load`."""
     try:
+        states = tuple(map(_state, files))
         with ThreadPoolExecutor() as pool:  # hashing releases the GIL
             hashes = list(pool.map(_sha256, files))
     except OSError as error:
@@ -101,7 +106,7 @@ def open_files(source: str, files: list[Path], text_format: TextFormat = TextFor
     has_records = any(suffix in reading.RECORD_SUFFIXES for suffix, _ in formats)
     has_documents = has_records or len(files) > 1 or text_format.separator is not None
     fingerprint = hashlib.sha256(json.dumps([formats, hashes, astuple(text_format)]).encode()).hexdigest()
-    return Corpus(source, tuple(files), text_format, fingerprint, has_documents)
+    return Corpus(source, tuple(files), text_format, fingerprint, has_documents, states)
 
 
 def train_chars(chars: int, val_fraction: float) -> int:
@@ -113,6 +118,11 @@ def split(text: str, val_fraction: float) -> tuple[str, str]:
     """Splits a text into a training split and, at its end, a validation split."""
     cut = train_chars(len(text), val_fraction)
     return text[:cut], text[cut:]
+
+
+def _state(path: Path) -> tuple[int, int]:
+    stat = path.stat()
+    return stat.st_size, stat.st_mtime_ns
 
 
 def _sha256(path: Path) -> str:

@@ -179,13 +179,13 @@ def store_folder(files: list[Path]) -> Path | None:
 def _find(source: str) -> tuple[Any, list[str]]:
     """The filesystem of a source, and its files in order, without hidden ones unless the pattern names them."""
     filesystem, path = fsspec.core.url_to_fs(source, **_options(source))
-    is_pattern = glob.has_magic(path.partition("?")[0] if path.startswith("http") else path)
+    is_pattern = glob.has_magic(_path(path))
     if is_pattern and not filesystem.exists(path):
         fixed = re.split(r"[*?[]", path)[0].rpartition("/")[0]
         found = (place for place in filesystem.glob(path) if not filesystem.isdir(place))
         hidden = "/." in f"/{path.removeprefix(fixed)}"
         return filesystem, sorted(place for place in found if hidden or "/." not in f"/{place.removeprefix(fixed)}")
-    if is_text_file(urlsplit(path).path) or not filesystem.isdir(path):
+    if (_is_http(path) and is_text_file(_path(path))) or not filesystem.isdir(path):  # a request saved
         return filesystem, [path]
     inside = [place for place in filesystem.ls(path, detail=False) if not filesystem.isdir(place)]
     if not any(PurePosixPath(place).name == STORE_MARK for place in inside):
@@ -196,7 +196,7 @@ def _find(source: str) -> tuple[Any, list[str]]:
 
 def _options(source: str) -> dict[str, Any]:
     """Options for fsspec, which by default aborts an HTTP download after five minutes."""
-    if not source.startswith(("http://", "https://")):
+    if not _is_http(source):
         return {}
     import aiohttp  # takes a tenth of a second
 
@@ -208,9 +208,18 @@ def _options(source: str) -> dict[str, Any]:
 
 def _local_names(places: list[str]) -> list[str]:
     """Names for copies of the files, in the same order, without characters that Windows forbids."""
-    names = [re.sub(r'[<>:"\\|?*]', "_", PurePosixPath(urlsplit(place).path).name) or "text.txt" for place in places]
+    names = [re.sub(r'[<>:"\\|?*]', "_", PurePosixPath(_path(place)).name) or "text.txt" for place in places]
     is_text = len(names) > 1 and STORE_MARK not in names
     return [f"{number:06d}-{name}" for number, name in enumerate(names)] if is_text else names
+
+
+def _is_http(place: str) -> bool:
+    return place.startswith(("http://", "https://"))
+
+
+def _path(place: str) -> str:
+    """A place without the query of a URL; elsewhere, file names may contain `?` and `#`."""
+    return urlsplit(place).path if _is_http(place) else place
 
 
 def _sha256(content: bytes) -> str:

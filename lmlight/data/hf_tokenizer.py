@@ -8,11 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from lmlight.data.tokenizer import SentencePieceTokenizer, Tokenizer, starts_character
+from lmlight.data.tokenizer import PROBE, SentencePieceTokenizer, Tokenizer, starts_character
 from lmlight.errors import UserError, missing_extra, reason
-
-# Detects, with and without spaces at its ends, every kind of lossy tokenizer that we know of.
-PROBE = " a  b\n\n\tb e\u0301 \ufb01 \u00bd \u4e2d\U0001f642\u200d \u2581 <0x41> ##b <s> </s> A\r\nB 'S , "
 
 # Byte-level BPE (GPT-2) writes printable bytes as themselves and the others as U+0100 and up. This pattern matches UTF-8
 # continuation bytes, 0x80 to 0xBF.
@@ -86,6 +83,10 @@ class HFTokenizer(Tokenizer):
                 self.char_counts[index] = _characters(piece, is_byte_level)
             elif not is_special[index]:  # literal text
                 self.char_counts[index] = len(piece)
+        model = self.content["model"]
+        unknown = vocabulary.get(model.get("unk_token"), model.get("unk_id"))
+        if unknown is not None:
+            self.char_counts[unknown] = 1  # or more
         if self.eos_id is not None:
             self.char_counts[self.eos_id] = 0
         self.lossless = all(

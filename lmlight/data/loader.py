@@ -67,7 +67,8 @@ def as_batch(batch: Any) -> Batch:
             "a batch must be a pair (inputs, targets) of (B, T) tensors of token ids, where targets are the ids that "
             f"follow; got {_describe(batch)}"
         )
-    return Batch(inputs, targets.long(), torch.zeros_like(targets))
+    targets = targets.long()
+    return Batch(inputs.long(), targets, torch.zeros_like(targets))
 
 
 def _describe(batch: Any) -> str:

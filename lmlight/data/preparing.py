@@ -19,7 +19,7 @@ from lmlight.data import corpus as corpora
 from lmlight.data.cache import cache_dir, writing_cache
 from lmlight.data.corpus import Corpus
 from lmlight.data.download import find_files, store_folder
-from lmlight.data.reading import TextChunk, TextFormat
+from lmlight.data.reading import RECORD_SUFFIXES, TextChunk, TextFormat, file_format
 from lmlight.data.token_store import FORMAT_VERSION, TokenStore
 from lmlight.data.token_writer import read_tokenizer, write_store
 from lmlight.data.tokenizer import Tokenizer, TokenizerConfig, check_tokenizer
@@ -82,6 +82,7 @@ class CorpusSpec:
         main = corpora.open_files(self.corpus, found, self.text_format)
         others = (self.val_corpus, self.test_corpus)
         val, test = (corpora.load(name, self.text_format, self.cache) if name else None for name in others)
+        self._check_format([corpus for corpus in (main, val, test) if corpus])
         trained = {"config": asdict(self.tokenizer), "sentencepiece": sentencepiece.__version__}
         depends_on = {
             "format_version": FORMAT_VERSION,
@@ -126,9 +127,19 @@ class CorpusSpec:
             chunks = (chunk.text for chunk in corpus.chunks(0, cut))
             return self.tokenizer.train(chunks, cut, add_eos=corpus.has_documents)
 
+    def _check_format(self, texts: list[Corpus]) -> None:
+        """Refuses settings that apply to none of the files."""
+        suffixes = {file_format(file.name)[0] for text in texts for file in text.files}
+        if self.text_format.field != TextFormat.field and not suffixes & set(RECORD_SUFFIXES):
+            raise UserError(
+                "data.field is for .jsonl and .parquet files, and there are none: rename the file, or leave it out"
+            )
+        if self.text_format.separator and suffixes <= set(RECORD_SUFFIXES):
+            raise UserError("data.separator is for text files, but records are documents already: leave it out")
+
     def _check_settings(self, store: TokenStore, pretrained_tokenizer: Tokenizer | None) -> None:
         """Refuses settings that are neither the defaults nor those that a prepared store was made with."""
-        made_with, defaults = store.metadata["settings"], CorpusSpec("any").settings()
+        made_with, defaults = store.metadata.get("settings", {}), CorpusSpec("any").settings()
         for name, value in self.settings().items():
             if value not in (defaults[name], made := made_with.get(name, defaults[name])):
                 raise UserError(

@@ -27,10 +27,12 @@ def prompt_batches(prompts: Sequence[str] | str, batch_size: int, rank: int, wor
     The prompts are a list, or a file with one prompt per line; `-` is the standard input.
 
     Raises:
-        UserError: the file cannot be read or is not UTF-8; several processes read the standard input.
+        UserError: there are no prompts; the file cannot be read or is not UTF-8; several processes read the standard input.
     """
     if isinstance(prompts, str):
         prompts = _read_lines(prompts, world_size)
+    if not prompts:
+        raise UserError("there are no prompts: pass at least one in --data.prompts; an empty one starts a new text")
     batches = [list(prompts[i : i + batch_size]) for i in range(0, len(prompts), batch_size)]
     return (batches + [[]] * (-len(batches) % world_size))[rank::world_size]
 

@@ -10,7 +10,7 @@ import json
 import shutil
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import Executor
+from concurrent.futures import BrokenExecutor, Executor
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,8 +22,9 @@ from lmlight import files
 from lmlight.data.reading import TextChunk
 from lmlight.data.token_store import FORMAT_VERSION, INDEX, TOKENIZER, TokenStore, shard_name, tokens_in
 from lmlight.data.tokenizer import Tokenizer, deserialize, serialize
-from lmlight.data.workers import cpu_count, process_pool
+from lmlight.data.workers import cpu_count, killed_workers_reported, process_pool
 from lmlight.errors import UserError
+from lmlight.user_code import full_name
 
 SHARD_CHARS = 2**23  # about one second of encoding, which is what an interruption costs
 BATCH_CHARS = 2**18  # token ids as Python ints cost about 40 bytes each, so encode this many characters at a time
@@ -50,7 +51,8 @@ def write_store(
         processes: worker processes for texts of more than one shard; None is one per core.
 
     Raises:
-        UserError: the text cannot be read or encoded. The unfinished store is deleted, except after an OSError.
+        UserError: the text cannot be read or encoded, or a worker process was killed. Unless an OSError or a killed process
+            is the cause, the unfinished store is deleted.
         OSError: the disk is full, or the folder is not writable; finished shards stay.
     """
     if TokenStore.is_finished(folder):
@@ -69,14 +71,15 @@ def write_store(
                 batches = enumerate(_batches(chunks, SHARD_CHARS))
                 shards = ((folder / shard_name(split, number), batch) for number, batch in batches)
                 written = []
-                for shard in _write_shards(write, shards, pool, 2 * processes if pool else 0):
-                    written.append(shard)
-                    bar.update(shard[0])
+                with killed_workers_reported():
+                    for shard in _write_shards(write, shards, pool, 2 * processes if pool else 0):
+                        written.append(shard)
+                        bar.update(shard[0])
                 splits[split] = {"chars": sum(n for n, _ in written), "tokens": [n for _, n in written]}
         index = {"format_version": FORMAT_VERSION, "fingerprint": fingerprint, "dtype": dtype}
         _publish(folder / INDEX, json.dumps({**index, "splits": splits, "metadata": metadata}, indent=1).encode())
     except ValueError as error:
-        is_temporary = isinstance(error.__cause__, OSError)  # a network drive, not the text or the tokenizer
+        is_temporary = isinstance(error.__cause__, (OSError, BrokenExecutor))  # not the text or the tokenizer
         if not is_temporary and not TokenStore.is_finished(folder):
             shutil.rmtree(folder, ignore_errors=True)
         raise
@@ -130,8 +133,10 @@ def _write_shard(tokenizer: Tokenizer, dtype: str, path: Path, chunks: list[Text
                 if len(encoded) == 2 and tokenizer.decode(ids) != "".join(chunk.text for chunk in batch):
                     wrong = "decode does not restore"
                 if wrong:
-                    name = type(tokenizer).__name__
-                    raise UserError(f"{name}.{wrong} the text: correct the class, or set lossless = False in it")
+                    name, remedy = type(tokenizer).__name__, "correct the class, or set lossless = False in it"
+                    if full_name(type(tokenizer)).startswith("lmlight."):
+                        remedy = "its file changes the text: pass a tokenizer without normalization"
+                    raise UserError(f"{name}.{wrong} the text: {remedy}")
         with files.whole(path, shared=True) as beside, beside.open("wb") as file:
             np.save(file, np.concatenate(encoded))
     return _chars(chunks), tokens_in(path)

@@ -36,6 +36,8 @@ CONTROL_CHARACTERS = re.compile(r"[\0-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-
 # Appended to the SentencePiece model of a text whose lines end in CRLF. SentencePiece ignores this protobuf field (200, a
 # string). The vocabulary cannot tell: it has a carriage return even if only a few lines end in CRLF.
 CRLF_FIELD = b"\xc2\x0c\x02\r\n"
+# A pretrained tokenizer that does not restore this text is lossy: spaces, combining and wide characters, names of pieces.
+PROBE = " a  b\n\n\tb e\u0301 \ufb01 \u00bd \u4e2d\U0001f642\u200d \u2581 <0x41> ##b <s> </s> A\r\nB 'S , "
 
 
 class Tokenizer(ABC):
@@ -288,9 +290,10 @@ class SentencePieceTokenizer(Tokenizer):
         for index in filter(self._processor.is_byte, range(len(self.pieces))):
             byte = int(self.pieces[index][3:5], 16)  # "<0xE2>"
             self.char_counts[index] = starts_character(byte)
-        probe = "  a \n\n b "
-        ids = self.encode(probe)  # line by line: a model that puts a space before each line is lossy
-        if self.decode(ids) != probe or self.char_counts[ids].sum() != len(probe):
+        if (unknown := self._processor.unk_id()) >= 0:
+            self.char_counts[unknown] = 1  # or more
+        ids = self.encode(PROBE)  # line by line: a model that puts a space before each line is lossy
+        if self.decode(ids) != PROBE or self.char_counts[ids].sum() != len(PROBE):
             self.lossless, self._newline = False, []
         eos = self._processor.eos_id()
         if eos >= 0 and self.pieces[eos] == END_OF_TEXT:  # SentencePiece's own "</s>" does not occur in training

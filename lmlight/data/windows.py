@@ -22,6 +22,7 @@ import numpy as np
 import numpy.typing as npt
 
 from lmlight.data.token_store import TokenArray, Tokens
+from lmlight.data.workers import killed_workers_reported
 from lmlight.errors import UserError
 
 
@@ -126,10 +127,11 @@ class WindowSource:
         else:
             for visit in self._requested.keys() - wanted:  # left over from an epoch that ended early
                 self._requested.pop(visit).cancel()
-            for visit in wanted:
-                if visit not in self._requested:
-                    self._requested[visit] = self._pool.submit(self._load, *visit)
-            self._ids = self._requested.pop(wanted[0]).result()
+            with killed_workers_reported():
+                for visit in wanted:
+                    if visit not in self._requested:
+                        self._requested[visit] = self._pool.submit(self._load, *visit)
+                self._ids = self._requested.pop(wanted[0]).result()
         if len(self._ids) <= self._block_size:  # a sampled segmentation can be shorter than the stored one
             self._ids = np.resize(self._ids[:], self._block_size + 1)
         self._loaded = _, shard = wanted[0]

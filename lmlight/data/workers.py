@@ -5,7 +5,11 @@ import os
 import signal
 import sys
 import threading
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Iterator
+from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
+from contextlib import contextmanager
+
+from lmlight.errors import UserError
 
 
 def cpu_count() -> int:
@@ -22,6 +26,16 @@ def process_pool(processes: int) -> ProcessPoolExecutor:
         processes = min(processes, 61)  # the limit of ProcessPoolExecutor there
     context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
     return ProcessPoolExecutor(processes, context, _start)
+
+
+@contextmanager
+def killed_workers_reported() -> Iterator[None]:
+    """Raises a `UserError` if a process of a pool that the block uses has been killed."""
+    try:
+        yield
+    except BrokenExecutor as error:
+        remedy = "close other programs and start again, or use fewer processes"
+        raise UserError(f"a worker process was killed, probably because memory ran out: {remedy}") from error
 
 
 def ignore_ctrl_c(worker: int = 0) -> None:

@@ -21,7 +21,7 @@ from lmlight.errors import UserError, reason
 from lmlight.export.model import Model, require_extra
 from lmlight.export.tokenizer import tokenizer_json
 from lmlight.models import Net, Transformer
-from lmlight.models.kv_cache import Cache
+from lmlight.models.kv_cache import Cache, KeyValueCache
 from lmlight.models.rope import apply_rope
 
 OPSET = 20
@@ -96,13 +96,14 @@ class TransformerGraph(nn.Module):
 
 def metadata(model: Model) -> dict[str, str]:
     """The metadata of a graph's file, as JSON; see docs/export.md."""
+    cache = model.net.make_cache(1)
     found: dict[str, Any] = {
         "vocab_size": model.net.vocab_size,
         "block_size": model.net.block_size,
         "bos_id": model.bos_id,
         "eos_id": model.tokenizer.eos_id,
         "newline": model.tokenizer.newline,
-        "supports_sliding_window": getattr(model.net, "positions", None) is None,
+        "supports_sliding_window": cache is None or cache.supports_sliding_window,
     }
     with contextlib.suppress(UserError):  # a lossy or user-defined tokenizer
         content = tokenizer_json(model.tokenizer)
@@ -119,7 +120,7 @@ def write_onnx(model: Model, path: Path, attention: bool = False) -> None:
     - Inputs: `ids`, (B, T) int64; `past`, (L, 2, B, H_kv, P, D) float32, with P + T up to `block_size`.
     - Outputs: `logits`, (B, T, V); `present`, (L, 2, B, H_kv, P + T, D); `attention`, (L, B, H, T, P + T), if it is wanted.
 
-    A network that is not a `Transformer` has `ids` and `logits` only.
+    A network without a key-value cache has `ids` and `logits` only.
 
     Raises:
         UserError: onnx or onnxscript is not installed; `block_size` is 1; the weights take 2 GiB or more; the network cannot
@@ -140,7 +141,7 @@ def write_onnx(model: Model, path: Path, attention: bool = False) -> None:
     inputs, outputs = ["ids"], ["logits"]
     # Sizes of at least 2: the exporter takes a size of 1 for a constant.
     arguments, dynamic = [torch.zeros(2, min(3, size), dtype=torch.int64)], [{0: BATCH, 1: Dim("time", max=size)}]
-    if isinstance(net, Transformer):
+    if isinstance(net, Transformer) and _has_cache(net):
         graph = TransformerGraph(net, attention)
         inputs += ["past"]
         outputs += ["present", "attention"] if attention else ["present"]
@@ -171,7 +172,7 @@ def write_torch(model: Model, path: Path) -> None:
         UserError: the network cannot be traced.
     """
     net = model.net.float()
-    graph = TransformerGraph(net) if isinstance(net, Transformer) else net
+    graph = TransformerGraph(net) if isinstance(net, Transformer) and _has_cache(net) else net
     sizes: dict[int, Any] = {0: BATCH} | ({1: Dim("time", max=net.block_size)} if net.block_size > 1 else {})
     ids = torch.zeros(2, min(2, net.block_size), dtype=torch.int64)
     with _tracing(net), torch.no_grad(), warnings.catch_warnings():
@@ -184,13 +185,18 @@ def write_torch(model: Model, path: Path) -> None:
     path.write_bytes(archive.getvalue())
 
 
+def _has_cache(net: Transformer) -> bool:
+    """False for a subclass that turns the cache off, because its `forward` reads the whole context."""
+    return isinstance(net.make_cache(1), KeyValueCache)
+
+
 @contextlib.contextmanager
 def _tracing(net: Net) -> Iterator[None]:
     """Raise any exception as a `UserError` that says what a user-defined network must not do."""
     try:
         yield
     except Exception as error:
-        if isinstance(net, Transformer):
+        if type(net) is Transformer:
             raise
         raise UserError(
             f"{type(net).__name__} cannot be exported, because torch.export cannot trace its forward ({reason(error)}): "

@@ -5,6 +5,7 @@ literal `<s>`:
 
 - Pieces are written with spaces in place of SentencePiece's ▁, so nothing needs normalizing. A literal ▁ in a text is a
   character that no piece covers: three byte pieces, as in SentencePiece.
+- Pieces of BPE models that a user defined, which no merges make, are added tokens.
 - End of text is the only special token, and `split_special_tokens` keeps transformers from finding it in a text.
 - Pieces that no text may produce (`<s>`, `<0x41>`) score lower than the sum of their characters' scores. This needs an
   entry for each ASCII character: one that the training text lacks takes the place of its byte piece.
@@ -88,22 +89,30 @@ def tokenizer_json(tokenizer: Tokenizer) -> dict[str, Any]:
     """
     if isinstance(tokenizer, HFTokenizer):
         return tokenizer.content
+    token = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": False}
+    added: list[dict[str, Any]] = []
     decoders = [{"type": "Fuse"}]
     if isinstance(tokenizer, CharTokenizer):  # a text has one segmentation only
         model = {"type": "Unigram", "unk_id": None, "vocab": [[c, 0.0] for c in tokenizer.characters]}
     elif isinstance(tokenizer, SentencePieceTokenizer):
         vocabulary = Vocabulary(tokenizer)
         model = _unigram(vocabulary) if vocabulary.is_unigram else _bpe(vocabulary)
+        if not vocabulary.is_unigram:
+            added += (
+                {"id": index, "content": piece.text, **token}
+                for index, piece in enumerate(vocabulary.pieces)
+                if piece.type == USER_DEFINED and len(piece.text) > 1
+            )
         decoders.insert(0, {"type": "ByteFallback"})
     else:
         raise UserError(
             f"a {type(tokenizer).__name__} cannot be exported: only tokenizers from lmlight or a tokenizer.json can"
         )
-    special = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
-    eos = [] if tokenizer.eos_id is None else [{"id": tokenizer.eos_id, "content": END_OF_TEXT, **special}]
+    if tokenizer.eos_id is not None:
+        added.append({"id": tokenizer.eos_id, "content": END_OF_TEXT, **token, "special": True})
     decoder = {"type": "Sequence", "decoders": decoders}
     unused = dict.fromkeys(("truncation", "padding", "normalizer", "pre_tokenizer", "post_processor"))
-    return {"version": "1.0", "added_tokens": eos, **unused, "decoder": decoder, "model": model}
+    return {"version": "1.0", "added_tokens": added, **unused, "decoder": decoder, "model": model}
 
 
 def pre_tokenizer_name(tokenizer: Tokenizer) -> str | None:

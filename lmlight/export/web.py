@@ -53,15 +53,15 @@ def write(model: Model, folder: Path) -> None:
     write_onnx(model, folder / "model.onnx", attention=True)
     engine = "webgpu" if (folder / "model.onnx").stat().st_size > WEBGPU_FROM else "wasm"
     for name in SOURCES:
-        shutil.copy(PAGE / name, folder)
+        shutil.copyfile(PAGE / name, folder / name)  # without modes: a read-only copy could not be flushed
     (folder / "engine").mkdir()
     for package, engines in json.loads((PAGE / "libraries.json").read_text("utf-8")).items():
         for path in _library(package, engines[engine]):
-            shutil.copy(path, folder / "engine")
+            shutil.copyfile(path, folder / "engine" / path.name)
     notebooks = PAGE / "notebooks"  # in a wheel
     (folder / "notebooks").mkdir()
     for path in (notebooks if notebooks.is_dir() else PAGE.parents[2] / "notebooks").glob("0?-*.ipynb"):
-        shutil.copy(path, folder / "notebooks")
+        shutil.copyfile(path, folder / "notebooks" / path.name)
     corpus = model.corpus_name()
     vocabulary = f"a vocabulary of {model.net.vocab_size:,} tokens"
     facts = [f"{model.net.num_parameters:,} parameters", vocabulary, f"a context of {model.net.block_size:,} tokens"]

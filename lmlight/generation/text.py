@@ -91,6 +91,7 @@ class TextStream:
         self._stop = [re.sub("\r?\n", newline, text) for text in sampling.stop for newline in ("\n", "\r\n")]
         self._last_lines_from = math.ceil(0.8 * sampling.max_new_tokens) if sampling.end_at_line else math.inf
         self._held = ""  # may be the start of a stop string
+        self._n_early = 0  # characters of `text` and `_held` in which a line may end without ending the text
         self._decoder = StreamingDecoder(tokenizer, self.ids if prompt else ())
 
     def push(self, index: int) -> str:
@@ -114,8 +115,11 @@ class TextStream:
         text = self._held + text
         found = [at for stop in self._stop if (at := text.find(stop)) >= 0]
         in_last_lines = len(self.tokens) > self._last_lines_from
+        if not in_last_lines:
+            self._n_early = len(self.text) + len(text)
         before = self.text[-1:]
-        if in_last_lines and (line_end := LINE_END.search(before + text)):
+        start = len(before) + max(0, self._n_early - len(self.text))
+        if in_last_lines and (line_end := LINE_END.search(before + text, start)):
             found.append(line_end.start() - len(before))
         if found:
             text, self.finish_reason = text[: min(found)], "stop"

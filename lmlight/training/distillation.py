@@ -99,6 +99,7 @@ class DistilledModel(LanguageModel):
                 )
 
     def on_fit_start(self) -> None:
+        super().on_fit_start()
         for net, _ in self._teachers:
             net.to(self.device)
 

@@ -21,7 +21,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
 from lmlight import checkpoint as checkpoints
-from lmlight.data.loader import Batch, as_batch
+from lmlight.data.loader import Batch
 from lmlight.errors import UserError, check_literals
 from lmlight.generation import Sampling
 from lmlight.models import Net, Transformer, architecture_kwargs
@@ -211,6 +211,10 @@ class LanguageModel(TextModel):
             # `compile` covers calls of the network only
             self.net.loss = torch.compile(self.net.loss)  # type: ignore[method-assign]
 
+    def on_fit_start(self) -> None:
+        if not self.training:  # as `load_from_checkpoint` returns it; Lightning would train without dropout
+            self.train()
+
     def configure_optimizers(self) -> OptimizerLRScheduler:
         def factor(step: int) -> float:
             # the first call, for step 0, comes before the end is known; the factor of step 0 does not depend on it
@@ -258,7 +262,7 @@ class LanguageModel(TextModel):
         return self._net().loss(batch.inputs, batch.targets)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        loss = self.training_loss(as_batch(batch))
+        loss = self.training_loss(self.checked(batch))
         check_loss(loss, f"{type(self).__name__}.training_loss")
         micro_batches = 1 + batch_idx % self.trainer.accumulate_grad_batches
         self.step_loss += (loss.detach() - self.step_loss) / micro_batches  # the mean so far: an epoch may end here

@@ -30,6 +30,10 @@ def check_run(trainer: Trainer, schedule: Schedule | None) -> None:
         raise UserError(f"trainer.val_check_interval must be above 0, got {interval}")
     if (epochs := trainer.check_val_every_n_epoch) is not None and epochs < 1:
         raise UserError(f"trainer.check_val_every_n_epoch must be at least 1, got {epochs}")
+    if (trainer.gradient_clip_val or 0) < 0:
+        raise UserError(
+            f"trainer.gradient_clip_val must be 0 or more, got {trainer.gradient_clip_val}; null turns it off"
+        )
     if schedule and trainer.max_steps < 0 and (trainer.max_epochs is None or trainer.max_epochs < 0):
         schedule.check_end(0)
 

@@ -66,7 +66,12 @@ def find_source(command: str, args: Sequence[str]) -> tuple[Source, dict[str, st
         loaded = None
         with suppress(OSError, TypeError, ValueError, yaml.YAMLError):  # reported when the whole command line is parsed
             loaded = yaml.safe_load(Path(config).expanduser().read_text("utf-8"))
-        given |= flatten(_checked(loaded, config)) if isinstance(loaded, dict) else {}
+            if not isinstance(loaded, dict):
+                raise UserError(f"'{config}': expected settings, got {'nothing' if loaded is None else loaded}")
+        given |= flatten(_checked(loaded or {}, config))
+    for name in ("model", "data"):
+        if any(word.partition("=")[0] == f"--{name}_class" for word in rest):
+            raise UserError(f"{name}_class is for config files: on the command line, pass --{name} my.module.MyClass")
     trained = flags.get("data.tokenizer", given.get("data.tokenizer"))
     is_pretrained = isinstance(trained, str) and (is_class_name(trained) or trained.endswith((".json", ".model")))
     if is_pretrained and (wrong := [word for word in rest if word.startswith("--data.tokenizer.")]):

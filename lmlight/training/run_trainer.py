@@ -141,7 +141,7 @@ def print_summary(
     if not keeper.best_model_path:
         where = f"; the weights are in {files.shown(keeper.last_model_path)}" if keeper.last_model_path else ""
         print(f"No validation was run{where}")
-        if trainer.limit_val_batches:  # 0 if none is wanted
+        if step and trainer.enable_validation:
             print("  To validate during a short run, lower --trainer.val_check_interval")
         return
     path = files.shown(keeper.best_model_path)

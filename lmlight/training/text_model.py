@@ -51,12 +51,31 @@ class TextModel(LightningModule):
 
     def score(self, batch: Batch, metric: TextLoss) -> Tensor:
         """Add a batch to a metric; returns (B, T) nats per token, 0 where not scored."""
-        batch = as_batch(batch)
+        batch = self.checked(batch)
         logits = self(batch.inputs).flatten(0, 1).float()  # (B * T, V)
         losses = F.cross_entropy(logits, batch.targets.flatten(), reduction="none", ignore_index=IGNORE_INDEX)
         losses = losses.view_as(batch.targets)
         metric.update(losses, batch.targets, batch.target_chars)
         return losses
+
+    def checked(self, batch: Any) -> Batch:
+        """Make a `Batch` of user-defined data, see `as_batch`.
+
+        Raises:
+            UserError: It is not a pair of ids, is longer than `block_size`, or, on a CPU, has ids outside the vocabulary.
+        """
+        if isinstance(batch, Batch):
+            return batch
+        batch, net = as_batch(batch), self._net()
+        if (length := batch.inputs.size(1)) > net.block_size:
+            raise UserError(f"a batch has windows of {length} tokens, but block_size is {net.block_size}: shorten them")
+        if batch.inputs.device.type == "cpu":  # elsewhere, this would wait for the device
+            ids = torch.cat((batch.inputs.flatten(), batch.targets[batch.targets != IGNORE_INDEX]))
+            if len(wrong := ids[(ids < 0) | (ids >= net.vocab_size)]):
+                raise UserError(
+                    f"a batch has the id {wrong[0]}, but ids must be from 0 to vocab_size - 1 = {net.vocab_size - 1}"
+                )
+        return batch
 
     def validation_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Score a batch; returns (B, T) nats per token, for callbacks."""
