@@ -44,7 +44,7 @@ def test_list_shows_names_sizes_and_sources(filled, capsys):
 def test_empty_or_missing_cache_is_listed(tmp_path, capsys):
     assert main(["cache"]) == 0
     assert main(["cache", "--cache", str(tmp_path)]) == 0
-    assert capsys.readouterr().out.count("0.0 MB  in all") == 2
+    assert capsys.readouterr().out.count("0.0 MB  total") == 2
 
 
 def test_clear_by_name_and_clear_all(filled, capsys):

@@ -420,7 +420,6 @@ def test_seed_is_shared_by_model_data_and_sampling(corpus_file, monkeypatch, giv
     assert type(seeds[3]) is int and seeds[3] in expected, "a resumed run restores it"
 
 
-STEP_SIZE = ["--model.lr_scheduler=StepLR", "--model.lr_scheduler.step_size=0"]
 MISTAKES = {
     "no such corpus": (["fit", "--data.corpus=nope.txt"], "no corpus at 'nope.txt'"),
     "empty corpus": (["fit", "--data.corpus=empty.txt"], "is empty"),
@@ -474,10 +473,6 @@ MISTAKES = {
     "empty config": (["fit", "--config=empty.txt"], "'empty.txt': expected settings, got nothing"),
     "words in a config": (["fit", "--config=short.txt"], "'short.txt': expected settings, got To be"),
     "clipping": (["fit", "--trainer.gradient_clip_val=-1"], "gradient_clip_val must be 0 or more, got -1"),
-    "step size": (
-        ["fit", "--data.corpus=corpus.txt", *tiny.FLAGS, *STEP_SIZE],
-        "modulo by zero",
-    ),
     "no such config": (["fit", "--config=nope.yaml"], "nope.yaml"),
     "not a number": (["fit", "--trainer.max_steps=many"], "--trainer.max_steps: expected int, got many;"),
     "not a number of a class": (["fit", "--model.net.n_layer=x"], "--model.net.n_layer: expected int, got x;"),

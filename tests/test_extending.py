@@ -568,6 +568,11 @@ def test_model_class_with_an_empty_section(folder, capsys):
     assert yaml.safe_load(capsys.readouterr().out)["model"]["extra"] == 0.5
 
 
+def test_scheduler_that_divides_by_zero_is_refused(folder, capsys):
+    step = ["--model.lr_scheduler=torch.optim.lr_scheduler.StepLR", "--model.lr_scheduler.step_size=0"]
+    assert "zero" in error_of(capsys, "fit", *SHORT, *step)
+
+
 def test_scheduler_cannot_change_on_resume(folder, capsys):
     step = ["--model.lr_scheduler=torch.optim.lr_scheduler.StepLR", "--model.lr_scheduler.step_size=2"]
     assert main(["fit", *SHORT, *step]) == 0

@@ -111,12 +111,21 @@ class Halved(Transformer):
 def test_transformer_without_a_cache_matches_in_onnxruntime(kind, positions, tokenizer, tmp_path, capfd):
     net = perturbed(kind, tokenizer.vocab_size, BLOCK, n_layer=1, n_head=2, n_embd=32, positions=positions)
     matches_in_onnxruntime(net, tokenizer, tmp_path, capfd)
-    assert main(["export", "torch", "x.ckpt", "x.pt2"]) == 0
-    module = torch.export.load("x.pt2").module()
-    for size in SIZES:
-        ids = torch.randint(tokenizer.vocab_size, size)
-        torch.testing.assert_close(module(ids), net(ids), atol=1e-4, rtol=0)
     assert json.loads(metadata(Model(net, tokenizer, {}, {}, {}, 0))["supports_sliding_window"])
+
+
+@pytest.mark.filterwarnings("ignore:vocab_size")
+@pytest.mark.parametrize(("kind", "code"), [(Halved, 0), (Previous, 2)])
+def test_transformer_without_a_cache_is_exported_to_torch_or_refused(kind, code, tokenizer, tmp_path, capsys):
+    """torch.export rejects `Previous`, because one of its guards excludes a length."""
+    net = perturbed(kind, tokenizer.vocab_size, BLOCK, n_layer=1, n_head=2, n_embd=32, positions="learned")
+    assert main(["export", "torch", save(tmp_path / "x.ckpt", net, tokenizer), "x.pt2"]) == code
+    if code == 0:
+        module = torch.export.load("x.pt2").module()
+        for ids in (torch.randint(tokenizer.vocab_size, size) for size in SIZES):
+            torch.testing.assert_close(module(ids), net(ids), atol=1e-4, rtol=0)
+    else:
+        assert "Previous cannot be exported, because torch.export cannot trace" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("block_size", [2, 3])
@@ -181,7 +190,7 @@ def matches_in_onnxruntime(net, tokenizer, tmp_path, capfd):
             ids = torch.randint(tokenizer.vocab_size, size)
             np.testing.assert_allclose(run(ids)[0], net(ids), atol=1e-4)
         ids, past, logits = torch.randint(tokenizer.vocab_size, (2, BLOCK)), None, []
-        for first, last in ((0, 3), (3, 4), (4, 5), (5, 11), (11, BLOCK)):
+        for first, last in ((0, 3), (3, 4), (4, 5), (5, 11), (11, BLOCK)) if cached else ((0, BLOCK),):
             some, past = run(ids[:, first:last], past)
             logits.append(some)
         np.testing.assert_allclose(np.concatenate(logits, 1), net(ids), atol=1e-4)

@@ -139,7 +139,7 @@ def test_user_defined_pieces_have_the_same_ids(kind, tmp_path, corpus_text):
         add_dummy_prefix=False,
         remove_extra_whitespaces=False,
         byte_fallback=True,
-        user_defined_symbols=["\n", "<speaker>", "the river"],
+        user_defined_symbols=["\n", "<speaker>", "river", "a space"],
         minloglevel=2,
     )
     ours = SentencePieceTokenizer(model.getvalue())
@@ -204,7 +204,7 @@ def test_model_card_and_files(tokenizers, tmp_path):
         "license: cc0-1.0",
         "1.5000 nats per character, 2.1640 bits per character.",
         "for 9 steps",
-        "model of corpus.txt",
+        "model trained on corpus.txt",
         "qwen3",
     ):
         assert part in card

@@ -69,7 +69,10 @@ class Vocabulary:
         proto: Any = sentencepiece_model_pb2.ModelProto()  # type: ignore[attr-defined]  # made at run time
         proto.ParseFromString(tokenizer.to_bytes())  # only the protocol buffer has the types
         self.is_unigram = proto.trainer_spec.model_type == 1
-        self.pieces = [Piece(piece.piece, piece.score, piece.type) for piece in proto.pieces]
+        # a space within a piece is never found, because SentencePiece writes those of a text as ▁
+        self.pieces = [
+            Piece(piece.piece, piece.score, UNUSED if " " in piece.piece else piece.type) for piece in proto.pieces
+        ]
         self.unknown_id = next(index for index, piece in enumerate(self.pieces) if piece.type == UNKNOWN)
         # the score, in a unigram segmentation, of a character that no piece matches
         self.unknown_score = min(piece.score for piece in self.pieces if piece.type == NORMAL) - UNKNOWN_PENALTY

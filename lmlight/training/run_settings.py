@@ -63,12 +63,11 @@ def find_source(command: str, args: Sequence[str]) -> tuple[Source, dict[str, st
             raise UserError(f"--{name} {file}: expected a class in the file, such as {file.stem}.MyClass")
     given: dict[str, Any] = {}
     for config in configs:
-        loaded = None
-        with suppress(OSError, TypeError, ValueError, yaml.YAMLError):  # reported when the whole command line is parsed
+        try:
             loaded = yaml.safe_load(Path(config).expanduser().read_text("utf-8"))
-            if not isinstance(loaded, dict):
-                raise UserError(f"'{config}': expected settings, got {'nothing' if loaded is None else loaded}")
-        given |= flatten(_checked(loaded or {}, config))
+        except (OSError, TypeError, ValueError, yaml.YAMLError):
+            continue  # reported when the whole command line is parsed
+        given |= flatten(_checked(loaded, config))
     for name in ("model", "data"):
         if any(word.partition("=")[0] == f"--{name}_class" for word in rest):
             raise UserError(f"{name}_class is for config files: on the command line, pass --{name} my.module.MyClass")
@@ -113,8 +112,10 @@ def named_classes(settings: dict[str, Any]) -> dict[str, str]:
     return {name: value for name, value in named.items() if isinstance(value, str) and is_class_name(value)}
 
 
-def _checked(settings: dict[str, Any], file: object) -> dict[str, Any]:
-    """Refuse numbers and lists in place of a section, which the parser would ignore."""
+def _checked(settings: Any, file: object) -> dict[str, Any]:
+    """Refuse a file without settings, and numbers and lists in place of a section, which the parser would ignore."""
+    if not isinstance(settings, dict):
+        raise UserError(f"'{file}': expected settings, got {'nothing' if settings is None else settings}")
     for name in ("model", "data", "trainer"):
         if isinstance(value := settings.get(name), (int, float, list)):
             raise UserError(f"'{file}': expected settings in {name}, got {value}")
