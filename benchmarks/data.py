@@ -232,8 +232,7 @@ def resegment(path: Path, cache: str, shards: int) -> None:
 
 
 def peers(path: Path, megabytes: int, rounds: int) -> None:
-    from lmlight.data.corpus import Corpus
-    from lmlight.data.reading import TextFormat
+    from lmlight.data import corpus
     from lmlight.data.token_writer import write_store
     from lmlight.data.tokenizer import SentencePieceTokenizer, TokenizerConfig
     from lmlight.data.workers import cpu_count
@@ -241,7 +240,7 @@ def peers(path: Path, megabytes: int, rounds: int) -> None:
     cores = cpu_count()
     with path.open("rb") as file:
         text = file.read(megabytes * 1_000_000).decode("utf-8", "ignore")
-    pieces = list(Corpus(str(path), (path,), TextFormat(), "", False).chunks(0, len(text)))
+    pieces = list(corpus.load(str(path)).chunks(0, len(text)))
     tokenizer = TokenizerConfig().train(text, len(text))
     assert isinstance(tokenizer, SentencePieceTokenizer)
     processor = tokenizer._processor

@@ -28,7 +28,7 @@ class Corpus:
         text_format: how they are read.
         fingerprint: the SHA-256 of everything that the text depends on; part of its token store's cache key.
         has_documents: whether it consists of documents.
-        states: of each file, its size and modification time when it was hashed; empty skips the check of them.
+        states: the size and modification time of each file when it was hashed.
     """
 
     source: str
@@ -36,7 +36,7 @@ class Corpus:
     text_format: TextFormat
     fingerprint: str
     has_documents: bool
-    states: tuple[tuple[int, int], ...] = ()
+    states: tuple[tuple[int, int], ...]
 
     def chunks(self, start: int = 0, stop: int | None = None) -> Iterator[TextChunk]:
         """The characters `[start:stop]`, in chunks that end with a document or after about `reading.CHUNK_SIZE` characters.
@@ -69,13 +69,13 @@ class Corpus:
     def _read(self) -> Iterator[TextChunk]:
         """The chunks of all files, without documents that are empty."""
         in_document = False
-        for path in self.files:
+        for path, state in zip(self.files, self.states):
             for text, ends_document in reading.read_file(path, self.text_format, self.has_documents, self.source):
                 in_document = in_document or bool(text)
                 if in_document and (text or ends_document):
                     yield TextChunk(text, ends_document)
                 in_document = in_document and not ends_document
-            if self.states and _state(path) != self.states[self.files.index(path)]:
+            if not path.exists() or _state(path) != state:
                 raise UserError(f"corpus '{self.source}' has changed while it was read ({path.name}): try again")
 
 
@@ -121,6 +121,7 @@ def split(text: str, val_fraction: float) -> tuple[str, str]:
 
 
 def _state(path: Path) -> tuple[int, int]:
+    """The size and modification time of a file."""
     stat = path.stat()
     return stat.st_size, stat.st_mtime_ns
 

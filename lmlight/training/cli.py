@@ -306,10 +306,8 @@ def _mistake(error: Exception) -> Exception:
     if named := re.findall(r"given class_path '([^']+)'", " ".join(map(str, chain))):
         return UserError(f"{named[-1]} cannot be created: {str(cause) or type(cause).__name__}")
     *_, (last, _) = traceback.walk_tb(cause.__traceback__)
-    module, built_in = (
-        str(last.f_globals.get("__name__", "")),
-        (ValueError, TypeError, RuntimeError, ImportError, ArithmeticError),
-    )
+    module = str(last.f_globals.get("__name__", ""))
+    built_in = (ValueError, TypeError, RuntimeError, ImportError, ArithmeticError)
     if module.startswith(("lightning.", "torch.optim.lr_scheduler")) and isinstance(cause, built_in):
         return cause
     raise error
