@@ -3,6 +3,7 @@
 import inspect
 import io
 import json
+import multiprocessing
 import os
 import re
 import shlex
@@ -471,7 +472,7 @@ MISTAKES = {
     "class of the model": (["fit", "--model_class=my.Model"], "on the command line, pass --model my.module.MyClass"),
     "class of the data": (["fit", "--data_class", "my.Data"], "on the command line, pass --data my.module.MyClass"),
     "empty config": (["fit", "--config=empty.txt"], "'empty.txt': expected settings, got nothing"),
-    "words in a config": (["fit", "--config=short.txt"], "'short.txt': expected settings, got To be"),
+    "words in a config": (["fit", "--config=short.txt"], "'short.txt': expected settings, got a str"),
     "clipping": (["fit", "--trainer.gradient_clip_val=-1"], "gradient_clip_val must be 0 or more, got -1"),
     "no such config": (["fit", "--config=nope.yaml"], "nope.yaml"),
     "not a number": (["fit", "--trainer.max_steps=many"], "--trainer.max_steps: expected int, got many;"),
@@ -517,6 +518,17 @@ def test_error_is_one_line_and_leaves_no_files(args, message, finished, corpus_t
     assert message in error[0]
     assert {path.name for path in set(tmp_path.iterdir()) - before} <= {"cache"}
     assert not list(tmp_path.glob("cache/tokens/.*")), "no unfinished store"
+
+
+@pytest.mark.skipif(os.name != "posix", reason="kills as POSIX does")
+def test_killed_loader_process_is_a_one_line_error(corpus_file, monkeypatch, capsys):
+    def kill(model, batch, batch_idx):
+        for child in multiprocessing.active_children():
+            os.kill(child.pid, signal.SIGKILL)
+
+    monkeypatch.setattr(LanguageModel, "on_train_batch_start", kill)
+    assert main(["fit", f"--data.corpus={corpus_file}", *TINY, "--data.num_workers=1", "--trainer.max_steps=50"]) == 2
+    assert "Memory may have run out: lower --data.num_workers" in capsys.readouterr().err
 
 
 def test_section_of_a_config_is_settings_or_a_file(corpus_text, capsys):

@@ -45,9 +45,13 @@ def test_text_that_changes_while_it_is_read_is_refused(tmp_path, name):
     path.write_bytes(CONTENT)
     loaded = corpus.load(name)
     assert loaded.text.encode() == CONTENT
+    os.utime(path, (1, 1))
+    assert loaded.text.encode() == CONTENT
     path.write_bytes(CONTENT + b"more")
-    with pytest.raises(UserError, match="has changed while it was read"):
+    with pytest.raises(UserError, match="changed while it was being read"):
         list(loaded.chunks())
+    path.unlink()
+    assert loaded.states[0].has_changed(path)
 
 
 def test_file_is_read_without_newline_translation(tmp_path):
@@ -210,7 +214,7 @@ def test_unpaired_surrogates_are_refused_or_replaced(tmp_path):
     (tmp_path / "stories.jsonl").write_bytes(b'{"text": "\\ud83d!"}\n{"text": "caf\xe9"}\n')
     assert chunks_of("stories.jsonl", errors="replace") == ended("\ufffd!", "caf\ufffd")
     (tmp_path / "a.txt").write_bytes(b"A +2AA- b")
-    with pytest.raises(UserError, match="an unpaired surrogate .*ud800.* in it: pass --data.errors"):
+    with pytest.raises(UserError, match="an unpaired surrogate .*ud800.*: pass --data.errors"):
         chunks_of("a.txt", encoding="utf-7")
     assert chunks_of("a.txt", encoding="utf-7", errors="replace") == [("A \ufffd b", False)]
 
@@ -250,10 +254,7 @@ def test_format_without_its_extra_says_what_to_install(tmp_path, monkeypatch, na
 
 
 def test_zstandard_is_not_used_because_it_reads_incomplete_files(tmp_path, monkeypatch):
-    def zstandard_file(file, mode):  # fsspec's name
-        return file
-
-    monkeypatch.setitem(fsspec.compression.compr, "zstd", zstandard_file)
+    monkeypatch.setitem(fsspec.compression.compr, "zstd", lambda file, mode: file)  # a class with backports.zstd
     (tmp_path / "a.txt.zst").write_bytes(b"half of it")
     assert 'pip install "lmlight[formats]"' in error_of("a.txt.zst")
 

@@ -43,7 +43,7 @@ def test_unusable_entries_are_skipped(runs, tmp_path, capsys):
         assert line.startswith("lmlight: skipped: ") and line.endswith("has no metrics.csv with a finite loss and step")
 
 
-@pytest.mark.parametrize("output", [".", "", "/"])
+@pytest.mark.parametrize("output", [".", "..", "", "/"])
 def test_output_must_be_a_file(runs, capsys, output):
     assert main(["curves", "one", f"--output={output}"]) == 2
     assert "--output must be a file" in capsys.readouterr().err

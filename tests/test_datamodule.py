@@ -429,10 +429,10 @@ def test_unfinished_store_is_completed_with_its_own_tokenizer(corpus_text, corpu
 
 
 @pytest.mark.parametrize(("setting", "name"), [({"field": "story"}, "a.json"), ({"separator": "<|x|>"}, "a.jsonl")])
-def test_settings_of_other_kinds_of_files_are_refused(tmp_path, setting, name):
+def test_settings_of_other_kinds_of_files_warn(tmp_path, setting, name):
     (tmp_path / name).write_text('{"text": "a b c"}\n' * 9)
-    with pytest.raises(UserError, match=f"data.{next(iter(setting))} is for"):
-        TextDataModule(name, block_size=4, **setting).prepare_data()
+    with pytest.warns(UserWarning, match=f"data.{next(iter(setting))} is ignored"):
+        TextDataModule(name, block_size=4, tokenizer=TokenizerConfig("char"), **setting).prepare_data()
 
 
 @pytest.mark.parametrize("block_size", [16, 100])

@@ -139,14 +139,21 @@ def test_user_defined_pieces_have_the_same_ids(kind, tmp_path, corpus_text):
         add_dummy_prefix=False,
         remove_extra_whitespaces=False,
         byte_fallback=True,
-        user_defined_symbols=["\n", "<speaker>", "river", "a space"],
+        user_defined_symbols=[
+            "\n",
+            "<speaker>",
+            "river",
+            "a space",
+            "\n\n",
+            *(["\u2581\u2581"] if kind == "bpe" else []),
+        ],
         minloglevel=2,
     )
     ours = SentencePieceTokenizer(model.getvalue())
     assert ours.lossless
     assert main(["export", "hf", save(tmp_path / "x.ckpt", make(ours, {}), ours), "out"]) == 0
     theirs = transformers.AutoTokenizer.from_pretrained("out")
-    for text in ("<speaker>MIRA, the river<speaker>\nthe rivers rive", corpus_text, *UNUSUAL):
+    for text in ("<speaker>MIRA, the river<speaker>\n\nthe  rivers   rive", corpus_text, *UNUSUAL):
         assert theirs(text)["input_ids"] == ours.encode(text), text
         assert theirs.decode(ours.encode(text)) == text
 

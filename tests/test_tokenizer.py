@@ -479,6 +479,8 @@ def test_pretrained_model_that_changes_some_text_is_lossy(corpus_text, change, l
     )
     tokenizer = SentencePieceTokenizer(model.getvalue())
     assert tokenizer.lossless is lossless
+    if not change.get("add_dummy_prefix"):
+        assert tokenizer.decode(tokenizer.encode("a  b\nc\n\nd")) == "a  b\nc\n\nd"
     assert tokenizer.char_counts[tokenizer.encode("日")].sum() <= 1 + change.get("add_dummy_prefix", False)
 
 

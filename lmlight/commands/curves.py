@@ -17,7 +17,7 @@ def main(args: Sequence[str]) -> None:
     parser.add_argument("--x", choices=("step", "characters", "seconds"), default="step", help="the horizontal axis")
     parser.add_argument("--output", type=Path, default=Path("curves.png"), help="the figure: .png, .svg or .pdf")
     options = parser.parse_args(args)
-    if not options.output.name:
+    if options.output.name in ("", ".."):
         raise UserError(f"--output must be a file, such as curves.png, got '{options.output}'")
     output = options.output if options.output.suffix else options.output.with_suffix(".png")
     runs = {}

@@ -11,11 +11,27 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import astuple, dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import NamedTuple
 
 from lmlight.data import reading
 from lmlight.data.download import find_files
 from lmlight.data.reading import TextChunk, TextFormat
 from lmlight.errors import UserError
+
+
+class FileState(NamedTuple):
+    """A file as it was when it was hashed."""
+
+    size: int
+    mtime_ns: int
+    sha256: str
+
+    def has_changed(self, path: Path) -> bool:
+        try:
+            stat = path.stat()
+            return (stat.st_size, stat.st_mtime_ns) != self[:2] and _sha256(path) != self.sha256
+        except OSError:
+            return True
 
 
 @dataclass(frozen=True)
@@ -28,7 +44,7 @@ class Corpus:
         text_format: how they are read.
         fingerprint: the SHA-256 of everything that the text depends on; part of its token store's cache key.
         has_documents: whether it consists of documents.
-        states: the size and modification time of each file when it was hashed.
+        states: the states of the files.
     """
 
     source: str
@@ -36,7 +52,7 @@ class Corpus:
     text_format: TextFormat
     fingerprint: str
     has_documents: bool
-    states: tuple[tuple[int, int], ...]
+    states: tuple[FileState, ...]
 
     def chunks(self, start: int = 0, stop: int | None = None) -> Iterator[TextChunk]:
         """The characters `[start:stop]`, in chunks that end with a document or after about `reading.CHUNK_SIZE` characters.
@@ -75,8 +91,8 @@ class Corpus:
                 if in_document and (text or ends_document):
                     yield TextChunk(text, ends_document)
                 in_document = in_document and not ends_document
-            if not path.exists() or _state(path) != state:
-                raise UserError(f"corpus '{self.source}' has changed while it was read ({path.name}): try again")
+            if state.has_changed(path):
+                raise UserError(f"corpus '{self.source}' changed while it was being read ({path.name}): try again")
 
 
 def load(source: str, text_format: TextFormat = TextFormat(), cache: str | None = None) -> Corpus:
@@ -96,16 +112,17 @@ def load(source: str, text_format: TextFormat = TextFormat(), cache: str | None 
 def open_files(source: str, files: list[Path], text_format: TextFormat = TextFormat()) -> Corpus:
     """The corpus in `files`, see `load`."""
     try:
-        states = tuple(map(_state, files))
         with ThreadPoolExecutor() as pool:  # hashing releases the GIL
-            hashes = list(pool.map(_sha256, files))
+            states = tuple(pool.map(_state, files))
     except OSError as error:
         name = f"{source}: {Path(error.filename).name}" if error.filename and len(files) > 1 else source
         raise reading.read_error(name, error) from None
     formats = [reading.file_format(path.name) for path in files]
     has_records = any(suffix in reading.RECORD_SUFFIXES for suffix, _ in formats)
     has_documents = has_records or len(files) > 1 or text_format.separator is not None
-    fingerprint = hashlib.sha256(json.dumps([formats, hashes, astuple(text_format)]).encode()).hexdigest()
+    fingerprint = hashlib.sha256(
+        json.dumps([formats, [state.sha256 for state in states], astuple(text_format)]).encode()
+    ).hexdigest()
     return Corpus(source, tuple(files), text_format, fingerprint, has_documents, states)
 
 
@@ -120,10 +137,9 @@ def split(text: str, val_fraction: float) -> tuple[str, str]:
     return text[:cut], text[cut:]
 
 
-def _state(path: Path) -> tuple[int, int]:
-    """The size and modification time of a file."""
-    stat = path.stat()
-    return stat.st_size, stat.st_mtime_ns
+def _state(path: Path) -> FileState:
+    stat = path.stat()  # before it is read
+    return FileState(stat.st_size, stat.st_mtime_ns, _sha256(path))
 
 
 def _sha256(path: Path) -> str:

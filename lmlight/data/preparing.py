@@ -128,14 +128,12 @@ class CorpusSpec:
             return self.tokenizer.train(chunks, cut, add_eos=corpus.has_documents)
 
     def _check_format(self, texts: list[Corpus]) -> None:
-        """Refuses settings that apply to none of the files."""
+        """Warns of settings that apply to none of the files; they may be those of the run that a command continues."""
         suffixes = {file_format(file.name)[0] for text in texts for file in text.files}
         if self.text_format.field != TextFormat.field and not suffixes & set(RECORD_SUFFIXES):
-            raise UserError(
-                "data.field is for .jsonl and .parquet files, and there are none: rename the file, or leave it out"
-            )
+            warnings.warn("data.field is ignored: no file is .jsonl or .parquet", stacklevel=2)
         if self.text_format.separator and suffixes <= set(RECORD_SUFFIXES):
-            raise UserError("data.separator is for text files, but records are documents already: leave it out")
+            warnings.warn("data.separator is ignored: the records of a file are documents already", stacklevel=2)
 
     def _check_settings(self, store: TokenStore, pretrained_tokenizer: Tokenizer | None) -> None:
         """Refuses settings that are neither the defaults nor those that a prepared store was made with."""

@@ -165,8 +165,9 @@ def read_file(path: Path, text_format: TextFormat, has_documents: bool, source: 
 def _read_text(path: Path, compression: str, text_format: TextFormat, name: str, by_line: bool) -> Iterator[str]:
     """The lines of a file, or its chunks of `CHUNK_SIZE` characters."""
     codec, encoding = COMPRESSIONS.get(compression), text_format.encoding
+    opener = fsspec.compression.compr.get(codec)
     # with zstandard in place of backports.zstd, fsspec reads an incomplete file without an error
-    if codec and getattr(fsspec.compression.compr.get(codec), "__name__", "") in ("", "zstandard_file"):
+    if opener is None or (codec == "zstd" and not isinstance(opener, type)):
         raise missing_extra(f"reading '{path}' needs a package for {codec}", "formats")
     try:
         with _opened(path, codec) as file:
@@ -175,8 +176,8 @@ def _read_text(path: Path, compression: str, text_format: TextFormat, name: str,
             text = io.TextIOWrapper(file, encoding, text_format.errors, newline="\n")
             try:
                 for part in text if by_line else iter(partial(text.read, CHUNK_SIZE), ""):
-                    # of all codecs, only such as utf-7 decode to surrogates
-                    yield part if encoding.startswith("utf-8") else _without_surrogates(part, text_format, name, "it")
+                    # only a few codecs, such as utf-7, decode to surrogates
+                    yield part if encoding.startswith("utf-8") else _without_surrogates(part, text_format, name)
             except UnicodeDecodeError as error:
                 offset = file.tell() - len(error.object) + error.start
                 with _opened(path, codec) as again:
@@ -294,13 +295,13 @@ def _document(value: Any, text_format: TextFormat, name: str, where: str) -> Ite
     if not isinstance(value, str):
         problem = f"has a value of type {type(value).__name__} as '{text_format.field}' in {where}, expected text"
         raise UserError(f"corpus '{name}' {problem}: pass --data.field")
-    yield TextChunk(_without_surrogates(value, text_format, name, where), True)
+    yield TextChunk(_without_surrogates(value, text_format, name, f" in {where}"), True)
 
 
-def _without_surrogates(text: str, text_format: TextFormat, name: str, where: str) -> str:
+def _without_surrogates(text: str, text_format: TextFormat, name: str, where: str = "") -> str:
     """Replaces unpaired surrogates, which JSON and some codecs can write, but UTF-8 cannot."""
     unpaired = SURROGATE.search(text)
     if unpaired and text_format.errors == "strict":
-        problem = f"has an unpaired surrogate (\\u{ord(unpaired[0]):04x}) in {where}"
+        problem = f"has an unpaired surrogate (\\u{ord(unpaired[0]):04x}){where}"
         raise UserError(f"corpus '{name}' {problem}: pass --data.errors replace to read it as U+FFFD")
     return SURROGATE.sub("\ufffd", text) if unpaired else text

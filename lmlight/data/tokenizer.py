@@ -292,9 +292,9 @@ class SentencePieceTokenizer(Tokenizer):
             self.char_counts[index] = starts_character(byte)
         if (unknown := self._processor.unk_id()) >= 0:
             self.char_counts[unknown] = 1  # or more
-        ids = self.encode(PROBE)  # line by line: a model that puts a space before each line is lossy
-        if self.decode(ids) != PROBE or self.char_counts[ids].sum() != len(PROBE):
-            self.lossless, self._newline = False, []
+        self.lossless = self._restores(PROBE)
+        if not self._restores("  a \n\n b "):  # line by line: a model that puts a space before each line is lossy
+            self._newline = []
         eos = self._processor.eos_id()
         if eos >= 0 and self.pieces[eos] == END_OF_TEXT:  # SentencePiece's own "</s>" does not occur in training
             self.eos_id = eos
@@ -322,6 +322,10 @@ class SentencePieceTokenizer(Tokenizer):
     def is_unigram(self) -> bool:
         """Whether scores are log-probabilities. Those of BPE are the negated ranks of its merges, whole numbers."""
         return any(not score.is_integer() for _, score in self.scores().values())
+
+    def _restores(self, text: str) -> bool:
+        ids = self.encode(text)
+        return self.decode(ids) == text and bool(self.char_counts[ids].sum() == len(text))
 
     def scores(self) -> dict[str, tuple[int, float]]:
         """The pieces that match text, with their ids and scores: all but bytes, unknown and control pieces."""

@@ -5,12 +5,13 @@ literal `<s>`:
 
 - Pieces are written with spaces in place of SentencePiece's ▁, so nothing needs normalizing. A literal ▁ in a text is a
   character that no piece covers: three byte pieces, as in SentencePiece.
-- Pieces of BPE models that a user defined, which no merges make, are added tokens.
+- User-defined pieces of BPE models, which no merge produces, are added tokens.
 - End of text is the only special token, and `split_special_tokens` keeps transformers from finding it in a text.
 - Pieces that no text may produce (`<s>`, `<0x41>`) score lower than the sum of their characters' scores. This needs an
   entry for each ASCII character: one that the training text lacks takes the place of its byte piece.
 """
 
+import re
 import warnings
 from typing import Any, NamedTuple
 
@@ -59,8 +60,8 @@ class Vocabulary:
     def __init__(self, tokenizer: SentencePieceTokenizer) -> None:
         if not tokenizer.lossless:
             raise UserError(
-                "this checkpoint's tokenizer is lossy (it changes newlines and repeated spaces), and other engines cannot "
-                "reproduce it: train one with --data.tokenizer.lossless=true"
+                "this checkpoint's tokenizer is lossy (it changes some texts, such as repeated spaces), and other engines "
+                "cannot reproduce it: train with --data.tokenizer.lossless=true, or with another tokenizer file"
             )
         with warnings.catch_warnings():  # protobuf's C extension is deprecated
             warnings.simplefilter("ignore")
@@ -69,9 +70,11 @@ class Vocabulary:
         proto: Any = sentencepiece_model_pb2.ModelProto()  # type: ignore[attr-defined]  # made at run time
         proto.ParseFromString(tokenizer.to_bytes())  # only the protocol buffer has the types
         self.is_unigram = proto.trainer_spec.model_type == 1
-        # a space within a piece is never found, because SentencePiece writes those of a text as ▁
+        # Some pieces never match: SentencePiece replaces the spaces of a text by ▁, and lmlight encodes line by line.
+        never = re.compile(r" |\n.|.\n", re.DOTALL)
         self.pieces = [
-            Piece(piece.piece, piece.score, UNUSED if " " in piece.piece else piece.type) for piece in proto.pieces
+            Piece(piece.piece, piece.score, UNUSED if never.search(piece.piece) else piece.type)
+            for piece in proto.pieces
         ]
         self.unknown_id = next(index for index, piece in enumerate(self.pieces) if piece.type == UNKNOWN)
         # the score, in a unigram segmentation, of a character that no piece matches
@@ -100,7 +103,7 @@ def tokenizer_json(tokenizer: Tokenizer) -> dict[str, Any]:
     elif isinstance(tokenizer, SentencePieceTokenizer):
         vocabulary = Vocabulary(tokenizer)
         model = _unigram(vocabulary) if vocabulary.is_unigram else _bpe(vocabulary)
-        if not vocabulary.is_unigram:
+        if not vocabulary.is_unigram:  # where they have a score instead
             added += (
                 {"id": index, "content": piece.text, **token}
                 for index, piece in enumerate(vocabulary.pieces)

@@ -301,6 +301,8 @@ def _mistake(error: Exception) -> Exception:
     for cause in chain:
         if isinstance(cause, (UserError, MisconfigurationException)):
             return cause
+    if re.match(r"DataLoader worker \(pid.*\) (is killed|exited)", str(cause)):
+        return UserError(f"{str(cause).splitlines()[0].strip()} Memory may have run out: lower --data.num_workers")
     if user_frame(cause):
         return UserError(f"an exception in your code: {describe(cause)}")
     if named := re.findall(r"given class_path '([^']+)'", " ".join(map(str, chain))):

@@ -262,7 +262,7 @@ class LanguageModel(TextModel):
         return self._net().loss(batch.inputs, batch.targets)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        loss = self.training_loss(self.checked(batch))
+        loss = self.training_loss(self.check_batch(batch))
         check_loss(loss, f"{type(self).__name__}.training_loss")
         micro_batches = 1 + batch_idx % self.trainer.accumulate_grad_batches
         self.step_loss += (loss.detach() - self.step_loss) / micro_batches  # the mean so far: an epoch may end here

@@ -115,7 +115,9 @@ def named_classes(settings: dict[str, Any]) -> dict[str, str]:
 def _checked(settings: Any, file: object) -> dict[str, Any]:
     """Refuse a file without settings, and numbers and lists in place of a section, which the parser would ignore."""
     if not isinstance(settings, dict):
-        raise UserError(f"'{file}': expected settings, got {'nothing' if settings is None else settings}")
+        raise UserError(
+            f"'{file}': expected settings, got {'nothing' if settings is None else f'a {type(settings).__name__}'}"
+        )
     for name in ("model", "data", "trainer"):
         if isinstance(value := settings.get(name), (int, float, list)):
             raise UserError(f"'{file}': expected settings in {name}, got {value}")

@@ -51,15 +51,15 @@ class TextModel(LightningModule):
 
     def score(self, batch: Batch, metric: TextLoss) -> Tensor:
         """Add a batch to a metric; returns (B, T) nats per token, 0 where not scored."""
-        batch = self.checked(batch)
+        batch = self.check_batch(batch)
         logits = self(batch.inputs).flatten(0, 1).float()  # (B * T, V)
         losses = F.cross_entropy(logits, batch.targets.flatten(), reduction="none", ignore_index=IGNORE_INDEX)
         losses = losses.view_as(batch.targets)
         metric.update(losses, batch.targets, batch.target_chars)
         return losses
 
-    def checked(self, batch: Any) -> Batch:
-        """Make a `Batch` of user-defined data, see `as_batch`.
+    def check_batch(self, batch: Any) -> Batch:
+        """Make a `Batch` from user-defined data (see `as_batch`), and check it.
 
         Raises:
             UserError: It is not a pair of ids, is longer than `block_size`, or, on a CPU, has ids outside the vocabulary.

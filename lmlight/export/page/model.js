@@ -2,7 +2,7 @@
  * A language model in a browser, from a file that `lmlight export web` wrote.
  *
  * - The metadata of the ONNX file has the sizes and the tokenizer.
- * - The graph maps (ids, past) to (logits, present, attention). User-defined networks have logits only.
+ * - The graph maps (ids, past) to (logits, present, attention). Networks without a key-value cache have logits only.
  * - Probabilities, and greedy text, equal those of lmlight. Sampled text differs, because the random numbers differ.
  *
  * Axes: T new positions, V vocabulary.
