@@ -520,7 +520,7 @@ def test_error_is_one_line_and_leaves_no_files(args, message, finished, corpus_t
     assert not list(tmp_path.glob("cache/tokens/.*")), "no unfinished store"
 
 
-@pytest.mark.skipif(os.name != "posix", reason="kills as POSIX does")
+@pytest.mark.skipif(os.name != "posix", reason="Windows has no SIGKILL")
 def test_killed_loader_process_is_a_one_line_error(corpus_file, monkeypatch, capsys):
     def kill(model, batch, batch_idx):
         for child in multiprocessing.active_children():

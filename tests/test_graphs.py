@@ -190,7 +190,8 @@ def matches_in_onnxruntime(net, tokenizer, tmp_path, capfd):
             ids = torch.randint(tokenizer.vocab_size, size)
             np.testing.assert_allclose(run(ids)[0], net(ids), atol=1e-4)
         ids, past, logits = torch.randint(tokenizer.vocab_size, (2, BLOCK)), None, []
-        for first, last in ((0, 3), (3, 4), (4, 5), (5, 11), (11, BLOCK)) if cached else ((0, BLOCK),):
+        reads_all = isinstance(net, Transformer) and not cached
+        for first, last in ((0, BLOCK),) if reads_all else ((0, 3), (3, 4), (4, 5), (5, 11), (11, BLOCK)):
             some, past = run(ids[:, first:last], past)
             logits.append(some)
         np.testing.assert_allclose(np.concatenate(logits, 1), net(ids), atol=1e-4)

@@ -456,7 +456,9 @@ def test_resume_with_incompatible_settings_is_refused_and_keeps_the_config(train
         "--data.block_size=32": "exceeds this model's block_size 16",
         "--model.net=Bigram": "a different network",
         "--data.corpus=nope.txt": "no corpus",
-        "--data.tokenizer.vocab_size=300": "a resumed run cannot change data.tokenizer (data.tokenizer.vocab_size: 400 ->",
+        "--data.tokenizer.vocab_size=300": (
+            "a resumed run cannot change data.tokenizer (data.tokenizer.vocab_size: 400 -> 300)"
+        ),
         "--trainer.accumulate_grad_batches=3": "multiple of",
         "--model.optimizer=torch.optim.AdamW": "the state of lmlight.optim.Muon",
     }.items():

@@ -210,7 +210,7 @@ def test_finished_shards_are_kept_only_if_the_text_may_be_readable(
     assert (tmp_path / "store" / "train-00000.npy").exists() == kept
 
 
-@pytest.mark.skipif(os.name != "posix", reason="kills as POSIX does")
+@pytest.mark.skipif(os.name != "posix", reason="Windows has no SIGKILL")
 def test_killed_worker_is_reported_and_finished_shards_stay(tmp_path, small_shards):
     def chunks():
         yield from [TextChunk("abcd" * 250)] * 3
@@ -245,7 +245,7 @@ token_writer.write_store(Path("store"), "print", {"train": pieces()}, CharTokeni
 """
 
 
-@pytest.mark.skipif(os.name != "posix", reason="kills as POSIX does")
+@pytest.mark.skipif(os.name != "posix", reason="Windows has no SIGKILL")
 @pytest.mark.parametrize("how", ["SIGKILL", "SIGINT"])
 def test_killed_write_leaves_whole_shards_and_no_processes(tmp_path, small_shards, how):
     """The script has no `if __name__ == "__main__"` guard."""

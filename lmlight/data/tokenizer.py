@@ -290,8 +290,8 @@ class SentencePieceTokenizer(Tokenizer):
         for index in filter(self._processor.is_byte, range(len(self.pieces))):
             byte = int(self.pieces[index][3:5], 16)  # "<0xE2>"
             self.char_counts[index] = starts_character(byte)
-        if (unknown := self._processor.unk_id()) >= 0:
-            self.char_counts[unknown] = 1  # or more
+        if self.unknown_id >= 0:
+            self.char_counts[self.unknown_id] = 1  # or more
         self.lossless = self._restores(PROBE)
         if not self._restores("  a \n\n b "):  # line by line: a model that puts a space before each line is lossy
             self._newline = []

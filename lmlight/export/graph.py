@@ -11,7 +11,7 @@ import logging
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -141,7 +141,7 @@ def write_onnx(model: Model, path: Path, attention: bool = False) -> None:
     inputs, outputs = ["ids"], ["logits"]
     # Sizes of at least 2: the exporter takes a size of 1 for a constant.
     arguments, dynamic = [torch.zeros(2, min(3, size), dtype=torch.int64)], [{0: BATCH, 1: Dim("time", max=size)}]
-    if isinstance(net, Transformer) and _has_cache(net):
+    if _has_cache(net):
         graph = TransformerGraph(net, attention)
         inputs += ["past"]
         outputs += ["present", "attention"] if attention else ["present"]
@@ -172,7 +172,7 @@ def write_torch(model: Model, path: Path) -> None:
         UserError: the network cannot be traced.
     """
     net = model.net.float()
-    graph = TransformerGraph(net) if isinstance(net, Transformer) and _has_cache(net) else net
+    graph = TransformerGraph(net) if _has_cache(net) else net
     sizes: dict[int, Any] = {0: BATCH} | ({1: Dim("time", max=net.block_size)} if net.block_size > 1 else {})
     ids = torch.zeros(2, min(2, net.block_size), dtype=torch.int64)
     with _tracing(net), torch.no_grad(), warnings.catch_warnings():
@@ -185,9 +185,9 @@ def write_torch(model: Model, path: Path) -> None:
     path.write_bytes(archive.getvalue())
 
 
-def _has_cache(net: Transformer) -> bool:
-    """False for a subclass that turns the cache off, because its `forward` reads the whole context."""
-    return isinstance(net.make_cache(1), KeyValueCache)
+def _has_cache(net: Net) -> TypeGuard[Transformer]:
+    """False, too, for a subclass that turns the cache off, because its `forward` reads the whole context."""
+    return isinstance(net, Transformer) and isinstance(net.make_cache(1), KeyValueCache)
 
 
 @contextlib.contextmanager
