@@ -1,10 +1,12 @@
-"""Helpers of the export tests: small networks and checkpoints, unusual texts, shrunk shipped configs, and code blocks of
-docs/export.md. Needs no extra."""
+"""Helpers of the export tests: small networks, checkpoints and tokenizers, unusual texts, shrunk shipped configs, and code
+blocks of docs/export.md. Needs no extra."""
 
+import io
 import random
 import re
 from pathlib import Path
 
+import sentencepiece as spm
 import torch
 import yaml
 
@@ -82,6 +84,16 @@ def byte_level_bpe(text, kind="gpt-2"):
     )
     tokenizer.train_from_iterator([text], trainer)
     return tokenizer
+
+
+def sentencepiece_model(text, **options):
+    """The bytes of a SentencePiece model with 400 pieces that restores every text, unless `options` change that."""
+    model = io.BytesIO()
+    lossless = {"normalization_rule_name": "identity", "add_dummy_prefix": False, "remove_extra_whitespaces": False}
+    defaults = {**lossless, "vocab_size": 400, "byte_fallback": True, "user_defined_symbols": ["\n"], "minloglevel": 2}
+    lines = iter(text.split("\n"))
+    spm.SentencePieceTrainer.train(sentence_iterator=lines, model_writer=model, **{**defaults, **options})
+    return model.getvalue()
 
 
 def save(path, net, tokenizer, **more):

@@ -1,7 +1,6 @@
 """Hugging Face export: transformers gives the same ids, logits and text."""
 
 import dataclasses
-import io
 import itertools
 import json
 import re
@@ -9,10 +8,20 @@ import shutil
 import sys
 
 import pytest
-import sentencepiece as spm
 import torch
 import yaml
-from exporting import BLOCK, OPTIONS, UNUSUAL, documented, make, random_texts, save, shipped, shrunk
+from exporting import (
+    BLOCK,
+    OPTIONS,
+    UNUSUAL,
+    documented,
+    make,
+    random_texts,
+    save,
+    sentencepiece_model,
+    shipped,
+    shrunk,
+)
 
 from lmlight import checkpoint
 from lmlight.__main__ import main
@@ -129,27 +138,9 @@ def test_ids_are_the_same_for_any_text(kind, tokenizers, tmp_path, corpus_text):
 
 @pytest.mark.parametrize("kind", ["unigram", "bpe"])
 def test_user_defined_pieces_have_the_same_ids(kind, tmp_path, corpus_text):
-    model = io.BytesIO()
-    spm.SentencePieceTrainer.train(
-        sentence_iterator=iter(corpus_text.split("\n")),
-        model_writer=model,
-        model_type=kind,
-        vocab_size=400,
-        normalization_rule_name="identity",
-        add_dummy_prefix=False,
-        remove_extra_whitespaces=False,
-        byte_fallback=True,
-        user_defined_symbols=[
-            "\n",
-            "<speaker>",
-            "river",
-            "a space",
-            "\n\n",
-            *(["\u2581\u2581"] if kind == "bpe" else []),
-        ],
-        minloglevel=2,
-    )
-    ours = SentencePieceTokenizer(model.getvalue())
+    pieces = ["\n", "<speaker>", "river", "a space", "\n\n", *(["\u2581\u2581"] if kind == "bpe" else [])]
+    model = sentencepiece_model(corpus_text, model_type=kind, user_defined_symbols=pieces)
+    ours = SentencePieceTokenizer(model)
     assert ours.lossless
     assert main(["export", "hf", save(tmp_path / "x.ckpt", make(ours, {}), ours), "out"]) == 0
     theirs = transformers.AutoTokenizer.from_pretrained("out")

@@ -1,7 +1,6 @@
 """Tokenizers are lossless, and sampled segmentations follow their distribution."""
 
 import hashlib
-import io
 import itertools
 import math
 import warnings
@@ -12,6 +11,7 @@ import numpy as np
 import processes
 import pytest
 import sentencepiece as spm
+from exporting import sentencepiece_model
 from hypothesis import example, given
 from hypothesis import strategies as st
 
@@ -467,17 +467,7 @@ def test_characters_are_collected_one_chunk_at_a_time():
     ],
 )
 def test_pretrained_model_that_changes_some_text_is_lossy(corpus_text, change, lossless):
-    model = io.BytesIO()
-    options = {"add_dummy_prefix": False, "remove_extra_whitespaces": False, "byte_fallback": True}
-    options |= {"normalization_rule_name": "identity", "vocab_size": 400, "user_defined_symbols": ["\n"], **change}
-    spm.SentencePieceTrainer.train(
-        sentence_iterator=iter(corpus_text.split("\n")),
-        model_writer=model,
-        model_type="bpe",
-        minloglevel=2,
-        **options,
-    )
-    tokenizer = SentencePieceTokenizer(model.getvalue())
+    tokenizer = SentencePieceTokenizer(sentencepiece_model(corpus_text, model_type="bpe", **change))
     assert tokenizer.lossless is lossless
     if not change.get("add_dummy_prefix"):
         assert tokenizer.decode(tokenizer.encode("a  b\nc\n\nd")) == "a  b\nc\n\nd"
