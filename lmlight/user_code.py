@@ -1,4 +1,4 @@
-"""Classes that a user names, `--model.net my.module.MyNet`, and exceptions in their code.
+"""Classes that a user names, as in `--model.net my.module.MyNet`, and exceptions in their code.
 
 Other classes that flags and config files name, such as callbacks, are imported by jsonargparse.
 """

@@ -36,7 +36,7 @@ def test_list_shows_names_sizes_and_sources(filled, capsys):
     assert main(["cache"]) == 0
     first, second, third, last = capsys.readouterr().out.splitlines()
     assert first.split()[:2] == ["2.3", "MB"] and "corpora/play.txt" in first
-    assert "tokens/abc" in second and "my.txt, 3 pieces" in second
+    assert "tokens/abc" in second and "my.txt, vocabulary of 3" in second
     assert "tokens/half" in third and "unfinished" in third
     assert last.split()[0] == "2.4" and str(filled) in last
 

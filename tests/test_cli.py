@@ -790,6 +790,6 @@ def test_summary_says_if_the_final_model_is_not_scored(corpus_file, capsys, inte
     words += ["--trainer.accumulate_grad_batches=2", f"--trainer.val_check_interval={2 * interval}"]
     assert main(["fit", *words]) == 0
     found = re.findall(
-        "  (.*) after the last validation: last.ckpt, the final model, is not scored", capsys.readouterr().out
+        "  (.*) after the last validation: last.ckpt, the final model, was not scored", capsys.readouterr().out
     )
     assert found == ([later] if later else [])

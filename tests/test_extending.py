@@ -21,6 +21,7 @@ from torch import nn
 from lmlight import LanguageModel, TextDataModule, Transformer, checkpoint
 from lmlight.__main__ import main
 from lmlight.data.hf_tokenizer import HFTokenizer, read_pretrained
+from lmlight.data.loader import Batch
 from lmlight.data.tokenizer import Tokenizer, TokenizerConfig, deserialize, serialize
 from lmlight.errors import UserError
 from lmlight.models.check import check_net
@@ -989,6 +990,17 @@ def test_several_processes_divide_custom_data(folder):
     assert check_fit([])["trainer"]["use_distributed_sampler"] is False, "TextDataModule does it itself"
 
 
+def test_own_batch_objects_are_checked():
+    class Longer(Counting):
+        def train_dataloader(self):
+            ids = torch.zeros(2, 99, dtype=torch.long)
+            return torch.utils.data.DataLoader([Batch(ids, ids, ids)], batch_size=None)
+
+    trainer = pl.Trainer(**{**tiny.QUIET, "max_steps": 1, "enable_checkpointing": False})
+    with pytest.raises(UserError, match="windows of 99 tokens"):
+        trainer.fit(LanguageModel(net=tiny.net), Longer())
+
+
 def test_custom_data_has_no_invented_throughput():
     settings = {**tiny.QUIET, "max_steps": 2, "log_every_n_steps": 1, "enable_checkpointing": False}
     trainer = pl.Trainer(**settings, callbacks=[Throughput()])
@@ -1021,6 +1033,26 @@ class Own(LanguageModel):
         ["fit", f"--init_from={checkpoint}", *SHORT, "--data.block_size=8"],
     ):
         assert "data without a tokenizer: pass its --data" in error_of(capsys, *words)
+
+
+@pytest.mark.parametrize(
+    ("returned", "callback"),
+    [("None", "Pictures"), ("batch.targets.new_zeros(batch.targets.shape).float()", "TrainSubsetEval")],
+)
+def test_own_validation_that_a_callback_cannot_use_is_a_one_line_error(folder, capsys, returned, callback):
+    code = f"""
+from lmlight import LanguageModel
+
+class Own(LanguageModel):
+    def validation_step(self, batch, batch_idx):
+        return {returned}
+
+    def on_validation_epoch_end(self):
+        self.log("val/loss", 1.0)
+"""
+    name = f"own_for_{callback.lower()}"
+    (folder / f"{name}.py").write_text(code)
+    assert f"the callback {callback} needs" in error_of(capsys, "fit", f"--model={name}.Own", *SHORT)
 
 
 def test_scheduler_that_ends_before_the_run_is_a_one_line_error(folder, capsys):

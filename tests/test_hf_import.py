@@ -250,7 +250,10 @@ def test_unsupported_or_damaged_model_is_refused(foreign, tmp_path, capsys):
         assert [path.name for path in tmp_path.iterdir()] == ["theirs"]
 
     for values, message in (
-        ({"model_type": "gpt_neox"}, "expected a model_type of gpt2, llama, mistral, qwen2, qwen3, got gpt_neox"),
+        (
+            {"model_type": "gpt_neox"},
+            "expected model_type to be one of gpt2, llama, mistral, qwen2, qwen3, got gpt_neox",
+        ),
         ({"rope_parameters": {"rope_theta": 1e4, "rope_type": "yarn"}}, "rope_type yarn"),
         ({"rope_scaling": {"type": "linear"}, "rope_parameters": None}, "rope_type linear"),
         ({"attention_bias": True}, "a bias in attention or MLP only"),

@@ -734,6 +734,9 @@ def test_non_finite_loss_or_gradient_stops_and_is_not_saved(trained, tmp_path, c
     content = checkpoint.read(path)
     assert content["global_step"] == 14
     assert all(weight.isfinite().all() for weight in content["state_dict"].values())
+    # a resumed run that has saved nothing names the checkpoint that it resumed
+    assert main(["fit", f"--ckpt_path={path}", f"--trainer.default_root_dir={tmp_path / 'runs'}"]) == 2
+    assert str(path) in capsys.readouterr().err.strip().split("\n")[-1]
 
 
 def test_non_finite_weights_are_not_saved(trained, tmp_path, capsys, monkeypatch):

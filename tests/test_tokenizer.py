@@ -474,6 +474,17 @@ def test_pretrained_model_that_changes_some_text_is_lossy(corpus_text, change, l
     assert tokenizer.char_counts[tokenizer.encode("日")].sum() <= 1 + change.get("add_dummy_prefix", False)
 
 
+@pytest.mark.parametrize("pieces", [[], ["\n"]])
+@pytest.mark.parametrize("rule", ["identity", "nmt_nfkc"])
+@pytest.mark.parametrize("prefix", [True, False])
+@pytest.mark.parametrize("strip", [True, False])
+def test_lines_never_run_together(corpus_text, pieces, rule, prefix, strip):
+    options = {"add_dummy_prefix": prefix, "remove_extra_whitespaces": strip, "normalization_rule_name": rule}
+    tokenizer = SentencePieceTokenizer(sentencepiece_model(corpus_text, user_defined_symbols=pieces, **options))
+    text = "over the\nriver and\n\n in the"
+    assert tokenizer.decode(tokenizer.encode(text)).split() == text.split()
+
+
 @pytest.mark.parametrize("kind", ["bpe", "char"])
 @pytest.mark.parametrize("lossless", [True, False])
 def test_sampling_needs_a_unigram_tokenizer(kind, lossless, corpus_text):

@@ -6,6 +6,7 @@ of a second each. The command line takes a second or two, so it gets several at 
 
 import inspect
 import warnings
+from types import SimpleNamespace
 
 import lightning.pytorch as pl
 import pytest
@@ -16,13 +17,14 @@ from lightning.pytorch import loggers as lightning_loggers
 from lightning.pytorch import profilers as lightning_profilers
 from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.plugins.environments import LightningEnvironment
-from lightning.pytorch.strategies import SingleDeviceStrategy
+from lightning.pytorch.strategies import FSDPStrategy, SingleDeviceStrategy
 
 from lmlight import LanguageModel
 from lmlight.errors import UserError
 from lmlight.training.callbacks import DEFAULT, RunLogger
 from lmlight.training.checkpointing import AtomicCheckpointIO, BestLastCheckpoint
 from lmlight.training.cli import main
+from lmlight.training.run_checks import check_run
 
 # Values of Trainer arguments; each works alone, from Python.
 ARGUMENTS = {
@@ -285,6 +287,12 @@ def test_unsuitable_callback_is_refused(place, name):
     callback = getattr(lightning_callbacks, name)(**REFUSED_CALLBACKS[name])
     with pytest.raises(UserError, match=r"^\w+ cannot be used: "):
         fit(place, {"callbacks": [callback]})
+
+
+def test_fsdp1_is_refused():
+    trainer = SimpleNamespace(callbacks=[], strategy=FSDPStrategy())  # a `Trainer` would need a GPU
+    with pytest.raises(UserError, match="use ModelParallelStrategy"):
+        check_run(trainer, None)
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS.split())

@@ -167,7 +167,7 @@ def test_play_serves_on_this_machine_only_until_ctrl_c(libraries, checkpoint, tm
         sys.exit(main(["play", {checkpoint!r}, "--port=0", "--no-browser"]))"""
     with processes.start(code=code) as process:
         try:
-            assert process.stdout.readline() == "Preparing the page of x.ckpt\n"
+            assert process.stdout.readline() == "Preparing the page for x.ckpt\n"
             address = process.stdout.readline().split()[0]
             with urllib.request.urlopen(address + "index.html") as answer:
                 assert answer.headers["Cross-Origin-Opener-Policy"] == "same-origin"

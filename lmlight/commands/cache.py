@@ -56,7 +56,7 @@ def _about(path: Path) -> str:
         return ""
     try:
         about = json.loads((path / "index.json").read_text("utf-8"))["metadata"]
-        return f"{about['corpus']}, {about['vocab_size']:,} pieces"
+        return f"{about['corpus']}, vocabulary of {about['vocab_size']:,}"
     except (OSError, ValueError, KeyError, TypeError):
         return "unfinished, damaged, or from an older version"
 

@@ -27,7 +27,7 @@ class FileState(NamedTuple):
     sha256: str
 
     def has_changed(self, path: Path) -> bool:
-        """Whether the content is another now. It is read again only if the size or the time differs."""
+        """Whether the content has changed. It is hashed again only if its size or modification time differs."""
         try:
             stat = path.stat()
             return (stat.st_size, stat.st_mtime_ns) != self[:2] and _sha256(path) != self.sha256

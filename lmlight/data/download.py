@@ -185,7 +185,7 @@ def _find(source: str) -> tuple[Any, list[str]]:
         found = (place for place in filesystem.glob(path) if not filesystem.isdir(place))
         hidden = "/." in f"/{path.removeprefix(fixed)}"
         return filesystem, sorted(place for place in found if hidden or "/." not in f"/{place.removeprefix(fixed)}")
-    if (_is_http(path) and is_text_file(_path(path))) or not filesystem.isdir(path):  # a request saved
+    if (_is_http(path) and is_text_file(_path(path))) or not filesystem.isdir(path):  # saves a request
         return filesystem, [path]
     inside = [place for place in filesystem.ls(path, detail=False) if not filesystem.isdir(place)]
     if not any(PurePosixPath(place).name == STORE_MARK for place in inside):
@@ -218,7 +218,7 @@ def _is_http(place: str) -> bool:
 
 
 def _path(place: str) -> str:
-    """A place without the query of a URL; elsewhere, file names may contain `?` and `#`."""
+    """The path component of an HTTP URL; other places unchanged, as file names may contain `?` and `#`."""
     return urlsplit(place).path if _is_http(place) else place
 
 

@@ -24,7 +24,7 @@ from lmlight.errors import UserError
 # The target of a context-only position; the default `ignore_index` of `torch.nn.functional.cross_entropy`.
 IGNORE_INDEX = -100
 # Logits of an evaluation batch: 1 GiB in float32. `batch_size` is the number of windows per optimizer step, which may be
-# many micro-batches, and training does not hold all logits at once.
+# many micro-batches, so an evaluation batch may have to be smaller.
 MAX_EVAL_LOGITS = 2**28
 
 
@@ -87,7 +87,7 @@ class EvalLoader:
         windows: (W, 3) see `eval_windows`. Only the last window may be shorter than the others.
         char_counts: (V,) see `Tokenizer`.
         batch_size: windows per batch; fewer if their logits would exceed `MAX_EVAL_LOGITS`.
-        rank, world_size: this process, counted from 0, and the number of processes.
+        rank, world_size: the index of this process, from 0, and the number of processes.
     """
 
     def __init__(
@@ -161,7 +161,7 @@ class StatefulTrainLoader:
         self.data_wait_seconds = 0.0
 
     def state_dict(self) -> dict[str, Any]:
-        """The epoch and the number of its windows seen by all ranks, so that any number of processes can resume."""
+        """The epoch and how many of its windows the ranks have seen in total, so any number of processes can resume."""
         seen = self._seen * self.sampler.windows_per_micro_batch
         return {"epoch": self._epoch, "windows": seen, "text": self._store.train_fingerprint}
 

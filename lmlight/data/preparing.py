@@ -128,7 +128,7 @@ class CorpusSpec:
             return self.tokenizer.train(chunks, cut, add_eos=corpus.has_documents)
 
     def _check_format(self, texts: list[Corpus]) -> None:
-        """Warns of settings that apply to none of the files; they may be those of the run that a command continues."""
+        """Warns about settings that apply to none of the files: not an error, as they may be those of an earlier run."""
         suffixes = {file_format(file.name)[0] for text in texts for file in text.files}
         if self.text_format.field != TextFormat.field and not suffixes & set(RECORD_SUFFIXES):
             warnings.warn("data.field is ignored: no file is .jsonl or .parquet", stacklevel=2)

@@ -2,7 +2,7 @@
 
 - Text is exact: no newline is translated and no character dropped.
 - Files are UTF-8 unless an encoding is given. The error for other files suggests an encoding.
-- Files are read in chunks that end between lines, so a corpus may be larger than memory.
+- Files are read in chunks, so a corpus may be larger than memory.
 - *Documents* are the lines of a `.jsonl` file, the rows of a `.parquet` file, the parts of a text file between two
   separators, or whole text files if there are several. A single text file has no documents.
 """
@@ -122,7 +122,7 @@ def split_between_lines(chunks: Iterable[TextChunk]) -> Iterator[TextChunk]:
 
 
 def file_format(name: str) -> tuple[str, str]:
-    """A file's suffix before compression, and that of its compression; either may be empty."""
+    """A file's suffix without that for compression, and the compression suffix; either may be empty."""
     path = PurePath(name.lower())
     compression = path.suffix if path.suffix in COMPRESSIONS else ""
     return PurePath(path.name.removesuffix(compression)).suffix, compression
@@ -211,12 +211,12 @@ def _opened(path: Path, codec: str | None) -> Iterator[IO[bytes]]:
 def _check_head(head: bytes, encoding: str, name: str) -> None:
     if encoding == "utf-8" and head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
         raise UserError(f"corpus '{name}' looks like utf-16, not utf-8: pass --data.encoding utf-16")
-    # Texts may have a stray NUL. UTF-16, archives and programs have many more, though they are mostly valid UTF-8.
+    # Texts may have a stray NUL. UTF-16, archives and programs have many more, and may still be valid UTF-8.
     nuls = head.decode(encoding, "ignore").count("\0")
     if nuls > len(head) / 100:
         raise UserError(
-            f"corpus '{name}' looks binary ({nuls:,} of its first {len(head):,} bytes are NUL): pass a text file, and "
-            "--data.encoding, such as utf-16-le, if it is not UTF-8"
+            f"corpus '{name}' looks binary ({nuls:,} NUL characters in its first {len(head):,} bytes): pass a text file, "
+            "and --data.encoding, such as utf-16-le, if it is not UTF-8"
         )
 
 

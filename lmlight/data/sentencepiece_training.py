@@ -22,7 +22,7 @@ UNKNOWN = "\u2585"  # "▅": how its trainer writes characters that it leaves ou
 UNKNOWN_PENALTY = 10.0  # SentencePiece's kUnkPenalty: an unknown character scores this much below the lowest piece
 # The pieces that unigram training finds depend on the number of threads, so it is the same on every machine.
 TRAINING_THREADS = 4
-# SentencePiece silently skips training lines over 4,192 bytes, and a character takes up to 4 bytes.
+# In characters, of up to 4 bytes each. SentencePiece silently skips longer training lines (`max_sentence_length`).
 MAX_TRAINING_LINE = 1000
 # At or above this size, a vocabulary too small for all characters of a text encodes the rarest as bytes.
 MIN_SIZE_FOR_BYTES = 512
@@ -33,7 +33,7 @@ def train_sentencepiece(
 ) -> bytes:
     """Trains a model on a random `share` of the lines, always the same ones, and returns the bytes of its `.model` file.
 
-    For the other arguments see `TokenizerConfig`.
+    For the other arguments see `TokenizerConfig` and its method `train`.
 
     Raises:
         UserError: `vocab_size` is too small for the characters of the text, or the text has nothing to train on.

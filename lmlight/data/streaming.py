@@ -46,7 +46,9 @@ def write(store: TokenStore, target: Path) -> TokenStore:
     if store.streamed is not None:
         raise UserError(f"'{store.folder}' is in litdata's format already: copy that folder")
     if not store.tokenizer.lossless:  # its character counts need the occurrences of each id in the whole text
-        raise UserError("--format litdata needs a lossless tokenizer: leave out --data.tokenizer.lossless false")
+        raise UserError(
+            "--format litdata needs a lossless tokenizer: leave out --data.tokenizer.lossless false, or pass another one"
+        )
     if len(train) < PAGE_TOKENS:
         raise UserError(
             f"--format litdata needs {PAGE_TOKENS:,} training tokens, but this text has {len(train):,}: leave out --format"

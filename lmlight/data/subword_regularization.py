@@ -80,7 +80,7 @@ class SubwordSampler:
     ) -> npt.NDArray[np.int64]:
         """The ids (N,) of a segmentation of a text, or of its chunks.
 
-        It is a pure function of the text, the run's `seed`, the `epoch` and, if the text is one of several, its `shard`.
+        It is a pure function of the text, the run's `seed`, the `epoch` and, for one of several shards, its number `shard`.
         """
         chunks = [TextChunk(text)] if isinstance(text, str) else text
         numbers = f"{seed} {epoch}" if shard is None else f"{seed} {epoch} {shard}"
@@ -165,7 +165,7 @@ def _sampler(tokenizer: bytes, sampling: SubwordSampling) -> SubwordSampler:
 def _decode_chunks(tokenizer: SentencePieceTokenizer, ids: Tokens) -> Iterator[TextChunk]:
     """The text of `ids`, one chunk per document."""
     unknown = ""
-    if (ids == tokenizer.unknown_id).any():  # written as a character from a private use area that is in no piece either
+    if (ids == tokenizer.unknown_id).any():  # written as a private-use character that occurs in no piece
         unknown = min(set(map(chr, range(0xE000, 0xF900))).difference(*tokenizer.pieces))
     ends = ids == (-1 if tokenizer.eos_id is None else tokenizer.eos_id)
     for document in filter(len, np.split(ids, np.flatnonzero(ends) + 1)):

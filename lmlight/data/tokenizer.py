@@ -30,7 +30,7 @@ from lmlight.data.sentencepiece_training import END_OF_TEXT, SPACE, split_chunks
 from lmlight.errors import UserError, check_literals
 from lmlight.user_code import explained, full_name, subclasses
 
-# Could move a terminal's cursor or reorder text: control characters except tab and line feed, line and paragraph
+# Could move a terminal's cursor or reorder text: control characters (except tab and line feed), line and paragraph
 # separators, bidirectional embeddings, overrides and isolates.
 CONTROL_CHARACTERS = re.compile(r"[\0-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]")
 # Appended to the SentencePiece model of a text whose lines end in CRLF. SentencePiece ignores this protobuf field (200, a
@@ -110,7 +110,7 @@ class Tokenizer(ABC):
     def bos_ids(self) -> list[int]:
         """Ids to start from when the prompt is empty: EOS if the vocabulary has one, else newline, else 0.
 
-        With CRLF, only the LF: training windows may start with it, too, and other engines accept one id only.
+        With CRLF, only the LF: training windows may start with it, too, and other inference engines accept only one id.
         """
         if self.eos_id is not None:
             return [self.eos_id]
@@ -293,8 +293,10 @@ class SentencePieceTokenizer(Tokenizer):
         if self.unknown_id >= 0:
             self.char_counts[self.unknown_id] = 1  # or more
         self.lossless = self._restores(PROBE)
-        if not self._restores("  a \n\n b "):  # line by line: a model that puts a space before each line is lossy
+        if SPACE in self._processor.normalize("a"):  # it puts a space before each line, which replaces the newline
             self._newline = []
+        elif not self._newline and SPACE in self.pieces:  # it strips newlines: lines must not run together
+            self._newline = [self.pieces.index(SPACE)]
         eos = self._processor.eos_id()
         if eos >= 0 and self.pieces[eos] == END_OF_TEXT:  # SentencePiece's own "</s>" does not occur in training
             self.eos_id = eos

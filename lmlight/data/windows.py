@@ -3,7 +3,7 @@
 - A training epoch is a random offset into the stream and a random permutation of the non-overlapping windows from there.
   In the order `epoch`, no token is a target twice; fewer than 2 T tokens at the ends are left out. Window boundaries
   move from epoch to epoch.
-- Training tokens come in shards. Stored tokens are read as one shard, in however many files they are (`stored_windows`).
+- Training tokens come in shards. Stored tokens are read as one shard, whatever the number of files (`stored_windows`).
   Tokens that are resegmented or streamed come in several: `subword_regularization.resegmented_windows`,
   `streaming.streamed_windows`.
 - Evaluation scores every token exactly once.
@@ -160,12 +160,12 @@ class TrainBatchSampler:
     Args:
         n_windows: windows in the epoch.
         batch_size: windows per optimizer step over all ranks.
-        rank: this process, counted from 0.
+        rank: the index of this process, from 0.
         world_size: number of processes.
         accumulate: micro-batches per optimizer step.
 
     Raises:
-        UserError: `batch_size` is not a multiple of `world_size * accumulate`.
+        UserError: `accumulate` is less than 1, or `batch_size` is not a multiple of `world_size * accumulate`.
     """
 
     n_windows: int

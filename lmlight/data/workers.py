@@ -34,7 +34,7 @@ def killed_workers_reported() -> Iterator[None]:
     try:
         yield
     except BrokenExecutor as error:
-        remedy = "close other programs, or lower --data.num_workers, and start again"
+        remedy = "close other programs and start again; during training, lower --data.num_workers"
         raise UserError(f"a worker process was killed, probably because memory ran out: {remedy}") from error
 
 

@@ -13,7 +13,7 @@ from lmlight.errors import UserError
 from lmlight.models import Net, Transformer
 
 # Columns: our module, its name in transformers' Llama and GPT-2, its name in llama.cpp. `*` is the block's index.
-# A module listed more than once is split by rows of its weight.
+# A module listed several times is split by the rows of its weight, or repeated (ReLU²).
 MODULES = [
     ("embedding", "model.embed_tokens", "transformer.wte", "token_embd"),
     ("positions", "", "transformer.wpe", "position_embd"),

@@ -82,7 +82,7 @@ class TransformerGraph(nn.Module):
 
         Returns:
             (B, T, V) logits; with a `past`, also the (L, 2, B, H_kv, S, D) keys and values to pass with the next tokens, and
-            the (L, B, H, T, S) attention weights if they are wanted.
+            the (L, B, H, T, S) attention weights if `attention` is set.
         """
         net = self.net
         empty = net.head.weight.new_zeros(len(net.blocks), 2, ids.size(0), net.n_kv_head, 0, net.head_size)
@@ -107,7 +107,7 @@ def metadata(model: Model) -> dict[str, str]:
     }
     with contextlib.suppress(UserError):  # a lossy or user-defined tokenizer
         content = tokenizer_json(model.tokenizer)
-        # without special tokens, which the library would match in ordinary text, and steps that add or remove tokens
+        # without special tokens, which the library would match in ordinary text, and without steps that add or remove tokens
         literal = [token for token in content.get("added_tokens", []) if not token["special"]]
         unused = dict.fromkeys(("post_processor", "truncation", "padding"))
         found["tokenizer.json"] = {**content, **unused, "added_tokens": literal}
@@ -118,7 +118,7 @@ def write_onnx(model: Model, path: Path, attention: bool = False) -> None:
     """Writes an `.onnx` file with weights and `metadata`.
 
     - Inputs: `ids`, (B, T) int64; `past`, (L, 2, B, H_kv, P, D) float32, with P + T up to `block_size`.
-    - Outputs: `logits`, (B, T, V); `present`, (L, 2, B, H_kv, P + T, D); `attention`, (L, B, H, T, P + T), if it is wanted.
+    - Outputs: `logits`, (B, T, V); `present`, (L, 2, B, H_kv, P + T, D); `attention`, (L, B, H, T, P + T), if requested.
 
     A network without a key-value cache has `ids` and `logits` only.
 
@@ -186,7 +186,7 @@ def write_torch(model: Model, path: Path) -> None:
 
 
 def _has_cache(net: Net) -> TypeGuard[Transformer]:
-    """False, too, for a subclass that turns the cache off, because its `forward` reads the whole context."""
+    """Whether `net` has a key-value cache; a subclass turns it off if its `forward` reads the whole context."""
     return isinstance(net, Transformer) and isinstance(net.make_cache(1), KeyValueCache)
 
 

@@ -33,7 +33,9 @@ def read(folder: Path) -> tuple[Model, list[str]]:
     config = _read_json(folder / "config.json")
     model_type = config.get("model_type")
     if model_type not in MODEL_TYPES:
-        raise UserError(f"expected a model_type of {', '.join(MODEL_TYPES)}, got {model_type}: pass another model")
+        raise UserError(
+            f"expected model_type to be one of {', '.join(MODEL_TYPES)}, got {model_type}: pass another model"
+        )
     tokenizer, notes = _tokenizer(folder)
     weights = Weights(folder, model_type == "gpt2")
     try:
@@ -46,7 +48,7 @@ def read(folder: Path) -> tuple[Model, list[str]]:
             f"'{folder / 'config.json'}' is not a valid model configuration ({reason(error)}): download it again"
         ) from None
     if options["mlp"] == "relu2" and not weights.gates_are_equal():
-        raise UserError("the model has hidden_act relu, which lmlight does not support: pass another model")
+        raise UserError("hidden_act relu is supported only if gate_proj equals up_proj: pass another model")
     rows = weights.load_into(net)
     if rows > tokenizer.vocab_size:
         notes.append(f"{rows - tokenizer.vocab_size:,} embedding rows without a token were left out")
@@ -82,7 +84,7 @@ def _tokenizer(folder: Path) -> tuple[Tokenizer, list[str]]:
 
 
 def _characters(content: dict[str, Any]) -> CharTokenizer | None:
-    """The character tokenizer that lmlight exported as `tokenizer.json`, which cannot encode other characters."""
+    """The tokenizer, if lmlight exported it from a `CharTokenizer`, which encodes only the characters it was built from."""
     try:
         vocab = content["model"]["vocab"]
         if all(len(piece) == 1 and score == 0 for piece, score in vocab) and vocab:

@@ -1,4 +1,4 @@
-"""Tokenizers as Hugging Face's `tokenizer.json`, with the same ids for every text.
+"""Tokenizers as Hugging Face's `tokenizer.json`, which gives any text the same ids as the original tokenizer.
 
 The file is written by hand, because converters of SentencePiece models change the ids of double spaces, newlines and
 literal `<s>`:
@@ -63,7 +63,7 @@ class Vocabulary:
                 "this checkpoint's tokenizer is lossy (it changes some texts, such as repeated spaces), and other engines "
                 "cannot reproduce it: train with --data.tokenizer.lossless=true, or with another tokenizer file"
             )
-        with warnings.catch_warnings():  # protobuf's C extension is deprecated
+        with warnings.catch_warnings():  # protobuf's C extension uses a deprecated API
             warnings.simplefilter("ignore")
             from sentencepiece import sentencepiece_model_pb2
 
@@ -103,7 +103,7 @@ def tokenizer_json(tokenizer: Tokenizer) -> dict[str, Any]:
     elif isinstance(tokenizer, SentencePieceTokenizer):
         vocabulary = Vocabulary(tokenizer)
         model = _unigram(vocabulary) if vocabulary.is_unigram else _bpe(vocabulary)
-        if not vocabulary.is_unigram:  # where they have a score instead
+        if not vocabulary.is_unigram:  # in a unigram model, user-defined pieces have a score instead
             added += (
                 {"id": index, "content": piece.text, **token}
                 for index, piece in enumerate(vocabulary.pieces)

@@ -1,4 +1,4 @@
-"""`lmlight export web` and `lmlight play`: a page that runs a model, to be opened, explored and published.
+"""`lmlight export web` and `lmlight play`: a web page that runs a model, to explore locally or publish.
 
 The page's source is in `page/`. Its libraries are downloaded once, with npm or from a CDN, and cached.
 """
@@ -53,7 +53,7 @@ def write(model: Model, folder: Path) -> None:
     write_onnx(model, folder / "model.onnx", attention=True)
     engine = "webgpu" if (folder / "model.onnx").stat().st_size > WEBGPU_FROM else "wasm"
     for name in SOURCES:
-        shutil.copyfile(PAGE / name, folder / name)  # without modes: a read-only copy could not be flushed
+        shutil.copyfile(PAGE / name, folder / name)  # not `copy`: read-only permissions would prevent the fsync
     (folder / "engine").mkdir()
     for package, engines in json.loads((PAGE / "libraries.json").read_text("utf-8")).items():
         for path in _library(package, engines[engine]):
@@ -152,7 +152,7 @@ def play(args: Sequence[str]) -> None:
     parser = Parser("lmlight play", description="Explore a model in a web page, which only this machine can open.")
     parser.add_argument("checkpoint", nargs="?", default="best", help="a .ckpt file, a run's folder, `best` or `last`")
     parser.add_argument("--port", type=int, default=8420, help="port of the page (default: 8420); 0 picks a free one")
-    parser.add_argument("--no-browser", action="store_true", help="only print the URL")
+    parser.add_argument("--no-browser", action="store_true", help="print the URL without opening a browser")
     parser.add_checkpoint_flags()
     options = parser.parse_args(args)
     with contextlib.suppress(KeyboardInterrupt), tempfile.TemporaryDirectory() as folder:
@@ -162,7 +162,7 @@ def play(args: Sequence[str]) -> None:
             raise UserError(f"port {options.port} cannot be used ({reason(error)}): pass another --port") from None
         with server:
             source = checkpoints.find(options.checkpoint, options.runs, "best")
-            print(f"Preparing the page of {files.shown(source)}", flush=True)
+            print(f"Preparing the page for {files.shown(source)}", flush=True)
             trusted, _ = checkpoints.import_classes(options.net, options.tokenizer)
             write(Model.read(source, trusted), Path(folder))
             url = f"http://127.0.0.1:{server.server_port}/"

@@ -26,7 +26,7 @@ RECORD_AFTER = 8
 
 
 class Decoder:
-    """Computes next-token logits (B, V) for rows of tokens that grow.
+    """Computes next-token logits (B, V) for growing rows of tokens.
 
     Args:
         net: used in its current mode: call `eval()` first, or dropout is active.
@@ -99,7 +99,7 @@ class Decoder:
         return logits[torch.arange(B, device=device), lengths - 1]
 
     def _restart_full_rows(self) -> None:
-        """Keep only the later half of a block in rows that are full, or will be with the next token."""
+        """Prefill again if a row is full: full rows with the later half of their window, the others with all of it."""
         block_size = self.net.block_size
         if max(self._lengths) < block_size:
             return
@@ -134,7 +134,7 @@ def generate_ids(
     dtype = torch.float32 if device.type == "mps" else torch.float64  # MPS has no float64
     uniforms = torch.stack(
         [
-            # not the default type: `predict` under bf16-true changes that
+            # not the default dtype: `predict` under bf16-true changes that
             torch.rand(sampling.max_new_tokens, dtype=torch.float32, generator=torch.Generator().manual_seed(seed))
             for seed in seeds
         ]

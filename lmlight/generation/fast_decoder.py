@@ -30,7 +30,7 @@ class FastDecoder:
 
     @staticmethod
     def supports(net: Net) -> TypeGuard[Transformer]:
-        """Whether a network can be decoded here. One with active dropout, with adapters or sharded by FSDP cannot."""
+        """Whether this class supports `net`. Active dropout, adapters and FSDP sharding are not supported."""
         if type(net) is not Transformer or (net.training and net.dropout):
             return False
         blocks = (cast("Block", block) for block in net.blocks)

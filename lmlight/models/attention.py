@@ -149,7 +149,7 @@ class Attention(nn.Module):
         Args:
             x: (B, T, C).
             kv_input: (B, S, C) to attend to instead of `x` (cross-attention).
-            rope: (2, T, D / 2), from `rope_cache`.
+            rope: (2, T, D / 2), from `rope_cache`, or (2, B, 1, T, D / 2) if rows differ.
             causal: attend to no later position.
             cache: replaces `causal`; None keeps nothing.
             layer: index of this layer in the cache.

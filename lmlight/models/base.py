@@ -58,7 +58,7 @@ class Net(nn.Module, ABC):
     def make_cache(self, batch_size: int) -> Cache | None:
         """Make an empty cache, for a `forward(idx, cache=None)` that takes one.
 
-        If it is None, generation passes the whole context to `forward` for each new token.
+        If this returns None, generation passes the whole context to `forward` for each new token.
         """
         return None
 

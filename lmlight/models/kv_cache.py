@@ -24,7 +24,7 @@ class Cache:
         last_only: whether `forward` may compute the logits of the last position only, (B, 1, V).
         supports_sliding_window: whether rows may grow beyond `block_size`; if not, they restart from half a block.
         input_pos: positions of the new tokens: a slice, or a tensor (T,) or (B, T).
-        attn_mask: boolean, broadcast to (B, H, T, S): what new tokens attend to; None for everything.
+        attn_mask: boolean, broadcast to (B, H, T, S): what new tokens attend to; None leaves this to `is_causal`.
         rope: table that replaces the network's own.
     """
 

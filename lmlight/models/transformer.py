@@ -4,7 +4,7 @@
 - Options of common architectures, so that a trained network can be exported: `GPT2` and `LLAMA` are presets.
 - One forward pass for training, cached decoding, attention maps and export; only the cache differs.
 
-Axes: B batch, T positions, C = n_embd channels, D channels of a head, V vocabulary.
+Axes: B batch, T positions, C = n_embd channels, H heads, D channels of a head, L layers, V vocabulary.
 
 Papers: Vaswani et al. 2017 (https://arxiv.org/abs/1706.03762); pre-norm GPT-2, Radford et al. 2019; RMSNorm, Zhang and
 Sennrich 2019 (https://arxiv.org/abs/1910.07467); SwiGLU, Shazeer 2020 (https://arxiv.org/abs/2002.05202); ReLU², So et al.
@@ -41,7 +41,7 @@ def make_norm(name: NormName, size: int, eps: float, bias: bool) -> nn.Module:
 
 
 def default_intermediate_size(kind: str, n_embd: int) -> int:
-    """Return 4 C; for SwiGLU, which has a third matrix, 8/3 C in multiples of 8."""
+    """Return 4 C; for SwiGLU, which has a third matrix, 8/3 C, rounded to a multiple of 8."""
     return 8 * round(n_embd / 3) if kind == "swiglu" else 4 * n_embd
 
 

@@ -27,7 +27,7 @@ reports which is best. Options that are not listed here are those of `lmlight fi
 interrupted sweep. Run it in a second terminal, or on another machine that shares the folder, to share the trials."""
 Distribution = CategoricalDistribution | FloatDistribution | IntDistribution
 MAX_SEED = 2**32 - 1
-MIN_VALIDATIONS = 5  # per run, if trials may be pruned
+MIN_VALIDATIONS = 5  # per run, if --prune finds only one
 FOLDERS = ("ckpt_path", "trainer.default_root_dir")  # flags that the sweep sets itself
 
 
@@ -47,14 +47,21 @@ def main(args: Sequence[str]) -> int:
         action="append",
         default=[],
         metavar="FLAG=RANGE",
-        help="a range of integers (1..6) or floats (0.0..0.3), on a logarithmic scale (log:1e-3..3e-2), or choices (A,B,C)",
+        help="a range of integers (1..6) or floats (0.0..0.3), also on a log scale (log:1e-3..3e-2), or choices (A,B,C)",
     )
     add("--trials", type=int, metavar="N", help="number of trials of a search (default: 30)")
-    add("--prune", action="store_true", help="stop trials whose loss is above the median of the others at that step")
+    add(
+        "--prune", action="store_true", help="stop trials whose loss is above the median of the others at the same step"
+    )
     add("--on", choices=("val", "tune"), help="score the validation text (default) or the tuning text")
-    add("--study", type=Path, metavar="FOLDER", help="folder of the sweep (default: sweeps/NAME, after its settings)")
+    add(
+        "--study",
+        type=Path,
+        metavar="FOLDER",
+        help="folder of the sweep (default: sweeps/NAME, named after its settings)",
+    )
     add("--retry", action="store_true", help="run failed trials again")
-    add("--report", type=Path, metavar="FOLDER", help="only print the report of a sweep")
+    add("--report", type=Path, metavar="FOLDER", help="write the report of an existing sweep, without running trials")
     options, fit = parser.parse_known_args(args)
     if options.report:
         return report.write(Study(options.report))
@@ -125,7 +132,7 @@ def check(fit: Sequence[str], params: Params) -> dict[str, Any]:
 
     for flag in FOLDERS:
         if any(re.split("[ =]", word)[0] == f"--{flag}" for word in fit):
-            raise UserError(f"--{flag} cannot be used in a sweep, which has a folder for each of its runs")
+            raise UserError(f"--{flag} cannot be used in a sweep, which sets it for each of its runs")
     try:
         # not `runs`: this check would find `best` in there, but a trial would not
         checked = cli.check_fit([*fit, *flags(params), "--trainer.default_root_dir=sweeps"])
@@ -185,7 +192,9 @@ def _pairs(flag: str, given: Sequence[str]) -> Iterator[tuple[str, str]]:
     for text in given:
         name, equals, value = text.removeprefix("--").partition("=")
         if not equals or not name or name in seen:
-            raise UserError(f"--{flag} {text}: expected each flag once, as in --{flag} model.optimizer.lr=...")
+            raise UserError(
+                f"--{flag} {text}: expected FLAG=..., each flag once, as in --{flag} model.optimizer.lr=..."
+            )
         if name in (*FOLDERS, SEED, "data.validate_on"):
             raise UserError(f"--{flag} {text}: the sweep itself sets {name}; see --seeds and --on")
         seen.add(name)

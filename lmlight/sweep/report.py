@@ -122,7 +122,7 @@ def _write_files(study: Study, settings: list[Setting], rows: list[list[str]], c
     for name, figure in figures.items():
         with files.whole(study.folder / name) as beside:
             figure.savefig(beside, format="png")
-    some = f" ({len(drawn)} of {len(settings)} settings)" if len(drawn) < len(settings) and drawn else ""
+    some = f" (figures: {len(drawn)} of {len(settings)} settings)" if len(drawn) < len(settings) and drawn else ""
     print(f"In {study.folder}: {', '.join(['comparison.csv', 'trials.csv', *figures])}{some}")
 
 

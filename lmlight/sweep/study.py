@@ -148,7 +148,9 @@ class Study:
         except OSError:
             return True  # its process died before the first beat: a claim holds the lock until then
         if host == HOST:  # a suspended process is alive
-            return not any(started == _started(int(pid)) for pid, started in (one.split(":") for one in processes))
+            return not any(
+                started and started == _started(int(pid)) for pid, started in (one.split(":") for one in processes)
+            )
         return not host or age > STALE_SECONDS
 
     def _requeue(self, trial: FrozenTrial) -> None:

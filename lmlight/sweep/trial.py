@@ -47,7 +47,7 @@ def run_fit(folder: Path, args: Sequence[str], watch: Callable[[int, Validations
 
     Raises:
         TrialFailed: The run ended with an error or without a validation.
-        KeyboardInterrupt: After the run has stopped.
+        KeyboardInterrupt: On Ctrl-C or SIGTERM to the sweep or the run, once the run has stopped.
     """
     folder.mkdir(parents=True, exist_ok=True)
     if run := run_folder(folder):

@@ -1,6 +1,6 @@
 """Checkpointing, graceful shutdown and exact resume.
 
-Lightning writes the checkpoints; this module decides when, so that a resumed run equals an uninterrupted one:
+Lightning collects the state; this module decides when to write it, so that a resumed run equals an uninterrupted one:
 
 - Never between the micro-batches of a step, and never just before a validation, which the resumed run would skip. Such a
   checkpoint is written at the end of that validation.
@@ -187,7 +187,7 @@ class BestLastCheckpoint(Checkpoint):
         self._leave_if_agreed(trainer)
 
     def _agree_to_leave(self, trainer: Trainer) -> None:
-        """Agree to end all processes after this step if any got a signal. On a GPU, waits for all work in progress."""
+        """Agree to end all processes after this step if any got a signal. With several GPUs, waits for work in progress."""
         self._agreed = self._signal
         if trainer.world_size > 1:
             number = torch.tensor(self._signal, device=trainer.strategy.root_device)
@@ -234,7 +234,7 @@ def non_finite_error(what: str, trainer: Trainer) -> UserError:
     """The error that ends a run with a non-finite loss, gradient or weight; it names the checkpoint to resume from."""
     rate = max(group["lr"] for group in trainer.optimizers[0].param_groups)
     keepers = (one for one in trainer.checkpoint_callbacks if isinstance(one, BestLastCheckpoint))
-    good = next((keeper.last_model_path for keeper in keepers), "") or "none yet"
+    good = next((keeper.last_model_path for keeper in keepers), "") or trainer.ckpt_path or "none yet"
     return UserError(
         f"{what} is not a finite number at step {trainer.global_step} (learning rate {rate:.3g}): lower the learning rate; "
         f"the last good checkpoint: {good}"

@@ -53,7 +53,7 @@ TRAINER_DEFAULTS: dict[str, Any] = {
 
 
 class OneLineParser(LightningArgumentParser):
-    """Reports an error on one line, and lists the flags of the default network and optimizer in its help."""
+    """Reports an error on one line, and lists the flags of the default network, tokenizer and optimizer in its help."""
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         raise UserError(f"{_explain(message)}; see `{self.prog.replace(' [options]', '')} --help`")
@@ -71,7 +71,7 @@ class OneLineParser(LightningArgumentParser):
 
 
 def _explain(message: str) -> str:
-    """Shorten a message of jsonargparse, which lists every type and parser it tried."""
+    """Shorten a jsonargparse error message, which lists every type and parser it tried."""
     message = re.sub("; see `.*? --help`", "", message)  # added by a nested parser
     if not (key := re.search('Parser key "(.*?)":', message)):
         return message
@@ -136,7 +136,7 @@ class LmlightCLI(LightningCLI):
         parser.add_lightning_class_args(self.datamodule_class, "data")
         parser.add_class_arguments(self.model_class, "model", skip=PYTHON_ONLY, fail_untyped=False, sub_configs=True)
         for name, base in (("model", "LanguageModel"), ("data", "LightningDataModule")):
-            help = f"Your own subclass of {base}, such as my.module.MyClass. On the command line: --{name}."
+            help = f"Your own subclass of {base}, such as my.module.MyClass. On the command line, pass --{name}."
             parser.add_argument(f"--{name}_class", type=str | None, default=None, help=help)
         # last, because its flags fill ten screens of help
         parser.add_lightning_class_args(RunTrainer, "trainer")
@@ -164,7 +164,7 @@ class LmlightCLI(LightningCLI):
         self.config = parser.parse_args(args)
         config = self.config[self.command]
         if self.source.path is None and self.command not in ("fit", "prepare"):
-            raise UserError(f"{self.command} needs a model: --ckpt_path best, or runs/.../checkpoints/best.ckpt")
+            raise UserError(f"{self.command} needs a model: pass --ckpt_path best, or runs/.../checkpoints/best.ckpt")
         if config.get("init_from") and self.source.run is None:
             config.init_from = str(self.source.path)
         # reset, because Lightning would read settings from the checkpoint and `--config config.yaml` would resume the run
@@ -219,7 +219,7 @@ class LmlightCLI(LightningCLI):
             )
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        if self.command == "prepare":  # nothing is trained, whatever machine the settings are for
+        if self.command == "prepare":  # no model is trained, so ignore the settings' devices
             return RunTrainer(accelerator="cpu", devices=1, logger=False, barebones=True)
         options = {**self.config_init[self.command].trainer, **kwargs}
         options["plugins"] = [*_as_list(options["plugins"]), AtomicCheckpointIO()]

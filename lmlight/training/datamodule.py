@@ -197,8 +197,8 @@ class TextDataModule(LightningDataModule):
         seen = self.trainer.max_steps * self.batch_size if self.trainer is not None else 0
         if self.subword_sampling and 0 < seen < n_windows and self._running(TrainerFn.FITTING):
             rank_zero_warn(
-                f"this run sees {seen / n_windows:.0%} of the training text and none of it twice, so subword_sampling "
-                "only makes the token sequence longer: set it to null"
+                f"this run sees {seen / n_windows:.0%} of the training text, little or none of it twice, so "
+                "subword_sampling only makes the token sequence longer: set it to null"
             )
         if self.trainer is None:
             return StatefulTrainLoader(store, self._source, sampler)
@@ -231,7 +231,7 @@ class TextDataModule(LightningDataModule):
 
     @property
     def store(self) -> TokenStore:
-        """The prepared tokens, known after `setup`."""
+        """The prepared tokens, available after `setup`."""
         if self._store is None:
             raise UserError("call prepare_data() and setup('fit') before asking for data; a Trainer does both")
         return self._store
@@ -243,7 +243,7 @@ class TextDataModule(LightningDataModule):
 
     @property
     def sample_prompt(self) -> str:
-        """A prompt for samples: the built-in corpus's own, or the first whole line of the validation text."""
+        """A prompt for samples: the built-in corpus's own, or the start of the first whole line of the validation text."""
         if self.corpus in BUILTIN_CORPORA:
             return BUILTIN_CORPORA[self.corpus].sample_prompt
         return first_line(self.store.tokenizer.decode(self.val_ids[1:129].tolist()))

@@ -23,11 +23,11 @@ class LoRAModel(LanguageModel):
         rank: Rank of A and B.
         alpha: Scale of the adapters, relative to the rank.
         adapter_dropout: Dropout probability of the adapters' input.
-        targets: Names of the linear layers that get adapters, in every block. The default is all of `Transformer`'s.
+        targets: Names of the linear layers that get adapters. The default is all those in `Transformer`'s blocks.
         kwargs: Arguments of `LanguageModel`; `init_from`, on the command line `--init_from`, is required.
 
     Raises:
-        UserError: `peft` is not installed; `init_from` is missing; an argument is out of range.
+        UserError: `peft` is not installed, or an argument is out of range; in `fit`, also if `init_from` is missing.
     """
 
     def __init__(

@@ -16,7 +16,7 @@ SUM_DTYPE = torch.float32 if torch.backends.mps.is_available() else torch.float6
 
 
 class TextLoss(Metric):
-    """Loss over a text: nats per token and its exponential. If characters are counted, also nats and bits per character."""
+    """Loss over a text: nats per token and perplexity. If characters are counted, also nats and bits per character."""
 
     full_state_update = False
 

@@ -35,7 +35,8 @@ from lmlight.training.text_model import TextModel
 from lmlight.user_code import full_name
 
 PYTHON_ONLY = {"init_from", "settings"}  # arguments that are not flags
-STATES = ("state_dict", "current_model_state")  # a checkpoint's weights; the latter is WeightAveraging's
+# keys of a checkpoint's weights; with WeightAveraging, the averaged and the raw ones
+STATES = ("state_dict", "current_model_state")
 NetCallable = Callable[[int, int], Net]
 """Makes a network from (vocab_size, block_size), which depend on the data."""
 SchedulerCallable = Callable[[Optimizer], LRScheduler]
@@ -43,7 +44,7 @@ SchedulerCallable = Callable[[Optimizer], LRScheduler]
 
 
 class LanguageModel(TextModel):
-    """Trains a network to predict the next token, evaluates it per character, and generates text.
+    """Trains a network to predict the next token, evaluates its loss per character, and generates text.
 
     The network is built once the vocabulary and block size are known, from the trainer's datamodule or a checkpoint.
 
@@ -208,7 +209,7 @@ class LanguageModel(TextModel):
             register_fsdp_forward_method(self.net, "loss")
         if self.compile_net:
             self.net.compile()  # in place: the weights keep their names
-            # `compile` covers calls of the network only
+            # `net.compile()` covers only `forward`
             self.net.loss = torch.compile(self.net.loss)  # type: ignore[method-assign]
 
     def on_fit_start(self) -> None:
@@ -254,7 +255,7 @@ class LanguageModel(TextModel):
         """Compute the loss to minimize. Override this to train with another objective; validation does not change.
 
         Args:
-            batch: Token ids, their targets and characters.
+            batch: Token ids, target ids, and the number of characters of each target.
 
         Returns:
             A scalar, by default the mean cross-entropy in nats per token.

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from lightning.pytorch import Callback, Trainer, callbacks
+from lightning.pytorch.strategies import FSDPStrategy
 
 from lmlight.errors import UserError
 from lmlight.optim import Schedule
@@ -20,11 +21,15 @@ UNSUPPORTED: dict[type[Callback], str] = {
 
 
 def check_run(trainer: Trainer, schedule: Schedule | None) -> None:
-    """Raise a `UserError` if a callback is not supported, an interval is out of range, or the schedule has no end."""
+    """Raise a `UserError` for an unsupported callback or strategy, an interval out of range or a schedule without an end."""
     for callback in trainer.callbacks:  # type: ignore[attr-defined]  # set outside __init__
         for kind, reason in UNSUPPORTED.items():
             if isinstance(callback, kind):
                 raise UserError(f"{type(callback).__name__} cannot be used: {reason}")
+    if isinstance(trainer.strategy, FSDPStrategy):
+        raise UserError(
+            "the strategy fsdp (FSDP1) is not supported: use ModelParallelStrategy, as in configs/fsdp.yaml"
+        )
     # missing if the interval is a duration
     if (interval := getattr(trainer, "val_check_interval", None)) is not None and interval <= 0:
         raise UserError(f"trainer.val_check_interval must be above 0, got {interval}")

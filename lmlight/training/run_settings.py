@@ -1,7 +1,7 @@
 """Where a command's settings come from: the run or checkpoint that it names.
 
 - `fit --ckpt_path` resumes a run with the settings in the `config.yaml` of its folder.
-- Other commands take the network, sampling defaults and data settings from the checkpoint, which holds plain values only.
+- Other commands take the network, sampling defaults and data settings from the checkpoint, where they are plain values.
   `--init_from` takes only the network and its block size.
 
 Either acts as the first `--config` file, so later files and flags override it.

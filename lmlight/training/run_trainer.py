@@ -156,9 +156,9 @@ def print_summary(
     if final is not None and f"{final:.4f}" != f"{nats:.4f}":  # the best was an earlier one
         print(f"  {final:.4f} nats per {unit} at the last validation")
     interval = trainer.val_check_batch if trainer.check_val_every_n_epoch is None else None  # None, too, for a duration
-    later = step % (interval // trainer.accumulate_grad_batches) if isinstance(interval, int) else 0
+    later = step % max(1, interval // trainer.accumulate_grad_batches) if isinstance(interval, int) else 0
     if later:
-        print(f"  {counted(later, 'step')} after the last validation: last.ckpt, the final model, is not scored")
+        print(f"  {counted(later, 'step')} after the last validation: last.ckpt, the final model, was not scored")
     if not isinstance(datamodule, TextDataModule):
         return
     if datamodule.trainer is None:  # another process trained, as with `ddp_spawn`

@@ -62,10 +62,8 @@ class TextModel(LightningModule):
         """Make a `Batch` from user-defined data (see `as_batch`), and check it.
 
         Raises:
-            UserError: It is not a pair of ids, is longer than `block_size`, or, on a CPU, has ids outside the vocabulary.
+            UserError: It is not a pair of id tensors, exceeds `block_size`, or, on a CPU, has ids outside the vocabulary.
         """
-        if isinstance(batch, Batch):
-            return batch
         batch, net = as_batch(batch), self._net()
         if (length := batch.inputs.size(1)) > net.block_size:
             raise UserError(f"a batch has windows of {length} tokens, but block_size is {net.block_size}: shorten them")

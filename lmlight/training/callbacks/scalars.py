@@ -140,6 +140,11 @@ class TrainSubsetEval(FitCallback):
     def on_fit_validation_end(self, trainer: Trainer, model: LanguageModel) -> None:
         if (data := text_data(trainer)) is None:
             return
+        if not model.val_loss.update_called:
+            raise UserError(
+                "the callback TrainSubsetEval needs model.val_loss, which LanguageModel.validation_step updates: update it, "
+                "too, or leave out the callback"
+            )
         metric = TextLoss().to(model.device)
         with trainer.precision_plugin.val_step_context():
             for batch in data.train_subset_dataloader(self.windows):

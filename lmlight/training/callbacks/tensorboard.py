@@ -13,6 +13,7 @@ from torch.utils.tensorboard.summary import hparams
 
 from lmlight import pictures
 from lmlight.data.loader import IGNORE_INDEX, Batch, as_batch
+from lmlight.errors import UserError
 from lmlight.generation import escape_control_characters
 from lmlight.models import Bigram, Transformer
 from lmlight.training.callbacks.base import FitCallback, summary_writer, text_data
@@ -86,6 +87,11 @@ class Pictures(FitCallback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Batch, batch_idx: int, *_: Any
     ) -> None:
         targets = as_batch(batch).targets
+        if not isinstance(outputs, Tensor) or outputs.shape != targets.shape:
+            raise UserError(
+                "the callback Pictures needs the loss of each token, which LanguageModel.validation_step returns: return "
+                "it, too, or leave out the callback"
+            )
         if batch_idx == 0:
             self._first_targets, self._first_nats = targets, outputs  # (B, T)
         T = targets.size(1)
