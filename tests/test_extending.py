@@ -881,11 +881,13 @@ def test_custom_data_trains_with_losses_per_token(tmp_path):
         torch.zeros(8, 9, 2, dtype=torch.long),
         torch.zeros(8, 1, dtype=torch.long),
         (torch.zeros(8, 9), torch.zeros(8, 9)),
+        Batch(*[torch.zeros(9, dtype=torch.long)] * 3),
+        Batch(*[torch.zeros(8, 9, dtype=torch.long)] * 2, torch.zeros(8)),
     ],
 )
 def test_batches_of_another_shape_are_refused(ids):
     data = Counting()
-    data.train_dataloader = lambda: [ids]
+    data.train_dataloader = lambda: torch.utils.data.DataLoader([ids], batch_size=None)
     with pytest.raises(UserError, match="a batch must be a pair"):
         pl.Trainer(**tiny.QUIET, max_steps=1, enable_checkpointing=False).fit(LanguageModel(net=tiny.net), data)
 
@@ -1017,7 +1019,7 @@ class Own(LanguageModel):
     def validation_step(self, batch, batch_idx):
         nats = super().validation_step(batch, batch_idx)
         self.log("val/loss", nats.mean())
-        return nats
+        return nats.mean()
 
     def on_validation_epoch_end(self):
         pass

@@ -478,8 +478,9 @@ def test_pretrained_model_that_changes_some_text_is_lossy(corpus_text, change, l
 @pytest.mark.parametrize("rule", ["identity", "nmt_nfkc"])
 @pytest.mark.parametrize("prefix", [True, False])
 @pytest.mark.parametrize("strip", [True, False])
-def test_lines_never_run_together(corpus_text, pieces, rule, prefix, strip):
-    options = {"add_dummy_prefix": prefix, "remove_extra_whitespaces": strip, "normalization_rule_name": rule}
+@pytest.mark.parametrize("size", [{"byte_fallback": True}, {"byte_fallback": False, "vocab_size": 100}])
+def test_lines_never_run_together(corpus_text, pieces, rule, prefix, strip, size):
+    options = {"add_dummy_prefix": prefix, "remove_extra_whitespaces": strip, "normalization_rule_name": rule, **size}
     tokenizer = SentencePieceTokenizer(sentencepiece_model(corpus_text, user_defined_symbols=pieces, **options))
     text = "over the\nriver and\n\n in the"
     assert tokenizer.decode(tokenizer.encode(text)).split() == text.split()

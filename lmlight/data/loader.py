@@ -49,26 +49,23 @@ def make_batch(rows: Tokens, char_counts: npt.NDArray[np.number]) -> Batch:
 
 
 def as_batch(batch: Any) -> Batch:
-    """Makes a `Batch`, without character counts, from a pair (inputs, targets); returns a `Batch` unchanged.
+    """Checks the shapes and types of a `Batch`, or makes one, without character counts, from a pair (inputs, targets).
 
     Raises:
         UserError: it is neither.
     """
-    if isinstance(batch, Batch):
-        return batch
     try:
-        inputs, targets = batch
+        inputs, targets, chars = batch if isinstance(batch, Batch) else (*batch, torch.zeros_like(batch[1]))
         have_ids = not (inputs.is_floating_point() or targets.is_floating_point())
-        is_valid = have_ids and inputs.ndim == 2 and inputs.shape == targets.shape
-    except (TypeError, ValueError, AttributeError):
+        is_valid = have_ids and inputs.ndim == 2 and inputs.shape == targets.shape == chars.shape
+    except (TypeError, ValueError, AttributeError, LookupError):
         is_valid = False
     if not is_valid:
         raise UserError(
-            "a batch must be a pair (inputs, targets) of (B, T) tensors of token ids, where targets are the ids that "
-            f"follow; got {_describe(batch)}"
+            "a batch must be a pair (inputs, targets), or a Batch, of (B, T) tensors of token ids, where targets are the "
+            f"ids that follow; got {_describe(batch)}"
         )
-    targets = targets.long()
-    return Batch(inputs.long(), targets, torch.zeros_like(targets))
+    return Batch(inputs.long(), targets.long(), chars)
 
 
 def _describe(batch: Any) -> str:

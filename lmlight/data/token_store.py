@@ -25,7 +25,7 @@ from lmlight.data.tokenizer import deserialize
 from lmlight.errors import UserError, reason
 
 # Part of every fingerprint; incremented when the same text and settings would give other files.
-FORMAT_VERSION = 6
+FORMAT_VERSION = 7
 INDEX, TOKENIZER = "index.json", "tokenizer"
 
 Tokens = npt.NDArray[np.integer]

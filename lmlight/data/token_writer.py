@@ -135,7 +135,7 @@ def _write_shard(tokenizer: Tokenizer, dtype: str, path: Path, chunks: list[Text
                 if wrong:
                     name, remedy = type(tokenizer).__name__, "correct the class, or set lossless = False in it"
                     if full_name(type(tokenizer)).startswith("lmlight."):
-                        remedy = "it normalizes the text: pass a tokenizer that does not"
+                        remedy = "it changes some texts: pass another tokenizer"
                     raise UserError(f"{name}.{wrong} the text: {remedy}")
         with files.whole(path, shared=True) as beside, beside.open("wb") as file:
             np.save(file, np.concatenate(encoded))

@@ -293,9 +293,9 @@ class SentencePieceTokenizer(Tokenizer):
         if self.unknown_id >= 0:
             self.char_counts[self.unknown_id] = 1  # or more
         self.lossless = self._restores(PROBE)
-        if SPACE in self._processor.normalize("a"):  # it puts a space before each line, which replaces the newline
+        if SPACE in self._processor.normalize("a"):  # it adds a space to each line, which replaces the newline
             self._newline = []
-        elif not self._newline and SPACE in self.pieces:  # it strips newlines: lines must not run together
+        elif self._newline in ([], [self.unknown_id]) and SPACE in self.pieces:  # lines must not run together
             self._newline = [self.pieces.index(SPACE)]
         eos = self._processor.eos_id()
         if eos >= 0 and self.pieces[eos] == END_OF_TEXT:  # SentencePiece's own "</s>" does not occur in training

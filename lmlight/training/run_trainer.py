@@ -88,7 +88,7 @@ class RunTrainer(Trainer):
             target = Path(to).expanduser()
             store = streaming.write(store, target) if format == "litdata" else store.copy(target)
         tokens = ", ".join(f"{name} {store.tokens[name]:,}" for name in store.tokens)
-        print(f"Prepared: {files.shown(store.folder)} (tokens: {tokens}; {store.tokenizer.vocab_size:,} pieces)")
+        print(f"Prepared: {files.shown(store.folder)} (tokens: {tokens}; vocabulary of {store.tokenizer.vocab_size:,})")
         print(f"  {program()} {join(['fit', '--data.corpus', files.shown(store.folder)])}")
 
     def validate(self, model: LanguageModel, datamodule: TextDataModule, ckpt_path: str | None = None) -> None:  # type: ignore[override]

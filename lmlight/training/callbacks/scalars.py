@@ -143,7 +143,7 @@ class TrainSubsetEval(FitCallback):
         if not model.val_loss.update_called:
             raise UserError(
                 "the callback TrainSubsetEval needs model.val_loss, which LanguageModel.validation_step updates: update it, "
-                "too, or leave out the callback"
+                "or leave out the callback"
             )
         metric = TextLoss().to(model.device)
         with trainer.precision_plugin.val_step_context():

@@ -86,11 +86,13 @@ class Pictures(FitCallback):
     def on_validation_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Batch, batch_idx: int, *_: Any
     ) -> None:
+        if summary_writer(trainer) is None or text_data(trainer) is None:
+            return
         targets = as_batch(batch).targets
         if not isinstance(outputs, Tensor) or outputs.shape != targets.shape:
             raise UserError(
                 "the callback Pictures needs the loss of each token, which LanguageModel.validation_step returns: return "
-                "it, too, or leave out the callback"
+                "that, or leave out the callback"
             )
         if batch_idx == 0:
             self._first_targets, self._first_nats = targets, outputs  # (B, T)
