@@ -201,11 +201,11 @@ def test_resume_after_signal_is_exact(place, straight, number, status):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1800)
 def test_resume_after_twenty_random_kills_is_exact(place):
     """SIGKILL at any moment, also while starting, validating or writing a checkpoint."""
     flags = [*HARD, "--trainer.max_steps=4000", "--trainer.val_check_interval=50", "--trainer.log_every_n_steps=10"]
-    run(place / "long", "fit", *flags)
+    run(place / "long", "fit", *flags, timeout=600)
     folder, draw = place / "twenty", random.Random(0)
     kills = resumed = 0
     while True:
@@ -213,7 +213,7 @@ def test_resume_after_twenty_random_kills_is_exact(place):
         settings = ["--ckpt_path=last"] if resumes else flags
         process = processes.start("fit", *settings, **options_in(folder))
         if kills == 20:
-            _, err = process.communicate(timeout=300)
+            _, err = process.communicate(timeout=600)
             assert process.returncode == 0, err
             break
         if kills % 4 and process.stdout.readline():  # "Training ...": most kills come after it
