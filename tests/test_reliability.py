@@ -219,9 +219,9 @@ def test_resume_after_twenty_random_kills_is_exact(place):
             assert process.returncode == 0, err
             break
         if kills % 4 and process.stdout.readline():  # "Training ...": most kills come after it
-            time.sleep(draw.uniform(0, 300) * step_seconds)
+            time.sleep(draw.uniform(0, 200) * step_seconds)
         else:
-            time.sleep(draw.uniform(0, 800) * step_seconds)
+            time.sleep(draw.uniform(0, 500) * step_seconds)
         process.kill()
         process.communicate()
         assert process.returncode == -9, "the run was over before it was killed"
