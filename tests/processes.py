@@ -12,6 +12,8 @@ import sys
 import tempfile
 from pathlib import Path
 
+import torch
+
 FORKING = multiprocessing.get_context("forkserver" if sys.platform == "linux" else "spawn")
 FORKING.set_forkserver_preload(["lmlight.training.cli", "lmlight.pictures", "torch.utils.tensorboard"])
 TIMEOUT = 100  # seconds; below the limit of pytest-timeout, which would not kill the process
@@ -64,6 +66,7 @@ def _run_forked(folder, variables, arguments, code, written):
     os.chdir(folder)
     os.environ.clear()
     os.environ.update(variables)
+    torch.set_num_threads(int(variables["OMP_NUM_THREADS"]))  # it was read when the server imported torch
     for number, path in enumerate(written, start=1):
         with path.open("wb") as file:
             os.dup2(file.fileno(), number)
