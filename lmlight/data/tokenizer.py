@@ -293,7 +293,7 @@ class SentencePieceTokenizer(Tokenizer):
         if self.unknown_id >= 0:
             self.char_counts[self.unknown_id] = 1  # or more
         self.lossless = self._restores(PROBE)
-        if SPACE in self._processor.normalize("a"):  # it adds a space to each line, which replaces the newline
+        if SPACE in self._processor.normalize("a"):  # the model adds a space to each line: drop the newline
             self._newline = []
         elif self._newline in ([], [self.unknown_id]) and SPACE in self.pieces:  # lines must not run together
             self._newline = [self.pieces.index(SPACE)]
