@@ -307,8 +307,9 @@ def _mistake(error: Exception) -> Exception:
         return UserError(f"an exception in your code: {describe(cause)}")
     if named := re.findall(r"given class_path '([^']+)'", " ".join(map(str, chain))):
         return UserError(f"{named[-1]} cannot be created: {str(cause) or type(cause).__name__}")
-    *_, (last, _) = traceback.walk_tb(cause.__traceback__)
-    module = str(last.f_globals.get("__name__", ""))
+    module = str([*traceback.walk_tb(cause.__traceback__)][-1][0].f_globals.get("__name__", ""))
+    if module == "multiprocessing.connection" and isinstance(cause, (ConnectionError, EOFError)):
+        return UserError("a worker process was killed. Memory may have run out: lower --data.num_workers")
     built_in = (ValueError, TypeError, RuntimeError, ImportError, ArithmeticError)
     if module.startswith(("lightning.", "torch.optim.lr_scheduler")) and isinstance(cause, built_in):
         return cause
