@@ -28,7 +28,7 @@ from lmlight.data.tokenizer import CharTokenizer, TokenizerConfig
 from lmlight.export.model import Model
 from lmlight.generation import escape_control_characters
 from lmlight.optim import Muon, Schedule
-from lmlight.training.cli import main
+from lmlight.training.cli import _mistake, main
 
 TINY = [*tiny.FLAGS, "--trainer.max_steps=6", "--trainer.val_check_interval=3"]
 
@@ -529,6 +529,17 @@ def test_killed_loader_process_is_a_one_line_error(corpus_file, monkeypatch, cap
     monkeypatch.setattr(LanguageModel, "on_train_batch_start", kill)
     assert main(["fit", f"--data.corpus={corpus_file}", *TINY, "--data.num_workers=1", "--trainer.max_steps=50"]) == 2
     assert "Memory may have run out: lower --data.num_workers" in capsys.readouterr().err
+
+
+def test_lost_connection_to_a_killed_process_is_a_one_line_error():
+    """As if a loader process were killed while it sends a batch."""
+    ours, theirs = multiprocessing.Pipe()
+    theirs.close()
+    with pytest.raises((EOFError, ConnectionError)) as caught:
+        ours.recv()
+    # without this test's frame, which would count as user code
+    error = caught.value.with_traceback(caught.value.__traceback__.tb_next)
+    assert "a worker process was killed. Memory may have run out: lower" in str(_mistake(error))
 
 
 def test_section_of_a_config_is_settings_or_a_file(corpus_text, capsys):

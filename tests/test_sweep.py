@@ -352,7 +352,7 @@ def test_check_fit_returns_the_settings_and_writes_nothing(tmp_path):
     ("flags", "message"),
     [
         (["--vary", "model.optimizer.lr=0.1,0.1"], "different values"),
-        (["--vary", "model.optimizer.lr"], "each flag once"),
+        (["--vary", "model.optimizer.lr"], "expected FLAG=..., each flag once"),
         (["--vary=data.corpus=*.txt,b.txt"], "put quotes around those with special characters"),
         (["--vary=seed_everything=1,2"], "the sweep itself sets seed_everything"),
         (["--vary=trainer.default_root_dir=a,b"], "the sweep itself sets trainer.default_root_dir"),
