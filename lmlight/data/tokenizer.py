@@ -292,7 +292,8 @@ class SentencePieceTokenizer(Tokenizer):
             self.char_counts[index] = starts_character(byte)
         if self.unknown_id >= 0:
             self.char_counts[self.unknown_id] = 1  # or more
-        self.lossless = self._restores(PROBE)
+        probe = self.encode(PROBE)
+        self.lossless = self.decode(probe) == PROBE and bool(self.char_counts[probe].sum() == len(PROBE))
         if SPACE in self._processor.normalize("a"):  # the model adds a space to each line: drop the newline
             self._newline = []
         elif self._newline in ([], [self.unknown_id]) and SPACE in self.pieces:  # lines must not run together
@@ -324,10 +325,6 @@ class SentencePieceTokenizer(Tokenizer):
     def is_unigram(self) -> bool:
         """Whether scores are log-probabilities. Those of BPE are the negated ranks of its merges, whole numbers."""
         return any(not score.is_integer() for _, score in self.scores().values())
-
-    def _restores(self, text: str) -> bool:
-        ids = self.encode(text)
-        return self.decode(ids) == text and bool(self.char_counts[ids].sum() == len(text))
 
     def scores(self) -> dict[str, tuple[int, float]]:
         """The pieces that match text, with their ids and scores: all but bytes, unknown and control pieces."""
