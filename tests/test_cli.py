@@ -326,6 +326,9 @@ def test_validate_and_test_need_only_the_checkpoint(finished, capsys, monkeypatc
     assert main(["test", f"--ckpt_path={best}"]) == 0
     assert "test_sliding/nats_per_char" in capsys.readouterr().out
     assert len(list(folder.glob("runs/*"))) == 1
+    for command, limit in (("validate", "val"), ("test", "test")):
+        assert main([command, f"--ckpt_path={best}", f"--trainer.limit_{limit}_batches=0"]) == 0
+        assert capsys.readouterr().out == "Nothing was scored\n"
 
 
 @pytest.mark.parametrize(

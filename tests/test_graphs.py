@@ -1,6 +1,7 @@
 """ONNX and torch.export: the same logits at any size, and no local paths in the files."""
 
 import json
+import logging
 import sys
 
 import numpy as np
@@ -145,6 +146,14 @@ def test_short_blocks_can_be_exported(block_size, tmp_path):
         if "past" in shapes:
             given["past"] = np.zeros([*shapes["past"][:2], 1, *shapes["past"][3:]], np.float32)
         np.testing.assert_allclose(session.run(None, given)[0], net(ids).detach(), atol=1e-5)
+
+
+def test_export_restores_the_level_of_the_logger(tmp_path, caplog):
+    pytest.importorskip("onnxscript", reason="needs the extra `engines`")
+    caplog.set_level(logging.INFO, "torch.onnx")
+    model = Model(Bigram(3, BLOCK).eval(), CharTokenizer("abc"), {}, {}, {}, 0)
+    graph.write_onnx(model, tmp_path / "x.onnx")
+    assert logging.getLogger("torch.onnx").level == logging.INFO
 
 
 def test_model_above_the_limit_of_onnx_is_refused(tokenizer, tmp_path, monkeypatch, capsys):

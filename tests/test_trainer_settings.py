@@ -295,6 +295,17 @@ def test_fsdp1_is_refused():
         check_run(trainer, None)
 
 
+@pytest.mark.parametrize("stage", ["validate", "test"])
+def test_fsdp1_is_refused_without_training(place, stage):
+    model = LanguageModel(net=tiny.net)
+    data = tiny.data(place / "corpus.txt")
+    data.prepare_data()
+    data.setup(stage)
+    model.trainer = SimpleNamespace(datamodule=data, strategy=FSDPStrategy())  # a `Trainer` would need a GPU
+    with pytest.raises(UserError, match="use ModelParallelStrategy"):
+        model.setup(stage)
+
+
 @pytest.mark.parametrize("name", OPTIMIZERS.split())
 def test_optimizer_works(place, name):
     works(place, {}, optimizer=lambda params: getattr(torch.optim, name)(params, lr=1e-3))

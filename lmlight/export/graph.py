@@ -149,9 +149,7 @@ def write_onnx(model: Model, path: Path, attention: bool = False) -> None:
         dynamic.append({2: BATCH, 4: Dim("past", max=size)})
     options: dict[str, Any] = {"input_names": inputs, "output_names": outputs, "dynamic_shapes": tuple(dynamic)}
     options |= {"opset_version": OPSET, "external_data": False, "dynamo": True, "verbose": False}
-    with _tracing(net), torch.no_grad(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the exporter's warnings about its own code
-        logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+    with _tracing(net), torch.no_grad():
         program = torch.onnx.export(graph.eval(), tuple(arguments), **options)
         assert program is not None
         # if torch.export rejects a constant size, the exporter's fallbacks may accept it
@@ -175,8 +173,7 @@ def write_torch(model: Model, path: Path) -> None:
     graph = TransformerGraph(net) if _has_cache(net) else net
     sizes: dict[int, Any] = {0: BATCH} | ({1: Dim("time", max=net.block_size)} if net.block_size > 1 else {})
     ids = torch.zeros(2, min(2, net.block_size), dtype=torch.int64)
-    with _tracing(net), torch.no_grad(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # about attributes that forward sets
+    with _tracing(net), torch.no_grad():
         program = torch.export.export(graph.eval(), (ids,), dynamic_shapes=(sizes,), strict=False)
     for node in program.graph.nodes:
         node.meta.pop("stack_trace", None)  # local paths of source files
@@ -192,9 +189,14 @@ def _has_cache(net: Net) -> TypeGuard[Transformer]:
 
 @contextlib.contextmanager
 def _tracing(net: Net) -> Iterator[None]:
-    """Raise any exception as a `UserError` that says what a user-defined network must not do."""
+    """Raise any exception as a `UserError` that says what a user-defined network must not do, and hide warnings."""
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about the exporter's own code, and attributes that forward sets
+            yield
     except Exception as error:
         if type(net) is Transformer:
             raise
@@ -202,3 +204,5 @@ def _tracing(net: Net) -> Iterator[None]:
             f"{type(net).__name__} cannot be exported, because torch.export cannot trace its forward ({reason(error)}): "
             "it must not loop over the batch or the tokens in Python, or branch on their sizes or values"
         ) from error
+    finally:
+        logger.setLevel(level)

@@ -30,7 +30,7 @@ from lmlight.optim import Muon, Schedule, apply_changes, hyperparameters, label_
 from lmlight.training.checkpointing import EXTRA_STATE, non_finite_error, reseed, total_norm
 from lmlight.training.datamodule import TextDataModule
 from lmlight.training.precision import MatmulPrecision
-from lmlight.training.run_checks import check_run
+from lmlight.training.run_checks import check_run, check_strategy
 from lmlight.training.text_model import TextModel
 from lmlight.user_code import full_name
 
@@ -173,6 +173,7 @@ class LanguageModel(TextModel):
             if isinstance(self.trainer.strategy, (FSDPStrategy, ModelParallelStrategy)):
                 raise UserError("predict needs the whole model on each device: drop the sharded strategy (fsdp.yaml)")
             return
+        check_strategy(self.trainer)
         if stage == "fit":
             self._check_net(block_size, run=True)
             make_optimizer(self._make_optimizer, try_step=True)

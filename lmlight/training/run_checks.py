@@ -20,16 +20,21 @@ UNSUPPORTED: dict[type[Callback], str] = {
 }
 
 
+def check_strategy(trainer: Trainer) -> None:
+    """Raise a `UserError` for a strategy that the network does not support."""
+    if isinstance(trainer.strategy, FSDPStrategy):
+        raise UserError(
+            "the strategy fsdp (FSDP1) is not supported: use ModelParallelStrategy, as in configs/fsdp.yaml"
+        )
+
+
 def check_run(trainer: Trainer, schedule: Schedule | None) -> None:
     """Raise a `UserError` for an unsupported callback or strategy, an interval out of range or a schedule without an end."""
     for callback in trainer.callbacks:  # type: ignore[attr-defined]  # set outside __init__
         for kind, reason in UNSUPPORTED.items():
             if isinstance(callback, kind):
                 raise UserError(f"{type(callback).__name__} cannot be used: {reason}")
-    if isinstance(trainer.strategy, FSDPStrategy):
-        raise UserError(
-            "the strategy fsdp (FSDP1) is not supported: use ModelParallelStrategy, as in configs/fsdp.yaml"
-        )
+    check_strategy(trainer)
     # missing if the interval is a duration
     if (interval := getattr(trainer, "val_check_interval", None)) is not None and interval <= 0:
         raise UserError(f"trainer.val_check_interval must be above 0, got {interval}")

@@ -122,6 +122,8 @@ class RunTrainer(Trainer):
 
     def _print_metrics(self) -> None:
         if self.is_global_zero:
+            if not self.callback_metrics:
+                print("Nothing was scored")
             for name, value in sorted(self.callback_metrics.items()):
                 print(f"{name:<28}{value.item():>12.6g}")
 
