@@ -66,9 +66,9 @@ def set_up_process(command: str) -> None:
 def bound_spinning(command: str) -> None:
     """Bound how long torch's OpenMP threads spin at barriers, in this process and those it starts, unless the user does.
 
-    Without a bound, a busy process on the same two cores makes a step up to 30 times slower. With 1,000 spins, a step of
-    the default model takes 187 ms alone (171 ms without a bound) and 333 ms beside a busy process (2,361 ms with 100,000
-    spins). libgomp reads the bound when torch is imported.
+    With libgomp's 300,000 spins, a busy process on the same two cores makes a step up to 30 times slower. With 1,000 spins,
+    a step of the default model takes 187 ms alone (171 ms with 300,000) and 333 ms beside a busy process (2,361 ms with
+    100,000). libgomp reads the bound when torch is imported.
     """
     if not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & os.environ.keys():
         # generation computes only small products between barriers: a token takes 3.0 ms, against 3.6 to 6 with 1,000 spins

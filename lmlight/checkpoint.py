@@ -83,10 +83,12 @@ def write(content: dict[str, Any], path: str | Path) -> None:
 
 
 def read(path: str | Path) -> dict[str, Any]:
-    """Read a checkpoint onto the CPU, with its absolute path as `path`. Adapters are merged into the base model's weights.
+    """Read a checkpoint onto the CPU, and add its absolute path as the entry `path`.
+
+    Adapters are merged into the base model's weights.
 
     Raises:
-        UserError: The file is missing or damaged, is not an lmlight checkpoint or has another format version; it holds a
+        UserError: The file is missing or damaged, is not an lmlight checkpoint or has a different format version; it holds a
             pickle that would run code, or adapters for a model that is missing or has changed.
     """
     content = check(load(path), path)
@@ -111,7 +113,7 @@ def read_base(content: dict[str, Any]) -> dict[str, Any]:
     """
     adapter = content[METADATA_KEY]["adapter"]
     base = adapter["base"]
-    # checked before reading: a checkpoint that names itself as its base would be read forever
+    # checked before reading: a checkpoint that names itself as its base would be read without end
     if fingerprint(base) != adapter["fingerprint"]:
         raise UserError(
             f"the checkpoint holds adapters for '{base}', which is missing or has changed since: put that checkpoint back"
@@ -120,7 +122,7 @@ def read_base(content: dict[str, Any]) -> dict[str, Any]:
 
 
 def fingerprint(path: str | Path) -> str:
-    """The SHA-256 of the names and CRC-32s in a checkpoint's zip directory; empty if the file is missing or damaged."""
+    """The SHA-256 of the names and CRC-32s in a checkpoint's zip directory; empty if it is not a zip archive."""
     try:
         with zipfile.ZipFile(path) as archive:
             parts = sorted((member.filename.partition("/")[2], member.CRC) for member in archive.infolist())
@@ -162,7 +164,7 @@ def check(content: dict[str, Any], path: str | Path) -> dict[str, Any]:
     """Return `content` if this version can read it.
 
     Raises:
-        UserError: It is not an lmlight checkpoint, or has another format version.
+        UserError: It is not an lmlight checkpoint, or has a different format version.
     """
     if METADATA_KEY not in content:
         raise UserError(f"'{path}' is not an lmlight checkpoint: pass one that `lmlight fit` wrote")
@@ -185,7 +187,7 @@ def find(name: str | Path, runs: str | Path, prefer: Literal["best", "last"]) ->
         prefer: Which checkpoint of a folder to take.
 
     Raises:
-        UserError: There is no such checkpoint.
+        UserError: A folder, or every run, has no such checkpoint. The path of a file is not checked.
     """
     path = Path(name).expanduser()
     if str(name) in ("best", "last"):
@@ -219,7 +221,7 @@ def text_model_of(checkpoint: dict[str, Any], trusted: type[Net] | None = None) 
     """The network, in evaluation mode, and the tokenizer.
 
     Raises:
-        UserError: See `net_class`; there is no tokenizer.
+        UserError: See `net_class`; there is no tokenizer, or its class has not been imported.
     """
     net, tokenizer = net_of(checkpoint, trusted), tokenizer_of(checkpoint)
     if tokenizer is None:
@@ -241,7 +243,7 @@ def net_class(checkpoint: dict[str, Any], trusted: type[Net] | None = None) -> t
         trusted: The class, if the user has named it. None looks it up among the imported classes.
 
     Raises:
-        UserError: The class has not been imported, or `trusted` is another one.
+        UserError: The class has not been imported, or `trusted` is a different class.
     """
     name: str = checkpoint[METADATA_KEY]["net"]["class"]
     trusted = trusted or subclasses(Net).get(name)
@@ -301,7 +303,7 @@ def check_compatible(checkpoint: dict[str, Any], net: Net) -> None:
         UserError: The class or an argument differs.
     """
     metadata = checkpoint[METADATA_KEY]["net"]
-    # without the module: a script's is `__main__` if it is run, its name if it is imported
+    # without the module's name, which for a script is `__main__` when run, and its own when imported
     here = {"class": net.class_name.rpartition(".")[2], **net.config}
     there = {"class": metadata["class"].rpartition(".")[2], **metadata["config"]}
     here, there = json.loads(json.dumps([here, there]))  # the command line turns tuples into lists
@@ -325,7 +327,9 @@ def _damaged(path: Path) -> UserError:
     run = path.absolute().parent.parent
     others = _newest_first(path.parent.glob("*.ckpt")) + _newest_first(run.parent.glob(f"*/{FOLDER}/*.ckpt"))
     intact = next((other for other in others if other != path and _is_intact(other)), None)
-    remedy = f"an intact one is '{intact}'" if intact else "no intact checkpoint was found in this or a sibling run"
+    remedy = (
+        f"the newest intact one is '{intact}'" if intact else "no intact checkpoint was found in this or a sibling run"
+    )
     return UserError(f"'{path}' is not a checkpoint, or is truncated or damaged: {remedy}")
 
 

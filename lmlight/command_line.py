@@ -20,7 +20,7 @@ TRAINING = "lmlight.training.cli:main"  # takes the command's name, too
 EXPORT = "lmlight.export.command"
 COMMANDS = {  # what each does, and the function that runs it
     "fit": ("Train a model, resume a run (--ckpt_path) or finetune (--init_from).", TRAINING),
-    "prepare": ("Train the tokenizer and encode a text, so that fit starts at once.", TRAINING),
+    "prepare": ("Train the tokenizer and encode a corpus, so that fit starts at once.", TRAINING),
     "validate": ("Score a checkpoint on the validation text.", TRAINING),
     "test": ("Score a checkpoint on the test text, with non-overlapping and with sliding windows.", TRAINING),
     "predict": ("Generate text from a checkpoint.", TRAINING),

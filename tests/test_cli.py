@@ -18,6 +18,7 @@ import pytest
 import tiny
 import torch
 import yaml
+from lightning.pytorch import Callback
 
 import lmlight
 from lmlight import Bigram, LanguageModel, Sampling, TextDataModule, Transformer, checkpoint
@@ -169,7 +170,7 @@ def test_predict_prints_the_same_texts_as_its_output_file(finished, capsys, tmp_
         plain = logits.log_softmax(-1)[torch.arange(len(text["tokens"])), torch.tensor(text["tokens"])]
         assert text["logprobs"] == pytest.approx(plain.tolist(), abs=1e-4)
     assert main([*arguments, "--output=batch.jsonl"]) == 2
-    assert "exists already" in capsys.readouterr().err
+    assert "already exists" in capsys.readouterr().err
     assert main([*arguments, "--output=nowhere/batch.jsonl"]) == 2
     assert "output 'nowhere/batch.jsonl' does not exist" in capsys.readouterr().err
 
@@ -466,11 +467,11 @@ MISTAKES = {
     "number for a checkpoint": (["fit", "--config=number.yaml"], "--ckpt_path: expected str or null, got 3"),
     "flags for a tokenizer.json": (
         ["fit", "--data.tokenizer=x/tokenizer.json", "--data.tokenizer.vocab_size=400"],
-        "x/tokenizer.json is not trained here: leave out --data.tokenizer.vocab_size",
+        "x/tokenizer.json is used as it is: leave out --data.tokenizer.vocab_size",
     ),
     "flags for a tokenizer's class": (
         ["fit", "--data.tokenizer.kind", "bpe", "--config=tokenizer.yaml"],
-        "my.Tokens is not trained here: leave out --data.tokenizer.kind",
+        "my.Tokens is used as it is: leave out --data.tokenizer.kind",
     ),
     "class of the model": (["fit", "--model_class=my.Model"], "on the command line, pass --model my.module.MyClass"),
     "class of the data": (["fit", "--data_class", "my.Data"], "on the command line, pass --data my.module.MyClass"),
@@ -799,11 +800,25 @@ def test_a_resumed_run_with_another_interval_logs_the_right_steps(corpus_file, t
 
 
 @pytest.mark.parametrize(("interval", "later"), [(2, "1 step"), (5, "")])
-def test_summary_says_if_the_final_model_is_not_scored(corpus_file, capsys, interval, later):
+def test_summary_says_if_the_final_model_is_not_scored(corpus_file, tmp_path, capsys, interval, later):
+    found = "  last.ckpt, the final model, was not scored: it is (.*) past the last validation"
     words = [f"--data.corpus={corpus_file}", *TINY, "--trainer.max_steps=5", "--trainer.callbacks=null"]
     words += ["--trainer.accumulate_grad_batches=2", f"--trainer.val_check_interval={2 * interval}"]
     assert main(["fit", *words]) == 0
-    found = re.findall(
-        "  (.*) after the last validation: last.ckpt, the final model, was not scored", capsys.readouterr().out
-    )
-    assert found == ([later] if later else [])
+    assert re.findall(found, capsys.readouterr().out) == ([later] if later else [])
+    (last,) = tmp_path.glob("runs/*/checkpoints/last.ckpt")
+    resumed = ["fit", f"--ckpt_path={last}", "--trainer.max_steps=6", "--trainer.val_check_interval=14"]
+    assert main(resumed) == 0
+    assert re.findall(found, capsys.readouterr().out) == ["2 steps" if later else "1 step"]
+
+
+class StopAtStep3(Callback):
+    def on_train_batch_end(self, trainer, *_):
+        trainer.should_stop = trainer.global_step == 3
+
+
+def test_a_run_that_stops_early_is_scored_at_its_last_step(corpus_file, capsys):
+    words = [f"--data.corpus={corpus_file}", *TINY, "--trainer.max_steps=9", "--trainer.val_check_interval=2"]
+    assert main(["fit", *words, "--trainer.callbacks=test_cli.StopAtStep3"]) == 0
+    out = capsys.readouterr().out
+    assert "Stopped at step 3 of 9" in out and "not scored" not in out

@@ -2,6 +2,7 @@
 
 import bz2
 import codecs
+import errno
 import gzip
 import hashlib
 import itertools
@@ -511,12 +512,12 @@ def test_url_is_cached_and_downloaded_again_when_it_changes(tmp_path, served, mo
     assert corpus.load(served.url).text.encode() == CONTENT + b"and a line"
     assert len(files_in_cache()) == 3
     served.files.clear()
-    with pytest.warns(UserWarning, match="cannot be reached"):
+    with pytest.warns(UserWarning, match="cannot be read .*: using the copy in the cache"):
         assert corpus.load(served.url).text.encode() == CONTENT + b"and a line"
     served.files["/input.txt?download=true"] = CONTENT
     assert corpus.load(f"{served.url}?download=true").text.encode() == CONTENT
     served.files.clear()
-    with pytest.warns(UserWarning, match="cannot be reached"):
+    with pytest.warns(UserWarning, match="cannot be read .*: using the copy in the cache"):
         assert corpus.load(f"{served.url}?download=true").text.encode() == CONTENT
     message = error_of(served.url.replace("input", "absent"))
     assert "cannot be downloaded" in message
@@ -532,6 +533,20 @@ def test_remote_folders_and_patterns_are_read_with_fsspec(tmp_path):
     finally:
         memory.rm("/lmlight-tests", recursive=True)
     assert "cannot be downloaded" in error_of("nosuchthing://a/b.txt")
+
+
+def test_full_disk_during_a_download_is_reported_as_such(monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    memory = fsspec.filesystem("memory")
+    memory.pipe("/lmlight-tests/a.txt", b"text")
+    monkeypatch.setattr(type(memory), "get_file", full)
+    try:
+        with pytest.raises(UserError, match="cache folder .* cannot be written .*: free some space"):
+            corpus.load("memory://lmlight-tests/a.txt").n_chars  # noqa: B018
+    finally:
+        memory.rm("/lmlight-tests", recursive=True)
 
 
 @pytest.mark.skipif(os.name == "nt", reason="file names cannot contain ?")

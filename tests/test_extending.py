@@ -986,6 +986,32 @@ def test_an_epoch_of_unknown_length_may_end_within_a_step(tmp_path):
     assert len(saved) > 3 and set(saved) <= {2, 4, 5}
 
 
+def test_the_end_of_a_loader_without_a_length_is_saved(tmp_path):
+    class Unknown(torch.utils.data.IterableDataset):
+        def __iter__(self):
+            ids = (torch.arange(9) + torch.arange(20)[:, None]) % 10
+            return iter(zip(ids[:, :-1], ids[:, 1:]))
+
+    def fit(epochs, **resumed):
+        data = Counting()
+        data.train_dataloader = lambda: torch.utils.data.DataLoader(Unknown(), batch_size=4)
+        settings = {**tiny.QUIET, "check_val_every_n_epoch": None, "val_check_interval": 3, "max_epochs": epochs}
+        keeper, model = (
+            BestLastCheckpoint(),
+            LanguageModel(net=tiny.net, lr_scheduler=torch.optim.lr_scheduler.ConstantLR),
+        )
+        trainer = pl.Trainer(
+            **settings, max_steps=-1, default_root_dir=tmp_path, callbacks=[keeper], plugins=[AtomicCheckpointIO()]
+        )
+        trainer.fit(model, data, **resumed)
+        return trainer.global_step, checkpoint.read(keeper.last_model_path)
+
+    steps, last = fit(2)
+    assert steps == last["global_step"] == 10
+    steps, last = fit(3, ckpt_path=last["path"], weights_only=True)
+    assert steps == last["global_step"] == 15
+
+
 def test_several_processes_divide_custom_data(folder):
     words = ["--data=my_data.Counting", "--data.length=64"]
     assert check_fit(words)["trainer"]["use_distributed_sampler"] is True

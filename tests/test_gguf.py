@@ -113,7 +113,7 @@ def test_unknown_pre_tokenizer_is_refused(tmp_path, corpus_text, capsys, change)
     tokenizer = HFTokenizer(json.dumps(content).encode())
     checkpoint = save(tmp_path / "x.ckpt", make(tokenizer, OPTIONS["llama"], BLOCK), tokenizer)
     assert main(["export", "gguf", checkpoint, "x.gguf"]) == 2
-    assert "has another one, or a normalizer: export to hf or onnx" in capsys.readouterr().err
+    assert "has a different one, or a normalizer: export to hf or onnx" in capsys.readouterr().err
     assert not (tmp_path / "x.gguf").exists()
 
 

@@ -256,7 +256,7 @@ def test_unsupported_or_damaged_model_is_refused(foreign, tmp_path, capsys):
         ),
         ({"rope_parameters": {"rope_theta": 1e4, "rope_type": "yarn"}}, "rope_type yarn"),
         ({"rope_scaling": {"type": "linear"}, "rope_parameters": None}, "rope_type linear"),
-        ({"attention_bias": True}, "a bias in attention or MLP only"),
+        ({"attention_bias": True}, "biases in only one of attention and MLP"),
         ({"hidden_act": "gelu"}, "hidden_act gelu"),
         ({"hidden_act": "relu"}, "hidden_act relu"),
         ({"num_hidden_layers": 3}, "the weights lack model.layers.2."),

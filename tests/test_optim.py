@@ -10,7 +10,7 @@ import torch
 from lmlight.errors import UserError
 from lmlight.models import GPT2, Bigram, Transformer
 from lmlight.optim import (
-    POLAR_EXPRESS,
+    QUINTIC_COEFFICIENTS,
     Muon,
     Schedule,
     apply_changes,
@@ -79,7 +79,7 @@ def test_orthogonalize_approximates_the_polar_factor(shape):
     diagonal = inside.diagonal(dim1=1, dim2=2)
     assert torch.allclose(inside, torch.diag_embed(diagonal), atol=1e-9)
     expected = s / s.norm(dim=1, keepdim=True)
-    for a, b, c in POLAR_EXPRESS:
+    for a, b, c in QUINTIC_COEFFICIENTS:
         expected = a * expected + b * expected**3 + c * expected**5
     torch.testing.assert_close(diagonal, expected, rtol=0, atol=1e-5)
     large = diagonal[s / s.norm(dim=1, keepdim=True) > 1 / 50]

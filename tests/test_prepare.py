@@ -145,7 +145,7 @@ def test_remote_store_is_copied_to_the_cache_once(served, copied):
     (folder,) = Path("cache/downloads").iterdir()
     assert contents(folder) == contents(copied)
     fsspec.filesystem("memory").rm("/lmlight-tests", recursive=True)
-    with pytest.warns(UserWarning, match="cannot be reached"):
+    with pytest.warns(UserWarning, match="using the copy in the cache"):
         assert batches(TextDataModule(served, block_size=16, batch_size=8, seed=0)) == first
 
 

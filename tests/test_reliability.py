@@ -470,6 +470,13 @@ def test_resume_with_incompatible_settings_is_refused_and_keeps_the_config(train
         assert says in err.strip().split("\n")[-1]
         assert out.count("\n") <= 1 and out.count("->") <= 1
         assert config.read_bytes() == before
+    # refused after training has been set up
+    flags = ["--trainer.max_steps=40", "--trainer.limit_train_batches=5", "--trainer.accumulate_grad_batches=2"]
+    for words in (["--ckpt_path=last"], [f"--config={config}", "--trainer.default_root_dir=new"]):
+        assert main(["fit", *words, *flags]) == 2
+        assert "an epoch has 5 batches" in capsys.readouterr().err
+        assert config.read_bytes() == before
+    assert not Path("new").exists()
     assert main(["fit", "--ckpt_path=last", "--trainer.max_steps=31"]) == 0
     assert config.read_bytes() != before
 
@@ -780,7 +787,7 @@ def test_flipped_bit_is_refused_or_harmless(tmp_path):
             else:
                 assert differences(found, {**content, "path": str(path)}) == []
     assert len(refused) > 1000
-    assert all(f"an intact one is '{good}'" in message for message in refused)
+    assert all(f"the newest intact one is '{good}'" in message for message in refused)
 
 
 def test_full_disk_keeps_the_previous_checkpoint(tmp_path):

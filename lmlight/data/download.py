@@ -5,6 +5,7 @@
 - Any other URL is opened by fsspec. The copy is named after the URL and the version of the files there.
 """
 
+import errno
 import glob
 import hashlib
 import importlib.util
@@ -28,7 +29,7 @@ from lmlight.data.cache import cache_dir, writing_cache
 from lmlight.data.reading import SUPPORTED_FILES, is_text_file
 from lmlight.errors import UserError, reason
 
-# Seconds to connect and to wait for data. Without internet, training should still start soon.
+# Seconds to connect, to wait for data, and for `pip download`: without internet, a command should fail soon.
 CONNECT_TIMEOUT, READ_TIMEOUT, PIP_TIMEOUT = 3.05, 20, 120
 
 # Metadata of fsspec's file systems that changes when a file changes.
@@ -141,7 +142,7 @@ def find_files(source: str, cache: str | None = None) -> list[Path]:
         copies = sorted(folder.glob(f"{key}-*"), key=lambda copy: copy.stat().st_mtime)
         if not copies:
             raise _download_error(source, error) from None
-        warnings.warn(f"'{source}' cannot be reached: using the copy in the cache", stacklevel=2)
+        warnings.warn(f"'{source}' cannot be read ({reason(error)}): using the copy in the cache", stacklevel=2)
         return sorted(copies[-1].iterdir())
     if not places:
         raise UserError(
@@ -162,6 +163,8 @@ def find_files(source: str, cache: str | None = None) -> list[Path]:
                 for place, name in zip(places, _local_names(places)):
                     filesystem.get_file(place, str(inside / name))
             except Exception as error:
+                if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+                    raise  # reported by `writing_cache`
                 raise _download_error(source, error) from None
             try:
                 inside.rename(target)

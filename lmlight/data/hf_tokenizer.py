@@ -86,7 +86,7 @@ class HFTokenizer(Tokenizer):
         model = self.content["model"]
         unknown = vocabulary.get(model.get("unk_token"), model.get("unk_id"))
         if unknown is not None:
-            self.char_counts[unknown] = 1  # or more
+            self.char_counts[unknown] = 1  # at least: it may stand for several characters
         if self.eos_id is not None:
             self.char_counts[self.eos_id] = 0
         self.lossless = all(

@@ -29,7 +29,7 @@ MAX_EVAL_LOGITS = 2**28
 
 
 class Batch(NamedTuple):
-    """The inputs and targets of a net.
+    """The inputs and targets of a network.
 
     Attributes:
         inputs: (B, T) token ids.

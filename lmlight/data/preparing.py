@@ -54,7 +54,7 @@ class CorpusSpec:
             object.__setattr__(self, name, given and os.fspath(given))
         check_literals(CorpusSpec, vars(self), "data.")
         if not 0 < self.val_fraction < 1:
-            raise UserError(f"data.val_fraction must be between 0 and 1, got {self.val_fraction}")
+            raise UserError(f"data.val_fraction must be above 0 and below 1, got {self.val_fraction}")
 
     def settings(self) -> dict[str, Any]:
         """The settings that the tokens depend on, by the names of their flags."""
@@ -99,7 +99,7 @@ class CorpusSpec:
             tokenizer = pretrained_tokenizer or read_tokenizer(folder) or self._train_tokenizer(main, cut)
             has_documents = any(corpus.has_documents for corpus in (main, val, test) if corpus)
             if has_documents and tokenizer.eos_id is None:
-                warnings.warn("this tokenizer has no EOS token: documents follow each other without one", stacklevel=2)
+                warnings.warn("this tokenizer has no EOS token: documents are joined without a separator", stacklevel=2)
             metadata = {"corpus": self.corpus, "vocab_size": tokenizer.vocab_size, "settings": self.settings()}
             total = sum(corpus.n_chars for corpus in (main, val, test) if corpus)
             with writing_cache(folder):
@@ -128,7 +128,7 @@ class CorpusSpec:
             return self.tokenizer.train(chunks, cut, add_eos=corpus.has_documents)
 
     def _check_format(self, texts: list[Corpus]) -> None:
-        """Warns about settings that apply to none of the files: not an error, as they may be those of an earlier run."""
+        """Warns about settings that apply to none of the files: not an error, as they may come from an earlier run."""
         suffixes = {file_format(file.name)[0] for text in texts for file in text.files}
         if self.text_format.field != TextFormat.field and not suffixes & set(RECORD_SUFFIXES):
             warnings.warn("data.field is ignored: no file is .jsonl or .parquet", stacklevel=2)

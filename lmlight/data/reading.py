@@ -25,8 +25,8 @@ from lmlight.errors import UserError, check_literals, missing_extra, reason
 # Bytes read, and characters yielded, at a time.
 CHUNK_SIZE = 2**20
 
-# Longer lines are split before tokenization, before a space if possible. Pieces never cross a space, so such a split
-# changes no token, and it bounds the memory that a line needs.
+# Longer lines are split before tokenization, before a space if possible. Pieces of the models trained here never
+# cross a space, so such a split changes none of their tokens, and it bounds the memory that a line needs.
 MAX_LINE = 4096
 
 TEXT_SUFFIXES, RECORD_SUFFIXES = (".txt", ".md"), (".jsonl", ".parquet")
@@ -122,7 +122,7 @@ def split_between_lines(chunks: Iterable[TextChunk]) -> Iterator[TextChunk]:
 
 
 def file_format(name: str) -> tuple[str, str]:
-    """A file's suffix without that for compression, and the compression suffix; either may be empty."""
+    """A file's suffix and its compression suffix, such as `.txt` and `.gz`; either may be empty."""
     path = PurePath(name.lower())
     compression = path.suffix if path.suffix in COMPRESSIONS else ""
     return PurePath(path.name.removesuffix(compression)).suffix, compression
@@ -242,7 +242,7 @@ def _read_jsonl(lines: Iterable[str], text_format: TextFormat, name: str) -> Ite
         try:
             record = json.loads(line)
         except (ValueError, RecursionError):
-            raise UserError(f"corpus '{name}' is not JSON Lines ({where}): expected one object in each line") from None
+            raise UserError(f"corpus '{name}' is not JSON Lines ({where}): expected one object per line") from None
         _check_field(record if isinstance(record, dict) else {}, text_format, name, where)
         yield from _document(record[text_format.field], text_format, name, where)
 
@@ -299,7 +299,7 @@ def _document(value: Any, text_format: TextFormat, name: str, where: str) -> Ite
 
 
 def _without_surrogates(text: str, text_format: TextFormat, name: str, where: str = "") -> str:
-    """Replaces unpaired surrogates, which JSON and some codecs can write, but UTF-8 cannot."""
+    """Replaces unpaired surrogates, which JSON and some codecs can encode, but UTF-8 cannot, or raises a `UserError`."""
     unpaired = SURROGATE.search(text)
     if unpaired and text_format.errors == "strict":
         problem = f"has an unpaired surrogate (\\u{ord(unpaired[0]):04x}){where}"

@@ -62,7 +62,7 @@ def train_sentencepiece(
             "add_dummy_prefix": False,
             "byte_fallback": True,
             "character_coverage": 1.0,
-            "user_defined_symbols": ["\n"],  # a single one: overlapping symbols ("\n\n") can tie
+            "user_defined_symbols": ["\n"],  # with "\n\n" as well, newlines could be split in several ways
             "required_chars": SPACE,  # without a piece for it, the bytes of a space would decode to "▁"
             "bos_id": -1,
             "eos_id": -1,
@@ -91,7 +91,7 @@ def train_sentencepiece(
                 )
             rare_removed, lines = True, _remove_rare_characters(lines, vocab_size)
         else:
-            reason = "it has nothing but newlines" if "sentences_.empty()" in message else message
+            reason = "its sample has nothing but newlines" if "sentences_.empty()" in message else message
             remedy = "pass more text, or set --data.tokenizer.kind char"
             raise UserError(f"SentencePiece cannot be trained on this text ({reason}): {remedy}")
 

@@ -44,7 +44,7 @@ def write(store: TokenStore, target: Path) -> TokenStore:
     """Writes a streamed store to the new folder `target`, which appears when it is complete."""
     package, train = litdata(), store.ids["train"]
     if store.streamed is not None:
-        raise UserError(f"'{store.folder}' is in litdata's format already: copy that folder")
+        raise UserError(f"'{store.folder}' is already in litdata's format: copy that folder")
     if not store.tokenizer.lossless:  # its character counts need the occurrences of each id in the whole text
         raise UserError(
             "--format litdata needs a lossless tokenizer: leave out --data.tokenizer.lossless false, or pass another one"

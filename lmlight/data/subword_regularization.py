@@ -49,7 +49,7 @@ class SubwordSampling:
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.alpha) and self.alpha >= 0):
-            raise UserError(f"subword_sampling.alpha must be a number of at least 0, got {self.alpha}")
+            raise UserError(f"data.subword_sampling.alpha must be finite and at least 0, got {self.alpha}")
 
 
 class SubwordSampler:
@@ -60,14 +60,14 @@ class SubwordSampler:
     backward sampling): exactly SentencePiece's distribution.
 
     Raises:
-        UserError: the tokenizer is not a unigram model.
+        UserError: the tokenizer is not a SentencePiece unigram model.
     """
 
     def __init__(self, tokenizer: Tokenizer, sampling: SubwordSampling) -> None:
         if not isinstance(tokenizer, SentencePieceTokenizer) or not tokenizer.is_unigram:
             raise UserError(
-                "subword_sampling requires the scores of a unigram model, which bpe and char tokenizers do not have: "
-                "set --data.tokenizer.kind unigram, or --data.subword_sampling null"
+                "subword_sampling requires a SentencePiece unigram model: set --data.tokenizer.kind unigram, or "
+                "--data.subword_sampling null"
             )
         self.tokenizer, self._sampling = tokenizer, sampling
         self._scores = tokenizer.scores()

@@ -1,8 +1,8 @@
 """Token ids on disk: reading. `token_writer` writes them.
 
 - A token store is a folder with the tokenizer, the ids of each split in shards (`train-00000.npy`; uint16, or uint32 above
-  65,536 ids), and `index.json`, which is written last. A folder without an index is unfinished and never read.
-- Reading a finished store needs no absolute paths, so it can be copied anywhere.
+  65,536 ids), and `index.json`, which is written last. A folder without an index is unfinished, and never trained on.
+- No file is looked up by an absolute path, so a finished store can be copied anywhere.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ class TokenArray:
         shard = self.shards[n]
         if not isinstance(shard, Path):
             return shard
-        # Mapped anew by every access, so pages that were read before do not count as this process's memory, and no files
+        # Mapped anew on every access, so pages that were read before do not count as this process's memory, and no files
         # stay open. It takes 20 µs, `np.load` 120 µs.
         try:
             file = shard.open("rb")
@@ -172,7 +172,7 @@ class TokenStore:
 
     @contextmanager
     def copied(self, target: Path, leave_out: str = "") -> Iterator[Path]:
-        """A copy of the folder without hidden files and files that match the pattern `leave_out`.
+        """A copy of the folder without hidden files or files that match the pattern `leave_out`.
 
         It appears at `target` if the block does not raise.
 
@@ -185,7 +185,7 @@ class TokenStore:
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
             with files.whole_folder(target) as folder:
-                # without modes: the files of a read-only cache could not be flushed
+                # without permissions: copies of read-only files could not be opened to flush them
                 shutil.copytree(self.folder, folder, ignore=ignored, copy_function=shutil.copyfile, dirs_exist_ok=True)
                 yield folder
         except OSError as error:

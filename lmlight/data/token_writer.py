@@ -26,7 +26,7 @@ from lmlight.data.workers import cpu_count, killed_workers_reported, process_poo
 from lmlight.errors import UserError
 from lmlight.user_code import full_name
 
-SHARD_CHARS = 2**23  # about one second of encoding, which is what an interruption costs
+SHARD_CHARS = 2**23  # at most about a second of encoding, which an interruption costs
 BATCH_CHARS = 2**18  # token ids as Python ints cost about 40 bytes each, so encode this many characters at a time
 
 
@@ -102,7 +102,7 @@ def _write_shards(
     pool: Executor | None,
     max_pending: int,
 ) -> Iterator[tuple[int, int]]:
-    """Writes full shards in the pool, others in this process; yields the characters and tokens of each shard in order."""
+    """Writes full shards in the pool, others in this process; yields each shard's number of characters and tokens."""
     pending = deque[Callable[[], tuple[int, int]]]()
     for path, chunks in shards:
         if pool and _chars(chunks) >= SHARD_CHARS and not path.exists():
@@ -135,7 +135,7 @@ def _write_shard(tokenizer: Tokenizer, dtype: str, path: Path, chunks: list[Text
                 if wrong:
                     name, remedy = type(tokenizer).__name__, "correct the class, or set lossless = False in it"
                     if full_name(type(tokenizer)).startswith("lmlight."):
-                        remedy = "it changes some texts: pass another tokenizer"
+                        remedy = "pass another tokenizer, because this one is not lossless"
                     raise UserError(f"{name}.{wrong} the text: {remedy}")
         with files.whole(path, shared=True) as beside, beside.open("wb") as file:
             np.save(file, np.concatenate(encoded))

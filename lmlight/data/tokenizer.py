@@ -147,10 +147,10 @@ class TokenizerConfig:
     sample_chars: int = 10_000_000
 
     def __post_init__(self) -> None:
-        check_literals(TokenizerConfig, vars(self), "tokenizer.")
+        check_literals(TokenizerConfig, vars(self), "data.tokenizer.")
         for name in ("vocab_size", "sample_chars"):
             if getattr(self, name) < 1:
-                raise UserError(f"tokenizer.{name} must be at least 1, got {getattr(self, name)}")
+                raise UserError(f"data.tokenizer.{name} must be at least 1, got {getattr(self, name)}")
 
     def train(self, text: str | Iterable[str], chars: int | None = None, add_eos: bool = False) -> Tokenizer:
         """Trains a tokenizer.
@@ -232,7 +232,7 @@ class CharTokenizer(Tokenizer):
 
     Args:
         characters: the vocabulary, in the order of the ids.
-        add_eos: whether one more id ends a document.
+        add_eos: whether to add an end-of-text token.
         newline: the line ending of the training text.
     """
 
@@ -291,7 +291,7 @@ class SentencePieceTokenizer(Tokenizer):
             byte = int(self.pieces[index][3:5], 16)  # "<0xE2>"
             self.char_counts[index] = starts_character(byte)
         if self.unknown_id >= 0:
-            self.char_counts[self.unknown_id] = 1  # or more
+            self.char_counts[self.unknown_id] = 1  # at least: it may stand for several characters
         probe = self.encode(PROBE)
         self.lossless = self.decode(probe) == PROBE and bool(self.char_counts[probe].sum() == len(PROBE))
         if SPACE in self._processor.normalize("a"):  # the model adds a space to each line: drop the newline

@@ -108,7 +108,7 @@ def _add_byte_level_bpe(writer: Any, tokenizer: HFTokenizer) -> None:
     if name is None:
         raise UserError(
             "GGUF export supports the pre-tokenizers of GPT-2, SmolLM2, Qwen2 and Llama 3, but this checkpoint's "
-            "tokenizer.json has another one, or a normalizer: export to hf or onnx"
+            "tokenizer.json has a different one, or a normalizer: export to hf or onnx"
         )
     pieces = {index: (f"<unused {index}>", UNUSED) for index in range(tokenizer.vocab_size)}
     pieces |= {index: (text, NORMAL) for text, index in model["vocab"].items()}

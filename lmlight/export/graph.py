@@ -1,7 +1,7 @@
 """Export to ONNX and to `torch.export` archives: a network as a graph, with no branch that depends on a size.
 
-Axes: B rows, T new positions, P past positions, S = P + T, L blocks, H_kv key/value heads, D channels per head, V
-vocabulary.
+Axes: B rows, T new positions, P past positions, S = P + T, L blocks, H query heads, H_kv key/value heads, D head channels,
+V vocabulary.
 """
 
 import contextlib
@@ -107,7 +107,7 @@ def metadata(model: Model) -> dict[str, str]:
     }
     with contextlib.suppress(UserError):  # a lossy or user-defined tokenizer
         content = tokenizer_json(model.tokenizer)
-        # without special tokens, which the library would match in ordinary text, and without steps that add or remove tokens
+        # without special tokens, which `tokenizers` would match in ordinary text, and steps that add or remove tokens
         literal = [token for token in content.get("added_tokens", []) if not token["special"]]
         unused = dict.fromkeys(("post_processor", "truncation", "padding"))
         found["tokenizer.json"] = {**content, **unused, "added_tokens": literal}
@@ -139,7 +139,7 @@ def write_onnx(model: Model, path: Path, attention: bool = False) -> None:
         )
     graph: nn.Module = net
     inputs, outputs = ["ids"], ["logits"]
-    # Sizes of at least 2: the exporter takes a size of 1 for a constant.
+    # Sizes of at least 2: the exporter treats a size of 1 as a constant.
     arguments, dynamic = [torch.zeros(2, min(3, size), dtype=torch.int64)], [{0: BATCH, 1: Dim("time", max=size)}]
     if _has_cache(net):
         graph = TransformerGraph(net, attention)

@@ -34,7 +34,7 @@ def write(model: Model, folder: Path, license: str) -> None:
     if architecture.model_type == "qwen2" and pre_tokenizer_name(tokenizer) != "qwen2":
         raise UserError(
             "transformers uses Qwen2's pre-tokenizer for any model of that architecture, but this checkpoint's tokenizer "
-            "has another one: export to gguf or onnx"
+            "has a different one: export to gguf or onnx"
         )
     tokenizer_config: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast"}
     tokenizer_config["clean_up_tokenization_spaces"] = False

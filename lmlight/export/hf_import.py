@@ -156,7 +156,7 @@ def _llama_options(config: dict[str, Any]) -> dict[str, Any]:
         (rope_type == "default", f"rope_type {rope_type}"),
         (not any(isinstance(value, dict) for value in rope.values()), "different rope_parameters in some layers"),
         (rotary_factor == 1, f"partial_rotary_factor {rotary_factor}"),
-        (kind == "qwen2" or bias == bool(config.get("mlp_bias", False)), "a bias in attention or MLP only"),
+        (kind == "qwen2" or bias == bool(config.get("mlp_bias", False)), "biases in only one of attention and MLP"),
         (activation in ("silu", "relu"), f"hidden_act {activation}"),
     )
     mlp = "swiglu" if activation == "silu" else "relu2"  # a gated ReLU with equal gate and value is ReLU²

@@ -1,8 +1,8 @@
 """The decode step as a CUDA graph, which the GPU runs without waiting for Python to launch each kernel.
 
 Launching the kernels of a step takes several times as long as running them: on an H100, a token takes 1.26 ms without a
-graph and 0.45 ms with one (6 layers of width 384), or 5.4 ms and 1.4 ms (GPT-2). A graph repeats the same kernels on the
-same addresses, so what changes from step to step is copied into tensors that stay in place (`StaticCache`).
+graph and 0.45 ms with one (6 layers of width 384), or 5.4 ms and 1.4 ms (GPT-2). A graph replays the same kernels on the
+same memory addresses, so what changes from step to step is copied into tensors that stay in place (`StaticCache`).
 
 Axes: B batch, T positions, D channels of a head, V vocabulary.
 """
@@ -15,7 +15,7 @@ from lmlight.models.kv_cache import Cache, KeyValueCache
 
 
 class StaticCache(Cache):
-    """One token's view of a cache, in tensors that stay in place: all slots, with the empty ones masked.
+    """A cache for one-token steps, in tensors that stay in place: all slots, with the empty ones masked.
 
     Args:
         cache: its buffers are shared.
@@ -61,8 +61,8 @@ class CudaGraphDecoder:
     """Captures a decode step, and replays it for each token.
 
     Args:
-        decoder: the step. The weights must stay where they are.
-        cache: the one that the step extends.
+        decoder: computes the step. Its weights must keep their memory addresses.
+        cache: the cache to append to.
     """
 
     def __init__(self, decoder: FastDecoder, cache: KeyValueCache) -> None:

@@ -91,7 +91,7 @@ class TextStream:
         self._stop = [re.sub("\r?\n", newline, text) for text in sampling.stop for newline in ("\n", "\r\n")]
         self._last_lines_from = math.ceil(0.8 * sampling.max_new_tokens) if sampling.end_at_line else math.inf
         self._held = ""  # may be the start of a stop string
-        self._n_early = 0  # line breaks within this many first characters of `text` + `_held` do not end the text
+        self._n_early = 0  # line breaks within the first `_n_early` characters of `text` + `_held` do not end the text
         self._decoder = StreamingDecoder(tokenizer, self.ids if prompt else ())
 
     def push(self, index: int) -> str:

@@ -1,7 +1,7 @@
 """Attention, bottom up: the weights, the weighted sum, the module.
 
-A cache decides what each position attends to. With `causal=False`, the module is an encoder's attention; with `kv_input` as
-well, cross-attention.
+A `Cache` also has the attention mask and the positions of new tokens. With `causal=False`, the module is an encoder's
+attention; with `kv_input` as well, cross-attention.
 
 Axes: B batch, T positions, S positions attended to, C = n_embd channels, H heads, H_kv key/value heads, D channels of a
 head.
@@ -33,7 +33,7 @@ class RMSNorm(nn.RMSNorm):
 
 
 def apply_dropout(x: Tensor, p: float, training: bool) -> Tensor:
-    """Apply dropout. Skips `F.dropout` if `p` is 0, as it would still cost as much as a small matrix product."""
+    """Apply dropout. Skip `F.dropout` if `p` is 0, as it would still cost as much as a small matrix product."""
     return F.dropout(x, p) if training and p else x
 
 
@@ -49,8 +49,7 @@ def attention_weights(q: Tensor, k: Tensor, causal: bool, attn_mask: Tensor | No
     Returns:
         (B, H, T, S); each row sums to 1.
     """
-    # `baddbmm` also scales and masks in the same pass: each extra pass over the scores costs as much as one over the hidden
-    # states.
+    # `baddbmm` also scales and adds the causal mask, which saves two passes over the scores
     mask = q.new_zeros(q.size(-2), k.size(-2))
     if causal:
         mask = mask.fill_(-math.inf).triu(1)
@@ -62,14 +61,14 @@ def attention_weights(q: Tensor, k: Tensor, causal: bool, attn_mask: Tensor | No
 
 
 def scaled_dot_product_attention(q: Tensor, k: Tensor, v: Tensor, cache: Cache, dropout: float = 0.0) -> Tensor:
-    """Attend with queries (B, H, T, D) to keys and values (B, H_kv, S, D), with the cache's mask; returns (B, H, T, D)."""
+    """Attend to keys and values (B, H_kv, S, D) with queries (B, H, T, D) and the cache's mask; returns (B, H, T, D)."""
     group, maps = q.size(1) // k.size(1), cache.attention_maps
     if group > 1 and maps is None and not cache.is_causal and q.size(2) == 1:
         # with a single query position, fold grouped heads into the sequence dimension
         folded = q.reshape(q.size(0), k.size(1), group, -1)
         return scaled_dot_product_attention(folded, k, v, cache, dropout).reshape(q.shape)
     k, v = repeat_kv(k, group), repeat_kv(v, group)
-    if maps is not None:  # first: an exported graph must not depend on the number of keys
+    if maps is not None:  # before the rest: exported graphs set it, and must not branch on the number of keys
         explicit = True
     elif q.device.type == "cpu":  # one query of one row is faster with the fused kernel
         explicit = k.size(-2) <= EXPLICIT_ATTENTION_MAX_KEYS and (q.size(0) > 1 or q.size(2) > 1)
@@ -144,7 +143,7 @@ class Attention(nn.Module):
         cache: Cache | None = None,
         layer: int = 0,
     ) -> Tensor:
-        """Attend from each position.
+        """Compute self-attention or, with `kv_input`, cross-attention.
 
         Args:
             x: (B, T, C).

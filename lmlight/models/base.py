@@ -20,7 +20,7 @@ SIZES = ("vocab_size", "block_size")
 class Net(nn.Module, ABC):
     """Base class of networks. A subclass implements `forward`.
 
-    The first two arguments of its constructor are `vocab_size` and `block_size`, which depend on the data. The others
+    The first two arguments of its constructor are `vocab_size` and `block_size`, which come from the data module. The others
     can be passed by name and are plain values: numbers, strings, booleans, None, and lists or dicts of them.
 
     Attributes:
@@ -56,7 +56,7 @@ class Net(nn.Module, ABC):
         """
 
     def make_cache(self, batch_size: int) -> Cache | None:
-        """Make an empty cache, for a `forward(idx, cache=None)` that takes one.
+        """Make an empty cache. If a subclass overrides this, its `forward` must also take `cache=None`.
 
         If this returns None, generation passes the whole context to `forward` for each new token.
         """
@@ -77,7 +77,7 @@ class Net(nn.Module, ABC):
 
 
 def architecture_kwargs(config: dict[str, Any]) -> dict[str, Any]:
-    """Select the arguments that a user chooses: all but the two sizes that the data determines."""
+    """Select the arguments of the architecture: all but the two sizes, which come from the data module."""
     return {name: value for name, value in config.items() if name not in SIZES}
 
 

@@ -105,7 +105,7 @@ def _check_cache(net: Net, idx: Tensor) -> None:
         )
     if not _equal(logits[1], _run(net, idx[1:, pad:])[0]):
         raise UserError(
-            f"{name} returns different logits for a row whose prompt is shorter than that of another: ignore the first "
+            f"{name} returns different logits for a row whose prompt is shorter than another row's: ignore the first "
             "cache.padding[row] tokens of each row"
         )
 

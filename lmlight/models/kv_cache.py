@@ -1,4 +1,4 @@
-"""Caches: the state kept from earlier tokens, and the tokens that new ones attend to.
+"""Caches: the state kept from earlier tokens, and the attention mask and positions of new ones.
 
 Axes: B batch, T new tokens, S slots, H_kv key/value heads, D channels of a head.
 """
@@ -22,7 +22,8 @@ class Cache:
     Attributes:
         padding: number of tokens at the start of each row to ignore.
         last_only: whether `forward` may compute the logits of the last position only, (B, 1, V).
-        supports_sliding_window: whether rows may grow beyond `block_size`; if not, they restart from half a block.
+        supports_sliding_window: whether rows may grow beyond `block_size`. If not, generation starts over with
+            the last half of a block whenever a row is full.
         input_pos: positions of the new tokens: a slice, or a tensor (T,) or (B, T).
         attn_mask: boolean, broadcast to (B, H, T, S): what new tokens attend to; None leaves this to `is_causal`.
         rope: table that replaces the network's own.
@@ -47,7 +48,7 @@ class Cache:
         self.input_pos = slice(0, count)
 
     def rope_rows(self, table: Tensor) -> Tensor:
-        """Look up the new tokens in the network's RoPE table: (2, T, D / 2), or (2, B, T, D / 2) if rows differ."""
+        """Look up the new tokens' positions in a RoPE table: (2, T, D / 2), or (2, B, T, D / 2) if rows differ."""
         return (table if self.rope is None else self.rope)[:, self.input_pos]
 
     def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
@@ -56,7 +57,7 @@ class Cache:
 
 
 class KeyValueCache(Cache):
-    """Keys and values of the last `max_length` tokens, in buffers that are allocated once. Holds no gradients.
+    """Keys and values of the last `max_length` tokens, in buffers that are allocated once. For inference only.
 
     Token t is in slot t mod `max_length`. Shorter rows are padded at the start, so all rows fill the same slots.
 

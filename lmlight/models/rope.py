@@ -14,7 +14,7 @@ def rope_cache(length: int, head_size: int, theta: float = 10000.0) -> Tensor:
 
 
 def apply_rope(x: Tensor, rope: Tensor) -> Tensor:
-    """Rotate channels i and i + D/2 of `x` (..., T, D) by the angles in `rope` (2, T, D / 2)."""
+    """Rotate channels i and i + D/2 of `x` (..., T, D) by the angles in `rope`, broadcast to (2, ..., T, D / 2)."""
     cos, sin = rope.to(x.dtype)
     first, second = x.chunk(2, dim=-1)
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)

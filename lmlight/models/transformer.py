@@ -100,8 +100,8 @@ class Transformer(Net):
         rope_theta: base of the rotary frequencies.
 
     Attributes:
-        recomputes_blocks: whether training keeps only the input of each block and computes the rest of it again in the
-            backward pass (gradient checkpointing): less memory, a third more time.
+        recomputes_blocks: whether training keeps only the input of each block and recomputes the rest in the backward pass
+            (gradient checkpointing): less memory, a third more time.
 
     Raises:
         UserError: a value is out of range or not a valid choice, or sizes do not match.
@@ -207,7 +207,7 @@ class Transformer(Net):
         if torch.is_autocast_enabled(x.device.type):  # does not cover this function
             dtype = torch.get_autocast_dtype(x.device.type)
             x, weight = x.to(dtype), weight.to(dtype)
-        # its own mean sums the chunks in the type of x, which in bfloat16 is off by up to 0.5 nats
+        # `reduction="mean"` sums the chunks in the type of x, which in bfloat16 is off by up to 0.5 nats
         options = nn.LinearCrossEntropyOptions(batch_chunk_size=max(1, 2**25 // self.vocab_size))  # 128 MiB of logits
         targets = targets.flatten()
         losses = F.linear_cross_entropy(x, weight, targets, reduction="none", options=options).float()

@@ -51,14 +51,20 @@ def main(args: Sequence[str]) -> int:
     )
     add("--trials", type=int, metavar="N", help="number of trials of a search (default: 30)")
     add(
-        "--prune", action="store_true", help="stop trials whose loss is above the median of the others at the same step"
+        "--prune",
+        action="store_true",
+        help="stop trials whose best loss so far is above the median of earlier trials at the same step",
     )
-    add("--on", choices=("val", "tune"), help="score the validation text (default) or the tuning text")
+    add(
+        "--on",
+        choices=("val", "tune"),
+        help="text to score: validation (default), or tune, the end of the training text",
+    )
     add(
         "--study",
         type=Path,
         metavar="FOLDER",
-        help="folder of the sweep (default: sweeps/NAME, named after its settings)",
+        help="folder of the sweep (default: sweeps/NAME, named after the config file and a hash of the settings)",
     )
     add("--retry", action="store_true", help="run failed trials again")
     add("--report", type=Path, metavar="FOLDER", help="write the report of an existing sweep, without running trials")
@@ -196,7 +202,7 @@ def _pairs(flag: str, given: Sequence[str]) -> Iterator[tuple[str, str]]:
                 f"--{flag} {text}: expected FLAG=..., each flag once, as in --{flag} model.optimizer.lr=..."
             )
         if name in (*FOLDERS, SEED, "data.validate_on"):
-            raise UserError(f"--{flag} {text}: the sweep itself sets {name}; see --seeds and --on")
+            raise UserError(f"--{flag} {text}: the sweep itself sets {name}; see --seeds, --on and --study")
         seen.add(name)
         yield name, value
 

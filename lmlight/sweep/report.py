@@ -30,7 +30,7 @@ class Interval(NamedTuple):
 
 
 def interval(values: Sequence[float]) -> Interval:
-    """By Student's t distribution; infinite for a single value."""
+    """The mean and its 95% interval, by Student's t distribution; infinitely wide for a single value."""
     mean, n = statistics.fmean(values), len(values)
     half = float(stats.t.ppf(0.975, n - 1)) * statistics.stdev(values) / math.sqrt(n) if n > 1 else math.inf
     return Interval(mean, mean - half, mean + half)

@@ -101,7 +101,7 @@ class Study:
             known = len(self.trials())
             if not self.trials(TrialState.WAITING) and known >= (plan.n_trials or 0):
                 return None
-            # a different seed for each trial, because processes that start together would try the same values
+            # a different seed for each trial, because processes that start together would otherwise try the same values
             self.optuna.sampler = optuna.samplers.TPESampler(seed=plan.seed + known, constant_liar=True)
             trial = self.optuna.ask(dict(plan.space))
             self.beat(trial)

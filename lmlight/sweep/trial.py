@@ -96,7 +96,7 @@ def run_fit(folder: Path, args: Sequence[str], watch: Callable[[int, Validations
 
 
 def run_folder(folder: Path) -> Path | None:
-    """The folder of a trial's run, which is named after the time. A logger may have one beside it."""
+    """The folder of a trial's run, which is named after its start time. A logger may create another folder beside it."""
     return max((path for path in folder.glob("[0-9]*") if path.is_dir()), default=None)
 
 

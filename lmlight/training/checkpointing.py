@@ -2,8 +2,8 @@
 
 Lightning collects the state; this module decides when to write it, so that a resumed run equals an uninterrupted one:
 
-- Never between the micro-batches of a step, and never just before a validation, which the resumed run would skip. Such a
-  checkpoint is written at the end of that validation.
+- Never between the micro-batches of a step or, except at a validation, between two epochs; never just before a validation,
+  which the resumed run would skip. Such a checkpoint is written at the end of that validation.
 - SIGTERM and Ctrl-C only set a flag; the training loop writes the checkpoint as soon as these rules allow, and exits.
 - Never with non-finite weights.
 """
@@ -56,8 +56,8 @@ class BestLastCheckpoint(Checkpoint):
 
     `best` has the lowest `val/nats_per_char`, or `val/loss` if characters are not counted. `last` is written at each
     validation and at the end of the run, including after SIGTERM or Ctrl-C. The process then exits with 128 + the signal's
-    number; a second signal exits immediately. With several processes, signals are checked for at validations and every
-    `trainer.log_every_n_steps` steps only.
+    number; a second signal exits immediately. With several processes, signals are checked only at validations and every
+    `trainer.log_every_n_steps` steps.
 
     Args:
         every_n_steps: Also write `last` every this many steps; 0 disables this.
@@ -66,6 +66,7 @@ class BestLastCheckpoint(Checkpoint):
     def __init__(self, every_n_steps: int = 0) -> None:
         self.every_n_steps = every_n_steps
         self.best_score: float | None = None
+        self.validated_step: int | None = None  # of the last validation
         # characters scored by the last validation, in this run and in the run that it resumes
         self._characters = 0.0
         self._resumed_characters: float | None = None
@@ -77,9 +78,10 @@ class BestLastCheckpoint(Checkpoint):
         self._handlers: dict[int, Any] = {}
 
     def state_dict(self) -> dict[str, Any]:
-        return {"best_score": self.best_score, "characters": self._characters}
+        return {"best_score": self.best_score, "characters": self._characters, "validated_step": self.validated_step}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.validated_step = state_dict["validated_step"]
         # not if the run continues in another folder: its best.ckpt stays in the old one
         if (best := self._folder / "best.ckpt").is_file():
             self.best_score, self.best_model_path = state_dict["best_score"], str(best)
@@ -170,7 +172,7 @@ class BestLastCheckpoint(Checkpoint):
             return
         if self._within_step:  # an epoch of unknown length has ended in the middle of a step
             return
-        metrics = trainer.callback_metrics
+        self.validated_step, metrics = trainer.global_step, trainer.callback_metrics
         score = metrics.get("val/nats_per_char", metrics.get("val/loss"))
         self._characters, before = float(metrics.get("val/characters", 0)), self._resumed_characters
         if before is not None and not math.isclose(self._characters, before, rel_tol=1e-4):  # devices round differently
@@ -185,6 +187,10 @@ class BestLastCheckpoint(Checkpoint):
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._leave_if_agreed(trainer)
+        # the run's last step is not known in advance if it is the end of a loader without a length
+        is_last_epoch = 0 < (trainer.max_epochs or -1) <= trainer.current_epoch + 1
+        if is_last_epoch and trainer.global_step > self._saved and not self._within_step:
+            self._save(trainer, "last")
 
     def _agree_to_leave(self, trainer: Trainer) -> None:
         """Agree to end all processes after this step if any got a signal. With several GPUs, waits for work in progress."""

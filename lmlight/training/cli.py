@@ -247,9 +247,8 @@ class LmlightCLI(LightningCLI):
         elif self.command == "predict":
             given.append(WritePredictions(self.config[self.command].output))
         # WeightAveraging comes after the callbacks that need the averaged weights, which it removes at the end of a
-        # validation; then SaveConfig, once the others have started; then BestLastCheckpoint, whose file contains the state
-        # of any ModelCheckpoint.
-        order = (BestLastCheckpoint, SaveConfig, WeightAveraging)
+        # validation; then BestLastCheckpoint, whose file contains the state of any ModelCheckpoint.
+        order = (BestLastCheckpoint, WeightAveraging)
         options["callbacks"] = sorted(given, key=lambda callback: [isinstance(callback, kind) for kind in order])
         trainer = RunTrainer(**options)
         trainer.run_folder = str(run) if run else None
@@ -290,7 +289,7 @@ def _as_list(value: Any) -> list[Any]:
 
 
 def _mistake(error: Exception) -> Exception:
-    """The user's mistake behind an error, which is raised again if it looks like a bug.
+    """Return the exception to report to the user; raise `error` again if it looks like a bug.
 
     jsonargparse wraps an exception that a class raises in its own exceptions, which name the class and list the types it
     tried. Lightning and torch's schedulers reject settings with a `MisconfigurationException` or a built-in exception.

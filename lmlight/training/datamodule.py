@@ -1,4 +1,4 @@
-"""TextDataModule: a text, its tokens and their windows, for Lightning.
+"""TextDataModule: prepares a text and serves windows of its tokens.
 
 `prepare_data` (one process) leaves a token store in the cache; `setup` (every process) opens it.
 """
@@ -27,10 +27,10 @@ from lmlight.user_code import explained, import_class, is_class_name
 
 
 class TextDataModule(LightningDataModule):
-    """A text as token windows for training, validation and test, and prompts for prediction.
+    """Serves a text as token windows for training, validation and testing, and prompts for prediction.
 
-    The text is split by characters. The tokenizer is trained on the training split only. Validation windows
-    do not overlap and score every token once. `test` has a second loader with a sliding window.
+    Splits are measured in characters, so they do not depend on the tokenizer, which is trained on the training split only.
+    Validation windows do not overlap and score every token once. `test` has a second loader with a sliding window.
 
     Args:
         corpus: name of a corpus (`tinyshakespeare`), a file, a folder, a glob pattern (`books/**/*.txt`), or a URL that
@@ -39,7 +39,8 @@ class TextDataModule(LightningDataModule):
         block_size: tokens per window, the longest context of the net.
         batch_size: windows per optimizer step, over all devices and accumulated batches together.
         val_fraction: fraction of the characters, at the end of the text, held out for validation.
-        val_corpus: another corpus for validation. All of `corpus` is then for training.
+        val_corpus: another corpus for validation. All of `corpus` is then used for training, unless
+            `validate_on` is `tune`.
         test_corpus: another corpus for `test`. `null` uses the validation text.
         validate_on: `tune` validates on the last `val_fraction` of the training split and trains on the rest of it, so that
             settings can be chosen without the validation text, which `test` then scores.
@@ -53,7 +54,7 @@ class TextDataModule(LightningDataModule):
             Ignored if a checkpoint provides one.
         subword_sampling: sample a new segmentation of the training text in every epoch. `null` disables this.
         windows: `epoch` visits non-overlapping windows in random order; `random` draws each window independently.
-        prompts: for `predict`: a list, or a file with one prompt per line (`-` is the standard input).
+        prompts: for `predict`: a list, or a file with one prompt per line (`-` reads standard input).
         prompt_batch_size: prompts that `predict` continues together.
         num_workers: number of DataLoader processes. With `subword_sampling`, the number of processes that
             segment the next shards.
@@ -249,7 +250,7 @@ class TextDataModule(LightningDataModule):
         return first_line(self.store.tokenizer.decode(self.val_ids[1:129].tolist()))
 
     def characters_seen(self, steps: int) -> float:
-        """Characters of training text in `steps` optimizer steps on average, comparable across tokenizers."""
+        """Average number of training characters in `steps` optimizer steps; with `subword_sampling`, an upper bound."""
         return steps * self.batch_size * self.store.chars["train"] / len(self._source)
 
     def _running(self, fn: TrainerFn) -> bool:

@@ -16,8 +16,8 @@ class LoRAModel(LanguageModel):
     """Finetunes a model through low-rank adapters; its own weights are frozen.
 
     Each chosen matrix W is replaced by W + alpha / rank · B A, where only A (rank, in) and B (out, rank) are trained
-    (Hu et al. 2021, https://arxiv.org/abs/2106.09685). Checkpoints hold the adapters and the path of the model that they
-    belong to; reading one merges both, so that all commands can use it. Needs the package `peft`.
+    (Hu et al. 2021, https://arxiv.org/abs/2106.09685). Checkpoints hold the adapters and the path of their base
+    model; loading one merges the adapters into that model, so that all commands can use it. Needs the package `peft`.
 
     Args:
         rank: Rank of A and B.

@@ -138,7 +138,7 @@ class LanguageModel(TextModel):
         return model.to(map_location).eval()
 
     def check(self, block_size: int | None, trainer: Trainer | None = None) -> None:
-        """Check the network's arguments and, if there is a `trainer`, what its training run needs besides data.
+        """Check the network's arguments and, given a `trainer`, its callbacks, strategy and intervals, and the optimizer.
 
         `block_size` is the longest context; None if it is not known yet.
 
@@ -246,7 +246,7 @@ class LanguageModel(TextModel):
                 self.trainer.should_stop = True
                 return -1  # leaves the epoch
             self.step_loss = torch.zeros((), device=self.device)
-            # `self.log` on every step would cost 1 ms, a fifth of a small step
+            # `self.log` on every step would cost 1 ms, a fifth of a small model's step
             every: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]  # set outside __init__
             self.step_is_logged = every > 0 and (self.global_step + 1) % every == 0
         reseed(self.device, self.seed, self.global_step, micro_batch, self.global_rank)

@@ -7,7 +7,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 
 class MatmulPrecision(Callback):
-    """Sets the precision for `fit`, see `torch.set_float32_matmul_precision`, and restores it afterwards."""
+    """Sets the precision for `fit` and restores it afterwards; see `torch.set_float32_matmul_precision`."""
 
     def __init__(self, precision: str) -> None:
         self.precision = precision

@@ -29,7 +29,7 @@ class WritePredictions(Callback):
     def __init__(self, output: str | None = None) -> None:
         self._output = Path(output).expanduser() if output else None
         if self._output is not None and self._output.exists():
-            raise UserError(f"output '{output}' exists already: pass another name, or remove it")
+            raise UserError(f"output '{output}' already exists: pass another name, or remove it")
         if self._output is not None and not self._output.parent.is_dir():
             raise UserError(f"the folder of output '{output}' does not exist: create '{self._output.parent}' first")
         self._batches: list[tuple[int, list[TextStream]]] = []  # with their place in the order of the prompts

@@ -75,7 +75,7 @@ def find_source(command: str, args: Sequence[str]) -> tuple[Source, dict[str, st
     is_pretrained = isinstance(trained, str) and (is_class_name(trained) or trained.endswith((".json", ".model")))
     if is_pretrained and (wrong := [word for word in rest if word.startswith("--data.tokenizer.")]):
         flag = wrong[0].partition("=")[0]  # it would replace the tokenizer
-        raise UserError(f"--data.tokenizer {trained} is not trained here: leave out {flag}")
+        raise UserError(f"--data.tokenizer {trained} is used as it is: leave out {flag}, which is for training one")
     sections = [f"--{name}={flags.pop(name)}" for name in CLASSES if name in flags and not is_class_name(flags[name])]
     given |= flags
     classes = named_classes(given)
@@ -96,7 +96,7 @@ def find_source(command: str, args: Sequence[str]) -> tuple[Source, dict[str, st
 
 
 def flatten(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested settings by the names of their flags; a class is the value of the flag that selects it."""
+    """Flatten nested settings to a dict by flag; a `class_path` is the value of the flag that selects the class."""
     flat: dict[str, Any] = {}
     for name, value in settings.items():
         if isinstance(value, dict):

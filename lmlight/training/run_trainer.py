@@ -77,7 +77,7 @@ class RunTrainer(Trainer):
         Args:
             init_from: Use the tokenizer of this checkpoint.
             to: Folder for a copy of the result, to pass as `--data.corpus`; null leaves it in the cache.
-            format: Format of the copy: `store` to read from a disk, `litdata` to stream while training.
+            format: Format of the copy: `store` to read from disk, `litdata` to stream during training.
         """
         if not isinstance(datamodule, TextDataModule):
             raise UserError(f"prepare needs a TextDataModule, got a {type(datamodule).__name__}")
@@ -157,10 +157,8 @@ def print_summary(
     final = trainer.callback_metrics.get(name)
     if final is not None and f"{final:.4f}" != f"{nats:.4f}":  # the best was an earlier one
         print(f"  {final:.4f} nats per {unit} at the last validation")
-    interval = trainer.val_check_batch if trainer.check_val_every_n_epoch is None else None  # None, too, for a duration
-    later = step % max(1, interval // trainer.accumulate_grad_batches) if isinstance(interval, int) else 0
-    if later:
-        print(f"  {counted(later, 'step')} after the last validation: last.ckpt, the final model, was not scored")
+    if keeper.validated_step is not None and (later := step - keeper.validated_step):
+        print(f"  last.ckpt, the final model, was not scored: it is {counted(later, 'step')} past the last validation")
     if not isinstance(datamodule, TextDataModule):
         return
     if datamodule.trainer is None:  # another process trained, as with `ddp_spawn`
@@ -182,19 +180,24 @@ def print_summary(
 
 
 class TimeLimit(Timer):
-    """`trainer.max_time`, counted from the start of this process; Lightning's Timer would include previous processes."""
+    """`trainer.max_time`, counted from the start of training in this process; Lightning's Timer adds earlier processes."""
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         pass
 
 
 class SaveConfig(Callback):
-    """Writes `config.yaml` into the run's folder when training starts: a refused resume leaves the old file unchanged."""
+    """Writes `config.yaml` into the run's folder at the first batch: a refused resume leaves the old file unchanged."""
 
     def __init__(self, settings: dict[str, Any]) -> None:
         self.settings = settings
+        self._is_saved = False
 
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    # not earlier: other callbacks and the model may refuse the run in `on_train_start`
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        if self._is_saved:
+            return
+        self._is_saved = True
         folder = Path(str(trainer.log_dir))  # on every rank, because it is broadcast
         if trainer.is_global_zero:
             folder.mkdir(parents=True, exist_ok=True)
@@ -215,7 +218,7 @@ def quiet() -> None:
     """Hide Lightning's tips, and print warnings on one line each."""
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
-    logging.getLogger("lightning.pytorch.profilers").setLevel(logging.INFO)  # what `--trainer.profiler simple` prints
+    logging.getLogger("lightning.pytorch.profilers").setLevel(logging.INFO)  # the report of `--trainer.profiler simple`
     tips = "does not have many workers|number of training batches|callbacks used to create|sync_dist|LeafSpec"
     warnings.filterwarnings("ignore", message=f".*({tips})")
     warnings.formatwarning = lambda message, *_args, **_kwargs: f"lmlight: warning: {' '.join(str(message).split())}\n"

@@ -123,9 +123,10 @@ class TextModel(LightningModule):
 
         Returns:
             The prompt with its continuation, of the same type. For a list, `num_samples` texts per prompt.
+            For ids, `num_samples`, `stop` and `end_at_line` are ignored.
 
         Raises:
-            UserError: A value is out of range; the tokenizer has no piece for a character; `num_samples` without a list.
+            UserError: A value is out of range; the tokenizer has no piece for a character; `num_samples` with a single text.
         """
         if isinstance(prompt, str):
             return prompt + "".join(self.stream(prompt, **changes))

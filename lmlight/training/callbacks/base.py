@@ -15,7 +15,7 @@ class FitCallback(Callback):
     """A callback that watches `fit`. Subclasses override `on_logged_step` and `on_fit_validation_end`."""
 
     def on_logged_step(self, trainer: Trainer, model: LanguageModel) -> None:
-        """Called after each optimizer step that is logged: every `trainer.log_every_n_steps`."""
+        """Called after each optimizer step that is logged: every `trainer.log_every_n_steps` steps."""
 
     def on_fit_validation_end(self, trainer: Trainer, model: LanguageModel) -> None:
         """Called on every rank after each validation of `fit` but not after the sanity check; `model.log` works here."""

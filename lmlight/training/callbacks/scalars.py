@@ -26,7 +26,7 @@ class Throughput(FitCallback):
     - `throughput/mfu`: model FLOP/s (`Net.flops_per_token`, times three for training) as a share of the devices' peak, for
       GPUs whose peak Lightning knows;
     - `throughput/waiting_for_data`: with `TextDataModule`, share of the time spent waiting for the next batch;
-    - `throughput/memory_gib`: the run's peak on CUDA, the driver's current memory on MPS.
+    - `throughput/memory_gib`: the device's peak since training began on CUDA, the memory allocated by the driver on MPS.
     """
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
