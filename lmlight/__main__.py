@@ -23,7 +23,7 @@ def main(args: Sequence[str] | None = None) -> int:
 
     Returns:
         The exit status: 0; 1 if stdout was closed, or no trial of a sweep succeeded; 2 without a command, or after a
-        `UserError`, which is printed as one line; 130 after Ctrl-C.
+        `UserError`, which is printed as one line; 130 if Ctrl-C interrupts a command other than `play`.
     """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # redirected on Windows, it cannot encode every character

@@ -191,7 +191,7 @@ def find(name: str | Path, runs: str | Path, prefer: Literal["best", "last"]) ->
     """
     path = Path(name).expanduser()
     if str(name) in ("best", "last"):
-        found = _newest_first(Path(runs).glob(f"*/{FOLDER}/{name}.ckpt"))
+        found = _newest_first(Path(runs).expanduser().glob(f"*/{FOLDER}/{name}.ckpt"))
         hint = f"no run in '{runs}' has a checkpoint '{name}' yet: start one with `lmlight fit`"
     elif path.is_dir():
         found = [file for folder in (path, path / FOLDER) if (file := folder / f"{prefer}.ckpt").is_file()]

@@ -21,6 +21,7 @@ from scipy import stats
 
 from lmlight import checkpoint
 from lmlight.__main__ import main
+from lmlight.command_line import program
 from lmlight.errors import UserError
 from lmlight.sweep import command, report, worker
 from lmlight.sweep import study as studies
@@ -94,7 +95,7 @@ def test_report_of_a_study_with_failed_trials(compared, capsys):
     assert [row[-1] for row in rows[2:]] == ["baseline", "–"]
     assert rows[1][-1].startswith("-0.0867 (-0.1246 to -0.0487)") and "no difference" not in rows[1][-1]
     assert "Failed: --model.optimizer.lr=9 --seed_everything=1: out of memory" in out
-    assert "lmlight fit '--config=a b.yaml' --model.optimizer.lr=0.2 --seed_everything=0" in out
+    assert f"{program()} fit '--config=a b.yaml' --model.optimizer.lr=0.2 --seed_everything=0" in out
     with Path("study/trials.csv").open(newline="", encoding="utf-8") as file:
         trials = list(csv.DictReader(file))
     assert [trial["state"] for trial in trials] == ["COMPLETE", "COMPLETE", "FAIL"] * 3
@@ -117,7 +118,7 @@ def test_setting_that_often_fails_is_not_the_best(compared, capsys):
     out = capsys.readouterr().out
     (row,) = (line for line in out.splitlines() if line.startswith("| 9 "))
     assert row.split("|")[4].strip() == "1 of 4"
-    assert "best setting:\n  lmlight fit '--config=a b.yaml' --model.optimizer.lr=0.2" in out
+    assert f"best setting:\n  {program()} fit '--config=a b.yaml' --model.optimizer.lr=0.2" in out
 
 
 def test_losses_of_different_texts_are_not_compared(compared, capsys):

@@ -490,7 +490,7 @@ def test_lines_never_run_together(corpus_text, pieces, rule, prefix, strip, size
 @pytest.mark.parametrize("lossless", [True, False])
 def test_sampling_needs_a_unigram_tokenizer(kind, lossless, corpus_text):
     tokenizer = TokenizerConfig(kind, 320, lossless).train(corpus_text)
-    with pytest.raises(UserError, match=f"{kind}.*--data.tokenizer.kind unigram") as caught:
+    with pytest.raises(UserError, match="unigram model: set --data.tokenizer.kind unigram") as caught:
         SubwordSampler(tokenizer, SubwordSampling())
     assert "\n" not in str(caught.value)
 

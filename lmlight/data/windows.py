@@ -2,7 +2,7 @@
 
 - A training epoch is a random offset into the stream and a random permutation of the non-overlapping windows from there.
   In the order `epoch`, no token is a target twice; fewer than 2 T tokens at the ends are left out. Window boundaries
-  move from epoch to epoch. Resegmented text keeps its number of windows, so a few are dropped or repeated.
+  move from epoch to epoch. Resegmented text keeps its number of windows, so some are dropped or repeated.
 - Training tokens come in shards. Stored tokens are read as one shard, whatever the number of files (`stored_windows`).
   Tokens that are resegmented or streamed come in several: `subword_regularization.resegmented_windows`,
   `streaming.streamed_windows`.

@@ -1,6 +1,6 @@
 """Attention, bottom up: the weights, the weighted sum, the module.
 
-A `Cache` also has the attention mask and the positions of new tokens. With `causal=False`, the module is an encoder's
+A `Cache` has the attention mask and the positions of new tokens. With `causal=False`, the module is an encoder's
 attention; with `kv_input` as well, cross-attention.
 
 Axes: B batch, T positions, S positions attended to, C = n_embd channels, H heads, H_kv key/value heads, D channels of a

@@ -12,7 +12,7 @@ from optuna.trial import FrozenTrial, TrialState
 from scipy import stats
 
 from lmlight import files, pictures
-from lmlight.command_line import join
+from lmlight.command_line import join, program
 from lmlight.errors import UserError, reason, say
 from lmlight.sweep.study import SEED, Params, Study, flags
 from lmlight.sweep.trial import LOG, METRIC, validations
@@ -87,12 +87,12 @@ def write(study: Study) -> int:
     for what, states in {"Pruned": [TrialState.PRUNED], "Not finished": unfinished}.items():
         if count := len(study.trials(*states)):
             print(f"{what}: {count} of {len(trials)} trials")
-    commands = {trial.number: join(["lmlight", "fit", *study.fit_args(_params(trial))]) for trial in trials}
+    arguments = {trial.number: join(["fit", *study.fit_args(_params(trial))]) for trial in trials}
     if done := best_of(settings).done:
-        print(f"To repeat a run of the best setting:\n  {commands[done[0].number]}")
+        print(f"To repeat a run of the best setting:\n  {program()} {arguments[done[0].number]}")
     try:
         with study.locked():
-            _write_files(study, settings, rows, commands)
+            _write_files(study, settings, rows, {number: f"lmlight {words}" for number, words in arguments.items()})
     except OSError as error:
         say(UserError(f"the report's files cannot be written to '{study.folder}' ({reason(error)})"), "warning")
     return 0 if done else 1
