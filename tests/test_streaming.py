@@ -146,7 +146,7 @@ def test_missing_chunks_are_a_one_line_error(made, missing, capsys):
 
 
 def test_stores_that_cannot_be_streamed_are_refused(made, corpus_file):
-    with pytest.raises(UserError, match="litdata's format already"):
+    with pytest.raises(UserError, match="is already in litdata's format"):
         streaming.write(TokenStore(made / "streamed"), made / "again")
     with pytest.raises(UserError, match="needs 4,096 training tokens"):
         streaming.write(TokenStore(made / "store"), made / "again")
