@@ -950,13 +950,16 @@ def test_validations_that_would_interrupt_a_step_are_refused():
     fit(4)
 
 
+class Unsized(torch.utils.data.IterableDataset):
+    """Twenty windows, without a length."""
+
+    def __iter__(self):
+        ids = (torch.arange(9) + torch.arange(20)[:, None]) % 10
+        return iter(zip(ids[:, :-1], ids[:, 1:]))
+
+
 def test_an_epoch_of_unknown_length_may_end_within_a_step(tmp_path):
     """Its last step has fewer micro-batches, the loss is their mean, and no checkpoint falls within a step."""
-
-    class Unknown(torch.utils.data.IterableDataset):
-        def __iter__(self):
-            ids = (torch.arange(9) + torch.arange(20)[:, None]) % 10
-            return iter(zip(ids[:, :-1], ids[:, 1:]))
 
     class Constant(LanguageModel):
         def training_loss(self, batch):
@@ -977,7 +980,7 @@ def test_an_epoch_of_unknown_length_may_end_within_a_step(tmp_path):
 
     saved = []
     data, recorder = Counting(), Recorder()
-    data.train_dataloader = lambda: torch.utils.data.DataLoader(Unknown(), batch_size=4)
+    data.train_dataloader = lambda: torch.utils.data.DataLoader(Unsized(), batch_size=4)
     settings = {**tiny.QUIET, "check_val_every_n_epoch": None, "val_check_interval": 2, "accumulate_grad_batches": 2}
     settings |= {"max_steps": 9, "log_every_n_steps": 1, "default_root_dir": str(tmp_path)}
     trainer = pl.Trainer(**settings, callbacks=[recorder, Keeper()], plugins=[AtomicCheckpointIO()])
@@ -987,22 +990,14 @@ def test_an_epoch_of_unknown_length_may_end_within_a_step(tmp_path):
 
 
 def test_the_end_of_a_loader_without_a_length_is_saved(tmp_path):
-    class Unknown(torch.utils.data.IterableDataset):
-        def __iter__(self):
-            ids = (torch.arange(9) + torch.arange(20)[:, None]) % 10
-            return iter(zip(ids[:, :-1], ids[:, 1:]))
-
     def fit(epochs, **resumed):
         data = Counting()
-        data.train_dataloader = lambda: torch.utils.data.DataLoader(Unknown(), batch_size=4)
+        data.train_dataloader = lambda: torch.utils.data.DataLoader(Unsized(), batch_size=4)
         settings = {**tiny.QUIET, "check_val_every_n_epoch": None, "val_check_interval": 3, "max_epochs": epochs}
-        keeper, model = (
-            BestLastCheckpoint(),
-            LanguageModel(net=tiny.net, lr_scheduler=torch.optim.lr_scheduler.ConstantLR),
-        )
-        trainer = pl.Trainer(
-            **settings, max_steps=-1, default_root_dir=tmp_path, callbacks=[keeper], plugins=[AtomicCheckpointIO()]
-        )
+        settings |= {"max_steps": -1, "default_root_dir": str(tmp_path)}
+        keeper = BestLastCheckpoint()
+        model = LanguageModel(net=tiny.net, lr_scheduler=torch.optim.lr_scheduler.ConstantLR)
+        trainer = pl.Trainer(**settings, callbacks=[keeper], plugins=[AtomicCheckpointIO()])
         trainer.fit(model, data, **resumed)
         return trainer.global_step, checkpoint.read(keeper.last_model_path)
 

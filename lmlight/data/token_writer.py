@@ -26,7 +26,7 @@ from lmlight.data.workers import cpu_count, killed_workers_reported, process_poo
 from lmlight.errors import UserError
 from lmlight.user_code import full_name
 
-SHARD_CHARS = 2**23  # at most about a second of encoding, which an interruption costs
+SHARD_CHARS = 2**23  # at most about a second of encoding, the cost of an interruption
 BATCH_CHARS = 2**18  # token ids as Python ints cost about 40 bytes each, so encode this many characters at a time
 
 

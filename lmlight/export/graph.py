@@ -1,7 +1,7 @@
 """Export to ONNX and to `torch.export` archives: a network as a graph, with no branch that depends on a size.
 
-Axes: B rows, T new positions, P past positions, S = P + T, L blocks, H query heads, H_kv key/value heads, D head channels,
-V vocabulary.
+Axes: B rows, T new positions, P past positions, S = P + T, L blocks, H query heads, H_kv key/value heads,
+D channels per head, V vocabulary.
 """
 
 import contextlib
