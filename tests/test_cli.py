@@ -23,10 +23,11 @@ from lightning.pytorch import Callback
 import lmlight
 from lmlight import Bigram, LanguageModel, Sampling, TextDataModule, Transformer, checkpoint
 from lmlight.__main__ import main as typed
-from lmlight.command_line import program
+from lmlight.command_line import join, program
 from lmlight.commands import chat
 from lmlight.data.tokenizer import CharTokenizer, TokenizerConfig
 from lmlight.export.model import Model
+from lmlight.files import shown
 from lmlight.generation import escape_control_characters
 from lmlight.optim import Muon, Schedule
 from lmlight.training.cli import _mistake, main
@@ -810,6 +811,16 @@ def test_summary_says_if_the_final_model_is_not_scored(corpus_file, tmp_path, ca
     resumed = ["fit", f"--ckpt_path={last}", "--trainer.max_steps=6", "--trainer.val_check_interval=14"]
     assert main(resumed) == 0
     assert re.findall(found, capsys.readouterr().out) == ["2 steps" if later else "1 step"]
+
+
+def test_folder_of_runs_may_start_with_a_tilde(corpus_file, tmp_path, capsys, monkeypatch):
+    for name in ("HOME", "USERPROFILE"):
+        monkeypatch.setenv(name, str(tmp_path / "home"))
+    assert main(["fit", f"--data.corpus={corpus_file}", *TINY, "--trainer.default_root_dir=~/runs"]) == 0
+    (run,) = (tmp_path / "home" / "runs").iterdir()
+    assert not Path("~").exists()
+    assert join(["--logdir", shown(run.parent)]) in capsys.readouterr().out
+    assert checkpoint.find("best", "~/runs", "best") == run / "checkpoints" / "best.ckpt"
 
 
 class StopAtStep3(Callback):

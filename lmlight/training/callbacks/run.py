@@ -32,7 +32,9 @@ class RunLogger(TensorBoardLogger):
     """
 
     def __init__(self, save_dir: str = "runs", version: str | None = None, purge_step: int | None = None) -> None:
-        super().__init__(save_dir, name="", version=version, default_hp_metric=False, purge_step=purge_step)
+        super().__init__(
+            str(Path(save_dir).expanduser()), name="", version=version, default_hp_metric=False, purge_step=purge_step
+        )
 
     def _get_next_version(self) -> str:  # type: ignore[override]
         if getattr(rank_zero_only, "rank", 0) != 0:
